@@ -1,0 +1,25 @@
+"""Manifests, audio, features, prompts and batches, and the built-in pocket corpora."""
+
+from blora_pyro.data.audio import read_audio
+from blora_pyro.data.collation import IGNORED, Batch, Examples, featurise
+from blora_pyro.data.manifest import read_manifest
+from blora_pyro.data.pocket import DOMAINS, LANGUAGES, MODEL_DIR, POCKET_DIR, corpus_dir
+from blora_pyro.data.prompts import prompt_ids, text_ids
+from blora_pyro.data.sources import load_split
+
+__all__ = [
+    "DOMAINS",
+    "IGNORED",
+    "LANGUAGES",
+    "MODEL_DIR",
+    "POCKET_DIR",
+    "Batch",
+    "Examples",
+    "corpus_dir",
+    "featurise",
+    "load_split",
+    "prompt_ids",
+    "read_audio",
+    "read_manifest",
+    "text_ids",
+]
