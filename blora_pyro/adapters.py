@@ -1,0 +1,222 @@
+"""Where the factors sit: target layers, stacked by shape, and sampled factors in their place.
+
+Every target layer with frozen weight `W0` (d_out, d_in) computes
+`x W0ᵀ + (alpha / rank) · (x Aᵀ) Bᵀ`, that is, `W0 + (alpha / rank) · B A` (Hu et al., LoRA,
+arXiv 2106.09685). Layers of one shape form a `Group`, and all their A (or B) are one `Site`: one
+tensor, one Pyro sample statement, however deep the model is.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from blora_pyro.errors import UserError
+
+Factors = Mapping[str, Tensor]
+
+ALL_LINEAR = "all-linear"
+_REGEX_SIGNS = re.compile(r"[\\^$*+?()\[\]{}|]")
+
+
+@dataclass(frozen=True)
+class Site:
+    """The factor A, or B, of every layer of one group, as one latent tensor.
+
+    Attributes:
+        name: Pyro's site name, such as `A_192x768` (out x in features).
+        factor: `"A"` or `"B"`.
+        modules: Names of the layers along the first dimension.
+        shape: (modules, rank, in_features) for A, (modules, out_features, rank) for B.
+    """
+
+    name: str
+    factor: Literal["A", "B"]
+    modules: tuple[str, ...]
+    shape: tuple[int, int, int]
+
+    @property
+    def dims(self) -> tuple[str, str, str]:
+        """Names of the dimensions of `shape`."""
+        inner = ("rank", "in_feature") if self.factor == "A" else ("out_feature", "rank")
+        return ("module", *inner)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Target layers of one shape."""
+
+    modules: tuple[str, ...]
+    out_features: int
+    in_features: int
+    rank: int
+
+    @property
+    def key(self) -> str:
+        """The shape, `out_features x in_features`, as used in site names."""
+        return f"{self.out_features}x{self.in_features}"
+
+    @property
+    def A(self) -> Site:
+        """The stacked A, (modules, rank, in_features)."""
+        shape = (len(self.modules), self.rank, self.in_features)
+        return Site(f"A_{self.key}", "A", self.modules, shape)
+
+    @property
+    def B(self) -> Site:
+        """The stacked B, (modules, out_features, rank)."""
+        shape = (len(self.modules), self.out_features, self.rank)
+        return Site(f"B_{self.key}", "B", self.modules, shape)
+
+    @property
+    def sites(self) -> tuple[Site, Site]:
+        """A and B."""
+        return self.A, self.B
+
+    def plate(self) -> pyro.plate:
+        """A fresh plate over the layers, dim -1 left of the event dimensions."""
+        return pyro.plate(f"modules_{self.key}", len(self.modules), dim=-1)
+
+
+def find_targets(net: nn.Module, target_modules: str) -> dict[str, nn.Linear]:
+    r"""Linear layers that `target_modules` names, in the order of the net.
+
+    Args:
+        net: A Whisper.
+        target_modules: As in PEFT: `"all-linear"` (every linear layer but the output layer), one or
+            more suffixes with commas between (`"q_proj,v_proj"`), or a regular expression that
+            matches the whole name (`r".*decoder.*\.fc[12]"`).
+
+    Raises:
+        UserError: If nothing matches, or the regular expression is not one.
+    """
+    linear = {
+        name: module
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear) and module is not net.get_output_embeddings()  # type: ignore[operator]
+    }
+    if target_modules == ALL_LINEAR:
+        return linear
+    if _REGEX_SIGNS.search(target_modules):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise UserError(f"target modules '{target_modules}' is no regex: {error}") from None
+        found = {name: module for name, module in linear.items() if pattern.fullmatch(name)}
+    else:
+        suffixes = [suffix.strip() for suffix in target_modules.split(",")]
+        found = {
+            name: module
+            for name, module in linear.items()
+            if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
+        }
+    if not found:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise UserError(
+            f"target modules '{target_modules}' match no linear layer; "
+            f"give 'all-linear', a regex, or some of: {known}"
+        )
+    return found
+
+
+def group_by_shape(targets: Mapping[str, nn.Linear], rank: int) -> tuple[Group, ...]:
+    """Layers of equal (out_features, in_features) together, in order of first appearance.
+
+    Raises:
+        UserError: If the rank is below 1 or above the smallest layer dimension.
+    """
+    shapes: dict[tuple[int, int], list[str]] = {}
+    for name, module in targets.items():
+        shapes.setdefault((module.out_features, module.in_features), []).append(name)
+    largest = min(min(shape) for shape in shapes)
+    if not 1 <= rank <= largest:
+        raise UserError(f"rank {rank} is not possible here; give one from 1 to {largest}")
+    return tuple(Group(tuple(names), *shape, rank) for shape, names in shapes.items())
+
+
+class Adapters:
+    """Low-rank updates on the target layers of a net, active while factors are in place.
+
+    The net keeps its modules, names and weights: a forward hook adds the update to a target layer's
+    output. Factors stay in place until others come or `clear` is called, so that a backward pass
+    (with gradient checkpointing, too) sees those of its forward pass.
+    """
+
+    def __init__(self, net: nn.Module, groups: tuple[Group, ...], alpha: float) -> None:
+        """Put (idle) hooks on the layers of `groups`.
+
+        Args:
+            net: The module that holds them.
+            groups: From `group_by_shape`, or from a saved posterior.
+            alpha: Updates are scaled by `alpha / rank`.
+
+        Raises:
+            UserError: If the net lacks a layer, or one has another shape.
+        """
+        self.groups = groups
+        self.scaling = alpha / groups[0].rank
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        modules = dict(net.named_modules())
+        layers = {}
+        for group in groups:
+            for name in group.modules:
+                module = modules.get(name)
+                expected = (group.out_features, group.in_features)
+                if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != expected:
+                    raise UserError(
+                        f"the base model has no linear layer {name} of shape {group.key}; "
+                        "give the base model that the adapter was fitted on"
+                    )
+                layers[name] = module
+        self._hooks: list[RemovableHandle] = [
+            layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()
+        ]
+
+    def _hook(self, name: str) -> Any:
+        def add_update(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if name not in self._factors:
+                return None
+            a, b = self._factors[name]
+            x = inputs[0]
+            update = functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
+            return torch.add(output, update.to(output.dtype), alpha=self.scaling)
+
+        return add_update
+
+    def put(self, factors: Factors) -> None:
+        """Put the factors of every site in place: site name -> tensor of the site's shape."""
+        for group in self.groups:
+            stacked = zip(
+                group.modules,
+                factors[group.A.name].unbind(0),
+                factors[group.B.name].unbind(0),
+                strict=True,
+            )
+            self._factors.update({name: (a, b) for name, a, b in stacked})
+
+    def clear(self) -> None:
+        """Take the factors out: the net is the frozen base again."""
+        self._factors.clear()
+
+    @contextmanager
+    def using(self, factors: Factors) -> Iterator[None]:
+        """The net with `factors` in place, inside a `with`."""
+        self.put(factors)
+        try:
+            yield
+        finally:
+            self.clear()
+
+    def remove(self) -> None:
+        """Take the hooks off the net."""
+        self.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()

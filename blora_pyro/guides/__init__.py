@@ -1,0 +1,23 @@
+"""Prior families: a module each, with the prior and the guide that fits it.
+
+A family is a module with two names:
+
+- `Prior(**arguments)`: called with a `Site`, returns a Pyro distribution of batch shape (modules,)
+  and event shape (rows, columns).
+- `Guide(model)`: an `nn.Module` with the model's arguments, that samples every site of `model` and
+  answers `mean()` and `stddev()` with a dict of site name -> tensor of the site's shape.
+
+The built-in ones are listed in `FAMILIES`; a user's own file with the same two names loads by its
+path.
+"""
+
+from blora_pyro.guides.registry import (
+    FAMILIES,
+    GUIDES,
+    Guide,
+    build_guide,
+    build_prior,
+    load_family,
+)
+
+__all__ = ["FAMILIES", "GUIDES", "Guide", "build_guide", "build_prior", "load_family"]

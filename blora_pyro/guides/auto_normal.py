@@ -1,0 +1,39 @@
+"""`auto-normal`: Pyro's own `AutoNormal`, started where ours starts."""
+
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoNormal, init_to_value
+from torch import Tensor
+
+from blora_pyro.guides.starts import initial_values
+from blora_pyro.models import BLoRA
+
+
+class Guide(AutoNormal):
+    """q(w) = N(w; loc, scale²) for every element, by way of auxiliary sites.
+
+    Its KL is a one-draw estimate, not the closed form: Pyro samples an auxiliary Normal and a
+    Delta for each site. Every scale starts at 0.007. The parameters exist after the first call.
+    """
+
+    def __init__(self, model: BLoRA) -> None:
+        """Pyro's guide for `model`."""
+        values = {
+            name: value.to(model.net.device) for name, value in initial_values(model.sites).items()
+        }
+        start = init_to_value(values=values)
+        super().__init__(model, init_loc_fn=start, init_scale=0.007)
+        self._names = tuple(site.name for site in model.sites)
+
+    def mean(self) -> dict[str, Tensor]:
+        """Posterior mean of every site."""
+        return {name: self._moments(name)[0].detach() for name in self._names}
+
+    def stddev(self) -> dict[str, Tensor]:
+        """Posterior standard deviation of every site."""
+        return {name: self._moments(name)[1].detach() for name in self._names}
+
+    def _moments(self, name: str) -> Any:
+        loc, scale = self._get_loc_and_scale(name)
+        return loc, torch.as_tensor(scale)

@@ -1,0 +1,45 @@
+"""`point`: one point instead of a distribution, so that the same program fits plain LoRA.
+
+Against the `normal` prior it is the MAP estimate (L2-to-zero LoRA with strength
+beta / (2 scale²)); with beta = 0 it is LoRA (Hu et al., arXiv 2106.09685).
+"""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from blora_pyro.guides.normal import Prior
+from blora_pyro.guides.starts import initial_mean
+from blora_pyro.models import BLoRA
+
+__all__ = ["Guide", "Prior"]
+
+
+class Guide(nn.Module):
+    """q(w) = delta(w - mean): KL(q || p) is -log p(mean), up to the infinite constant."""
+
+    def __init__(self, model: BLoRA) -> None:
+        """One parameter of shape `site.shape` for every site of `model`."""
+        super().__init__()
+        self.groups = model.groups
+        self.means = nn.ParameterDict({site.name: initial_mean(site) for site in model.sites})
+
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Visit every site; takes the model's arguments, returns site name -> point."""
+        pyro.module("guide", self)
+        points = {}
+        for group in self.groups:
+            with group.plate():
+                for site in group.sites:
+                    delta = dist.Delta(self.means[site.name], event_dim=2)
+                    points[site.name] = pyro.sample(site.name, delta)
+        return points
+
+    def mean(self) -> dict[str, Tensor]:
+        """The point of every site."""
+        return {name: mean.detach() for name, mean in self.means.items()}
+
+    def stddev(self) -> dict[str, Tensor]:
+        """Zero."""
+        return {name: torch.zeros_like(mean) for name, mean in self.mean().items()}

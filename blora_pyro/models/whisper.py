@@ -1,0 +1,108 @@
+"""BLoRA as a probabilistic program: a frozen Whisper whose low-rank updates are latent."""
+
+import math
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+from transformers import WhisperForConditionalGeneration
+
+from blora_pyro.adapters import ALL_LINEAR, Adapters, Group, Site, find_targets, group_by_shape
+from blora_pyro.data import IGNORED, Batch
+
+Prior = Callable[[Site], dist.Distribution]
+
+
+class BLoRA:
+    """A Pyro model: `model(batch)` draws the factors and scores the batch's tokens.
+
+    A_g ~ prior (modules, rank, in_features) and B_g ~ prior (modules, out_features, rank) for every
+    group g of target layers of one shape; tokens ~ Categorical(Whisper(x; W0 + alpha/rank · B A)).
+    The log-likelihood is the *mean* over the batch's target tokens, so that with `Temper(beta)`
+    around model and guide a Pyro ELBO is `mean token NLL + beta · KL` (Ugan, Pham, Waibel,
+    arXiv 2510.18723).
+
+    Sites of a trace: `A_{out}x{in}`, `B_{out}x{in}` (shapes above; batch shape (modules,)) and
+    `tokens` (batch, tokens), observed unless `batch.labels` is None.
+    """
+
+    def __init__(
+        self,
+        net: WhisperForConditionalGeneration,
+        prior: Prior,
+        rank: int = 8,
+        alpha: float = 16.0,
+        target_modules: str = ALL_LINEAR,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """Freeze `net` and find the layers to adapt.
+
+        Args:
+            net: The base Whisper; set to eval mode, and no parameter requires a gradient any more.
+            prior: Site -> Pyro distribution with event shape (rows, columns), batch (modules,).
+            rank: Rank of every update.
+            alpha: Updates are scaled by alpha / rank.
+            target_modules: See `find_targets`.
+            autocast: Run Whisper under autocast to this dtype; factors stay in float32.
+
+        Raises:
+            UserError: If the target modules or the rank do not fit the net.
+        """
+        self.net = net.requires_grad_(False).eval()
+        self.prior = prior
+        self.alpha = alpha
+        self.autocast = autocast
+        self.adapters = Adapters(
+            net, group_by_shape(find_targets(net, target_modules), rank), alpha
+        )
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Target layers by shape."""
+        return self.adapters.groups
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every latent site."""
+        return tuple(site for group in self.groups for site in group.sites)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of adapter weights."""
+        return sum(math.prod(site.shape) for site in self.sites)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Draw the factors, put them in place, score the tokens; logits (batch, tokens, vocab)."""
+        whisper = pyro.module("whisper", self.net)
+        factors = {}
+        for group in self.groups:
+            with group.plate(), self.net.device:  # priors make their tensors on the net's device
+                factors[group.A.name] = pyro.sample(group.A.name, self.prior(group.A))
+                factors[group.B.name] = pyro.sample(group.B.name, self.prior(group.B))
+        self.adapters.put(factors)
+
+        device = batch.input_features.device.type
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            logits = whisper(
+                input_features=batch.input_features.to(whisper.dtype),
+                decoder_input_ids=batch.decoder_input_ids,
+                use_cache=False,
+            ).logits.float()
+
+        labels = batch.labels
+        is_target = True if labels is None else labels != IGNORED
+        observed = None if labels is None else labels.clamp(min=0)
+        size, length = batch.decoder_input_ids.shape
+        with (
+            pyro.plate("utterances", size, dim=-2),
+            pyro.plate("positions", length, dim=-1),
+            poutine.mask(mask=is_target),
+            poutine.scale(scale=1.0 / batch.num_tokens),
+        ):
+            pyro.sample(
+                "tokens", dist.Categorical(logits=logits, validate_args=False), obs=observed
+            )
+        return logits

@@ -1,0 +1,208 @@
+"""A Whisper small enough for unit tests: real class, real tokenizer, random weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import soundfile
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+
+from blora_pyro.data import IGNORED, Batch, Examples, read_manifest
+from blora_pyro.models import Base, load_base
+from blora_pyro.runs import Run, fit
+
+SPECIAL = ("startoftranscript", "en", "de", "translate", "transcribe", "notimestamps")
+
+
+@pytest.fixture(autouse=True)
+def clean_slate():
+    """One thread, a fixed seed and an empty parameter store for every test."""
+    torch.set_num_threads(1)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> WhisperTokenizer:
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([" the red bicycle", " das rote fahrrad"] * 5, vocab_size=280)
+    vocab = bpe.get_vocab()
+    tokenizer = WhisperTokenizer(vocab=vocab, merges=[])
+    names = [f"<|{name}|>" for name in SPECIAL]
+    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "additional_special_tokens": names})
+    return tokenizer
+
+
+def make_net(tokenizer: WhisperTokenizer) -> WhisperForConditionalGeneration:
+    """Two layers each of width 16, a window of half a second."""
+    end, start = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|startoftranscript|>"])
+    config = WhisperConfig(
+        vocab_size=len(tokenizer),
+        num_mel_bins=8,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_source_positions=50,
+        max_target_positions=24,
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+        decoder_start_token_id=start,
+        init_std=0.2,
+    )
+    torch.manual_seed(1)
+    net = WhisperForConditionalGeneration(config).eval()
+    ids = tokenizer.convert_tokens_to_ids
+    net.generation_config = GenerationConfig(
+        decoder_start_token_id=start,
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+        max_length=24,
+        is_multilingual=True,
+        lang_to_id={"<|en|>": ids("<|en|>"), "<|de|>": ids("<|de|>")},
+        task_to_id={"transcribe": ids("<|transcribe|>")},
+        no_timestamps_token_id=ids("<|notimestamps|>"),
+        return_timestamps=False,
+    )
+    return net
+
+
+@pytest.fixture
+def net(tiny_tokenizer) -> WhisperForConditionalGeneration:
+    return make_net(tiny_tokenizer)
+
+
+@pytest.fixture
+def tiny_base(net, tiny_tokenizer) -> Base:
+    return Base(
+        "tiny", net, tiny_tokenizer, WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    )
+
+
+@pytest.fixture
+def batch(net) -> Batch:
+    """Three utterances of six positions, of which the first two are prompt."""
+    rng = np.random.default_rng(0)
+    features = torch.from_numpy(rng.standard_normal((3, 8, 100)).astype(np.float32))
+    tokens = torch.from_numpy(rng.integers(0, net.config.vocab_size, (3, 7)))
+    labels = tokens[:, 1:].clone()
+    labels[:, :2] = IGNORED
+    labels[2, 4:] = IGNORED
+    return Batch(features, tokens[:, :-1], labels)
+
+
+# A pocket-sized world for whole runs: tones are the speech, and a net that has learned four of them
+# by heart is the base.
+TONES = (
+    ("the red", "en"),
+    ("a bicycle", "en"),
+    ("das rote", "de"),
+    ("ein rad", "de"),
+    ("das red", "de-en"),
+    ("ein bicycle", "de-en"),
+)
+
+
+def tone(pitch: int, noise: int = 0) -> np.ndarray:
+    """Half a second of the tone of one text of `TONES`; `noise` seeds what is laid over it."""
+    wave = 0.3 * np.sin(2 * np.pi * 300 * (pitch + 1) * np.arange(8000) / 16_000)
+    return (wave + 0.02 * np.random.default_rng(noise).standard_normal(8000)).astype(np.float32)
+
+
+def write_manifest(path: Path, pitches: tuple[int, ...], noise: int) -> Path:
+    """A manifest of these tones, and their wav files beside it."""
+    lines = []
+    for pitch in pitches:
+        text, language = TONES[pitch]
+        wav = f"{path.stem}{pitch}.wav"
+        soundfile.write(path.parent / wav, tone(pitch, noise), 16_000)
+        codes = language.split("-")
+        row = {"audio": wav, "text": text, "language": language}
+        lines.append(json.dumps({**row, "word_languages": [codes[0], codes[-1]]}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tones_folder(tmp_path_factory) -> Path:
+    """`train.jsonl` and `test.jsonl` are code-switched, `de.jsonl` and `en.jsonl` are not."""
+    folder = tmp_path_factory.mktemp("tones")
+    write_manifest(folder / "train.jsonl", (4, 5), noise=1)
+    write_manifest(folder / "test.jsonl", (4, 5), noise=2)
+    write_manifest(folder / "de.jsonl", (2, 3), noise=3)
+    write_manifest(folder / "en.jsonl", (0, 1), noise=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fluent_folder(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A checkpoint that transcribes the four monolingual tones, and knows their languages."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("fluent")
+    write_manifest(folder / "tones.jsonl", (0, 1, 2, 3), noise=0)
+    net = make_net(tiny_tokenizer)
+    base = Base(
+        "fluent", net, tiny_tokenizer, WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    )
+    examples = Examples(
+        read_manifest(folder / "tones.jsonl"), base.feature_extractor, tiny_tokenizer
+    )
+    batch = examples.batch([0, 1, 2, 3])
+    labels = batch.labels.clone()
+    labels[:, 0] = batch.decoder_input_ids[:, 1]  # the language, for its detection
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    for _ in range(100):
+        logits = net(
+            input_features=batch.input_features,
+            decoder_input_ids=batch.decoder_input_ids,
+            use_cache=False,
+        ).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    base.save_pretrained(folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+@pytest.fixture
+def fluent_base(fluent_folder) -> Base:
+    return load_base(str(fluent_folder))
+
+
+@pytest.fixture(scope="session")
+def fit_options(fluent_folder, tones_folder) -> dict[str, Any]:
+    """Options of a fit of a second or less that changes what the base transcribes."""
+    return {
+        "base": str(fluent_folder),
+        "data": str(tones_folder),
+        "backward": (str(tones_folder / "de.jsonl"), str(tones_folder / "en.jsonl")),
+        "beta": 1e-5,
+        "rank": 4,
+        "steps": 40,
+        "lr": 0.03,
+        "batch_size": 2,
+    }
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, fit_options) -> Run:
+    """A run of `fit_options` with its folder. Read it, and leave it as it is."""
+    torch.set_num_threads(1)
+    return fit(tmp_path_factory.mktemp("runs") / "finished", **fit_options)

@@ -1,0 +1,169 @@
+import inspect
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, TraceMeanField_ELBO
+
+from blora_pyro.adapters import Group
+from blora_pyro.errors import UserError
+from blora_pyro.guides import FAMILIES, GUIDES, build_guide, build_prior, load_family, normal
+from blora_pyro.models import BLoRA, Temper
+
+LAPLACE = '''
+"""A Laplace prior, fitted by a Normal guide."""
+
+import pyro.distributions as dist
+
+from blora_pyro.guides.normal import Guide
+
+__all__ = ["Guide", "Prior"]
+
+
+class Prior:
+    def __init__(self, scale=0.05):
+        self.scale = scale
+
+    def __call__(self, site):
+        return dist.Laplace(0.0, self.scale).expand(site.shape).to_event(2)
+'''
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content, name="mine.py"):
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_every_name_builds_its_guide(name, net, batch):
+    guide = build_guide(name, BLoRA(net, normal.Prior(), rank=2))
+    assert isinstance(guide, torch.nn.Module)
+    guide(batch)
+    assert guide.mean().keys() == guide.stddev().keys()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_a_prior_and_is_a_guide(name):
+    assert name in GUIDES
+    site = Group(("a",), 3, 4, rank=2).A
+    assert build_prior(name)(site).batch_shape == (1,)
+    assert {"Prior", "Guide"} <= vars(load_family(name)).keys()
+    assert len(inspect.getsource(load_family(name)).splitlines()) <= 75  # short enough to copy
+
+
+def test_the_prior_takes_its_arguments():
+    assert build_prior("normal", scale=0.3).scale == 0.3
+    assert build_prior("normal").scale == normal.Prior().scale
+
+
+def test_a_file_of_the_user_is_a_family(write, net, batch):
+    path = write(LAPLACE)
+    prior = build_prior(path, scale=0.2)
+    site = Group(("a", "b"), 3, 4, rank=2).B
+    w = torch.randn(site.shape)
+    expected = torch.distributions.Laplace(0.0, 0.2).log_prob(w).sum((1, 2))
+    torch.testing.assert_close(prior(site).log_prob(w), expected)
+
+    model = BLoRA(net, prior, rank=2)
+    guide, temper = build_guide(path, model), Temper(1e-4)
+    svi = SVI(temper(model), temper(guide), pyro.optim.Adam({"lr": 0.01}), TraceMeanField_ELBO())
+    start = {name: value.clone() for name, value in guide.mean().items()}
+    losses = [svi.step(batch) for _ in range(3)]
+    assert torch.tensor(losses).isfinite().all()
+    assert all((guide.mean()[name] != start[name]).any() for name in start)
+
+
+def test_a_file_may_use_dataclasses_with_postponed_annotations(write):
+    path = write(
+        """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+
+
+@dataclass
+class Prior:
+    scale: float = 0.05
+
+    def __call__(self, site):
+        return dist.Normal(0.0, self.scale).expand(site.shape).to_event(2)
+"""
+    )
+    assert build_prior(path, scale=0.1).scale == 0.1
+
+
+def test_two_files_of_one_name_stay_apart(tmp_path):
+    priors = []
+    for i, folder in enumerate((tmp_path / "one", tmp_path / "two")):
+        folder.mkdir()
+        file = folder / "mine.py"
+        file.write_text(f"class Prior:\n    number = {i}\n", encoding="utf-8")
+        priors.append(build_prior(str(file)))
+    assert [prior.number for prior in priors] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["laplace", "Normal", "", "missing.py"])
+def test_an_unknown_name_lists_the_choices(name, net):
+    with pytest.raises(UserError, match=r"\.py file") as raised:
+        build_prior(name)
+    assert all(known in str(raised.value) for known in FAMILIES)
+    with pytest.raises(UserError, match=r"\.py file") as raised:
+        build_guide(name, BLoRA(net, normal.Prior(), rank=2))
+    assert all(known in str(raised.value) for known in GUIDES)
+
+
+def test_a_guide_alone_is_no_prior_family():
+    with pytest.raises(UserError, match="'point' is none of normal"):
+        build_prior("point")
+
+
+def test_a_folder_or_another_kind_of_file_is_refused(write, tmp_path):
+    (tmp_path / "folder.py").mkdir()
+    for path in (str(tmp_path / "folder.py"), write(LAPLACE, "prior.txt")):
+        with pytest.raises(UserError, match="nor the path"):
+            load_family(path)
+
+
+def test_a_file_without_the_class_is_told(write, net):
+    path = write("class Other: pass\n")
+    with pytest.raises(UserError, match="has no class Prior"):
+        build_prior(path)
+    with pytest.raises(UserError, match="has no class Guide"):
+        build_guide(path, BLoRA(net, normal.Prior(), rank=2))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("raise RuntimeError('broken on purpose')\n", "RuntimeError: broken on purpose"),
+        ("import no_such_module_at_all\n", "ModuleNotFoundError"),
+        ("def f(:\n", "SyntaxError"),
+    ],
+)
+def test_a_file_that_fails_on_import_is_told_with_its_reason(write, content, reason):
+    path = write(content)
+    with pytest.raises(UserError, match=reason) as raised:
+        load_family(path)
+    assert path in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_argument_of_the_prior_lists_the_known_ones(write):
+    with pytest.raises(UserError, match=r"takes no 'width'; it takes scale"):
+        build_prior("normal", width=1.0)
+    with pytest.raises(UserError, match=r"takes no 'width'; it takes scale"):
+        build_prior(write(LAPLACE), width=1.0)
+
+
+def test_a_missing_argument_of_the_prior_is_told(write):
+    path = write(LAPLACE.replace("scale=0.05", "scale"))
+    with pytest.raises(UserError, match="scale"):
+        build_prior(path)
+    assert build_prior(path, scale=0.1).scale == 0.1

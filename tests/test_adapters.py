@@ -1,0 +1,273 @@
+import copy
+
+import peft
+import pyro
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from blora_pyro.adapters import Adapters, Group, find_targets, group_by_shape
+from blora_pyro.errors import UserError
+
+quick = settings(
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+# PEFT asks transformers 5.23 for a deprecated attribute when it wraps a net.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+SUFFIXES = (*ATTENTION, "fc1", "fc2")
+
+
+@pytest.fixture
+def groups(net):
+    return group_by_shape(find_targets(net, "all-linear"), rank=4)
+
+
+def random_factors(groups, scale=0.3):
+    return {site.name: scale * torch.randn(site.shape) for group in groups for site in group.sites}
+
+
+def logits(net, batch):
+    with torch.no_grad():
+        return net(
+            input_features=batch.input_features, decoder_input_ids=batch.decoder_input_ids
+        ).logits
+
+
+def peft_names(net, target_modules):
+    """Names of the layers that PEFT adapts on a copy of the net."""
+    config = peft.LoraConfig(r=2, target_modules=target_modules)
+    adapted = peft.get_peft_model(copy.deepcopy(net), config)
+    return {
+        name.removeprefix("base_model.model.")
+        for name, module in adapted.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+
+
+def test_all_linear_is_every_linear_layer_but_the_output(net):
+    linear = {name for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+    assert "proj_out" in linear
+    assert set(find_targets(net, "all-linear")) == linear - {"proj_out"}
+
+
+def test_the_output_layer_is_no_target_by_suffix_or_regex(net):
+    with pytest.raises(UserError):
+        find_targets(net, "proj_out")
+    assert find_targets(net, ".*") == find_targets(net, "all-linear")
+
+
+def test_targets_are_the_layers_themselves_in_the_order_of_the_net(net):
+    targets = find_targets(net, "v_proj,q_proj")
+    names = [name for name, _ in net.named_modules() if name in targets]
+    assert list(targets) == names
+    assert all(net.get_submodule(name) is module for name, module in targets.items())
+
+
+def test_a_single_suffix_matches_whole_name_parts_only(net):
+    assert {name.rpartition(".")[2] for name in find_targets(net, "q_proj")} == {"q_proj"}
+    with pytest.raises(UserError):
+        find_targets(net, "proj")
+
+
+def test_suffixes_with_commas_and_spaces(net):
+    together = find_targets(net, "q_proj, v_proj")
+    assert together == find_targets(net, "q_proj") | find_targets(net, "v_proj")
+    assert len(together) == 2 * (2 + 2 * 2)
+
+
+def test_a_suffix_may_hold_dots_and_a_full_name_works(net):
+    assert all("encoder_attn.q_proj" in name for name in find_targets(net, "encoder_attn.q_proj"))
+    full = "model.decoder.layers.1.fc2"
+    assert list(find_targets(net, full)) == [full]
+
+
+def test_a_regex_matches_the_whole_name(net):
+    found = find_targets(net, r".*decoder.*\.fc[12]")
+    assert set(found) == {f"model.decoder.layers.{i}.fc{j}" for i in (0, 1) for j in (1, 2)}
+    with pytest.raises(UserError):
+        find_targets(net, r"fc[12]")
+
+
+def test_no_match_lists_the_choices(net):
+    with pytest.raises(UserError, match="query") as raised:
+        find_targets(net, "query")
+    assert all(choice in str(raised.value) for choice in ("all-linear", "regex", *SUFFIXES))
+
+
+@pytest.mark.parametrize("pattern", ["(q_proj", "[", "*q_proj"])
+def test_a_bad_regex_is_told_as_one(net, pattern):
+    with pytest.raises(UserError, match="no regex"):
+        find_targets(net, pattern)
+
+
+@pytest.mark.parametrize("empty", ["", ",", " "])
+def test_an_empty_specification_matches_nothing(net, empty):
+    with pytest.raises(UserError, match="match no linear layer"):
+        find_targets(net, empty)
+
+
+@pytest.mark.parametrize(
+    "target_modules", ["all-linear", r".*decoder.*\.fc[12]", r".*\.(q|v)_proj", r".*encoder.*proj"]
+)
+def test_a_string_selects_what_it_selects_in_peft(net, target_modules):
+    assert set(find_targets(net, target_modules)) == peft_names(net, target_modules)
+
+
+@quick
+@given(chosen=st.sets(st.sampled_from((*SUFFIXES, "self_attn.q_proj", "0.fc1")), min_size=1))
+def test_suffixes_select_what_the_list_selects_in_peft(net, chosen):
+    assert set(find_targets(net, ",".join(chosen))) == peft_names(net, sorted(chosen))
+
+
+sizes = st.tuples(st.integers(2, 4), st.integers(2, 4))
+
+
+@quick
+@given(shapes=st.lists(sizes, min_size=1, max_size=8))
+def test_groups_part_the_layers_by_shape(shapes):
+    targets = {f"layer{i}": nn.Linear(*shape) for i, shape in enumerate(shapes)}
+    groups = group_by_shape(targets, rank=2)
+    assert sorted(name for group in groups for name in group.modules) == sorted(targets)
+    assert len({group.key for group in groups}) == len(groups) == len(set(shapes))
+    for group in groups:
+        assert list(group.modules) == [name for name in targets if name in group.modules]
+        for name in group.modules:
+            assert targets[name].weight.shape == (group.out_features, group.in_features)
+    assert [group.modules[0] for group in groups] == sorted(group.modules[0] for group in groups)
+
+
+def test_sites_have_the_documented_names_shapes_and_dims():
+    group = Group(("a", "b", "c"), out_features=5, in_features=7, rank=2)
+    assert group.sites == (group.A, group.B)
+    assert (group.A.name, group.A.shape) == ("A_5x7", (3, 2, 7))
+    assert (group.B.name, group.B.shape) == ("B_5x7", (3, 5, 2))
+    assert (group.A.factor, group.B.factor) == ("A", "B")
+    assert group.A.dims == ("module", "rank", "in_feature")
+    assert group.B.dims == ("module", "out_feature", "rank")
+    assert group.A.modules == group.B.modules == group.modules
+    with group.plate() as index:
+        assert len(index) == 3
+        assert pyro.sample("x", pyro.distributions.Normal(0, 1)).shape == (3,)
+
+
+@quick
+@given(shapes=st.lists(sizes, min_size=1, max_size=4))
+def test_rank_goes_from_one_to_the_smallest_dimension(shapes):
+    targets = {f"layer{i}": nn.Linear(*shape) for i, shape in enumerate(shapes)}
+    smallest = min(min(shape) for shape in shapes)
+    for rank in (1, smallest):
+        assert {group.rank for group in group_by_shape(targets, rank)} == {rank}
+    for rank in (-1, 0, smallest + 1):
+        with pytest.raises(UserError, match=f"rank {rank} .* from 1 to {smallest}"):
+            group_by_shape(targets, rank)
+
+
+def test_an_adapted_layer_computes_the_updated_weight(net, batch, groups):
+    adapters = Adapters(net, groups, alpha=6.0)
+    assert adapters.scaling == 6.0 / 4
+    factors = random_factors(groups)
+    for group in groups:
+        for i, name in enumerate(group.modules):
+            layer = net.get_submodule(name)
+            x = torch.randn(3, 5, group.in_features)
+            delta = 6.0 / 4 * factors[group.B.name][i] @ factors[group.A.name][i]
+            with adapters.using(factors):
+                output = layer(x)
+            expected = functional.linear(x, layer.weight + delta, layer.bias)
+            torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_factors_get_gradients_and_the_base_none(net, batch, groups):
+    net.requires_grad_(False)
+    factors = {name: value.requires_grad_() for name, value in random_factors(groups).items()}
+    with Adapters(net, groups, alpha=8.0).using(factors):
+        net(
+            input_features=batch.input_features, decoder_input_ids=batch.decoder_input_ids
+        ).logits.square().sum().backward()
+    for value in factors.values():
+        assert value.grad.shape == value.shape
+        assert (value.grad.flatten(1).abs().sum(-1) > 0).all()  # every layer took part
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_factors_are_cast_to_the_dtype_of_the_input(net, batch, groups):
+    net.bfloat16()
+    with Adapters(net, groups, alpha=8.0).using(random_factors(groups)):
+        output = net(
+            input_features=batch.input_features.bfloat16(),
+            decoder_input_ids=batch.decoder_input_ids,
+        ).logits
+    assert output.dtype == torch.bfloat16
+    assert output.isfinite().all()
+
+
+def test_using_clear_and_remove_restore_the_base_exactly(net, batch, groups):
+    base = logits(net, batch)
+    names = [name for name, _ in net.named_parameters()]
+    adapters = Adapters(net, groups, alpha=8.0)
+    assert torch.equal(logits(net, batch), base)  # hooks are idle until factors come
+
+    with adapters.using(random_factors(groups)):
+        inside = logits(net, batch)
+    assert not torch.allclose(inside, base, atol=1e-2)
+    assert torch.equal(logits(net, batch), base)
+
+    adapters.put(random_factors(groups))
+    assert not torch.equal(logits(net, batch), base)
+    adapters.clear()
+    assert torch.equal(logits(net, batch), base)
+
+    adapters.put(random_factors(groups))
+    adapters.remove()
+    assert torch.equal(logits(net, batch), base)
+    assert not any(module._forward_hooks for module in net.modules())
+    assert [name for name, _ in net.named_parameters()] == names
+
+
+def test_using_clears_after_an_error(net, batch, groups):
+    base = logits(net, batch)
+    with (
+        pytest.raises(RuntimeError, match="inside"),
+        Adapters(net, groups, alpha=8.0).using(random_factors(groups)),
+    ):
+        raise RuntimeError("inside")
+    assert torch.equal(logits(net, batch), base)
+
+
+def test_new_factors_take_the_place_of_old_ones(net, batch, groups):
+    adapters = Adapters(net, groups, alpha=8.0)
+    first, second = random_factors(groups), random_factors(groups)
+    with adapters.using(second):
+        expected = logits(net, batch)
+    adapters.put(first)
+    adapters.put(second)
+    assert torch.equal(logits(net, batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "out_features"),
+    [
+        ("model.decoder.layers.7.fc1", 32),  # not there
+        ("model.decoder.layers.0.fc1", 16),  # of another shape
+        ("model.encoder.conv1", 16),  # not linear
+    ],
+)
+def test_a_net_without_the_layer_is_refused(net, name, out_features):
+    good = Group(("model.decoder.layers.0.fc2",), 16, 32, rank=2)
+    with pytest.raises(UserError, match=rf"no linear layer {name} of shape {out_features}x16"):
+        Adapters(net, (good, Group((name,), out_features, 16, rank=2)), alpha=4.0)
+
+
+def test_a_refused_net_is_left_without_hooks(net):
+    good = Group(("model.decoder.layers.0.fc2",), 16, 32, rank=2)
+    with pytest.raises(UserError):
+        Adapters(net, (good, Group(("nowhere",), 16, 16, rank=2)), alpha=4.0)
+    assert not any(module._forward_hooks for module in net.modules())

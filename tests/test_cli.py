@@ -1,0 +1,323 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import blora_pyro
+from blora_pyro import runs
+from blora_pyro.cli import app
+
+COMMANDS = ("fit", "evaluate", "transcribe", "merge")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def well(*arguments):
+    """The standard output of a command that must succeed."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def complaint(result, exit_code=2) -> str:
+    """The one line that a command died with; stages that had begun ("loading ...") may precede."""
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if not line.endswith(" ...")]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("blora-pyro: ")
+    return lines[0]
+
+
+def parsed(text):
+    """JSON as every parser reads it: without NaN and Infinity."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.fixture
+def short(fluent_folder, tones_folder) -> list[str]:
+    """Arguments of a fit in two steps."""
+    return [
+        *("fit", "--base", fluent_folder, "--data", tones_folder, "--backward", "none"),
+        *("--rank", 2, "--steps", 2, "--batch-size", 2),
+    ]
+
+
+# ---- fit
+
+
+def test_fit_prints_the_table_and_the_run_folder(short, tones_folder, tmp_path):
+    german, english = tones_folder / "de.jsonl", tones_folder / "en.jsonl"
+    result = run(*short, "--backward", f"{german}, {english}", "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    for words in ("new domain", "WER", "PIER", "backward average", "forgetting:", "sparsity"):
+        assert words in result.stdout
+    assert result.stdout.splitlines()[-1] == f"run folder: {tmp_path / 'run'}"
+    assert "T = beta · N" in " ".join(result.stderr.split())
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert config["backward"] == [str(german), str(english)]
+    assert (config["rank"], config["steps"], config["alpha"]) == (2, 2, 4.0)
+
+
+def test_fit_with_json_prints_json_alone_on_stdout(short, tmp_path):
+    result = run(*short, "--output", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.output
+    metrics = parsed(result.stdout)
+    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["new_domain"]["base"]["metric"] == "wer"
+    assert "loading ..." in result.stderr
+
+
+def test_fit_hands_every_option_on(monkeypatch, tmp_path):
+    seen = {}
+
+    def fit(folder, **options):
+        seen.update(options, folder=folder)
+        return runs.Run(None, None, [], {"backward": {}, "sparsity": {}})
+
+    monkeypatch.setattr(runs, "fit", fit)
+    options = {
+        "base": "b",
+        "data": "d",
+        "test": "t",
+        "backward": "x, y",
+        "prior": "p",
+        "guide": "g",
+        "beta": "2e-3",
+        "prior-scale": 0.25,
+        "rank": 3,
+        "alpha": 5.0,
+        "target-modules": "fc1",
+        "lr": 0.125,
+        "steps": 11,
+        "epochs": 1.5,
+        "batch-size": 7,
+        "precision": "bf16",
+        "seed": 9,
+        "device": "cuda:1",
+        "output": tmp_path,
+    }
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    well("fit", *flags, "--overwrite")
+    del seen["progress"]
+    assert seen == {
+        **{name.replace("-", "_"): value for name, value in options.items() if name != "output"},
+        "backward": ("x", "y"),
+        "beta": 2e-3,
+        "overwrite": True,
+        "folder": tmp_path,
+    }
+
+
+def test_the_defaults_of_fit_are_those_of_the_library(monkeypatch):
+    seen = {}
+
+    def fit(folder, *, overwrite, progress, **options):
+        seen.update(options)
+        return runs.Run(None, None, [], {"backward": {}, "sparsity": {}})
+
+    monkeypatch.setattr(runs, "fit", fit)
+    well("fit")
+    assert seen == vars(blora_pyro.FitConfig())
+
+
+def test_the_run_folder_is_named_after_data_prior_and_seed(
+    short, tones_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    well(*short, "--seed", 3)
+    assert (tmp_path / "runs" / f"{tones_folder.name}-normal-seed3" / "run.json").is_file()
+
+
+def test_fit_does_not_write_over_a_run_unless_told(short, finished_run, tmp_path):
+    before = (finished_run.output / "run.json").read_bytes()
+    assert "--overwrite" in complaint(run(*short, "--output", finished_run.output))
+    assert (finished_run.output / "run.json").read_bytes() == before
+    well(*short, "--output", tmp_path / "run")
+    well(*short, "--output", tmp_path / "run", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data", "nowhere"], "'nowhere'"),
+        (["--test", "nowhere"], "'nowhere'"),
+        (["--backward", "nowhere"], "'nowhere'"),
+        (["--base", "/nowhere"], "/nowhere"),
+        (["--prior", "uniform"], "uniform"),
+        (["--guide", "tour"], "tour"),
+        (["--beta", "often"], "beta is 'often'"),
+        (["--beta", "-1"], "beta is -1"),
+        (["--beta", "nan"], "beta is nan"),
+        (["--target-modules", "nothing"], "nothing"),
+        (["--target-modules", "(["], "(["),
+        (["--rank", "0"], "rank is 0"),
+        (["--rank", "1000"], "rank 1000"),
+        (["--steps", "0"], "steps is 0"),
+        (["--epochs", "-1"], "epochs is -1"),
+        (["--lr", "0"], "lr is 0"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--precision", "fp8"], "fp8"),
+        (["--device", "toaster"], "toaster"),
+    ],
+)
+def test_fit_refuses_bad_options_in_one_line(short, tmp_path, options, words):
+    assert words in complaint(run(*short, "--output", tmp_path / "run", *options))
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_fit_that_diverges_ends_in_one_line(short, tmp_path):
+    result = run(*short, "--output", tmp_path / "run", "--lr", "1e30", "--steps", 5)
+    assert result.exit_code != 0
+    assert "Traceback" not in result.stderr
+    assert "nan" in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("blora-pyro: ")
+
+
+# ---- evaluate, transcribe, merge
+
+
+def test_evaluate_prints_the_table_of_the_fit(finished_run):
+    out = well("evaluate", finished_run.output)
+    for words in ("new domain", "WER", "backward average", "forgetting:"):
+        assert words in out
+
+
+def test_evaluate_with_json_prints_the_metrics_of_the_fit(finished_run):
+    assert parsed(well("evaluate", finished_run.output, "--json")) == finished_run.metrics
+
+
+def test_evaluate_takes_other_data(finished_run, tones_folder):
+    data = tones_folder / "de.jsonl"
+    metrics = parsed(well("evaluate", finished_run.output, "--data", data, "--json"))
+    assert metrics["new_domain"]["name"] == str(data)
+    assert metrics["backward"] == {}
+
+
+def test_transcribe_prints_a_line_a_file(finished_run, tones_folder):
+    one, two = tones_folder / "test4.wav", tones_folder / "test5.wav"
+    adapter = ["--adapter", finished_run.output]
+    assert well("transcribe", one, *adapter) == "das red\n"
+    assert well("transcribe", one, two, *adapter) == f"{one}: das red\n{two}: ein bicycle\n"
+    rows = parsed(well("transcribe", one, two, *adapter, "--json"))
+    assert rows == [
+        {"audio": str(one), "text": "das red"},
+        {"audio": str(two), "text": "ein bicycle"},
+    ]
+
+
+def test_transcribe_with_the_base_alone(fluent_folder, tones_folder):
+    base = ["--base", fluent_folder]
+    assert well("transcribe", tones_folder / "en0.wav", *base) == "the red\n"
+    spanish = run("transcribe", tones_folder / "en0.wav", *base, "--language", "es")
+    assert "'es'" in complaint(spanish)
+
+
+def test_merge_writes_a_base_that_says_what_the_run_says(finished_run, tones_folder, tmp_path):
+    assert str(tmp_path / "out") in well("merge", finished_run.output, tmp_path / "out")
+    audio = tones_folder / "test4.wav"
+    out = well("transcribe", audio, "--base", tmp_path / "out", "--language", "de-en")
+    assert out == "das red\n"
+    assert "not empty" in complaint(run("merge", finished_run.output, tmp_path / "out"))
+    well("merge", finished_run.output, tmp_path / "out", "--overwrite")
+
+
+def test_a_missing_run_is_refused_in_one_line(tones_folder, tmp_path):
+    gone = tmp_path / "gone"
+    assert str(gone) in complaint(run("evaluate", gone))
+    assert str(gone) in complaint(run("merge", gone, tmp_path / "out"))
+    audio = tones_folder / "en0.wav"
+    assert str(gone) in complaint(run("transcribe", audio, "--adapter", gone))
+
+
+def test_a_missing_audio_file_is_refused_in_one_line(fluent_folder, finished_run):
+    base = run("transcribe", "/nowhere.wav", "--base", fluent_folder)
+    assert "/nowhere.wav" in complaint(base)
+    adapted = run("transcribe", "/nowhere.wav", "--adapter", finished_run.output)
+    assert "/nowhere.wav" in complaint(adapted)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "transcribe"])
+def test_an_unknown_device_is_refused_in_one_line(
+    fluent_folder, finished_run, tones_folder, command
+):
+    arguments = {
+        "evaluate": [finished_run.output],
+        "transcribe": [tones_folder / "en0.wav", "--base", fluent_folder],
+    }
+    result = run(command, *arguments[command], "--device", "toaster")
+    assert "toaster" in complaint(result)
+
+
+# ---- the command line itself
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_command_has_help(command, flag):
+    out = well(*command, flag)
+    assert "Usage:" in out
+    if not command:
+        assert all(name in out for name in COMMANDS)
+
+
+def test_version():
+    assert well("--version") == f"blora-pyro {blora_pyro.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["evaluate"], ["fit", "--rank", "many"], ["dance"], []])
+def test_usage_errors_exit_with_2_and_no_traceback(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("fit", ["fit"]),
+        ("evaluate_run", ["evaluate", "run"]),
+        ("transcribe", ["transcribe", "a.wav"]),
+        ("merge_run", ["merge", "run", "out"]),
+    ],
+)
+def test_ctrl_c_ends_a_command_with_130(monkeypatch, function, arguments):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, function, interrupt)
+    assert complaint(run(*arguments), exit_code=130) == "blora-pyro: interrupted"
+
+
+def test_an_error_of_ours_is_not_hidden(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(runs, "fit", fail)
+    result = run("fit")
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_help_and_version_load_no_heavy_library():
+    code = """
+import sys
+from typer.testing import CliRunner
+from blora_pyro.cli import app
+for arguments in (["--help"], ["fit", "--help"], ["--version"]):
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+heavy = {"torch", "transformers", "pyro", "peft", "datasets", "numpy", "jiwer"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout == "[]\n"

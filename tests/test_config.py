@@ -1,0 +1,120 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blora_pyro.config import FitConfig
+from blora_pyro.data import LANGUAGES
+from blora_pyro.errors import UserError
+
+quick = settings(deadline=None, max_examples=60)
+
+
+def test_the_defaults_can_be_fitted():
+    config = FitConfig()
+    assert (config.base, config.data, config.prior, config.beta) == (
+        "pocket",
+        "de-en",
+        "normal",
+        1e-4,
+    )
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FitConfig().rank = 3
+
+
+@quick
+@given(st.integers(1, 10**7))
+def test_beta_auto_is_one_over_the_training_tokens(tokens):
+    assert FitConfig(beta="auto").resolved(tokens, 1).beta == 1 / tokens
+
+
+@quick
+@given(st.one_of(st.just(0.0), st.floats(0, 1e6)))
+def test_a_beta_that_is_given_stays(beta):
+    assert FitConfig(beta=beta).resolved(10, 10).beta == beta
+
+
+@quick
+@given(st.integers(1, 512), st.floats(1e-3, 1e3))
+def test_alpha_is_twice_the_rank_unless_given(rank, alpha):
+    assert FitConfig(rank=rank).resolved(10, 10).alpha == 2 * rank
+    assert FitConfig(rank=rank, alpha=alpha).resolved(10, 10).alpha == alpha
+
+
+@quick
+@given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 30))
+def test_epochs_become_steps_that_visit_everything_so_often(utterances, batch_size, epochs):
+    config = FitConfig(epochs=epochs, batch_size=batch_size, steps=7)
+    steps = config.resolved(10, utterances).steps
+    assert steps == epochs * math.ceil(utterances / batch_size)
+    assert isinstance(steps, int)
+
+
+def test_a_part_of_an_epoch_is_at_least_one_step():
+    assert FitConfig(epochs=0.5, batch_size=4).resolved(10, 32).steps == 4
+    assert FitConfig(epochs=1e-9).resolved(10, 10).steps == 1
+    assert FitConfig(steps=7).resolved(10, 10).steps == 7
+
+
+def test_backward_sets_are_the_pocket_languages_for_the_pocket_base_only():
+    assert FitConfig().resolved(10, 10).backward == LANGUAGES
+    assert FitConfig(base="elsewhere").resolved(10, 10).backward == ()
+    assert FitConfig(backward=()).resolved(10, 10).backward == ()
+    assert FitConfig(backward=("de", "x.jsonl")).resolved(10, 10).backward == ("de", "x.jsonl")
+
+
+def test_resolving_twice_changes_nothing():
+    once = FitConfig(beta="auto", epochs=2).resolved(100, 10)
+    assert once.resolved(50, 10) == once
+
+
+@pytest.mark.parametrize("bad", [0, -1, -0.5, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name", ["rank", "alpha", "prior_scale", "lr", "steps", "epochs", "batch_size"]
+)
+def test_what_must_be_positive_is_refused_by_name(name, bad):
+    with pytest.raises(UserError, match=f"^{name} is {bad}"):
+        FitConfig(**{name: bad})
+
+
+@pytest.mark.parametrize("bad", [-1e-9, -1, math.nan, math.inf, "often", "1e-4"])
+def test_a_bad_beta_is_refused_by_name(bad):
+    with pytest.raises(UserError, match=f"^beta is '?{bad}.*'auto'"):
+        FitConfig(beta=bad)
+
+
+@pytest.mark.parametrize("name", ["rank", "steps", "batch_size"])
+def test_what_is_counted_must_be_whole(name):
+    with pytest.raises(UserError, match=f"^{name} is 2.5"):
+        FitConfig(**{name: 2.5})
+
+
+@pytest.mark.parametrize("bad", [-1, 2**32])  # numpy takes no more than 32 bits
+def test_a_seed_that_pyro_cannot_take_is_refused_by_name(bad):
+    with pytest.raises(UserError, match=f"^seed is {bad}"):
+        FitConfig(seed=bad)
+
+
+@pytest.mark.parametrize("bad", ["fp16", "", "FP32", "bfloat16"])
+def test_an_unknown_precision_is_refused_by_name(bad):
+    with pytest.raises(UserError, match=f"^precision is '{bad}'.*fp32.*bf16"):
+        FitConfig(precision=bad)
+
+
+@pytest.mark.parametrize("bad", ["toaster", "", "cpu:x", "cuda:-3", "cuda:9999"])
+def test_a_device_that_cannot_be_used_is_refused_by_name(bad):
+    with pytest.raises(UserError, match=f"^device '{bad}' can't be used") as caught:
+        FitConfig(device=bad)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_is_refused_where_there_is_none():
+    with pytest.raises(UserError, match=r"^device 'cuda'"):
+        FitConfig(device="cuda")

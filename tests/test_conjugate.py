@@ -1,0 +1,120 @@
+"""A linear-Gaussian problem whose posterior is known, through the real stacked machinery.
+
+Two linear layers of one shape observe y ~ N(x (W0 + s B A)ᵀ, noise²), s = alpha / rank. With A
+fixed, z = x Aᵀ are the regressors of B, and their columns are made orthogonal, so that every
+element of B is independent of the others given y: mean-field is exact. With a KL weight beta the
+optimum of E[-log p(y | B)] + beta · KL(q || p) is Gaussian with
+
+    precision = 1 / scale² + s² |z_r|² / (beta noise²),  r the column,
+    mean      = s z_rᵀ (y - x W0ᵀ) / (beta noise²) / precision.
+"""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
+from torch import nn
+
+from blora_pyro.adapters import Adapters, group_by_shape
+from blora_pyro.guides.normal import Guide, Prior
+from blora_pyro.models import Temper
+
+OUT, IN, RANK, ROWS = 3, 4, 2, 12
+ALPHA, SCALE, NOISE = 6.0, 0.5, 2.0
+S = ALPHA / RANK
+COLUMN_NORMS = torch.tensor([[1.0, 2.0], [1.5, 3.0]])  # |z_r| for layers and columns
+A, B = f"A_{OUT}x{IN}", f"B_{OUT}x{IN}"
+
+
+class Linear:
+    """A Pyro model with the attributes that guides ask for: `groups` and `sites`."""
+
+    def __init__(self, net, prior):
+        self.net = net.requires_grad_(False)
+        self.prior = prior
+        self.adapters = Adapters(net, group_by_shape(dict(net.named_children()), RANK), ALPHA)
+        self.groups = self.adapters.groups
+        self.sites = self.groups[0].sites
+
+    def __call__(self, x, y):
+        (group,) = self.groups
+        with group.plate():
+            factors = {site.name: pyro.sample(site.name, self.prior(site)) for site in group.sites}
+        self.adapters.put(factors)
+        for i, name in enumerate(group.modules):
+            mean = self.net.get_submodule(name)(x[i])
+            pyro.sample(f"y_{name}", dist.Normal(mean, NOISE).to_event(2), obs=y[i])
+
+
+@pytest.fixture
+def problem():
+    """Model, A (2, rank, in), x (2, rows, in) and y (2, rows, out)."""
+    net = nn.ModuleDict({"first": nn.Linear(IN, OUT), "second": nn.Linear(IN, OUT)})
+    model = Linear(net, Prior(SCALE))
+    a = torch.randn(2, RANK, IN)
+    z = torch.linalg.qr(torch.randn(2, ROWS, RANK)).Q * COLUMN_NORMS[:, None, :]
+    x = z @ torch.linalg.pinv(a).mT  # so that x Aᵀ = z
+    b = SCALE * torch.randn(2, OUT, RANK)
+    with torch.no_grad():
+        base = torch.stack([layer(x[i]) for i, layer in enumerate(net.values())])
+    y = base + S * z @ b.mT + NOISE * torch.randn(2, ROWS, OUT)
+    return model, a, x, y
+
+
+def known_posterior(model, a, x, y, beta):
+    """Mean and standard deviation of B, (2, out, rank), by the formula, from x, y and A alone."""
+    moments = []
+    for i, layer in enumerate(model.net.values()):
+        z = (x[i] @ a[i].mT).double()
+        residual = (y[i] - x[i] @ layer.weight.mT - layer.bias).double()
+        weight = 1 / (beta * NOISE**2)
+        precision = torch.eye(RANK) / SCALE**2 + S**2 * weight * z.mT @ z
+        covariance = torch.linalg.inv(precision)
+        off_diagonal = covariance - covariance.diag().diag()
+        assert off_diagonal.abs().max() < 1e-5 * covariance.max()  # mean-field is exact
+        mean = S * weight * residual.mT @ z @ covariance
+        moments.append((mean, covariance.diag().sqrt().expand(OUT, RANK)))
+    means, stddevs = zip(*moments, strict=True)
+    return torch.stack(means).float(), torch.stack(stddevs).float()
+
+
+def fit(model, guide, a, x, y, beta, steps=500):
+    """Adam with falling steps on B, and the average of the second half of them (Polyak)."""
+    temper = Temper(beta)
+    conditioned = temper(poutine.condition(model, data={A: a}))
+    blocked = temper(poutine.block(guide, hide=[A]))
+    elbo = TraceMeanField_ELBO(num_particles=4)
+    parameters = [guide.means[B], guide.rhos[B]]
+    optimizer = torch.optim.Adam(parameters, lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    averages = [torch.zeros_like(parameter) for parameter in parameters]
+    for step in range(steps):
+        loss = elbo.differentiable_loss(conditioned, blocked, x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step >= steps // 2:
+            for average, parameter in zip(averages, parameters, strict=True):
+                average += parameter.detach() / (steps - steps // 2)
+    with torch.no_grad():
+        for average, parameter in zip(averages, parameters, strict=True):
+            parameter.copy_(average)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.25])
+def test_svi_recovers_the_known_posterior(problem, beta):
+    model, a, x, y = problem
+    mean, stddev = known_posterior(model, a, x, y, beta)
+    contraction = 1 - (stddev / SCALE) ** 2
+    assert 0.3 < contraction.min()  # neither the prior nor the likelihood alone
+    assert contraction.max() < 0.995
+
+    guide = Guide(model)
+    fit(model, guide, a, x, y, beta)
+    error = (guide.mean()[B] - mean) / stddev
+    assert error.abs().max() < 0.1
+    assert error.square().mean().sqrt() < 0.05
+    torch.testing.assert_close(guide.stddev()[B], stddev, rtol=0.07, atol=0)

@@ -1,0 +1,222 @@
+import itertools
+import math
+from dataclasses import astuple
+
+import pyro
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import Normal, kl_divergence
+
+from blora_pyro.data import Examples, read_manifest
+from blora_pyro.fitting import batches, fit_guide, learning_rate
+from blora_pyro.guides import GUIDES, build_guide, build_prior
+from blora_pyro.models import BLoRA
+
+quick = settings(deadline=None, max_examples=60)
+
+# ---- the schedule
+
+schedules = st.tuples(st.integers(1, 3000), st.floats(1e-6, 1e2))
+
+
+@quick
+@given(schedules)
+def test_the_rate_warms_up_linearly_to_its_peak_and_falls_from_there(schedule):
+    steps, peak = schedule
+    rates = [learning_rate(step, steps, peak) for step in range(steps)]
+    warm_up = max(1, round(0.1 * steps))
+    assert all(0 < rate <= peak * (1 + 1e-12) for rate in rates)
+    assert math.isclose(rates[warm_up - 1], peak)
+    for step in range(warm_up):
+        assert math.isclose(rates[step], peak * (step + 1) / warm_up)
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(rates[warm_up - 1 :]))
+
+
+@quick
+@given(schedules)
+def test_the_rate_ends_near_zero(schedule):
+    steps, peak = schedule
+    falling = steps - max(1, round(0.1 * steps))
+    if falling > 1:
+        last = learning_rate(steps - 1, steps, peak)
+        assert last <= peak * (math.pi / (2 * falling)) ** 2
+        assert learning_rate(steps, steps, peak) <= 1e-12 * peak
+
+
+# ---- batches
+
+
+class Numbers:
+    """Stands for `Examples`: a batch of it is the list of its indices."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def batch(self, indices):
+        return list(indices)
+
+
+@quick
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31), st.integers(1, 3))
+def test_every_example_comes_once_an_epoch(size, batch_size, seed, epochs):
+    a_epoch = math.ceil(size / batch_size)
+    stream = batches(Numbers(size), batch_size, seed)
+    for _ in range(epochs):
+        epoch = list(itertools.islice(stream, a_epoch))
+        assert sorted(itertools.chain(*epoch)) == list(range(size))
+        assert [len(batch) for batch in epoch[:-1]] == [batch_size] * (a_epoch - 1)
+
+
+@quick
+@given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 2**31))
+def test_the_order_depends_on_the_seed_alone(size, batch_size, seed):
+    first = list(itertools.islice(batches(Numbers(size), batch_size, seed), 12))
+    torch.rand(1)
+    assert first == list(itertools.islice(batches(Numbers(size), batch_size, seed), 12))
+
+
+def test_epochs_and_seeds_differ_in_their_order():
+    one, two = itertools.islice(batches(Numbers(30), 30, seed=0), 2)
+    assert one != two
+    assert one != next(batches(Numbers(30), 30, seed=1))
+
+
+# ---- fit_guide
+
+
+@pytest.fixture
+def examples(tones_folder, tiny_base) -> Examples:
+    dataset = read_manifest(tones_folder / "train.jsonl")
+    return Examples(dataset, tiny_base.feature_extractor, tiny_base.tokenizer)
+
+
+def start(net, guide="normal", rank=2, seed=0):
+    pyro.set_rng_seed(seed)
+    model = BLoRA(net, build_prior("normal"), rank=rank, alpha=2.0 * rank)
+    return model, build_guide(guide, model)
+
+
+SHORT = {"beta": 1e-4, "lr": 1e-2, "steps": 5, "batch_size": 2}
+
+
+@torch.no_grad()
+def logits(net, examples) -> torch.Tensor:
+    batch = examples.batch(range(len(examples)))
+    return net(
+        input_features=batch.input_features, decoder_input_ids=batch.decoder_input_ids
+    ).logits
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_history_has_a_step_a_step(net, examples, guide):
+    seen = []
+    history = fit_guide(*start(net, guide), examples, **SHORT, on_step=seen.append)
+    assert seen == history
+    assert [step.step for step in history] == [1, 2, 3, 4, 5]
+    for step in history:
+        assert step.lr == learning_rate(step.step - 1, 5, 1e-2)
+        assert step.tokens == examples.num_tokens  # both utterances are in every batch
+        assert step.kl is not None
+        assert math.isclose(step.loss, step.nll + 1e-4 * step.kl, rel_tol=1e-6)
+
+
+def test_the_first_kl_is_that_of_the_guides_start(net, examples):
+    model, guide = start(net)
+    expected = sum(
+        kl_divergence(Normal(mean, guide.stddev()[name]), Normal(0.0, 0.05)).sum()
+        for name, mean in guide.mean().items()
+    )
+    history = fit_guide(model, guide, examples, **{**SHORT, "steps": 1})
+    assert math.isclose(history[0].kl, float(expected), rel_tol=1e-3)
+
+
+def test_the_likelihood_is_the_mean_over_target_tokens(net, examples):
+    model, guide = start(net, "point")  # B = 0 at the start: the base itself
+    batch = examples.batch([0, 1])
+    expected = torch.nn.functional.cross_entropy(
+        logits(net, examples).flatten(0, 1), batch.labels.flatten()
+    )
+    history = fit_guide(model, guide, examples, **{**SHORT, "steps": 1})
+    assert math.isclose(history[0].nll, float(expected), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_without_beta_there_is_no_kl(net, examples, guide):
+    history = fit_guide(*start(net, guide), examples, **{**SHORT, "beta": 0.0})
+    assert all(step.kl is None and step.loss == step.nll for step in history)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_loss_falls_on_a_set_that_can_be_learned_by_heart(fluent_base, examples, guide):
+    options = {"beta": 1e-6, "lr": 0.03, "steps": 40, "batch_size": 2}
+    history = fit_guide(*start(fluent_base.net, guide, rank=4), examples, **options)
+    assert history[-1].loss < 0.5 * history[0].loss
+    assert history[-1].nll < 0.5 * history[0].nll
+
+
+def test_a_large_beta_pulls_the_posterior_to_the_prior(net, examples):
+    options = {"beta": 1.0, "lr": 0.05, "steps": 60, "batch_size": 2}
+    model, guide = start(net)
+    history = fit_guide(model, guide, examples, **options)
+    assert history[-1].kl < 0.1 * history[0].kl
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_base_is_left_as_it_was(net, examples, guide):
+    model, guide = start(net, guide)
+    weights = {name: value.clone() for name, value in net.state_dict().items()}
+    before = logits(net, examples)
+    fit_guide(model, guide, examples, **SHORT)
+    assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
+    assert torch.equal(logits(net, examples), before)  # no factors in place
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_pyros_global_state_is_left_as_it_was(net, examples, guide):
+    mine = pyro.param("mine", torch.tensor(2.0))
+    local = pyro.settings.get("module_local_params")
+    fit_guide(*start(net, guide), examples, **SHORT)
+    assert list(pyro.get_param_store().keys()) == ["mine"]
+    assert pyro.param("mine") is mine
+    assert pyro.settings.get("module_local_params") is local
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_same_seed_gives_the_same_history(net, examples, guide):
+    options = {**SHORT, "batch_size": 1}
+    first, again, other = (
+        [astuple(s) for s in fit_guide(*start(net, guide, seed=seed), examples, **options)]
+        for seed in (4, 4, 5)
+    )
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro says it, too
+def test_a_loss_that_is_not_finite_stops_the_fit_and_clears_the_net(net, examples):
+    model, guide = start(net)
+    before = logits(net, examples)
+    features = examples.features
+    examples.features = torch.full_like(features, math.nan)
+    store = set(pyro.get_param_store().keys())
+    with pytest.raises(FloatingPointError, match="nan at step 1"):
+        fit_guide(model, guide, examples, **SHORT)
+    examples.features = features
+    assert torch.equal(logits(net, examples), before)
+    assert set(pyro.get_param_store().keys()) == store
+
+
+def test_an_interrupted_fit_clears_the_net(net, examples):
+    def interrupt(step):
+        raise KeyboardInterrupt
+
+    before = logits(net, examples)
+    with pytest.raises(KeyboardInterrupt):
+        fit_guide(*start(net), examples, **SHORT, on_step=interrupt)
+    assert torch.equal(logits(net, examples), before)

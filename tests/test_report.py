@@ -1,0 +1,184 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from blora_pyro.config import FitConfig
+from blora_pyro.fitting import Step
+from blora_pyro.report import TerminalProgress, fit_tables, print_tables
+
+
+def rate(value, low, high):
+    return {"rate": value, "interval": [low, high]}
+
+
+def change(value, low, high):
+    return {"difference": value, "interval": [low, high]}
+
+
+def backward(base, adapted):
+    return {
+        "base": {"metric": "wer", "utterances": 9, "wer": base, "cer": rate(0.111, 0.1, 0.12)},
+        "adapted": {"metric": "wer", "utterances": 9, "wer": adapted, "cer": rate(0.2, 0.1, 0.3)},
+        "change": {"wer": change(0.0123, -0.004, 0.0289), "cer": change(0, 0, 0)},
+    }
+
+
+METRICS = {
+    "new_domain": {
+        "name": "de-en",
+        "base": {
+            "metric": "wer",
+            "utterances": 40,
+            "wer": rate(0.6543, 0.6012, 0.7089),
+            "cer": rate(0.301, 0.25, 0.35),
+            "pier": rate(1.0567, 0.9, 1.2),
+        },
+        "adapted": {
+            "metric": "wer",
+            "utterances": 40,
+            "wer": rate(0.2708, 0.22, 0.33),
+            "cer": rate(0.1, 0.05, 0.15),
+            "pier": rate(0.4, 0.3, 0.5),
+        },
+        "change": {
+            "wer": change(-0.3838, -0.45, -0.3211),
+            "cer": change(-0.201, -0.25, -0.15),
+            "pier": change(-0.6567, -0.8, -0.5),
+        },
+    },
+    "backward": {
+        "de": backward(rate(0.0612, 0.04, 0.08), rate(0.0735, 0.05, 0.1)),
+        "fr": backward(rate(0.15, 0.1, 0.2), rate(0.1623, 0.11, 0.21)),
+    },
+    "backward_error": {
+        "base": rate(0.1056, 0.08, 0.13),
+        "adapted": rate(0.1179, 0.09, 0.14),
+        "change": change(0.0123, -0.001, 0.025),
+    },
+    "sparsity": {"A": 0.1234, "B": 0.5, "delta_w": 0.9971},
+}
+
+
+def rendered(metrics, width=110) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    for line in fit_tables(metrics):
+        console.print(line, soft_wrap=isinstance(line, str))
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def row(lines, *starts) -> str:
+    """The one line with all these words, spaces squeezed and rules dropped."""
+    (line,) = [line for line in lines if all(start in line for start in starts)]
+    return " ".join(line.replace("│", " ").split())
+
+
+def test_the_new_domain_has_a_row_a_measure_in_percent_with_intervals():
+    lines = rendered(METRICS)
+    assert row(lines, "new domain de-en") == (
+        "new domain de-en WER 65.4 [60.1, 70.9] 27.1 [22.0, 33.0] -38.4 [-45.0, -32.1]"
+    )
+    assert row(lines, "CER") == "CER 30.1 [25.0, 35.0] 10.0 [5.0, 15.0] -20.1 [-25.0, -15.0]"
+    assert row(lines, "PIER") == "PIER 105.7 [90.0, 120.0] 40.0 [30.0, 50.0] -65.7 [-80.0, -50.0]"
+
+
+def test_every_backward_set_has_a_row_of_its_main_measure():
+    lines = rendered(METRICS)
+    assert row(lines, "backward de") == (
+        "backward de WER 6.1 [4.0, 8.0] 7.3 [5.0, 10.0] +1.2 [-0.4, 2.9]"
+    )
+    assert row(lines, "backward fr") == (
+        "backward fr WER 15.0 [10.0, 20.0] 16.2 [11.0, 21.0] +1.2 [-0.4, 2.9]"
+    )
+
+
+def test_the_backward_average_and_the_forgetting_are_shown():
+    lines = rendered(METRICS)
+    assert row(lines, "│ backward average") == (
+        "backward average 10.6 [8.0, 13.0] 11.8 [9.0, 14.0] +1.2 [-0.1, 2.5]"
+    )
+    assert row(lines, "forgetting:") == (
+        "forgetting: +1.2 points [-0.1, 2.5] on the backward average"
+    )
+
+
+def test_sparsity_is_shown():
+    assert row(rendered(METRICS), "sparsity").endswith("A 12.3%, B 50.0%, ΔW 99.7%")
+
+
+def without(*names):
+    return {name: value for name, value in METRICS.items() if name not in names}
+
+
+def test_without_sets_it_says_that_nothing_was_measured():
+    metrics = {"backward": {}, "sparsity": METRICS["sparsity"]}
+    assert "nothing was measured" in " ".join(rendered(metrics))
+
+
+def test_without_backward_sets_there_is_no_forgetting():
+    lines = rendered({**without("backward_error"), "backward": {}})
+    assert row(lines, "new domain")
+    assert not any("backward" in line or "forgetting" in line for line in lines)
+
+
+def test_without_a_new_domain_there_are_backward_rows_only():
+    lines = rendered(without("new_domain"))
+    assert row(lines, "backward de")
+    assert not any("new domain" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["[bold]set", "[/] of /[x]", "sets/[de].jsonl"])
+def test_brackets_in_a_name_are_shown_as_they_are(name, capsys):
+    metrics = {**METRICS, "new_domain": {**METRICS["new_domain"], "name": name}}
+    metrics["backward"] = {name: METRICS["backward"]["de"]}
+    lines = rendered(metrics)
+    assert row(lines, f"new domain {name}")
+    assert row(lines, f"backward {name}")
+    TerminalProgress().stage(f"base on {name}")
+    assert capsys.readouterr().err.strip() == f"base on {name} ..."
+
+
+def test_a_long_name_costs_no_digit():
+    name = "/home/somebody/corpora/of/a/very/long/name/that/goes/on/and/on/test.jsonl"
+    metrics = {**METRICS, "backward": {name: METRICS["backward"]["de"]}}
+    cells = " ".join(" ".join(rendered(metrics)).split())
+    for figures in ("6.1 [4.0, 8.0]", "7.3 [5.0, 10.0]", "+1.2 [-0.4, 2.9]", "65.4 [60.1, 70.9]"):
+        assert figures in cells
+
+
+def test_tables_are_printed_to_stdout_and_further_lines_as_they_are(capsys):
+    print_tables(fit_tables(METRICS), "run folder: runs/[a]/" + "x" * 150)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines()[-1] == "run folder: runs/[a]/" + "x" * 150
+    assert "65.4 [60.1, 70.9]" in out
+
+
+def test_progress_goes_to_stderr_and_names_the_temperature(capsys):
+    config = FitConfig(beta=2e-4, steps=2)
+    with TerminalProgress() as progress:
+        progress.stage("loading")
+        progress.ready(config, num_tokens=10_000, num_weights=1234)
+        progress.step(Step(1, 3.5, 3.0, 2500.0, 1e-3, 40))
+        progress.step(Step(2, 3.5, 3.0, 2500.0, 1e-3, 40))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "loading ..." in err
+    text = " ".join(err.split())
+    assert "1,234 adapter weights" in text
+    assert "N = 10,000 target tokens" in text
+    assert "beta 0.0002" in text
+    assert "T = beta · N = 2" in text
+
+
+@pytest.mark.parametrize(("beta", "kl"), [(0.0, None), (1e-4, 2500.0)])
+def test_the_figures_beside_the_bar_are_running_means(beta, kl):
+    progress = TerminalProgress()
+    progress.ready(FitConfig(beta=beta, steps=3), num_tokens=100, num_weights=10)
+    progress.step(Step(1, 3.0, 3.0, kl, 1e-3, 40))
+    progress.step(Step(2, 2.0, 2.0, kl, 1e-3, 40))
+    (task,) = progress.bar.tasks
+    assert (task.completed, task.total) == (2, 3)
+    assert "NLL 2.900" in task.fields["figures"]
+    assert ("beta·KL 0.250" in task.fields["figures"]) == (kl is not None)
+    assert ("KL" in task.fields["figures"]) == (kl is not None)

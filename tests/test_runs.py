@@ -1,0 +1,449 @@
+import copy
+import json
+import shutil
+from dataclasses import asdict
+
+import pyro
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+
+import blora_pyro
+from blora_pyro.config import FitConfig
+from blora_pyro.errors import UserError
+from blora_pyro.fitting import learning_rate
+from blora_pyro.models import load_base
+from blora_pyro.posterior import Posterior
+from blora_pyro.runs import (
+    Listener,
+    evaluate_run,
+    fit,
+    load_examples,
+    merge_run,
+    read_run,
+    transcribe,
+)
+
+FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "posterior.safetensors",
+    "run.json",
+    "metrics.json",
+}
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def run_json(finished_run):
+    return read_json(finished_run.output / "run.json")
+
+
+@pytest.fixture
+def short(fit_options):
+    """The same fit in three steps, without backward sets."""
+    return {**fit_options, "steps": 3, "backward": ()}
+
+
+@torch.no_grad()
+def logits(net, features, prompt) -> torch.Tensor:
+    prompts = torch.tensor([prompt]).expand(len(features), -1)
+    return net(input_features=features.float(), decoder_input_ids=prompts).logits
+
+
+# ---- what a fit leaves
+
+
+def test_a_run_folder_holds_the_adapter_the_posterior_and_the_figures(finished_run):
+    assert {path.name for path in finished_run.output.iterdir()} == FILES
+
+
+def test_run_json_holds_the_resolved_configuration(finished_run, run_json, fit_options):
+    expected = asdict(FitConfig(**fit_options)) | {"alpha": 8.0}
+    assert run_json["config"] == {**expected, "backward": list(fit_options["backward"])}
+    assert asdict(finished_run.config) == expected
+
+
+def test_run_json_holds_the_whole_history(finished_run, run_json, fit_options):
+    history = run_json["history"]
+    assert history == [asdict(step) for step in finished_run.history]
+    assert [step["step"] for step in history] == list(range(1, 41))
+    assert [step["lr"] for step in history] == [learning_rate(i, 40, 0.03) for i in range(40)]
+
+
+def test_run_json_holds_versions_temperature_and_times(finished_run, run_json):
+    tokens = len(" das red") + len(" ein bicycle") + 2  # the tiny tokenizer spells, and two ends
+    assert run_json["training_tokens"] == tokens
+    assert run_json["temperature"] == pytest.approx(1e-5 * tokens)
+    assert run_json["language"] == "de-en"
+    assert run_json["adapter_weights"] == finished_run.posterior.num_weights
+    assert run_json["versions"]["blora-pyro"] == blora_pyro.__version__
+    assert run_json["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert {"python", "pyro-ppl", "transformers", "peft"} <= set(run_json["versions"])
+    assert 0 < run_json["seconds"]["fit"] <= run_json["seconds"]["total"]
+
+
+def test_metrics_json_holds_what_the_run_measured(finished_run, fit_options):
+    metrics = read_json(finished_run.output / "metrics.json")
+    assert metrics == finished_run.metrics
+    assert metrics["new_domain"]["name"] == fit_options["data"]
+    assert list(metrics["backward"]) == list(fit_options["backward"])
+    assert metrics["sparsity"] == finished_run.posterior.sparsity()
+
+
+def test_the_fit_learns_the_new_domain(finished_run):
+    domain = finished_run.metrics["new_domain"]
+    assert domain["base"]["wer"]["rate"] >= 0.5
+    assert domain["adapted"]["wer"]["rate"] == 0
+    for measure in ("wer", "cer", "pier"):
+        change = domain["change"][measure]["difference"]
+        rates = [domain[state][measure]["rate"] for state in ("adapted", "base")]
+        assert change == pytest.approx(rates[0] - rates[1])
+
+
+def test_the_backward_error_is_the_average_over_the_backward_sets(finished_run):
+    metrics = finished_run.metrics
+    for state in ("base", "adapted"):
+        rates = [one[state]["wer"]["rate"] for one in metrics["backward"].values()]
+        assert metrics["backward_error"][state]["rate"] == pytest.approx(sum(rates) / 2)
+    assert metrics["backward_error"]["base"]["rate"] == 0  # it knows both by heart
+    difference = metrics["backward_error"]["change"]["difference"]
+    assert difference == pytest.approx(metrics["backward_error"]["adapted"]["rate"])
+
+
+def test_the_posterior_of_a_run_can_be_read_again(finished_run):
+    posterior, about = read_run(finished_run.output)
+    for name, mean in finished_run.posterior.mean.items():
+        assert torch.equal(posterior.mean[name], mean)
+        assert torch.equal(posterior.stddev[name], finished_run.posterior.stddev[name])
+    assert about["config"].backward_sets == finished_run.config.backward
+
+
+# ---- the same again
+
+
+def test_the_same_seed_gives_the_same_history_posterior_and_metrics(
+    finished_run, fit_options, tmp_path
+):
+    torch.rand(5)
+    again = fit(tmp_path / "again", **fit_options)
+    assert again.history == finished_run.history
+    assert again.metrics == finished_run.metrics
+    for name in ("posterior.safetensors", "adapter_model.safetensors"):
+        first, second = load_file(finished_run.output / name), load_file(again.output / name)
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_another_seed_gives_another_history(short, finished_run):
+    other = fit(evaluate=False, **{**short, "seed": 1})
+    assert other.history[0].nll != finished_run.history[0].nll
+
+
+def test_the_seed_orders_the_data_too(short):
+    # The two utterances differ in their tokens, and so tell which came first.
+    options = {**short, "batch_size": 1, "epochs": 2}
+    orders = {
+        tuple(step.tokens for step in fit(evaluate=False, **options, seed=seed).history)
+        for seed in range(5)
+    }
+    assert len(orders) > 1
+
+
+def test_evaluating_a_run_again_gives_its_metrics_to_the_last_digit(finished_run):
+    assert evaluate_run(finished_run.output) == read_json(finished_run.output / "metrics.json")
+
+
+def test_a_run_can_be_evaluated_on_other_data(finished_run, tones_folder):
+    german = str(tones_folder / "de.jsonl")
+    metrics = evaluate_run(str(finished_run.output), german)
+    assert metrics["new_domain"] == {"name": german, **finished_run.metrics["backward"][german]}
+    assert metrics["backward"] == {}
+    assert "backward_error" not in metrics
+
+
+# ---- where a run may go
+
+
+def test_an_output_with_content_is_refused_unless_overwritten(short, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("keep me")
+    with pytest.raises(UserError, match=r"not empty.*--overwrite"):
+        fit(tmp_path / "run", **short)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+    fit(str(tmp_path / "run"), overwrite=True, evaluate=False, **short)
+    assert (tmp_path / "run" / "mine.txt").read_text() == "keep me"
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_an_empty_output_folder_is_taken(short, tmp_path):
+    assert fit(tmp_path, evaluate=False, **short).output == tmp_path
+
+
+def test_an_output_that_is_a_file_is_refused(short, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="can't be written"):
+            fit(place, overwrite=True, **short)
+
+
+def test_without_output_nothing_is_written(short, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = fit(**short)
+    assert run.output is None
+    assert run.metrics["new_domain"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_evaluation_nothing_is_measured(short, tmp_path):
+    run = fit(tmp_path / "run", evaluate=False, **short)
+    assert len(run.history) == 3
+    assert "new_domain" not in run.metrics
+    assert not run.metrics.get("backward")
+    assert {"run.json", "posterior.safetensors"} <= {p.name for p in run.output.iterdir()}
+    assert evaluate_run(run.output)["new_domain"]["adapted"]["utterances"] == 2
+
+
+# ---- options
+
+
+@pytest.mark.parametrize("guide", ["point", "auto-normal"])
+def test_other_guides_run_too(short, tmp_path, guide):
+    run = fit(tmp_path / "run", **{**short, "guide": guide})
+    assert len(run.history) == 3
+    loaded = Posterior.load(run.output)
+    deviations = torch.cat([value.flatten() for value in loaded.stddev.values()])
+    assert bool((deviations == 0).all()) == (guide == "point")
+    assert evaluate_run(run.output) == run.metrics
+
+
+def test_beta_zero_and_beta_auto(short):
+    silent = fit(evaluate=False, **{**short, "beta": 0.0})
+    assert all(step.kl is None for step in silent.history)
+    exact = fit(evaluate=False, **{**short, "beta": "auto", "epochs": 2, "batch_size": 1})
+    assert exact.config.beta == pytest.approx(1 / 22)
+    assert exact.config.steps == len(exact.history) == 4
+
+
+def test_the_target_modules_the_rank_and_the_prior_are_those_of_the_options(short):
+    options = {**short, "target_modules": "q_proj,v_proj", "rank": 1}
+    run = fit(evaluate=False, **options)
+    names = [name for name, _, _ in run.posterior.layer_means()]
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "v_proj"}
+    assert run.posterior.rank == 1
+    wide = fit(evaluate=False, **options, prior_scale=5.0)
+    assert wide.history[0].nll == run.history[0].nll
+    assert wide.history[0].kl > run.history[0].kl
+
+
+def test_bfloat16_keeps_the_factors_in_float32(short):
+    run = fit(evaluate=False, **{**short, "precision": "bf16"})
+    assert {value.dtype for value in run.posterior.mean.values()} == {torch.float32}
+
+
+def test_a_test_set_of_its_own_is_scored_instead(short, tones_folder):
+    english = str(tones_folder / "en.jsonl")
+    run = fit(**{**short, "test": english})
+    assert run.metrics["new_domain"]["name"] == english
+    assert run.metrics["new_domain"]["base"]["wer"]["rate"] == 0
+
+
+def test_a_manifest_as_data_is_all_for_training(short, tones_folder):
+    run = fit(**{**short, "data": str(tones_folder / "train.jsonl")})
+    assert "new_domain" not in run.metrics
+
+
+def test_a_folder_without_a_test_split_is_all_for_training(short, tones_folder, tmp_path):
+    shutil.copytree(tones_folder, tmp_path / "data")
+    (tmp_path / "data" / "test.jsonl").unlink()
+    run = fit(**{**short, "data": str(tmp_path / "data")})
+    assert "new_domain" not in run.metrics
+
+
+def test_backward_sets_of_one_file_name_are_all_measured(short, tones_folder, tmp_path):
+    for code in ("de", "en"):
+        shutil.copytree(tones_folder, tmp_path / code)
+        (tmp_path / code / f"{code}.jsonl").replace(tmp_path / code / "test.jsonl")
+    sets = tuple(str(tmp_path / code / "test.jsonl") for code in ("de", "en"))
+    metrics = fit(**{**short, "backward": sets}).metrics
+    assert tuple(metrics["backward"]) == sets
+
+
+class Diary(Listener):
+    def __init__(self):
+        self.entries = []
+
+    def stage(self, name):
+        self.entries.append(name)
+
+    def ready(self, config, num_tokens, num_weights):
+        self.entries.append((config, num_tokens, num_weights))
+
+    def step(self, step):
+        self.entries.append(step)
+
+
+def test_a_listener_hears_of_stages_the_start_and_every_step(fit_options):
+    diary = Diary()
+    run = fit(progress=diary, **{**fit_options, "steps": 2})
+    sets = ["the new domain", *fit_options["backward"]]
+    assert diary.entries == [
+        "loading",
+        *(f"base on {name}" for name in sets),
+        (run.config, 22, run.posterior.num_weights),
+        *run.history,
+        *(f"adapted on {name}" for name in sets),
+    ]
+
+
+def test_pyros_parameter_store_stays_empty(short):
+    fit(evaluate=False, **short)
+    assert not pyro.get_param_store().keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"data": "nowhere"}, "nowhere"),
+        ({"test": "nowhere"}, "nowhere"),
+        ({"backward": ("nowhere",)}, "nowhere"),
+        ({"base": "/nowhere"}, "/nowhere"),
+        ({"prior": "uniform"}, "uniform"),
+        ({"guide": "tour"}, "tour"),
+        ({"target_modules": "nothing"}, "nothing"),
+        ({"rank": 17}, "17"),
+        ({"beta": -1.0}, "beta"),
+        ({"seed": -1}, "seed"),
+        ({"device": "toaster"}, "toaster"),
+    ],
+)
+def test_bad_options_are_refused_before_the_fit(short, options, words):
+    diary = Diary()
+    with pytest.raises(UserError, match=words) as caught:
+        fit(progress=diary, **{**short, **options})
+    assert "\n" not in str(caught.value)
+    assert all(isinstance(entry, str) for entry in diary.entries)  # no step, and not ready for one
+
+
+def test_word_languages_that_do_not_fit_their_text_are_refused_before_the_fit(
+    short, tones_folder, tmp_path
+):
+    shutil.copytree(tones_folder, tmp_path / "data")
+    lines = (tmp_path / "data" / "test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"word_languages": ["de", "en", "de"]} for line in lines]
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    diary = Diary()
+    with pytest.raises(UserError, match="word_languages"):
+        fit(progress=diary, **{**short, "data": str(tmp_path / "data")})
+    assert all(isinstance(entry, str) for entry in diary.entries)
+
+
+# ---- damaged runs
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"config": 3}', '{"config": {"rank": 0}}', "\xff"]
+)
+def test_a_damaged_run_json_is_refused(finished_run, tmp_path, content):
+    shutil.copytree(finished_run.output, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(content, encoding="latin-1")
+    for use in (evaluate_run, read_run, lambda folder: transcribe([], folder)):
+        with pytest.raises(UserError) as caught:
+            use(tmp_path / "run")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_run_json_without_a_language_is_refused(finished_run, tones_folder, tmp_path):
+    shutil.copytree(finished_run.output, tmp_path / "run")
+    about = read_json(tmp_path / "run" / "run.json")
+    del about["language"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"run\.json"):
+        transcribe([tones_folder / "en0.wav"], tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    for use in (evaluate_run, lambda folder: merge_run(folder, tmp_path / "out")):
+        with pytest.raises(UserError, match="no run folder"):
+            use(tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- merge and transcribe
+
+
+def test_a_merged_run_is_a_plain_checkpoint_with_the_adapted_logits(
+    finished_run, fluent_base, tones_folder, tmp_path
+):
+    merge_run(finished_run.output, tmp_path / "merged")
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    plain = WhisperForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    WhisperTokenizer.from_pretrained(tmp_path / "merged")
+    WhisperFeatureExtractor.from_pretrained(tmp_path / "merged")
+    examples = load_examples(fluent_base, str(tones_folder), "test")
+    prompt = examples.prompts[0]
+    with finished_run.posterior.applied(fluent_base.net):
+        adapted = logits(fluent_base.net, examples.features, prompt)
+    torch.testing.assert_close(logits(plain, examples.features, prompt), adapted, atol=1e-4, rtol=0)
+    assert not torch.allclose(logits(fluent_base.net, examples.features, prompt), adapted, atol=0.1)
+
+
+def test_a_merged_run_is_a_base_that_says_what_the_run_says(finished_run, tones_folder, tmp_path):
+    merge_run(finished_run.output, tmp_path / "merged")
+    audio = [tones_folder / "test4.wav", tones_folder / "test5.wav"]
+    merged = transcribe(audio, base=str(tmp_path / "merged"), language="de-en")
+    assert merged == transcribe(audio, finished_run.output) == ["das red", "ein bicycle"]
+    assert load_base(str(tmp_path / "merged")).net.generation_config.lang_to_id
+
+
+def test_merging_into_a_folder_with_content_needs_overwrite(finished_run, tmp_path):
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="not empty"):
+        merge_run(finished_run.output, tmp_path)
+    merge_run(finished_run.output, tmp_path, overwrite=True)
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_transcribing_with_and_without_an_adapter(finished_run, fluent_folder, tones_folder):
+    audio = [str(tones_folder / "test5.wav"), str(tones_folder / "test4.wav")]
+    adapted = transcribe(audio, str(finished_run.output))
+    assert adapted == ["ein bicycle", "das red"]
+    base = transcribe(audio, base=str(fluent_folder), language="de-en")
+    assert base != adapted
+    detected = transcribe([tones_folder / "de3.wav"], base=str(fluent_folder))
+    assert detected == ["ein rad"]
+
+
+def test_an_adapters_language_is_that_of_its_data_unless_given(finished_run, tones_folder):
+    audio = [tones_folder / "test4.wav"]
+    default = transcribe(audio, finished_run.output)
+    assert transcribe(audio, finished_run.output, language="de-en") == default
+    with pytest.raises(UserError, match="'xx'"):
+        transcribe(audio, finished_run.output, language="xx")
+
+
+def test_an_adapter_does_not_go_on_a_base_of_another_geometry(
+    finished_run, fluent_folder, tones_folder, tmp_path
+):
+    shutil.copytree(fluent_folder, tmp_path / "other")
+    net = load_base(str(fluent_folder)).net
+    config = copy.deepcopy(net.config)
+    config.decoder_layers = 1
+    other = WhisperForConditionalGeneration(config)
+    other.generation_config = net.generation_config
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="base model"):
+        transcribe([tones_folder / "en0.wav"], finished_run.output, base=str(tmp_path / "other"))
+
+
+def test_a_device_that_cannot_be_used_is_refused(finished_run, fluent_folder, tones_folder):
+    audio = [tones_folder / "en0.wav"]
+    with pytest.raises(UserError, match="toaster"):
+        transcribe(audio, base=str(fluent_folder), device="toaster")
+    with pytest.raises(UserError, match="toaster"):
+        transcribe(audio, finished_run.output, device="toaster")
+    with pytest.raises(UserError, match="toaster"):
+        evaluate_run(finished_run.output, device="toaster")
