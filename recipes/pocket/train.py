@@ -10,6 +10,7 @@ import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,8 @@ def features(rows: list[dict], cache: Path) -> np.ndarray:
     """Features of all rows, (rows, 80, FRAMES), memory-mapped from `cache`."""
     if not cache.exists():
         chunks = [[row["audio"] for row in rows[i : i + 64]] for i in range(0, len(rows), 64)]
-        with ProcessPoolExecutor() as pool:
+        # Spawned, not forked: a fork of a process that has used OpenMP threads can hang.
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             array = np.concatenate(list(pool.map(features_of, chunks)))
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.save(cache, array)
