@@ -97,10 +97,11 @@ def find_targets(net: nn.Module, target_modules: str) -> dict[str, nn.Linear]:
     Raises:
         UserError: If nothing matches, or the regular expression is not one.
     """
+    output_layer = net.get_output_embeddings()  # type: ignore[operator]
     linear = {
         name: module
         for name, module in net.named_modules()
-        if isinstance(module, nn.Linear) and module is not net.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(module, nn.Linear) and module is not output_layer
     }
     if target_modules == ALL_LINEAR:
         return linear

@@ -29,8 +29,8 @@ class FitConfig:
         alpha: Updates are scaled by alpha / rank; None is 2 · rank.
         target_modules: As in PEFT: `all-linear`, suffixes with commas between, or a regex.
         lr: Peak learning rate of Adam.
-        steps: Steps of SVI; or give
-        epochs: passes over the training data, which take precedence.
+        steps: Steps of SVI.
+        epochs: Passes over the training data; takes precedence over `steps`.
         batch_size: Utterances a step.
         precision: `fp32`, or `bf16` for Whisper under autocast with float32 factors.
         seed: Of the start, the data order and the noise.

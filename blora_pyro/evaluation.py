@@ -62,7 +62,7 @@ def _tagged(text: str, languages: list[str]) -> tuple[str, list[str]]:
         )
     kept = [
         (part, language)
-        for token, language in zip(words(text), languages, strict=True)
+        for token, language in zip(tokens, languages, strict=True)
         for part in words(normalize(token))
     ]
     return " ".join(part for part, _ in kept), [language for _, language in kept]

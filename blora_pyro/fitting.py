@@ -103,6 +103,7 @@ def fit_guide(
     """
     device = model.net.device
     temper = Temper(beta)
+    tempered = temper(model), temper(guide)
     elbo = _Elbo()
     data = batches(examples, batch_size, seed)
     history: list[Step] = []
@@ -116,7 +117,7 @@ def fit_guide(
                 batch = next(data).to(device)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, steps, lr)
-                loss = elbo.differentiable_loss(temper(model), temper(guide), batch)
+                loss = elbo.differentiable_loss(*tempered, batch)
                 optimizer.zero_grad()
                 loss.backward()
                 value, nll = loss.item(), elbo.nll.item()

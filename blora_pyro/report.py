@@ -85,13 +85,15 @@ def fit_tables(metrics: dict[str, Any]) -> list[Table | str]:
         table.add_column(name, justify="left" if name in ("set", "measure") else "right")
     if domain := metrics.get(NEW_DOMAIN):
         for index, measure in enumerate(domain["change"]):
-            _add_row(table, f"new domain {domain['name']}" if index == 0 else "", measure, domain)
+            name = f"new domain {domain['name']}" if index == 0 else ""
+            _add_row(table, name, measure, _only(domain, measure))
         table.add_section()
     for name, both in metrics["backward"].items():
-        _add_row(table, f"backward {name}", both["base"]["metric"], both)
+        measure = both["base"]["metric"]
+        _add_row(table, f"backward {name}", measure, _only(both, measure))
     lines: list[Table | str] = [table]
     if average := metrics.get("backward_error"):
-        _add_row(table, "backward average", "error", {**average, "error": True})
+        _add_row(table, "backward average", "", average)
         change = average["change"]
         lines.append(
             f"forgetting: {_signed(change['difference'])} points {_interval(change)} "
@@ -114,14 +116,18 @@ def print_tables(lines: list[Table | str], *more: str) -> None:
         console.print(line, soft_wrap=True, markup=False)
 
 
-def _add_row(table: Table, name: str, measure: str, both: dict[str, Any]) -> None:
-    cells = []
-    for state in ("base", "adapted"):
-        rate = both[state] if "error" in both else both[state][measure]
-        cells.append(f"{100 * rate['rate']:.1f} {_interval(rate)}")
-    change = both["change"] if "error" in both else both["change"][measure]
-    cells.append(f"{_signed(change['difference'])} {_interval(change)}")
-    table.add_row(escape(name), measure.upper() if "error" not in both else "", *cells)
+def _only(both: dict[str, Any], measure: str) -> dict[str, Any]:
+    """One measure's base, adapted and change."""
+    return {state: both[state][measure] for state in ("base", "adapted", "change")}
+
+
+def _add_row(table: Table, name: str, measure: str, rates: dict[str, Any]) -> None:
+    cells = [
+        f"{100 * rates[state]['rate']:.1f} {_interval(rates[state])}"
+        for state in ("base", "adapted")
+    ]
+    change = f"{_signed(rates['change']['difference'])} {_interval(rates['change'])}"
+    table.add_row(escape(name), measure.upper(), *cells, change)
 
 
 def _signed(share: float) -> str:

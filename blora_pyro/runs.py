@@ -115,13 +115,14 @@ def fit(
     progress.fitted()
     about = {"language": train.main_language, "training_tokens": train.num_tokens}
     if folder:  # before anything else can go wrong
-        save_run(run, about, seconds)
+        posterior.save(folder)
+        write_run(folder, run, about, seconds)
     with posterior.applied(base.net):
         after = measure(base, sets, lambda name: progress.stage(f"adapted on {name}"))
     run.metrics = compare(posterior, before, after, config.test or config.data)
     seconds["total"] = time.monotonic() - started
     if folder:
-        save_run(run, about, seconds)
+        write_run(folder, run, about, seconds)
         write_json(folder / "metrics.json", run.metrics)
     return run
 
@@ -234,10 +235,8 @@ def _change(base: list[Counts], adapted: list[Counts]) -> dict[str, Any]:
     return {"difference": difference, "interval": [low, high]}
 
 
-def save_run(run: Run, training: dict[str, Any], seconds: dict[str, float]) -> None:
-    """Write the posterior, the adapter and `run.json` into the run's folder."""
-    assert run.output is not None
-    run.posterior.save(run.output)
+def write_run(folder: Path, run: Run, training: dict[str, Any], seconds: dict[str, float]) -> None:
+    """Write `run.json`."""
     beta = float(run.config.beta)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     about = {
@@ -249,7 +248,7 @@ def save_run(run: Run, training: dict[str, Any], seconds: dict[str, float]) -> N
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "history": [asdict(step) for step in run.history],
     }
-    write_json(run.output / "run.json", about)
+    write_json(folder / "run.json", about)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

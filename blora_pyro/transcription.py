@@ -43,7 +43,7 @@ def transcribe_files(
 ) -> list[str]:
     """Transcripts of audio files; see `blora_pyro.runs.transcribe`."""
     rows = [(str(path), read_audio({"path": str(path)})) for path in paths]
-    features = featurise(rows, base.feature_extractor).float()
+    features = featurise(rows, base.feature_extractor)
     codes = [language] * len(rows) if language else ["en"] * len(rows)
     if not language and getattr(base.net.generation_config, "is_multilingual", False):
         codes = detect_languages(base, features)
@@ -62,7 +62,7 @@ def transcribe_features(
     for prompt, indices in by_prompt.items():
         for start in range(0, len(indices), BATCH_SIZE):
             chosen = indices[start : start + BATCH_SIZE]
-            decoded = decode(base, features[chosen].float(), prompt)
+            decoded = decode(base, features[chosen], prompt)
             for index, text in zip(chosen, decoded, strict=True):
                 texts[index] = text
     return texts
