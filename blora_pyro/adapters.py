@@ -7,13 +7,15 @@ tensor, one Pyro sample statement, however deep the model is.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import pyro
 import torch
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
@@ -21,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from blora_pyro.errors import UserError
 
 Factors = Mapping[str, Tensor]
+Projection = Callable[[Tensor], Tensor]
 
 ALL_LINEAR = "all-linear"
 _REGEX_SIGNS = re.compile(r"[\\^$*+?()\[\]{}|]")
@@ -35,12 +38,14 @@ class Site:
         factor: `"A"` or `"B"`.
         modules: Names of the layers along the first dimension.
         shape: (modules, rank, in_features) for A, (modules, out_features, rank) for B.
+        weight_stddevs: Standard deviation of each layer's frozen weight; empty if not known.
     """
 
     name: str
     factor: Literal["A", "B"]
     modules: tuple[str, ...]
     shape: tuple[int, int, int]
+    weight_stddevs: tuple[float, ...] = ()
 
     @property
     def dims(self) -> tuple[str, str, str]:
@@ -48,32 +53,52 @@ class Site:
         inner = ("rank", "in_feature") if self.factor == "A" else ("out_feature", "rank")
         return ("module", *inner)
 
+    @property
+    def rank_shape(self) -> tuple[int, int]:
+        """(modules, rank), the shape of what has one value a layer and rank."""
+        return self.shape[0], self.shape[self.dims.index("rank")]
+
+    def per_rank(self, values: Tensor) -> Tensor:
+        """Values of `rank_shape`, to broadcast against `shape`."""
+        return values.unsqueeze(-1 if self.factor == "A" else -2)
+
 
 @dataclass(frozen=True)
 class Group:
-    """Target layers of one shape."""
+    """Target layers of one shape and rank.
+
+    Attributes:
+        modules: Names of the layers.
+        out_features: Of each layer.
+        in_features: Of each layer.
+        rank: Of each layer's update.
+        weight_stddevs: Standard deviation of each layer's frozen weight; empty if not known.
+        suffix: Tells groups of one shape apart, where ranks differ (`_r4` after pruning).
+    """
 
     modules: tuple[str, ...]
     out_features: int
     in_features: int
     rank: int
+    weight_stddevs: tuple[float, ...] = ()
+    suffix: str = ""
 
     @property
     def key(self) -> str:
         """The shape, `out_features x in_features`, as used in site names."""
-        return f"{self.out_features}x{self.in_features}"
+        return f"{self.out_features}x{self.in_features}{self.suffix}"
 
     @property
     def A(self) -> Site:
         """The stacked A, (modules, rank, in_features)."""
         shape = (len(self.modules), self.rank, self.in_features)
-        return Site(f"A_{self.key}", "A", self.modules, shape)
+        return Site(f"A_{self.key}", "A", self.modules, shape, self.weight_stddevs)
 
     @property
     def B(self) -> Site:
         """The stacked B, (modules, out_features, rank)."""
         shape = (len(self.modules), self.out_features, self.rank)
-        return Site(f"B_{self.key}", "B", self.modules, shape)
+        return Site(f"B_{self.key}", "B", self.modules, shape, self.weight_stddevs)
 
     @property
     def sites(self) -> tuple[Site, Site]:
@@ -83,6 +108,26 @@ class Group:
     def plate(self) -> pyro.plate:
         """A fresh plate over the layers, dim -1 left of the event dimensions."""
         return pyro.plate(f"modules_{self.key}", len(self.modules), dim=-1)
+
+
+def match_names(names: Iterable[str], pattern: str) -> list[str]:
+    """Those of `names` that a pattern names: suffixes with commas between, or a regex of the whole.
+
+    Raises:
+        UserError: If the pattern has the signs of a regular expression, and is not one.
+    """
+    if _REGEX_SIGNS.search(pattern):
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"target modules '{pattern}' is no regex: {error}") from None
+        return [name for name in names if regex.fullmatch(name)]
+    suffixes = [suffix.strip() for suffix in pattern.split(",")]
+    return [
+        name
+        for name in names
+        if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
+    ]
 
 
 def find_targets(net: nn.Module, target_modules: str) -> dict[str, nn.Linear]:
@@ -105,19 +150,7 @@ def find_targets(net: nn.Module, target_modules: str) -> dict[str, nn.Linear]:
     }
     if target_modules == ALL_LINEAR:
         return linear
-    if _REGEX_SIGNS.search(target_modules):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise UserError(f"target modules '{target_modules}' is no regex: {error}") from None
-        found = {name: module for name, module in linear.items() if pattern.fullmatch(name)}
-    else:
-        suffixes = [suffix.strip() for suffix in target_modules.split(",")]
-        found = {
-            name: module
-            for name, module in linear.items()
-            if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
-        }
+    found = {name: linear[name] for name in match_names(linear, target_modules)}
     if not found:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
         raise UserError(
@@ -139,15 +172,36 @@ def group_by_shape(targets: Mapping[str, nn.Linear], rank: int) -> tuple[Group, 
     largest = min(min(shape) for shape in shapes)
     if not 1 <= rank <= largest:
         raise UserError(f"rank {rank} is not possible here; give one from 1 to {largest}")
-    return tuple(Group(tuple(names), *shape, rank) for shape, names in shapes.items())
+    return tuple(
+        Group(tuple(names), *shape, rank, tuple(_stddev(targets[name]) for name in names))
+        for shape, names in shapes.items()
+    )
+
+
+def _stddev(layer: nn.Linear) -> float:
+    return layer.weight.detach().float().std(correction=0).item()
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    return functional.linear(x, weight.to(x.dtype))
+
+
+@effectful(type="project")
+def projections(factor: Tensor) -> list[Projection]:
+    """The map x -> x wᵀ of every layer of a stacked factor (modules, out, in), in order.
+
+    A Pyro primitive, so that an effect handler may answer it with noisier maps for a factor that it
+    saw being drawn (see `models.estimators`): one a factor, however many layers there are.
+    """
+    return [partial(_project, weight=weight) for weight in factor.unbind(0)]
 
 
 class Adapters:
     """Low-rank updates on the target layers of a net, active while factors are in place.
 
     The net keeps its modules, names and weights: a forward hook adds the update to a target layer's
-    output. Factors stay in place until others come or `clear` is called, so that a backward pass
-    (with gradient checkpointing, too) sees those of its forward pass.
+    output. Factors stay in place, as `projections`, until others come or `clear` is called, so that
+    a backward pass (with gradient checkpointing, too) sees those of its forward pass.
     """
 
     def __init__(self, net: nn.Module, groups: tuple[Group, ...], alpha: float) -> None:
@@ -156,14 +210,14 @@ class Adapters:
         Args:
             net: The module that holds them.
             groups: From `group_by_shape`, or from a saved posterior.
-            alpha: Updates are scaled by `alpha / rank`.
+            alpha: Updates are scaled by `alpha / rank`, the largest rank where they differ.
 
         Raises:
             UserError: If the net lacks a layer, or one has another shape.
         """
         self.groups = groups
-        self.scaling = alpha / groups[0].rank
-        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.scaling = alpha / max(group.rank for group in groups)
+        self._projections: dict[str, tuple[Projection, Projection]] = {}
         modules = dict(net.named_modules())
         layers = {}
         for group in groups:
@@ -182,11 +236,10 @@ class Adapters:
 
     def _hook(self, name: str) -> Any:
         def add_update(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if name not in self._factors:
+            if name not in self._projections:
                 return None
-            a, b = self._factors[name]
-            x = inputs[0]
-            update = functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
+            down, up = self._projections[name]
+            update = up(down(inputs[0]))
             return torch.add(output, update.to(output.dtype), alpha=self.scaling)
 
         return add_update
@@ -194,17 +247,12 @@ class Adapters:
     def put(self, factors: Factors) -> None:
         """Put the factors of every site in place: site name -> tensor of the site's shape."""
         for group in self.groups:
-            stacked = zip(
-                group.modules,
-                factors[group.A.name].unbind(0),
-                factors[group.B.name].unbind(0),
-                strict=True,
-            )
-            self._factors.update({name: (a, b) for name, a, b in stacked})
+            pairs = zip(*(projections(factors[site.name]) for site in group.sites), strict=True)
+            self._projections.update(zip(group.modules, pairs, strict=True))
 
     def clear(self) -> None:
         """Take the factors out: the net is the frozen base again."""
-        self._factors.clear()
+        self._projections.clear()
 
     @contextmanager
     def using(self, factors: Factors) -> Iterator[None]:

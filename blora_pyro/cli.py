@@ -117,6 +117,9 @@ def fit(
         float | None, typer.Option(help="Passes over the training data, instead of --steps.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Utterances a step.")] = 16,
+    estimator: Annotated[
+        str, typer.Option(help="Noise of a step: shared, flipout, flipout-token or local.")
+    ] = "shared",
     precision: Annotated[
         str, typer.Option(help="fp32, or bf16: Whisper under autocast, factors in fp32.")
     ] = "fp32",
@@ -154,6 +157,7 @@ def fit(
                 steps=steps,
                 epochs=epochs,
                 batch_size=batch_size,
+                estimator=estimator,
                 precision=precision,
                 seed=seed,
                 device=device,

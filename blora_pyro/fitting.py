@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from blora_pyro.data import Batch, Examples
 from blora_pyro.guides import Guide
-from blora_pyro.models import BLoRA, Temper
+from blora_pyro.models import BLoRA, Temper, build_estimator
 
 WARM_UP_SHARE = 0.1
 
@@ -76,6 +76,7 @@ def fit_guide(
     lr: float,
     steps: int,
     batch_size: int,
+    estimator: str = "shared",
     seed: int = 0,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
@@ -92,6 +93,7 @@ def fit_guide(
         lr: Peak learning rate.
         steps: Number of steps.
         batch_size: Utterances a step.
+        estimator: How the draw reaches the batch; one of `models.ESTIMATORS`.
         seed: Order of the data.
         on_step: Called after every step.
 
@@ -100,11 +102,12 @@ def fit_guide(
 
     Raises:
         FloatingPointError: If the loss is not finite.
+        UserError: If there is no such estimator.
     """
     device = model.net.device
     temper = Temper(beta)
     tempered = temper(model), temper(guide)
-    elbo = _Elbo()
+    elbo, noise = _Elbo(), build_estimator(estimator)
     data = batches(examples, batch_size, seed)
     history: list[Step] = []
     try:
@@ -117,7 +120,8 @@ def fit_guide(
                 batch = next(data).to(device)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, steps, lr)
-                loss = elbo.differentiable_loss(*tempered, batch)
+                with noise:
+                    loss = elbo.differentiable_loss(*tempered, batch)
                 optimizer.zero_grad()
                 loss.backward()
                 value, nll = loss.item(), elbo.nll.item()

@@ -1,26 +1,65 @@
 """The fitted posterior: draws, mean, sparsity, its file, and its export as a stock PEFT adapter."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import pyro
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blora_pyro.adapters import Adapters, Group
+from blora_pyro.draws import to_inference_data, traces
 from blora_pyro.errors import UserError
+from blora_pyro.guides import Guide, build_guide, build_prior, latent_sites
 from blora_pyro.metrics import sparsity
+from blora_pyro.models import BLoRA, FactorPrior
 
 FILE = "posterior.safetensors"
 
 
 @dataclass(frozen=True)
+class Family:
+    """Which prior and guide a posterior comes from, and so how to build them again.
+
+    Attributes:
+        prior: Name of the prior family, or the path of a user's file.
+        prior_args: Its arguments.
+        guide: Name of the guide, or the path of a user's file.
+        runs_code: Whether the user has named those files here and now, so that they may be run.
+    """
+
+    prior: str = "normal"
+    prior_args: Mapping[str, Any] = field(default_factory=dict)
+    guide: str = "normal"
+    runs_code: bool = True
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The user's files among prior and guide."""
+        return tuple(dict.fromkeys(n for n in (self.prior, self.guide) if n.endswith(".py")))
+
+    def with_file(self, path: str) -> "Family":
+        """The same with `path`, which the user has just named, for the user's file.
+
+        Raises:
+            UserError: If the run was not fitted with one file.
+        """
+        if len(self.files) != 1:
+            raise UserError(f"the run's prior is {self.prior}, not one file; leave --prior out")
+        prior, guide = (path if n in self.files else n for n in (self.prior, self.guide))
+        return replace(self, prior=prior, guide=guide, runs_code=True)
+
+
+@dataclass(frozen=True)
 class Posterior:
-    """A mean-field posterior over the stacked factors A and B.
+    """A fitted posterior over the stacked factors A and B.
 
     Attributes:
         base: Name of the base model that it was fitted on.
@@ -29,6 +68,8 @@ class Posterior:
         mean: Site name -> posterior mean, of the site's shape: (modules, rank, in_features) for
             `A_...`, (modules, out_features, rank) for `B_...`.
         stddev: Site name -> posterior standard deviation, likewise.
+        family: The prior and the guide.
+        state: The guide's parameters, by the names of its `state_dict`.
     """
 
     base: str
@@ -36,11 +77,64 @@ class Posterior:
     alpha: float
     mean: Mapping[str, Tensor]
     stddev: Mapping[str, Tensor]
+    family: Family = Family()
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, base: str, model: BLoRA, guide: Guide, family: Family) -> "Posterior":
+        """What `guide` holds now."""
+        assert isinstance(guide, torch.nn.Module)
+        state = {name: value.detach() for name, value in guide.state_dict().items()}
+        moments = guide.mean(), guide.stddev()
+        return cls(base, model.groups, model.alpha, *moments, family, state)
+
+    @cached_property
+    def prior(self) -> FactorPrior:
+        """The prior as a Pyro program of all factors: `posterior.prior()` draws from it.
+
+        Raises:
+            UserError: If it is in a user's file that has not been named.
+        """
+        if self.family.files and not self.family.runs_code:
+            files = " and ".join(self.family.files)
+            raise UserError(f"the run's prior is code, in {files}; name it with --prior to run it")
+        density = build_prior(self.family.prior, **self.family.prior_args)
+        return FactorPrior(self.groups, density, torch.device("cpu"))
+
+    @cached_property
+    def guide(self) -> Guide:
+        """The fitted guide, a Pyro program: `posterior.guide()` draws from q.
+
+        Without `state` (after pruning) it is independent Normals of the mean and deviation.
+
+        Raises:
+            UserError: If it is in a user's file that has not been named, or that file has changed.
+        """
+        with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
+            if not self.state:
+                return self._moments_guide()
+            guide = build_guide(self.family.guide, self.prior)
+            guide()  # Pyro's own guides make their parameters here
+        assert isinstance(guide, torch.nn.Module)
+        try:
+            guide.load_state_dict(dict(self.state))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"guide {self.family.guide} is not the fitted one: {reason}") from None
+        return guide
+
+    def _moments_guide(self) -> Guide:
+        program = FactorPrior(self.groups, build_prior("normal"), torch.device("cpu"))
+        guide = build_guide("normal", program)
+        for name, mean in self.mean.items():
+            guide.means[name].data.copy_(mean)  # type: ignore[attr-defined]
+            guide.rhos[name].data.copy_(self.stddev[name].expm1().log())  # type: ignore[attr-defined]
+        return guide
 
     @property
     def rank(self) -> int:
-        """Rank of every update."""
-        return self.groups[0].rank
+        """Rank of every update, or the largest."""
+        return max(group.rank for group in self.groups)
 
     @property
     def scaling(self) -> float:
@@ -53,14 +147,61 @@ class Posterior:
         return sum(mean.numel() for mean in self.mean.values())
 
     def draws(self, count: int, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-        """`count` independent draws, one at a time: site name -> tensor of the site's shape."""
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(count):
-            yield {
-                name: mean + self.stddev[name] * noise.to(mean.device)
-                for name, mean in self.mean.items()
-                for noise in [torch.randn(mean.shape, generator=generator)]
-            }
+        """`count` independent draws from q, one at a time: site name -> tensor.
+
+        Factors have their site's shape; the scales of a hierarchical prior are among the sites.
+
+        Raises:
+            UserError: See `guide`.
+        """
+        for trace in traces(self.guide, count, seed):
+            yield {name: site["value"] for name, site in latent_sites(trace).items()}
+
+    def to_arviz(
+        self,
+        draws: int = 200,
+        sites: Sequence[str] | None = None,
+        modules: str | None = None,
+        seed: int = 0,
+        max_bytes: int = 2**30,
+    ) -> Any:
+        """Draws as `arviz.InferenceData` (ArviZ 0.23) or `xarray.DataTree` (1.x).
+
+        Groups `posterior` and `prior`: a variable a site, (chain, draw, module, rank, in_feature)
+        for A and (chain, draw, module, out_feature, rank) for B; the scales of a hierarchical prior
+        are variables, too. Group `sample_stats`: `log_guide` and `log_prior`, the log-densities of
+        each draw, all sites together. One chain: the draws of a variational fit are independent.
+        Where the chosen sites differ along a dimension, the layers' shape follows its name
+        (`module_192x768`). `inference_data.save_inference_data` writes netCDF or zarr.
+
+        Args:
+            draws: Number of draws.
+            sites: Site names; None is all.
+            modules: Layers, as in `find_targets`: suffixes with commas between, or a regex; None is
+                all.
+            seed: Of the draws.
+            max_bytes: Refuse to build more than this.
+
+        Raises:
+            UserError: If that is too much, there is no such site or layer, or see `guide`.
+        """
+        attrs = {
+            "inference_library": "blora-pyro",
+            "prior": self.family.prior,
+            "prior_args": json.dumps(dict(self.family.prior_args)),
+            "guide": self.family.guide,
+        }
+        return to_inference_data(
+            self.guide,
+            self.prior,
+            self.groups,
+            draws=draws,
+            sites=sites,
+            modules=modules,
+            seed=seed,
+            max_bytes=max_bytes,
+            attrs=attrs,
+        )
 
     def layer_means(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(layer name, A (rank, in_features), B (out_features, rank)) at the posterior mean."""
@@ -118,12 +259,16 @@ class Posterior:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}.mean": value for name, value in self.mean.items()}
         tensors |= {f"{name}.stddev": value for name, value in self.stddev.items()}
+        tensors |= {f"guide.{name}": value for name, value in self.state.items()}
         about = {
             "base": self.base,
             "alpha": self.alpha,
             "groups": [asdict(group) for group in self.groups],
+            "prior": self.family.prior,
+            "prior_args": dict(self.family.prior_args),
+            "guide": self.family.guide,
         }
-        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
         save_file(tensors, folder / FILE, metadata={"blora_pyro": json.dumps(about)})
         self._save_adapter(folder)
 
@@ -131,11 +276,15 @@ class Posterior:
         from peft import LoraConfig
 
         # task_type stays None: PEFT's sequence-to-sequence wrapper does not take Whisper's inputs.
+        ranks = {name: group.rank for group in self.groups for name in group.modules}
+        other = {name: rank for name, rank in ranks.items() if rank != self.rank}
         LoraConfig(
             base_model_name_or_path=self.base,
             r=self.rank,
             lora_alpha=self.alpha,
-            target_modules=[name for group in self.groups for name in group.modules],
+            target_modules=list(ranks),
+            rank_pattern=other,
+            alpha_pattern={name: self.scaling * rank for name, rank in other.items()},
             inference_mode=True,
         ).save_pretrained(str(folder))
         path = folder / "adapter_config.json"  # PEFT keeps the targets in a set: fix their order
@@ -149,8 +298,13 @@ class Posterior:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
     @classmethod
-    def load(cls, folder: Path | str) -> "Posterior":
+    def load(cls, folder: Path | str, prior: str | None = None) -> "Posterior":
         """Read `posterior.safetensors` of a run folder.
+
+        Args:
+            folder: A run folder.
+            prior: The file of the prior, for a run that was fitted with a user's own: its code is
+                run only where it is named. Without it draws and densities are not to be had.
 
         Raises:
             UserError: If there is none, or it is damaged.
@@ -163,7 +317,8 @@ class Posterior:
                 about = json.loads(file.metadata()["blora_pyro"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             groups = tuple(
-                Group(**{**group, "modules": tuple(group["modules"])}) for group in about["groups"]
+                Group(**{key: tuple(v) if isinstance(v, list) else v for key, v in group.items()})
+                for group in about["groups"]
             )
             if not groups:
                 raise ValueError("no layers")
@@ -174,7 +329,11 @@ class Posterior:
                 for value in (mean[site.name], stddev[site.name]):
                     if tuple(value.shape) != site.shape:
                         raise ValueError(f"{site.name} has shape {tuple(value.shape)}")
-            return cls(about["base"], groups, about["alpha"], mean, stddev)
+            family = Family(about["prior"], about["prior_args"], about["guide"], runs_code=False)
+            state = {n[6:]: value for n, value in tensors.items() if n.startswith("guide.")}
+            if prior is not None:
+                family = family.with_file(prior)
+            return cls(about["base"], groups, about["alpha"], mean, stddev, family, state)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is damaged or of another version ({error}); fit again, or give another run"

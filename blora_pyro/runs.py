@@ -21,7 +21,7 @@ from blora_pyro.fitting import Step, fit_guide
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.metrics import Counts, paired_macro_bootstrap
 from blora_pyro.models import POCKET, Base, BLoRA, load_base
-from blora_pyro.posterior import Posterior
+from blora_pyro.posterior import Family, Posterior
 from blora_pyro.transcription import transcribe_files
 
 PACKAGES = ("blora-pyro", "torch", "pyro-ppl", "transformers", "datasets", "peft", "jiwer")
@@ -84,7 +84,7 @@ def fit(
         UserError: On bad options or data.
     """
     progress = progress or Listener()
-    config = FitConfig(**options)
+    config = FitConfig(**options).with_prior_args()
     folder = None if output is None else claim(Path(output), overwrite)
     started = time.monotonic()
     progress.stage("loading")
@@ -106,11 +106,13 @@ def fit(
         lr=config.lr,
         steps=config.steps,
         batch_size=config.batch_size,
+        estimator=config.estimator,
         seed=config.seed,
         on_step=progress.step,
     )
     seconds = {"fit": time.monotonic() - fit_started}
-    posterior = Posterior(base.name, model.groups, model.alpha, guide.mean(), guide.stddev())
+    family = Family(config.prior, config.prior_args, str(config.guide))
+    posterior = Posterior.of(base.name, model, guide, family)
     run = Run(config, posterior, history, output=folder)
     progress.fitted()
     about = {"language": train.main_language, "training_tokens": train.num_tokens}
@@ -153,16 +155,15 @@ def load_examples(base: Base, source: str, split: str) -> Examples:
 
 def build(base: Base, config: FitConfig) -> tuple[BLoRA, Any]:
     """The Pyro program of a resolved configuration, and its guide."""
-    scale = {} if config.prior_scale is None else {"scale": config.prior_scale}
     model = BLoRA(
         base.net,
-        build_prior(config.prior, **scale),
+        build_prior(config.prior, **config.prior_args),
         rank=config.rank,
         alpha=float(config.alpha or 2 * config.rank),
         target_modules=config.target_modules,
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
     )
-    return model, build_guide(config.guide or config.prior, model)
+    return model, build_guide(str(config.guide), model)
 
 
 NEW_DOMAIN = "new_domain"
@@ -258,13 +259,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(fresh, path)
 
 
-def read_run(folder: str | Path, device: str = "cpu") -> tuple[Posterior, dict[str, Any]]:
+def read_run(
+    folder: str | Path, device: str = "cpu", prior: str | None = None
+) -> tuple[Posterior, dict[str, Any]]:
     """The posterior and `run.json` of a run folder.
+
+    Args:
+        folder: Where they are.
+        device: A torch device, for the configuration.
+        prior: The file of the prior, if it is a user's own and its code is to be run.
 
     Raises:
         UserError: If it is no run folder, or damaged.
     """
-    posterior = Posterior.load(folder)
+    posterior = Posterior.load(folder, prior)
     path = Path(folder) / "run.json"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))

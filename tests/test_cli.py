@@ -101,6 +101,7 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "steps": 11,
         "epochs": 1.5,
         "batch-size": 7,
+        "estimator": "local",
         "precision": "bf16",
         "seed": 9,
         "device": "cuda:1",
@@ -127,7 +128,7 @@ def test_the_defaults_of_fit_are_those_of_the_library(monkeypatch):
 
     monkeypatch.setattr(runs, "fit", fit)
     well("fit")
-    assert seen == vars(blora_pyro.FitConfig())
+    assert {**seen, "prior_args": {}} == vars(blora_pyro.FitConfig())
 
 
 def test_the_run_folder_is_named_after_data_prior_and_seed(

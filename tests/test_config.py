@@ -74,6 +74,51 @@ def test_resolving_twice_changes_nothing():
     assert once.resolved(50, 10) == once
 
 
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({}, {"scale": 0.05}),
+        ({"prior_scale": 0.2}, {"scale": 0.2}),
+        ({"prior_args": {"scale": 0.3}}, {"scale": 0.3}),
+        ({"prior_args": {"scale": 0.3}, "prior_scale": 0.2}, {"scale": 0.2}),
+        ({"prior": "laplace"}, {"scale": 0.035}),
+        ({"prior": "student-t", "prior_args": {"df": 3}}, {"scale": 0.035, "df": 3}),
+        ({"prior": "learned-scale", "prior_scale": 0.1}, {"scale": 0.1, "spread": 1.0}),
+        ({"prior": "learned-scale", "prior_args": {"spread": "2"}}, {"scale": 0.05, "spread": 2.0}),
+    ],
+)
+def test_every_argument_of_the_prior_is_worked_out(options, arguments):
+    config = FitConfig(**options)
+    given = dict(config.prior_args)
+    resolved = config.with_prior_args()
+    assert resolved.prior_args == arguments
+    assert config.prior_args == given  # the first one is as it was
+    assert resolved.with_prior_args() == resolved
+
+
+def test_the_guide_is_the_familys_own_unless_given():
+    assert FitConfig().guide is None
+    assert FitConfig().with_prior_args().guide == "normal"
+    assert FitConfig(prior="horseshoe").with_prior_args().guide == "horseshoe"
+    assert FitConfig(prior="laplace", guide="point").with_prior_args().guide == "point"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prior": "cauchy"}, "'cauchy' is none of normal, "),
+        ({"prior_args": {"width": 1.0}}, "prior normal takes no 'width'; it takes scale"),
+        ({"prior_args": {"scale": -1.0}}, "scale is -1.0; give a number above 0"),
+        ({"prior": "student-t", "prior_args": {"df": 1.0}}, "df is 1.0"),
+        ({"prior_args": {"scale": "wide"}}, "scale is 'wide'; give a number"),
+    ],
+)
+def test_a_prior_or_an_argument_that_cannot_be_is_refused(options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        FitConfig(**options).with_prior_args()
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("bad", [0, -1, -0.5, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     "name", ["rank", "alpha", "prior_scale", "lr", "steps", "epochs", "batch_size"]

@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 from blora_pyro.data import Examples, read_manifest
 from blora_pyro.fitting import batches, fit_guide, learning_rate
-from blora_pyro.guides import GUIDES, build_guide, build_prior
+from blora_pyro.guides import FAMILIES, GUIDES, build_guide, build_prior
 from blora_pyro.models import BLoRA
 
 quick = settings(deadline=None, max_examples=60)
@@ -96,8 +96,10 @@ def examples(tones_folder, tiny_base) -> Examples:
 
 
 def start(net, guide="normal", rank=2, seed=0):
+    """A model with the prior of the guide's family, or else the normal one; and the guide."""
     pyro.set_rng_seed(seed)
-    model = BLoRA(net, build_prior("normal"), rank=rank, alpha=2.0 * rank)
+    prior = build_prior(guide if guide in FAMILIES else "normal")
+    model = BLoRA(net, prior, rank=rank, alpha=2.0 * rank)
     return model, build_guide(guide, model)
 
 

@@ -63,7 +63,8 @@ def test_a_run_folder_holds_the_adapter_the_posterior_and_the_figures(finished_r
 
 
 def test_run_json_holds_the_resolved_configuration(finished_run, run_json, fit_options):
-    expected = asdict(FitConfig(**fit_options)) | {"alpha": 8.0}
+    resolved = {"alpha": 8.0, "guide": "normal", "prior_args": {"scale": 0.05}}
+    expected = asdict(FitConfig(**fit_options)) | resolved
     assert run_json["config"] == {**expected, "backward": list(fit_options["backward"])}
     assert asdict(finished_run.config) == expected
 

@@ -3,7 +3,7 @@
 A family is a module with two names:
 
 - `Prior(**arguments)`: called with a `Site`, returns a Pyro distribution of batch shape (modules,)
-  and event shape (rows, columns).
+  and event shape (rows, columns). A hierarchical prior samples sites of its own before.
 - `Guide(model)`: an `nn.Module` with the model's arguments, that samples every site of `model` and
   answers `mean()` and `stddev()` with a dict of site name -> tensor of the site's shape.
 
@@ -14,10 +14,25 @@ path.
 from blora_pyro.guides.registry import (
     FAMILIES,
     GUIDES,
+    Argument,
     Guide,
     build_guide,
     build_prior,
+    describe_prior,
+    latent_sites,
     load_family,
+    prior_arguments,
 )
 
-__all__ = ["FAMILIES", "GUIDES", "Guide", "build_guide", "build_prior", "load_family"]
+__all__ = [
+    "FAMILIES",
+    "GUIDES",
+    "Argument",
+    "Guide",
+    "build_guide",
+    "build_prior",
+    "describe_prior",
+    "latent_sites",
+    "load_family",
+    "prior_arguments",
+]

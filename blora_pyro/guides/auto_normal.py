@@ -3,26 +3,27 @@
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoNormal, init_to_median, init_to_value
 from torch import Tensor
 
 from blora_pyro.guides.starts import initial_values
-from blora_pyro.models import BLoRA
+from blora_pyro.models import FactorPrior
 
 
 class Guide(AutoNormal):
     """q(w) = N(w; loc, scale²) for every element, by way of auxiliary sites.
 
     Its KL is a one-draw estimate, not the closed form: Pyro samples an auxiliary Normal and a
-    Delta for each site. Every scale starts at 0.007. The parameters exist after the first call.
+    Delta for each site. Every scale starts at 0.007, a hierarchical prior's own sites at the
+    median. The parameters exist after the first call.
     """
 
-    def __init__(self, model: BLoRA) -> None:
+    def __init__(self, model: FactorPrior) -> None:
         """Pyro's guide for `model`."""
         values = {
-            name: value.to(model.net.device) for name, value in initial_values(model.sites).items()
+            name: value.to(model.device) for name, value in initial_values(model.sites).items()
         }
-        start = init_to_value(values=values)
+        start = init_to_value(values=values, fallback=init_to_median())
         super().__init__(model, init_loc_fn=start, init_scale=0.007)
         self._names = tuple(site.name for site in model.sites)
 

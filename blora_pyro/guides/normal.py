@@ -6,15 +6,21 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from blora_pyro.adapters import Site
+from blora_pyro.errors import check_positive
 from blora_pyro.guides.starts import initial_mean, initial_rho
-from blora_pyro.models import BLoRA
+from blora_pyro.models import FactorPrior
 
 
 class Prior:
     """p(w) = N(w; 0, scale²) for every element of A and B (arXiv 2510.18723)."""
 
     def __init__(self, scale: float = 0.05) -> None:
-        """A prior of standard deviation `scale`, in units of the weights."""
+        """A Normal around 0.
+
+        Args:
+            scale: Standard deviation, in units of the weights.
+        """
+        check_positive(scale=scale)
         self.scale = scale
 
     def __call__(self, site: Site) -> dist.Distribution:
@@ -31,7 +37,7 @@ class Guide(nn.Module):
     base) and rho ~ U(-5.5, -4.5), sigma 0.004 to 0.011.
     """
 
-    def __init__(self, model: BLoRA) -> None:
+    def __init__(self, model: FactorPrior) -> None:
         """Parameters of shape `site.shape` for every site of `model`."""
         super().__init__()
         self.groups = model.groups
@@ -39,16 +45,20 @@ class Guide(nn.Module):
         self.means = nn.ParameterDict({site.name: initial_mean(site) for site in sites})
         self.rhos = nn.ParameterDict({site.name: initial_rho(site) for site in sites})
 
+    def distribution(self, site: Site) -> dist.Distribution:
+        """Q of a site: batch shape (modules,), event shape (rows, columns)."""
+        sigma = softplus(self.rhos[site.name])
+        return dist.Normal(self.means[site.name], sigma, validate_args=False).to_event(2)
+
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Sample every site; takes the model's arguments, returns site name -> draw."""
         pyro.module("guide", self)
         draws = {}
         for group in self.groups:
+            distributions = {site.name: self.distribution(site) for site in group.sites}
             with group.plate():
-                for site in group.sites:
-                    sigma = softplus(self.rhos[site.name])
-                    normal = dist.Normal(self.means[site.name], sigma, validate_args=False)
-                    draws[site.name] = pyro.sample(site.name, normal.to_event(2))
+                for name, q in distributions.items():
+                    draws[name] = pyro.sample(name, q)
         return draws
 
     def mean(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from blora_pyro.guides.normal import Prior
 from blora_pyro.guides.starts import initial_mean
-from blora_pyro.models import BLoRA
+from blora_pyro.models import FactorPrior
 
 __all__ = ["Guide", "Prior"]
 
@@ -19,7 +19,7 @@ __all__ = ["Guide", "Prior"]
 class Guide(nn.Module):
     """q(w) = delta(w - mean): KL(q || p) is -log p(mean), up to the infinite constant."""
 
-    def __init__(self, model: BLoRA) -> None:
+    def __init__(self, model: FactorPrior) -> None:
         """One parameter of shape `site.shape` for every site of `model`."""
         super().__init__()
         self.groups = model.groups

@@ -1,7 +1,28 @@
-"""The generative side: the Pyro program, its temperature, and the base models it can stand on."""
+"""The generative side: the Pyro program, effect handlers for it, and the base models."""
 
 from blora_pyro.models.base import POCKET, Base, check_device, load_base
+from blora_pyro.models.estimators import (
+    ESTIMATORS,
+    Flipout,
+    LocalReparameterization,
+    Shared,
+    build_estimator,
+)
 from blora_pyro.models.tempering import Temper
-from blora_pyro.models.whisper import BLoRA, Prior
+from blora_pyro.models.whisper import BLoRA, FactorPrior, Prior
 
-__all__ = ["POCKET", "BLoRA", "Base", "Prior", "Temper", "check_device", "load_base"]
+__all__ = [
+    "ESTIMATORS",
+    "POCKET",
+    "BLoRA",
+    "Base",
+    "FactorPrior",
+    "Flipout",
+    "LocalReparameterization",
+    "Prior",
+    "Shared",
+    "Temper",
+    "build_estimator",
+    "check_device",
+    "load_base",
+]

@@ -16,17 +16,63 @@ from blora_pyro.data import IGNORED, Batch
 Prior = Callable[[Site], dist.Distribution]
 
 
-class BLoRA:
-    """A Pyro model: `model(batch)` draws the factors and scores the batch's tokens.
+class FactorPrior:
+    """p(A, B), the part of the program that is latent: `prior()` draws the factors of every group.
 
     A_g ~ prior (modules, rank, in_features) and B_g ~ prior (modules, out_features, rank) for every
-    group g of target layers of one shape; tokens ~ Categorical(Whisper(x; W0 + alpha/rank · B A)).
+    group g of target layers of one shape. `BLoRA` is this with a Whisper and its tokens; guides ask
+    for no more than this.
+    """
+
+    def __init__(self, groups: tuple[Group, ...], prior: Prior, device: torch.device) -> None:
+        """The latent program of some groups.
+
+        Args:
+            groups: Target layers by shape.
+            prior: Site -> Pyro distribution with batch shape (modules,) and event shape (rows,
+                columns). A hierarchical one may sample sites of its own.
+            device: Where factors are made.
+        """
+        self.groups = groups
+        self.prior = prior
+        self.device = device
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of all factors."""
+        return tuple(site for group in self.groups for site in group.sites)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of adapter weights."""
+        return sum(math.prod(site.shape) for site in self.sites)
+
+    def draw(self) -> dict[str, Tensor]:
+        """Sample every factor: site name -> tensor of the site's shape."""
+        factors = {}
+        for group in self.groups:
+            with self.device:  # priors make their tensors there
+                prior_A, prior_B = self.prior(group.A), self.prior(group.B)
+            with group.plate():
+                factors[group.A.name] = pyro.sample(group.A.name, prior_A)
+                factors[group.B.name] = pyro.sample(group.B.name, prior_B)
+        return factors
+
+    def __call__(self, *args: object) -> object:
+        """`draw`, whatever the arguments."""
+        return self.draw()
+
+
+class BLoRA(FactorPrior):
+    """A Pyro model: `model(batch)` draws the factors and scores the batch's tokens.
+
+    Factors as in `FactorPrior`; tokens ~ Categorical(Whisper(x; W0 + alpha/rank · B A)).
     The log-likelihood is the *mean* over the batch's target tokens, so that with `Temper(beta)`
     around model and guide a Pyro ELBO is `mean token NLL + beta · KL` (Ugan, Pham, Waibel,
     arXiv 2510.18723).
 
-    Sites of a trace: `A_{out}x{in}`, `B_{out}x{in}` (shapes above; batch shape (modules,)) and
-    `tokens` (batch, tokens), observed unless `batch.labels` is None.
+    Sites of a trace: `A_{out}x{in}`, `B_{out}x{in}` (shapes above; batch shape (modules,)), those
+    of a hierarchical prior, and `tokens` (batch, tokens), observed unless `batch.labels` is None.
     """
 
     def __init__(
@@ -42,7 +88,7 @@ class BLoRA:
 
         Args:
             net: The base Whisper; set to eval mode, and no parameter requires a gradient any more.
-            prior: Site -> Pyro distribution with event shape (rows, columns), batch (modules,).
+            prior: See `FactorPrior`.
             rank: Rank of every update.
             alpha: Updates are scaled by alpha / rank.
             target_modules: See `find_targets`.
@@ -51,38 +97,17 @@ class BLoRA:
         Raises:
             UserError: If the target modules or the rank do not fit the net.
         """
+        groups = group_by_shape(find_targets(net, target_modules), rank)
+        super().__init__(groups, prior, net.device)
         self.net = net.requires_grad_(False).eval()
-        self.prior = prior
         self.alpha = alpha
         self.autocast = autocast
-        self.adapters = Adapters(
-            net, group_by_shape(find_targets(net, target_modules), rank), alpha
-        )
+        self.adapters = Adapters(net, groups, alpha)
 
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """Target layers by shape."""
-        return self.adapters.groups
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Every latent site."""
-        return tuple(site for group in self.groups for site in group.sites)
-
-    @property
-    def num_weights(self) -> int:
-        """Number of adapter weights."""
-        return sum(math.prod(site.shape) for site in self.sites)
-
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:  # type: ignore[override]
         """Draw the factors, put them in place, score the tokens; logits (batch, tokens, vocab)."""
         whisper = pyro.module("whisper", self.net)
-        factors = {}
-        for group in self.groups:
-            with group.plate(), self.net.device:  # priors make their tensors on the net's device
-                factors[group.A.name] = pyro.sample(group.A.name, self.prior(group.A))
-                factors[group.B.name] = pyro.sample(group.B.name, self.prior(group.B))
-        self.adapters.put(factors)
+        self.adapters.put(self.draw())
 
         device = batch.input_features.device.type
         with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):

@@ -39,21 +39,80 @@ def write(tmp_path):
     return write
 
 
+def model_of(net, prior):
+    return BLoRA(net, build_prior(prior), rank=2)
+
+
 @pytest.mark.parametrize("name", GUIDES)
 def test_every_name_builds_its_guide(name, net, batch):
-    guide = build_guide(name, BLoRA(net, normal.Prior(), rank=2))
+    model = model_of(net, name if name in FAMILIES else "normal")
+    guide = build_guide(name, model)
     assert isinstance(guide, torch.nn.Module)
     guide(batch)
-    assert guide.mean().keys() == guide.stddev().keys()
+    assert guide.mean().keys() == guide.stddev().keys() == {site.name for site in model.sites}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_has_a_prior_and_is_a_guide(name):
     assert name in GUIDES
-    site = Group(("a",), 3, 4, rank=2).A
+    site = Group(("a",), 3, 4, rank=2, weight_stddevs=(0.1,)).A
     assert build_prior(name)(site).batch_shape == (1,)
     assert {"Prior", "Guide"} <= vars(load_family(name)).keys()
-    assert len(inspect.getsource(load_family(name)).splitlines()) <= 75  # short enough to copy
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "horseshoe"])
+def test_a_family_is_short_enough_to_copy(name):
+    assert len(inspect.getsource(load_family(name)).splitlines()) <= 75
+
+
+# ---- which guide goes with which prior
+
+HIERARCHICAL = {"horseshoe": ("_global", "_local"), "learned-scale": ("_scale",)}
+FLAT = [name for name in FAMILIES if name not in HIERARCHICAL]
+
+
+@pytest.mark.parametrize("prior", FAMILIES)
+def test_auto_normal_goes_with_every_prior(prior, net, batch):
+    model = model_of(net, prior)
+    guide = build_guide("auto-normal", model)
+    latent = {site.name for site in model.sites}
+    latent |= {name + end for name in latent for end in HIERARCHICAL.get(prior, ())}
+    assert guide(batch).keys() == latent
+    assert guide.mean().keys() == {site.name for site in model.sites}
+
+
+@pytest.mark.parametrize("prior", FLAT)
+@pytest.mark.parametrize("guide", ["point", "normal", "a-only", "laplace"])
+def test_a_guide_goes_with_every_prior_of_the_same_sites(prior, guide, net, batch):
+    model = model_of(net, prior)
+    assert build_guide(guide, model)(batch).keys() == {site.name for site in model.sites}
+
+
+@pytest.mark.parametrize(
+    ("prior", "guide"),
+    [
+        *((prior, guide) for prior in HIERARCHICAL for guide in ("normal", "point", "a-only")),
+        ("normal", "learned-scale"),
+        ("student-t", "learned-scale"),
+        ("learned-scale", "horseshoe"),
+    ],
+)
+def test_a_guide_of_other_sites_than_the_priors_is_refused_with_their_names(prior, guide, net):
+    with pytest.raises(UserError, match="auto-normal") as raised:
+        build_guide(guide, model_of(net, prior))
+    message = str(raised.value)
+    assert f"guide {guide} does not fit prior {prior}" in message
+    odd = {*HIERARCHICAL.get(prior, ()), *HIERARCHICAL.get(guide, ())}
+    assert all(f"A_16x16{end}" in message for end in odd)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_building_a_guide_leaves_pyros_parameters_alone(name, net):
+    mine = pyro.param("mine", torch.tensor(2.0))
+    build_guide(name, model_of(net, name if name in FAMILIES else "normal"))
+    assert list(pyro.get_param_store().keys()) == ["mine"]
+    assert pyro.param("mine") is mine
 
 
 def test_the_prior_takes_its_arguments():
@@ -109,7 +168,7 @@ def test_two_files_of_one_name_stay_apart(tmp_path):
     assert [prior.number for prior in priors] == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["laplace", "Normal", "", "missing.py"])
+@pytest.mark.parametrize("name", ["cauchy", "Normal", "", "missing.py"])
 def test_an_unknown_name_lists_the_choices(name, net):
     with pytest.raises(UserError, match=r"\.py file") as raised:
         build_prior(name)
@@ -160,6 +219,43 @@ def test_an_unknown_argument_of_the_prior_lists_the_known_ones(write):
         build_prior("normal", width=1.0)
     with pytest.raises(UserError, match=r"takes no 'width'; it takes scale"):
         build_prior(write(LAPLACE), width=1.0)
+
+
+SCALED = """
+import pyro
+import pyro.distributions as dist
+
+from blora_pyro.guides.normal import Guide
+
+
+class Prior:
+    def __call__(self, site):
+        width = pyro.sample(f"{site.name}_width", dist.Gamma(2.0, 20.0))
+        return dist.Normal(0.0, width).expand(site.shape).to_event(2)
+"""
+
+
+def test_a_file_whose_prior_samples_what_its_guide_lacks_is_told(write, net, batch):
+    path = write(SCALED)
+    model = BLoRA(net, build_prior(path), rank=2, target_modules="fc1")
+    with pytest.raises(UserError, match="only one of them samples A_32x16_width") as raised:
+        build_guide(path, model)
+    message = str(raised.value)
+    assert message.startswith(f"guide {path} does not fit prior ")
+    assert "B_32x16_width; give the family's own guide, or auto-normal" in message
+    assert "\n" not in message
+    assert "A_32x16_width" in build_guide("auto-normal", model)(batch)
+
+
+def test_a_file_with_a_prior_alone_goes_with_a_guide_by_name(write, net, batch):
+    path = write(LAPLACE.replace("from blora_pyro.guides.normal import Guide", ""))
+    model = BLoRA(net, build_prior(path), rank=2, target_modules="fc1")
+    with pytest.raises(UserError, match="has no class Guide") as raised:
+        build_guide(path, model)
+    assert str(raised.value).startswith(path)
+    assert "\n" not in str(raised.value)
+    for guide in ("normal", "point", "auto-normal"):
+        assert build_guide(guide, model)(batch).keys() == {"A_32x16", "B_32x16"}
 
 
 def test_a_missing_argument_of_the_prior_is_told(write):

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from blora_pyro.data import IGNORED, Batch
 from blora_pyro.errors import UserError
-from blora_pyro.guides import GUIDES, build_guide, normal
+from blora_pyro.guides import FAMILIES, GUIDES, build_guide, build_prior, normal
 from blora_pyro.models import BLoRA, Temper
 
 ALL_GUIDES = pytest.mark.parametrize("name", GUIDES)
@@ -22,6 +22,11 @@ SHAPES = {
     "A_16x32": (4, 4, 32),
     "B_16x32": (4, 16, 4),
 }
+
+
+def own_prior(guide):
+    """The prior of the guide's family; `point` and `auto-normal` have none of their own."""
+    return build_prior(guide if guide in FAMILIES else "normal")
 
 
 @pytest.fixture
@@ -88,7 +93,7 @@ def test_only_the_target_layers_get_factors(net, batch):
 
 @ALL_GUIDES
 def test_svi_never_moves_the_frozen_whisper(name, net, batch):
-    model = BLoRA(net.train(), normal.Prior(), rank=2)
+    model = BLoRA(net.train(), own_prior(name), rank=2)
     assert not net.training
     assert not any(parameter.requires_grad for parameter in net.parameters())
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -112,7 +117,7 @@ def test_svi_never_moves_the_frozen_whisper(name, net, batch):
 @ALL_GUIDES
 def test_the_mean_at_the_start_is_the_base(name, net, batch):
     base = base_logits(net, batch)
-    model = BLoRA(net, normal.Prior(), rank=4)
+    model = BLoRA(net, own_prior(name), rank=4)
     guide = build_guide(name, model)
     guide(batch)
     mean = guide.mean()

@@ -1,0 +1,357 @@
+"""What a posterior says of itself: contraction, signal-to-noise, KL, spectra, and how well it fits.
+
+Everything here but `log_ratios` is in closed form or needs a few draws, at any size of model.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from blora_pyro.adapters import Site
+from blora_pyro.data import IGNORED, Examples
+from blora_pyro.draws import traces
+from blora_pyro.guides import latent_sites
+from blora_pyro.inference_data import pareto_khat
+from blora_pyro.models import Base
+from blora_pyro.posterior import Posterior
+
+NEAR_ZERO = 1e-3
+KL_DRAWS = 16  # of what has no closed form
+PRIOR_DRAWS = 64
+
+
+@dataclass(frozen=True)
+class FactorSummary:
+    """One factor of one layer.
+
+    Attributes:
+        module: Name of the layer.
+        factor: `A` or `B`.
+        weights: Number of elements.
+        contraction: Mean over the elements of 1 - Var_q / Var_p: 0 where the data said nothing, 1
+            where they left no doubt.
+        signal_to_noise: Median of |mean| / sigma; infinite for a point.
+        share_of_signal: Share of elements with |mean| > sigma.
+        near_zero: Share of elements with |mean| < 1e-3.
+        kl: KL(q || p) of these weights, nats, given the scales of a hierarchical prior; None for a
+            point, whose KL is infinite.
+        active_ranks: Sum over the ranks of s² / scale², the horseshoe's effective number of ranks
+            (Piironen and Vehtari, arXiv 1707.01694, eq. 2.4 ff.); None for other priors.
+        prior_stddev: Standard deviation of a weight under the prior, its scales averaged over.
+    """
+
+    module: str
+    factor: str
+    weights: int
+    contraction: float
+    signal_to_noise: float
+    share_of_signal: float
+    near_zero: float
+    kl: float | None
+    active_ranks: float | None
+    prior_stddev: float
+
+
+@dataclass(frozen=True)
+class UpdateSummary:
+    """ΔW = alpha/rank · B A of one layer: what A and B leave open (A -> R⁻¹A, B -> BR) is settled.
+
+    Attributes:
+        module: Name of the layer.
+        norm: Frobenius norm of E ΔW.
+        relative_norm: The same over that of the frozen weight; None if that is not known.
+        singular_values: Of E ΔW, falling.
+        singular_stddevs: Posterior standard deviation of uᵢᵀ ΔW vᵢ, uᵢ and vᵢ the singular vectors
+            of E ΔW: the spread of the singular values to first order.
+        effective_rank: exp of the entropy of the singular values' shares (Roy, Vetterli 2007).
+        directions: Number of singular values above their standard deviation.
+    """
+
+    module: str
+    norm: float
+    relative_norm: float | None
+    singular_values: tuple[float, ...]
+    singular_stddevs: tuple[float, ...]
+    effective_rank: float
+    directions: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A posterior in figures.
+
+    Attributes:
+        prior: Name of the prior family.
+        prior_args: Its arguments.
+        guide: Name of the guide.
+        rank: Rank of every update.
+        factors: Two a layer.
+        updates: One a layer.
+        scales_kl: KL of the scales of a hierarchical prior by site, nats.
+    """
+
+    prior: str
+    prior_args: dict[str, Any]
+    guide: str
+    rank: int
+    factors: tuple[FactorSummary, ...]
+    updates: tuple[UpdateSummary, ...]
+    scales_kl: dict[str, float]
+
+    @property
+    def kl(self) -> float:
+        """KL of all that is not a point, nats."""
+        return sum(row.kl or 0.0 for row in self.factors) + sum(self.scales_kl.values())
+
+
+def summarise(posterior: Posterior) -> Summary:
+    """The figures of a posterior.
+
+    Raises:
+        UserError: If its prior is code that has not been named.
+    """
+    variances = prior_variances(posterior)
+    divergences = kl_by_site(posterior)
+    shrinkage: dict[str, Tensor] = getattr(posterior.guide, "shrinkage", dict)()
+    factors = [
+        row
+        for group in posterior.groups
+        for site in group.sites
+        for row in _summarise_site(posterior, site, variances, divergences, shrinkage)
+    ]
+    names = {site.name for group in posterior.groups for site in group.sites}
+    return Summary(
+        prior=posterior.family.prior,
+        prior_args=dict(posterior.family.prior_args),
+        guide=posterior.family.guide,
+        rank=posterior.rank,
+        factors=tuple(factors),
+        updates=tuple(_summarise_updates(posterior)),
+        scales_kl={
+            name: float(kl.sum())
+            for name, kl in divergences.items()
+            if name not in names and kl is not None
+        },
+    )
+
+
+def _summarise_site(
+    posterior: Posterior,
+    site: Site,
+    variances: dict[str, Tensor],
+    divergences: dict[str, Tensor | None],
+    shrinkage: dict[str, Tensor],
+) -> list[FactorSummary]:
+    mean, stddev = posterior.mean[site.name].cpu(), posterior.stddev[site.name].cpu()
+    kl = divergences[site.name]
+    rows = []
+    for i, module in enumerate(site.modules):
+        ratio = mean[i].abs() / stddev[i]  # x / 0 is infinite
+        ratio = torch.where(mean[i] == 0, 0.0, ratio)
+        row = FactorSummary(
+            module=module,
+            factor=site.factor,
+            weights=mean[i].numel(),
+            contraction=1 - float((stddev[i] ** 2).mean() / variances[site.name][i]),
+            signal_to_noise=float(ratio.median()),
+            share_of_signal=float((ratio > 1).float().mean()),
+            near_zero=float((mean[i].abs() < NEAR_ZERO).float().mean()),
+            kl=None if kl is None else float(kl[i]),
+            active_ranks=(
+                float((1 - shrinkage[site.name][i]).sum()) if site.name in shrinkage else None
+            ),
+            prior_stddev=float(variances[site.name][i]) ** 0.5,
+        )
+        rows.append(row)
+    return rows
+
+
+def point_scales(posterior: Posterior) -> dict[str, Tensor]:
+    """Scales of a hierarchical prior that the guide has as points: as good as parameters."""
+    (trace,) = traces(posterior.guide, 1)
+    return {
+        name: node["value"]
+        for name, node in latent_sites(trace).items()
+        if name not in posterior.mean and isinstance(node["fn"], pyro.distributions.Delta)
+    }
+
+
+def prior_variances(posterior: Posterior) -> dict[str, Tensor]:
+    """Var_p of a weight by site and layer, (modules,), the scales of the prior averaged over."""
+    points = point_scales(posterior)
+    prior = poutine.condition(posterior.prior, data=points)
+    totals: dict[str, Tensor] = {}
+    count = 0
+    for trace in traces(prior, PRIOR_DRAWS):
+        count += 1
+        latent = latent_sites(trace)
+        for name in posterior.mean:
+            # E[w | scales] = 0, so the law of total variance has one term
+            variance = latent[name]["fn"].variance.mean((1, 2))
+            totals[name] = totals.get(name, torch.tensor(0.0)) + variance
+        if latent.keys() == posterior.mean.keys():
+            break  # nothing to average over
+    return {name: total / count for name, total in totals.items()}
+
+
+def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
+    """KL(q || p) in nats: (modules,) for factors, a scalar for scales, None for points.
+
+    Closed-form where torch knows it, else log q - log p at draws; those given the scales of a
+    hierarchical prior are averaged over draws of the scales.
+    """
+    totals: dict[str, Tensor | None] = {}
+    count = 0
+    for trace in traces(posterior.guide, KL_DRAWS):
+        count += 1
+        exact = True
+        (prior,) = traces(poutine.replay(posterior.prior, trace=trace), 1)
+        for name, node in latent_sites(trace).items():
+            q, p, value = node["fn"], prior.nodes[name]["fn"], node["value"]
+            if isinstance(q, pyro.distributions.Delta):
+                if name not in posterior.mean or not posterior.stddev[name].any():
+                    totals[name] = None
+                    continue
+                # `auto-normal` passes Normal draws on as points
+                moments = posterior.mean[name].cpu(), posterior.stddev[name].cpu()
+                q = pyro.distributions.Normal(*moments).to_event(2)
+            with torch.no_grad():
+                try:
+                    kl = kl_divergence(q, p)
+                except NotImplementedError:
+                    kl, exact = q.log_prob(value) - p.log_prob(value), False
+                before = totals.get(name)
+                totals[name] = kl if before is None else before + kl
+            exact &= name in posterior.mean
+        if exact:
+            break
+    return {name: None if total is None else total / count for name, total in totals.items()}
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular value decompositions of E ΔW of the layers of one group, in the rank's directions.
+
+    Attributes:
+        left: Left singular vectors, (modules, out_features, rank).
+        values: Singular values, (modules, rank), falling.
+        right: Right singular vectors, (modules, in_features, rank).
+        stddevs: Posterior standard deviation of uᵀ ΔW v, (modules, rank).
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    stddevs: Tensor
+
+
+def spectra(posterior: Posterior) -> dict[str, Spectrum]:
+    """The spectrum of every group, by its key, from QR factors of B and Aᵀ (no ΔW is built).
+
+    The variance of uᵀ B A v = Σᵣ (uᵀB)ᵣ (A v)ᵣ for fixed u and v is exact for independent weights:
+    Σᵣ Var(uᵀB)ᵣ E(A v)ᵣ² + E(uᵀB)ᵣ² Var(A v)ᵣ + Var(uᵀB)ᵣ Var(A v)ᵣ. (Under the horseshoe a rank's
+    common width correlates them a little.)
+    """
+    found = {}
+    for group in posterior.groups:
+        a, b = (posterior.mean[site.name].cpu() for site in group.sites)
+        var_a, var_b = (posterior.stddev[site.name].cpu() ** 2 for site in group.sites)
+        q_b, r_b = torch.linalg.qr(b)
+        q_a, r_a = torch.linalg.qr(a.mT)
+        u, values, vh = torch.linalg.svd(posterior.scaling * (r_b @ r_a.mT))
+        left, right = q_b @ u, q_a @ vh.mT
+        a_v, b_u = a @ right, b.mT @ left  # (modules, rank, directions)
+        var_a_v, var_b_u = var_a @ right**2, var_b.mT @ left**2
+        variance = (var_b_u * a_v**2 + b_u**2 * var_a_v + var_b_u * var_a_v).sum(1)
+        stddevs = posterior.scaling * variance.sqrt()
+        found[group.key] = Spectrum(left, values, right, stddevs)
+    return found
+
+
+def effective_rank(values: Tensor) -> Tensor:
+    """Exp of the entropy of the shares of singular values in their sum, over the last dimension."""
+    shares = values / values.sum(-1, keepdim=True).clamp(min=1e-30)
+    return (-torch.special.xlogy(shares, shares).sum(-1)).exp()
+
+
+def _summarise_updates(posterior: Posterior) -> list[UpdateSummary]:
+    rows = []
+    for group, spectrum in zip(posterior.groups, spectra(posterior).values(), strict=True):
+        norms = spectrum.values.norm(dim=-1)
+        ranks = effective_rank(spectrum.values)
+        size = (group.out_features * group.in_features) ** 0.5
+        for i, module in enumerate(group.modules):
+            stddev = group.weight_stddevs[i] if group.weight_stddevs else None
+            row = UpdateSummary(
+                module=module,
+                norm=float(norms[i]),
+                relative_norm=float(norms[i]) / (stddev * size) if stddev else None,
+                singular_values=tuple(spectrum.values[i].tolist()),
+                singular_stddevs=tuple(spectrum.stddevs[i].tolist()),
+                effective_rank=float(ranks[i]),
+                directions=int((spectrum.values[i] > spectrum.stddevs[i]).sum()),
+            )
+            rows.append(row)
+    return rows
+
+
+def log_ratios(
+    posterior: Posterior, base: Base, examples: Examples, beta: float, draws: int = 50
+) -> np.ndarray:
+    """Log p - log q at draws from q, up to a constant, (draws,).
+
+    p is what a fit with weight `beta` approximates, p(w | data) ∝ exp(-NLL(w) / beta) p(w), with
+    the mean token NLL of `examples`; a part of the training set stands for all of it.
+
+    Args:
+        posterior: What was fitted.
+        base: Its base model.
+        examples: Training data, all of it or a part.
+        beta: Weight of the KL, above 0.
+        draws: Number of draws.
+    """
+    ratios = []
+    for trace in traces(posterior.guide, draws):
+        (prior,) = traces(poutine.replay(posterior.prior, trace=trace), 1)
+        latent = latent_sites(trace)
+        factors = {name: latent[name]["value"].detach() for name in posterior.mean}
+        with posterior.applied(base.net, factors), torch.no_grad():
+            nll = _mean_nll(base, examples)
+            ratios.append(-nll / beta + (prior.log_prob_sum() - trace.log_prob_sum()).item())
+    return np.array(ratios)
+
+
+def _mean_nll(base: Base, examples: Examples, batch_size: int = 32) -> float:
+    total, tokens = 0.0, 0
+    for indices in torch.arange(len(examples)).split(batch_size):
+        batch = examples.batch(indices.tolist()).to(base.net.device)
+        assert batch.labels is not None
+        logits = base.net(
+            input_features=batch.input_features.to(base.net.dtype),
+            decoder_input_ids=batch.decoder_input_ids,
+            use_cache=False,
+        ).logits.float()
+        labels = batch.labels.flatten()
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum"
+        ).item()
+        tokens += batch.num_tokens
+    return total / tokens
+
+
+def fit_khat(
+    posterior: Posterior, base: Base, examples: Examples, beta: float, draws: int = 50
+) -> float:
+    """PSIS k-hat of the fit (Yao et al., Yes, but Did It Work?, arXiv 1802.02538).
+
+    Below 0.7 the guide could stand in for the posterior in every expectation. With one mean-field
+    guide over hundreds of thousands of weights it will be far above: log-ratios differ by tens of
+    nats from draw to draw. It is a figure to report and to compare between fits, not a gate.
+    """
+    return pareto_khat(log_ratios(posterior, base, examples, beta, draws))
