@@ -316,10 +316,7 @@ class Posterior:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["blora_pyro"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            groups = tuple(
-                Group(**{key: tuple(v) if isinstance(v, list) else v for key, v in group.items()})
-                for group in about["groups"]
-            )
+            groups = tuple(_group(group) for group in about["groups"])
             if not groups:
                 raise ValueError("no layers")
             sites = [site for group in groups for site in group.sites]
@@ -338,3 +335,9 @@ class Posterior:
             raise UserError(
                 f"{path} is damaged or of another version ({error}); fit again, or give another run"
             ) from None
+
+
+def _group(stored: dict[str, Any]) -> Group:
+    """A group as JSON has it, its lists tuples again."""
+    lists = {name: tuple(stored[name]) for name in ("modules", "weight_stddevs")}
+    return Group(**{**stored, **lists})

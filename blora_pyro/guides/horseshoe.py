@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
 
 from blora_pyro.adapters import Site
 from blora_pyro.errors import check_positive
@@ -27,7 +27,7 @@ def _softplus_inverse(value: float) -> float:
 
 def gate(tau_lambda: Tensor, scale: float) -> Tensor:
     """G = t / sqrt(scale² + t²) for t = tau · lambda: 0 far below `scale`, 1 far above."""
-    return tau_lambda / (scale**2 + tau_lambda**2).sqrt()
+    return (logsigmoid(2 * (tau_lambda / scale).log()) / 2).exp()  # no square that overflows
 
 
 class Prior:

@@ -18,7 +18,9 @@ class Prior:
 
     Site `{site}_scale` holds s, (modules,). At its optimum s² is the mean of mean² + sigma² over
     the layer's weights (but for the pull of the hyper-prior, one term against thousands), so a
-    layer that the data do not need gets a narrow prior and shrinks further.
+    layer that the data do not need gets a narrow prior and shrinks further. MacKay, Bayesian
+    Interpolation, Neural Computation 4 (1992), section 3 ff.; with a variational posterior: Graves,
+    Practical Variational Inference for Neural Networks, NIPS 24 (2011), section 4.2.
     """
 
     def __init__(self, scale: float = 0.05, spread: float = 1.0) -> None:

@@ -5,6 +5,9 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -66,11 +69,27 @@ def load_family(name: str, known: dict[str, str] = FAMILIES) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with _foreign_code(name, "import"):
+            spec.loader.exec_module(module)
+    except UserError:
         del sys.modules[spec.name]
-        raise UserError(f"{name} fails on import: {type(error).__name__}: {error}") from error
+        raise
     return module
+
+
+@contextmanager
+def _foreign_code(name: str, doing: str) -> Iterator[None]:
+    """Whatever a user's file raises, in one line with its place."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).name == Path(name).name]
+        where = f", line {lines[-1]}" if lines else ""
+        kind = type(error).__name__
+        raise UserError(f"{name} fails on {doing}{where}: {kind}: {error}") from error
 
 
 def _member(module: ModuleType, member: str, name: str) -> Any:
@@ -89,17 +108,25 @@ def prior_arguments(name: str, **given: Any) -> dict[str, Any]:
         UserError: If the family is unknown, takes no such argument, or not that value.
     """
     prior = _member(load_family(name), "Prior", name)
-    parameters = inspect.signature(prior).parameters
+    parameters = {
+        key: one
+        for key, one in inspect.signature(prior).parameters.items()
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    }
     for key, value in given.items():
         if key not in parameters:
-            raise UserError(f"prior {name} takes no '{key}'; it takes {', '.join(parameters)}")
+            takes = ", ".join(parameters) or "no arguments"
+            raise UserError(f"prior {name} takes no '{key}'; it takes {takes}")
+        if value is None:
+            raise UserError(f"prior {name}: {key} is None; give a value, or leave it out")
         if isinstance(value, str):
             given[key] = _convert(name, key, value, parameters[key].annotation)
     missing = [key for key, one in parameters.items() if one.default is one.empty]
     if lacking := [key for key in missing if key not in given]:
         raise UserError(f"prior {name} needs '{lacking[0]}'; give it, or a default in the file")
     arguments = {key: one.default for key, one in parameters.items()} | given
-    prior(**arguments)  # refuses bad values
+    with _foreign_code(name, "Prior(...)"):
+        prior(**arguments)  # refuses bad values
     return arguments
 
 
@@ -158,23 +185,43 @@ def build_guide(name: str, model: FactorPrior) -> Guide:
     """The guide `name` (a family's, `point`, `auto-normal`, or a file's) for `model`.
 
     Raises:
-        UserError: If there is no such guide, or it does not sample just what the prior samples.
+        UserError: If there is no such guide, it fails, or it does not sample just what the prior
+            samples.
     """
-    guide = _member(load_family(name, GUIDES), "Guide", name)(model)
+    with _foreign_code(name, "Guide(model)"):
+        guide = _member(load_family(name, GUIDES), "Guide", name)(model)
     if isinstance(guide, AutoGuide):  # covers all by construction, and needs the model's arguments
         return guide
-    prior = FactorPrior(model.groups, model.prior, torch.device("cpu"))
+    if lacking := [one for one in ("mean", "stddev") if not hasattr(guide, one)]:
+        raise UserError(f"guide {name} has no method {lacking[0]}(); see docs/your_own_prior.md")
+    density = _name_of(model.prior)
     with torch.no_grad(), pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
-        wanted, covered = (
-            latent_sites(poutine.trace(program).get_trace()).keys() for program in (prior, guide)
-        )
+        with _foreign_code(density, "Prior(...)(site)"):
+            _check_shapes(model, density)
+            prior = FactorPrior(model.groups, model.prior, torch.device("cpu"))
+            wanted = latent_sites(poutine.trace(prior).get_trace()).keys()
+        with _foreign_code(name, "guide()"):
+            covered = latent_sites(poutine.trace(guide).get_trace()).keys()
     if wanted != covered:
         odd = ", ".join(sorted(wanted ^ covered))
         raise UserError(
-            f"guide {name} does not fit prior {_name_of(model.prior)}: only one of them samples "
-            f"{odd}; give the family's own guide, or auto-normal"
+            f"guide {name} does not fit prior {density}: only one of them samples {odd}; give the "
+            "family's own guide, or auto-normal"
         )
     return guide
+
+
+def _check_shapes(model: FactorPrior, name: str) -> None:
+    """Refuse a prior whose distributions have other shapes than the sites."""
+    for site in model.sites:
+        found = model.prior(site)
+        shapes = tuple(found.batch_shape), tuple(found.event_shape)
+        if shapes != (site.shape[:1], site.shape[1:]):
+            raise UserError(
+                f"prior {name} gives batch shape {shapes[0]} and event shape {shapes[1]} for "
+                f"{site.name}; give {site.shape[:1]} and {site.shape[1:]}, by "
+                ".expand(site.shape).to_event(2)"
+            )
 
 
 def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
@@ -187,5 +234,7 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
 
 
 def _name_of(prior: Prior) -> str:
-    module = type(prior).__module__
-    return next((name for name, home in FAMILIES.items() if home == module), module)
+    """A built-in family's name, or the path of a user's file."""
+    home = type(prior).__module__
+    names = [name for name, module in FAMILIES.items() if home == module]
+    return names[0] if names else getattr(sys.modules.get(home), "__file__", None) or home

@@ -25,8 +25,8 @@ class Prior:
             scale: Scale; the standard deviation is sqrt(df / (df - 2)) times it.
             df: Degrees of freedom, above 2: small is heavy-tailed, large is Normal.
         """
-        check_positive(scale=scale)
-        if not df > 2:
+        check_positive(scale=scale, df=df)
+        if df <= 2:
             raise UserError(f"df is {df}; give a number above 2, so that the variance is finite")
         self.scale, self.df = scale, df
 

@@ -263,3 +263,52 @@ def test_a_missing_argument_of_the_prior_is_told(write):
     with pytest.raises(UserError, match="scale"):
         build_prior(path)
     assert build_prior(path, scale=0.1).scale == 0.1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "self.scale = scale",
+            "raise OSError('no')",
+            r"fails on Prior\(\.\.\.\), line 14: OSError",
+        ),
+        (
+            "return dist.Laplace(0.0, self.scale)",
+            "return dist.Laplace(0.0, self.width)",
+            r"fails on Prior\(\.\.\.\)\(site\), line 17: AttributeError",
+        ),
+        (
+            ".to_event(2)",
+            "",
+            r"event shape \(\) for A_16x16; give \(24,\) and \(2, 16\), by .expand",
+        ),
+        ("import pyro.dist", "import sys; sys.exit()\nimport pyro.dist", "fails on import, line 4"),
+        (
+            "from blora_pyro.guides.normal import Guide",
+            "def Guide(model):\n    return 1 / 0",
+            r"fails on Guide\(model\), line 7: ZeroDivisionError",
+        ),
+        (
+            "from blora_pyro.guides.normal import Guide",
+            "from torch.nn import Linear\ndef Guide(model):\n    return Linear(1, 1)",
+            r"has no method mean\(\)",
+        ),
+    ],
+)
+def test_what_goes_wrong_in_a_users_file_is_one_line_with_its_place(write, net, old, new, words):
+    assert old in LAPLACE
+    path = write(LAPLACE.replace(old, new))
+    with pytest.raises(UserError, match=words):
+        build_guide(path, model_of(net, path))
+
+
+@pytest.mark.parametrize("value", [None, [1]])
+def test_an_argument_that_is_no_number_is_refused(value):
+    with pytest.raises(UserError, match="normal"):
+        build_prior("normal", scale=value)
+
+
+def test_a_prior_may_take_arguments_that_it_does_not_name(write):
+    path = write(LAPLACE.replace("scale=0.05", "scale=0.05, **rest"))
+    assert build_prior(path, scale="0.1").scale == 0.1

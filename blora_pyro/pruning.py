@@ -1,0 +1,182 @@
+"""A smaller adapter from the posterior: the directions of ΔW that it is sure of."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blora_pyro.adapters import Group
+from blora_pyro.diagnostics import Spectrum, spectra
+from blora_pyro.errors import UserError
+from blora_pyro.models import load_base
+from blora_pyro.posterior import Posterior
+from blora_pyro.runs import (
+    Listener,
+    claim,
+    compare,
+    evaluation_sets,
+    measure,
+    read_run,
+    write_json,
+)
+
+
+def prune(posterior: Posterior, *, rank: int | None = None, snr: float | None = None) -> Posterior:
+    """The posterior with only some singular directions of every layer's E ΔW.
+
+    A and B are turned into the basis of the singular value decomposition scaling · E B E A = U S Vᵀ
+    (B -> B M, A -> N A with means U (S/scaling)^½ and (S/scaling)^½ Vᵀ, variances through M² and
+    N²), where the best approximation of a lower rank keeps the first directions (Eckart, Young
+    1936). Layers that keep none are left out; layers of one shape and different ranks become groups
+    of their own.
+
+    Args:
+        posterior: What was fitted. Its guide is replaced by independent Normals.
+        rank: Keep the largest singular values, as many as this, in every layer.
+        snr: Keep those above this many posterior standard deviations of uᵀ ΔW v.
+
+    Raises:
+        UserError: If neither or both are given, or nothing would be left.
+    """
+    if (rank is None) == (snr is None):
+        raise UserError("give either rank or snr to prune by")
+    if rank is not None and not 1 <= rank <= posterior.rank:
+        raise UserError(f"rank is {rank}; give a number from 1 to {posterior.rank}")
+    if snr is not None and not snr > 0:
+        raise UserError(f"snr is {snr}; give a number above 0")
+    groups: list[Group] = []
+    mean: dict[str, Tensor] = {}
+    stddev: dict[str, Tensor] = {}
+    found = spectra(posterior)
+    for group in posterior.groups:
+        keep = _directions(found[group.key], rank, snr)
+        counts = keep.sum(1).tolist()
+        moments = _rotate(posterior, group, found[group.key], keep)
+        for kept in sorted(set(counts) - {0}):
+            chosen = [i for i, count in enumerate(counts) if count == kept]
+            part = _part(group, chosen, kept)
+            groups.append(part)
+            for site, (site_mean, site_variance) in zip(part.sites, moments, strict=True):
+                inner = (slice(kept),) if site.factor == "A" else (slice(None), slice(kept))
+                mean[site.name] = site_mean[chosen][:, *inner].contiguous()
+                stddev[site.name] = site_variance[chosen][:, *inner].sqrt().contiguous()
+    if not groups:
+        largest = max(float(_ratios(spectrum).max()) for spectrum in found.values())
+        raise UserError(f"snr {snr} leaves nothing; give less than {largest:.3g}, the largest")
+    alpha = posterior.scaling * max(group.rank for group in groups)
+    return replace(posterior, groups=tuple(groups), alpha=alpha, mean=mean, stddev=stddev, state={})
+
+
+def _ratios(spectrum: Spectrum) -> Tensor:
+    """Singular value over standard deviation, (modules, rank); 0 where both are."""
+    ratios = spectrum.values / spectrum.stddevs
+    return torch.where(spectrum.values > 0, ratios, 0.0)
+
+
+def _directions(spectrum: Spectrum, rank: int | None, snr: float | None) -> Tensor:
+    """Which directions each layer keeps, (modules, rank)."""
+    largest = spectrum.values[:, :1]
+    not_null = spectrum.values > 1e-6 * largest  # the others are rounding
+    if rank is not None:
+        return not_null & (torch.arange(not_null.shape[1]) < rank)
+    assert snr is not None
+    return not_null & (_ratios(spectrum) > snr)
+
+
+def _rotate(
+    posterior: Posterior, group: Group, spectrum: Spectrum, keep: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance of A and of B in the singular basis, directions that are kept first."""
+    a, b = (posterior.mean[site.name].cpu().double() for site in group.sites)
+    var_a, var_b = (posterior.stddev[site.name].cpu().double() ** 2 for site in group.sites)
+    order = (~keep).int().argsort(dim=1, stable=True)[:, None]
+    values = spectrum.values[:, None].gather(2, order)
+    left = spectrum.left.gather(2, order.expand_as(spectrum.left)).double()
+    right = spectrum.right.gather(2, order.expand_as(spectrum.right)).double()
+    root = (values.double() / posterior.scaling).sqrt()
+    mean_b, mean_a = left * root, (right * root).mT
+    m = torch.linalg.pinv(b, rtol=1e-6) @ mean_b
+    n = mean_a @ torch.linalg.pinv(a, rtol=1e-6)
+    pairs = (mean_a, n**2 @ var_a), (mean_b, var_b @ m**2)
+    return [(mean.float(), variance.float()) for mean, variance in pairs]
+
+
+def _part(group: Group, chosen: list[int], rank: int) -> Group:
+    """Some layers of a group, at another rank."""
+    stddevs = group.weight_stddevs
+    return replace(
+        group,
+        modules=tuple(group.modules[i] for i in chosen),
+        rank=rank,
+        weight_stddevs=tuple(stddevs[i] for i in chosen) if stddevs else (),
+        suffix=f"_r{rank}",
+    )
+
+
+def prune_run(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    snr: float | None = None,
+    evaluate: bool = True,
+    overwrite: bool = False,
+    device: str = "cpu",
+    progress: Listener | None = None,
+) -> dict[str, Any]:
+    """Write a run with a smaller adapter, and measure what that costs on the run's test sets.
+
+    Args:
+        folder: A run folder.
+        out: Folder for the pruned run.
+        rank: See `prune`.
+        snr: See `prune`.
+        evaluate: Measure error with the full and with the pruned adapter.
+        overwrite: Write into a folder that holds something.
+        device: A torch device.
+        progress: Told of stages.
+
+    Returns:
+        What `metrics.json` of the pruned run holds: `size`, and rates where "base" is the full
+        adapter and "adapted" the pruned one.
+
+    Raises:
+        UserError: If the run can't be read, `out` can't be written, or see `prune`.
+    """
+    progress = progress or Listener()
+    posterior, about = read_run(folder, device)
+    pruned = prune(posterior, rank=rank, snr=snr)
+    target = claim(Path(out), overwrite)
+    size = {"full": _size(posterior), "pruned": _size(pruned)}
+    metrics: dict[str, Any] = {"size": size}
+    if evaluate:
+        config = about["config"]
+        base = load_base(config.base, device)
+        sets = evaluation_sets(base, config)
+        with posterior.applied(base.net):
+            full = measure(base, sets, lambda name: progress.stage(f"full adapter on {name}"))
+        with pruned.applied(base.net):
+            fewer = measure(base, sets, lambda name: progress.stage(f"pruned adapter on {name}"))
+        metrics |= compare(pruned, full, fewer, config.test or config.data)
+    pruned.save(target)
+    write_json(target / "metrics.json", metrics)
+    _write_about(Path(folder), target, {"from": str(folder), "rank": rank, "snr": snr, **size})
+    return metrics
+
+
+def _size(posterior: Posterior) -> Mapping[str, int]:
+    modules = [(name, group.rank) for group in posterior.groups for name in group.modules]
+    return {
+        "layers": len(modules),
+        "directions": sum(rank for _, rank in modules),
+        "adapter_weights": posterior.num_weights,
+    }
+
+
+def _write_about(folder: Path, target: Path, pruned: dict[str, Any]) -> None:
+    about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    write_json(target / "run.json", about | {"pruned": pruned})

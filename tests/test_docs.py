@@ -1,0 +1,46 @@
+"""The code in docs/ is code that runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from blora_pyro import BLoRA, Posterior, fit
+from blora_pyro.guides import build_prior
+
+DOCS = Path(__file__).parents[1] / "docs"
+FILES = {
+    name: code
+    for page in sorted(DOCS.glob("*.md"))
+    for name, code in re.findall(
+        r"<!-- file: (\S+) -->\n```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+    )
+}
+
+
+def test_the_pages_hold_files():
+    assert set(FILES) == {"by_depth.py", "shared_deviation.py"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_the_docs_is_a_family_that_fits(name, fit_options, tmp_path):
+    path = tmp_path / name
+    path.write_text(FILES[name], encoding="utf-8")
+    options = {**fit_options, "steps": 5, "evaluate": False}
+    run = fit(tmp_path / "run", prior=str(path), **options)
+    assert run.history[-1].kl > 0
+    posterior = Posterior.load(tmp_path / "run", prior=str(path))
+    draws = [draw["B_16x16"] for draw in posterior.draws(50)]
+    spread = torch.stack(draws).std(0)
+    assert (spread / posterior.stddev["B_16x16"]).mean() == pytest.approx(1, abs=0.05)
+
+
+def test_the_prior_of_the_docs_holds_the_encoder_tighter(net, tmp_path):
+    path = tmp_path / "by_depth.py"
+    path.write_text(FILES["by_depth.py"], encoding="utf-8")
+    model = BLoRA(net, build_prior(str(path), encoder_scale="0.001"), rank=2)
+    group = model.groups[0]
+    spread = model.prior(group.A).stddev.amax((1, 2))
+    for name, stddev in zip(group.modules, spread.tolist(), strict=True):
+        assert stddev == pytest.approx(0.001 if "encoder.layers" in name else 0.05)
