@@ -18,7 +18,7 @@ class Prior:
     Park and Casella, The Bayesian Lasso, JASA 103 (2008); folded Normal: Leone et al. (1961).
     """
 
-    def __init__(self, scale: float = 0.035) -> None:
+    def __init__(self, scale: float = 0.05) -> None:
         """A double exponential around 0.
 
         Args:

@@ -18,7 +18,7 @@ class Prior:
     sum over the weights makes its relative noise small.
     """
 
-    def __init__(self, scale: float = 0.035, df: float = 4.0) -> None:
+    def __init__(self, scale: float = 0.05, df: float = 4.0) -> None:
         """A heavy-tailed prior around 0.
 
         Args:

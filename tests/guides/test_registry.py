@@ -271,12 +271,12 @@ def test_a_missing_argument_of_the_prior_is_told(write):
         (
             "self.scale = scale",
             "raise OSError('no')",
-            r"fails on Prior\(\.\.\.\), line 14: OSError",
+            r"fails on Prior\(\.\.\.\), line 13: OSError",
         ),
         (
             "return dist.Laplace(0.0, self.scale)",
             "return dist.Laplace(0.0, self.width)",
-            r"fails on Prior\(\.\.\.\)\(site\), line 17: AttributeError",
+            r"fails on Prior\(\.\.\.\)\(site\), line 16: AttributeError",
         ),
         (
             ".to_event(2)",
