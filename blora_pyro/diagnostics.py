@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import biject_to, kl_divergence
 
 from blora_pyro.adapters import Site
 from blora_pyro.data import IGNORED, Examples
-from blora_pyro.draws import traces
+from blora_pyro.draws import log_density, traces
 from blora_pyro.guides import latent_sites
 from blora_pyro.inference_data import pareto_khat
 from blora_pyro.models import Base
@@ -40,7 +40,7 @@ class FactorSummary:
         share_of_signal: Share of elements with |mean| > sigma.
         near_zero: Share of elements with |mean| < 1e-3.
         kl: KL(q || p) of these weights, nats, given the scales of a hierarchical prior; None for a
-            point, whose KL is infinite.
+            point, whose KL is infinite, and where these scales are gone, as after pruning.
         active_ranks: Sum over the ranks of s² / scale², the horseshoe's effective number of ranks
             (Piironen and Vehtari, arXiv 1707.01694, eq. 2.4 ff.); None for other priors.
         prior_stddev: Standard deviation of a weight under the prior, its scales averaged over.
@@ -178,8 +178,14 @@ def point_scales(posterior: Posterior) -> dict[str, Tensor]:
     return {
         name: node["value"]
         for name, node in latent_sites(trace).items()
-        if name not in posterior.mean and isinstance(node["fn"], pyro.distributions.Delta)
+        if name not in posterior.mean and _is_point(trace, name)
     }
+
+
+def _is_point(trace: poutine.Trace, name: str) -> bool:
+    """Whether q of a site is a point; `auto-normal` only passes its Normal draws on as points."""
+    node = trace.nodes[name]
+    return isinstance(node["fn"], dist.Delta) and f"{name}_unconstrained" not in trace.nodes
 
 
 def prior_variances(posterior: Posterior) -> dict[str, Tensor]:
@@ -204,7 +210,8 @@ def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
     """KL(q || p) in nats: (modules,) for factors, a scalar for scales, None for points.
 
     Closed-form where torch knows it, else log q - log p at draws; those given the scales of a
-    hierarchical prior are averaged over draws of the scales.
+    hierarchical prior are averaged over draws of the scales. None throughout if the guide lacks
+    these scales, as after pruning.
     """
     totals: dict[str, Tensor | None] = {}
     count = 0
@@ -212,15 +219,19 @@ def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
         count += 1
         exact = True
         (prior,) = traces(poutine.replay(posterior.prior, trace=trace), 1)
-        for name, node in latent_sites(trace).items():
+        latent = latent_sites(trace)
+        if latent_sites(prior).keys() != latent.keys():
+            return dict.fromkeys(latent)
+        for name, node in latent.items():
             q, p, value = node["fn"], prior.nodes[name]["fn"], node["value"]
-            if isinstance(q, pyro.distributions.Delta):
-                if name not in posterior.mean or not posterior.stddev[name].any():
-                    totals[name] = None
-                    continue
-                # `auto-normal` passes Normal draws on as points
-                moments = posterior.mean[name].cpu(), posterior.stddev[name].cpu()
-                q = pyro.distributions.Normal(*moments).to_event(2)
+            if _is_point(trace, name):
+                totals[name] = None
+                continue
+            if isinstance(q, dist.Delta):
+                normal = trace.nodes[f"{name}_unconstrained"]["fn"]
+                transform = biject_to(p.support)
+                is_factor = name in posterior.mean
+                q = normal if is_factor else dist.TransformedDistribution(normal, transform)
             with torch.no_grad():
                 try:
                     kl = kl_divergence(q, p)
@@ -318,12 +329,12 @@ def log_ratios(
     """
     ratios = []
     for trace in traces(posterior.guide, draws):
-        (prior,) = traces(poutine.replay(posterior.prior, trace=trace), 1)
         latent = latent_sites(trace)
         factors = {name: latent[name]["value"].detach() for name in posterior.mean}
         with posterior.applied(base.net, factors), torch.no_grad():
             nll = _mean_nll(base, examples)
-            ratios.append(-nll / beta + (prior.log_prob_sum() - trace.log_prob_sum()).item())
+            log_q = trace.log_prob_sum().item()
+        ratios.append(-nll / beta + log_density(posterior.prior, trace) - log_q)
     return np.array(ratios)
 
 

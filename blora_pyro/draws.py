@@ -33,6 +33,14 @@ def traces(program: Program, count: int, seed: int = 0) -> Iterator[poutine.Trac
         yield trace
 
 
+def log_density(prior: Program, trace: poutine.Trace) -> float:
+    """Log p of a draw from a guide, nats; NaN if the guide lacks scales of a hierarchical prior."""
+    (scored,) = traces(poutine.replay(prior, trace=trace), 1)
+    if latent_sites(scored).keys() != latent_sites(trace).keys():
+        return math.nan
+    return scored.log_prob_sum().item()
+
+
 @dataclass(frozen=True)
 class _Variable:
     """A latent site, or the chosen layers of it.
@@ -86,14 +94,13 @@ def to_inference_data(
     posterior = _empty(variables, names, draws)
     stats = {name: np.empty((1, draws)) for name in ("log_guide", "log_prior")}
     for i, trace in enumerate(traces(guide, draws, seed)):
-        (scored,) = traces(poutine.replay(prior, trace=trace), 1)
         with torch.no_grad():
             stats["log_guide"][0, i] = trace.log_prob_sum().item()
-            stats["log_prior"][0, i] = scored.log_prob_sum().item()
+            stats["log_prior"][0, i] = log_density(prior, trace)
         for variable in variables:
             posterior[variable.name][0, i] = variable.values(trace)
     drawn = _empty(variables, names, draws)
-    for i, trace in enumerate(traces(prior, draws, seed)):
+    for i, trace in enumerate(traces(prior, draws, seed + 1)):  # noise of its own
         for variable in variables:
             drawn[variable.name][0, i] = variable.values(trace)
     sample = {"chain": [0], "draw": np.arange(draws)}
@@ -130,32 +137,43 @@ def _choose(
     for name, node in latent.items():
         if sites is not None and name not in sites:
             continue
-        site = next(site for site in homes if f"{name}_".startswith(f"{site.name}_"))
+        site = next((site for site in homes if f"{name}_".startswith(f"{site.name}_")), None)
         coords = _coordinates(name, site, tuple(node["value"].shape))
-        chosen = None
-        if "module" in coords:
-            chosen = [i for i, layer in enumerate(site.modules) if layer in wanted]
-            coords["module"] = tuple(site.modules[i] for i in chosen)
-            if not chosen:
+        shape_key, chosen = "", None
+        if site is not None:
+            shape_key = site.name.partition("_")[2]
+            of_site = [i for i, layer in enumerate(site.modules) if layer in wanted]
+            if not of_site:
                 continue
-        variables.append(_Variable(name, site.name.partition("_")[2], coords, chosen))
+            if "module" in coords:
+                chosen = of_site
+                coords["module"] = tuple(site.modules[i] for i in chosen)
+        variables.append(_Variable(name, shape_key, coords, chosen))
     if not variables:
         raise UserError(f"sites {sites} hold no layer that matches '{modules}'; choose others")
     return variables
 
 
-def _coordinates(name: str, site: Site, shape: tuple[int, ...]) -> dict[str, tuple[Any, ...]]:
-    """Dimensions of a factor, or of a scale of a hierarchical prior, and their coordinates."""
+def _coordinates(
+    name: str, site: Site | None, shape: tuple[int, ...]
+) -> dict[str, tuple[Any, ...]]:
+    """Dimensions of a factor, or of a scale of a hierarchical prior, and their coordinates.
+
+    A user's prior may have scales of other names (then `site` is None) and shapes.
+    """
+    numbered = {f"{name}_dim_{i}": tuple(range(size)) for i, size in enumerate(shape)}
+    if site is None:
+        return numbered
     shapes = {
         site.shape: site.dims,
         site.rank_shape: ("module", "rank"),
         site.shape[:1]: ("module",),
-        (): (),
     }
-    dims = shapes.get(shape, tuple(f"{name}_dim_{i}" for i in range(len(shape))))
+    if shape not in shapes:
+        return numbered
     return {
         dim: site.modules if dim == "module" else tuple(range(size))
-        for dim, size in zip(dims, shape, strict=True)
+        for dim, size in zip(shapes[shape], shape, strict=True)
     }
 
 

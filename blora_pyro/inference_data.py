@@ -4,6 +4,7 @@ Everything is built from xarray Datasets, so that both see the same names, dimen
 coordinates. This module imports nothing of the rest of the library.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import xarray
+
+MIN_RATIOS = 30  # a tail of six, the least that both fit
 
 
 def import_arviz() -> ModuleType:
@@ -56,11 +59,23 @@ def save_inference_data(data: Any, path: str | Path) -> Path:
 def pareto_khat(log_ratios: np.ndarray) -> float:
     """Shape of the generalised Pareto fitted to the largest importance ratios (arXiv 1507.02646).
 
+    Infinite where there is nothing to fit: below 30 draws, if the largest ratios are all the same,
+    or if they lie so far apart that most of them vanish beside the largest.
+
     Args:
         log_ratios: log p - log q at draws from q, (draws,); any constant may be missing.
     """
-    if _is_datatree():
-        from arviz_stats.base import array_stats
+    ratios = np.array(log_ratios, np.float64)  # a copy, because 0.23 works in its argument
+    if len(ratios) < MIN_RATIOS:
+        return math.inf
+    try:
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            if _is_datatree():
+                from arviz_stats.base import array_stats
 
-        return float(array_stats.psislw(-log_ratios)[1])  # takes log-likelihoods
-    return float(import_arviz().psislw(np.array(log_ratios))[1])
+                khat = array_stats.psislw(-ratios)[1]  # takes log-likelihoods
+            else:
+                khat = import_arviz().psislw(ratios)[1]
+    except ValueError:  # what 1.x raises if all are the same
+        return math.inf
+    return float(khat) if np.isfinite(khat) else math.inf
