@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,8 +90,15 @@ def fit(
         ),
     ] = None,
     prior: Annotated[
-        str, typer.Option(help="Prior family, or the path of a .py file with one.")
+        str,
+        typer.Option(help="Prior family (see 'blora-pyro priors'), or the path of a .py file."),
     ] = "normal",
+    prior_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="An argument of the prior family; may be given repeatedly."
+        ),
+    ] = None,
     guide: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +109,8 @@ def fit(
         str, typer.Option(help="Weight of the KL, or 'auto': 1 / training tokens.")
     ] = "1e-4",
     prior_scale: Annotated[
-        float | None, typer.Option(help="Prior standard deviation.", show_default="the family's")
+        float | None,
+        typer.Option(help="The prior's argument 'scale'.", show_default="the family's"),
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of every update.")] = 16,
     alpha: Annotated[
@@ -150,6 +159,7 @@ def fit(
                 guide=guide,
                 beta=_beta(beta),
                 prior_scale=prior_scale,
+                prior_args=_arguments(prior_arg or [], prior_scale),
                 rank=rank,
                 alpha=alpha,
                 target_modules=target_modules,
@@ -188,6 +198,104 @@ def evaluate(
             _print_json(metrics)
         else:
             print_tables(fit_tables(metrics))
+
+
+@app.command()
+def diagnose(
+    run: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the plots.", show_default="RUN/diagnostics")
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(help="The .py file of the prior, if the run has one: its code is run."),
+    ] = None,
+    khat: Annotated[
+        bool, typer.Option(help="Compute k-hat, on up to 64 training utterances.")
+    ] = True,
+    draws: Annotated[int, typer.Option(help="Draws for k-hat, 30 or more.")] = 30,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Show where a fit adapted Whisper and how its prior shrank it; plot it."""
+    with one_line_errors():
+        from blora_pyro import diagnosis
+        from blora_pyro.report import TerminalProgress, diagnosis_tables, print_tables
+
+        with TerminalProgress() as progress:
+            found = diagnosis.diagnose(
+                run,
+                output,
+                prior=prior,
+                khat=khat,
+                draws=draws,
+                device=device,
+                on_stage=progress.stage,
+            )
+        if as_json:
+            _print_json(found.to_json())
+        else:
+            print_tables(diagnosis_tables(found))
+
+
+@app.command()
+def prune(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the smaller run.")],
+    snr: Annotated[
+        float | None,
+        typer.Option(help="Keep directions of ΔW above this many posterior standard deviations."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Keep this many directions of ΔW in every layer.")
+    ] = None,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure what it costs.")
+    ] = True,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Write a smaller adapter: what the posterior is sure of; show what that costs."""
+    with one_line_errors():
+        from blora_pyro.pruning import prune_run
+        from blora_pyro.report import TerminalProgress, print_tables, prune_tables
+
+        with TerminalProgress() as progress:
+            metrics = prune_run(
+                run,
+                out,
+                rank=rank,
+                snr=snr,
+                evaluate=evaluation,
+                overwrite=overwrite,
+                device=device,
+                progress=progress,
+            )
+        if as_json:
+            _print_json(metrics)
+        else:
+            print_tables(prune_tables(metrics), f"run folder: {out}")
+
+
+@app.command()
+def priors(as_json: Json = False) -> None:
+    """List the prior families and their arguments."""
+    with one_line_errors():
+        from blora_pyro.guides import FAMILIES, describe_prior
+
+        families = {name: describe_prior(name) for name in FAMILIES}
+        if as_json:
+            _print_json(
+                [
+                    {"name": name, "summary": text, "arguments": [asdict(one) for one in arguments]}
+                    for name, (text, arguments) in families.items()
+                ]
+            )
+        else:
+            from blora_pyro.report import print_tables, prior_tables
+
+            print_tables(prior_tables(families))
 
 
 @app.command()
@@ -247,6 +355,21 @@ def _beta(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise UserError(f"beta is '{text}'; give a number >= 0, or 'auto'") from None
+
+
+def _arguments(texts: list[str], scale: float | None) -> dict[str, str]:
+    """`key=value` texts, none given twice or against `--prior-scale`."""
+    arguments: dict[str, str] = {}
+    for text in texts:
+        key, sign, value = (part.strip() for part in text.partition("="))
+        if not (key and sign and value):
+            raise UserError(f"prior-arg is '{text}'; give key=value, such as scale=0.05")
+        if key in arguments:
+            raise UserError(f"prior-arg gives '{key}' twice; give it once")
+        arguments[key] = value
+    if scale is not None and "scale" in arguments:
+        raise UserError("scale is given by both --prior-scale and --prior-arg; give it by one")
+    return arguments
 
 
 def _print_json(content: Any) -> None:

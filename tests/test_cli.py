@@ -1,15 +1,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import blora_pyro
-from blora_pyro import runs
+from blora_pyro import diagnosis, runs
 from blora_pyro.cli import app
+from blora_pyro.errors import UserError
+from blora_pyro.guides import FAMILIES
 
-COMMANDS = ("fit", "evaluate", "transcribe", "merge")
+COMMANDS = ("fit", "evaluate", "diagnose", "priors", "transcribe", "merge")
 
 
 def run(*arguments):
@@ -93,6 +96,7 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "prior": "p",
         "guide": "g",
         "beta": "2e-3",
+        "prior-arg": "df=3",
         "prior-scale": 0.25,
         "rank": 3,
         "alpha": 5.0,
@@ -110,8 +114,10 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
     well("fit", *flags, "--overwrite")
     del seen["progress"]
+    del options["output"], options["prior-arg"]
     assert seen == {
-        **{name.replace("-", "_"): value for name, value in options.items() if name != "output"},
+        **{name.replace("-", "_"): value for name, value in options.items()},
+        "prior_args": {"df": "3"},
         "backward": ("x", "y"),
         "beta": 2e-3,
         "overwrite": True,
@@ -128,7 +134,7 @@ def test_the_defaults_of_fit_are_those_of_the_library(monkeypatch):
 
     monkeypatch.setattr(runs, "fit", fit)
     well("fit")
-    assert {**seen, "prior_args": {}} == vars(blora_pyro.FitConfig())
+    assert seen == vars(blora_pyro.FitConfig())
 
 
 def test_the_run_folder_is_named_after_data_prior_and_seed(
@@ -155,6 +161,14 @@ def test_fit_does_not_write_over_a_run_unless_told(short, finished_run, tmp_path
         (["--backward", "nowhere"], "'nowhere'"),
         (["--base", "/nowhere"], "/nowhere"),
         (["--prior", "uniform"], "uniform"),
+        (["--prior-arg", "df"], "prior-arg is 'df'; give key=value"),
+        (["--prior-arg", "=3"], "prior-arg is '=3'"),
+        (["--prior-arg", "scale="], "prior-arg is 'scale='"),
+        (["--prior-arg", "df=3"], "takes no 'df'"),
+        (["--prior-arg", "scale=wide"], "'wide'"),
+        (["--prior-arg", "scale=-1"], "scale is -1"),
+        (["--prior-arg", "scale=1", "--prior-arg", "scale=2"], "twice"),
+        (["--prior-arg", "scale=1", "--prior-scale", "2"], "by one"),
         (["--guide", "tour"], "tour"),
         (["--beta", "often"], "beta is 'often'"),
         (["--beta", "-1"], "beta is -1"),
@@ -182,6 +196,81 @@ def test_a_fit_that_diverges_ends_in_one_line(short, tmp_path):
     assert "Traceback" not in result.stderr
     assert "nan" in result.stderr.splitlines()[-1]
     assert result.stderr.splitlines()[-1].startswith("blora-pyro: ")
+
+
+def test_arguments_of_the_prior_reach_the_run(short, tmp_path):
+    arguments = ["--prior-arg", "scale=0.02", "--prior-arg", "df = 5"]
+    well(*short, "--prior", "student-t", *arguments, "--output", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert config["prior_args"] == {"scale": 0.02, "df": 5.0}
+
+
+# ---- priors, diagnose
+
+
+def test_priors_are_listed():
+    out = well("priors")
+    for words in ("horseshoe", "global_scale", "0.01", "--prior-arg"):
+        assert words in out
+
+
+def test_priors_with_json():
+    families = parsed(well("priors", "--json"))
+    assert [family["name"] for family in families] == list(FAMILIES)
+    (student,) = [family for family in families if family["name"] == "student-t"]
+    assert [one["name"] for one in student["arguments"]] == ["scale", "df"]
+    assert all(one["description"] for family in families for one in family["arguments"])
+    assert all(family["summary"] for family in families)
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    monkeypatch.setattr(diagnosis, "all_plots", lambda *args: {})
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_diagnose_prints_tables_and_words(finished_run, tmp_path):
+    out = well("diagnose", finished_run.output, "--output", tmp_path, "--draws", 30)
+    for words in ("KL(q || p)", "cross out", "How this prior shrinks.", "30 draws, 2 of 2"):
+        assert words in out
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_diagnose_with_json_prints_json_alone(finished_run, tmp_path):
+    result = run("diagnose", finished_run.output, "--output", tmp_path, "--no-khat", "--json")
+    content = parsed(result.stdout)
+    assert content["summary"]["prior"] == "normal"
+    assert len(content["kinds"]) == 16
+    assert content["khat"]["value"] is None
+    assert "figures ..." in result.stderr
+
+
+def test_diagnose_hands_every_option_on(monkeypatch, tmp_path):
+    seen = {}
+
+    def diagnose(*args, **options):
+        seen.update(options, args=args)
+        raise UserError("enough")
+
+    monkeypatch.setattr(diagnosis, "diagnose", diagnose)
+    options = ["--output", tmp_path, "--prior", "p.py", "--no-khat", "--draws", 50]
+    assert "enough" in complaint(run("diagnose", "r", *options, "--device", "cuda:1"))
+    del seen["on_stage"]
+    assert seen == {
+        "args": (Path("r"), tmp_path),
+        "prior": "p.py",
+        "khat": False,
+        "draws": 50,
+        "device": "cuda:1",
+    }
+
+
+def test_diagnose_refuses_in_one_line(finished_run, tmp_path):
+    assert "gone" in complaint(run("diagnose", tmp_path / "gone"))
+    draws = run("diagnose", finished_run.output, "--draws", 3)
+    assert "draws is 3" in complaint(draws)
+    prior = run("diagnose", finished_run.output, "--prior", tmp_path / "p.py")
+    assert "leave --prior out" in complaint(prior)
 
 
 # ---- evaluate, transcribe, merge
@@ -313,12 +402,37 @@ def test_help_and_version_load_no_heavy_library():
 import sys
 from typer.testing import CliRunner
 from blora_pyro.cli import app
-for arguments in (["--help"], ["fit", "--help"], ["--version"]):
+for arguments in (["--help"], ["fit", "--help"], ["diagnose", "-h"], ["--version"]):
     assert CliRunner().invoke(app, arguments).exit_code == 0
 heavy = {"torch", "transformers", "pyro", "peft", "datasets", "numpy", "jiwer"}
+heavy |= {"arviz", "matplotlib"}
 print(sorted(heavy & set(sys.modules)))
 """
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout == "[]\n"
+
+
+def test_prune_prints_what_is_left_and_what_it_costs(finished_run, tmp_path):
+    out = well("prune", finished_run.output, tmp_path / "small", "--rank", 1)
+    for words in ("full", "pruned", "new domain", "backward average", "75.0% pruned", "run folder"):
+        assert words in out
+    found = parsed(well("prune", finished_run.output, tmp_path / "json", "--snr", 20, "--json"))
+    assert found["size"]["pruned"]["directions"] < found["size"]["full"]["directions"]
+
+
+def test_prune_without_evaluation_tells_the_size_alone(finished_run, tmp_path):
+    out = well("prune", finished_run.output, tmp_path / "small", "--rank", 2, "--no-evaluate")
+    assert "50.0% pruned" in out and "error" not in out
+
+
+def test_prune_asks_for_one_bar(finished_run, tmp_path):
+    assert "either rank or snr" in complaint(run("prune", finished_run.output, tmp_path / "small"))
+
+
+def test_a_pruned_run_is_evaluated_but_not_diagnosed(finished_run, tmp_path):
+    well("prune", finished_run.output, tmp_path / "small", "--rank", 1, "--no-evaluate")
+    assert "new domain" in well("evaluate", tmp_path / "small")
+    message = complaint(run("diagnose", tmp_path / "small"))
+    assert f"diagnose {finished_run.output}" in message

@@ -1,0 +1,36 @@
+"""What every plot has in common: size, letters, and a palette that all eyes tell apart."""
+
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+# Okabe and Ito's palette, https://jfly.uni-koeln.de/color
+BLACK, GREY = "#000000", "#8c8c8c"
+ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+SMALL, TEXT, TITLE = 8, 9, 10.5  # points
+WIDTH = 7.2  # inches: a page's
+
+
+def new_figure(title: str, height: float, rows: int = 1, columns: int = 1, **grid: Any) -> Any:
+    """A figure of a page's width with its title, and its panels, (rows, columns)."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.suptitle(title, fontsize=TITLE, x=0.01, ha="left")
+    return figure, figure.subplots(rows, columns, squeeze=False, **grid)
+
+
+def dress(axes: Any, title: str = "", x: str = "", y: str = "") -> None:
+    """Title and labels of a panel, and no more frame than it needs."""
+    axes.set_title(title, fontsize=TEXT, loc="left")
+    axes.set_xlabel(x, fontsize=TEXT)
+    axes.set_ylabel(y, fontsize=TEXT)
+    axes.tick_params(labelsize=SMALL)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def mark_1_2_5(axis: Any) -> None:
+    """Ticks of a logarithmic axis that spans few decades."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
