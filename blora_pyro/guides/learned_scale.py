@@ -23,7 +23,7 @@ class Prior:
     Practical Variational Inference for Neural Networks, NIPS 24 (2011), section 4.2.
     """
 
-    def __init__(self, scale: float = 0.05, spread: float = 1.0) -> None:
+    def __init__(self, scale: float = 0.1, spread: float = 1.0) -> None:
         """A Normal prior with a learned width.
 
         Args:

@@ -19,7 +19,7 @@ class Prior:
     closed form: log q - log p at the step's own weight draw estimates it without bias.
     """
 
-    def __init__(self, scale: float = 0.07, spike_scale: float = 0.01, slab: float = 0.5) -> None:
+    def __init__(self, scale: float = 0.07, spike_scale: float = 0.02, slab: float = 0.5) -> None:
         """A mixture of two Normals around 0.
 
         Args:

@@ -47,7 +47,7 @@ PRIOR = {
     "laplace": 0.3,
     "student-t": 0.3,
     "horseshoe": 0.05,
-    "learned-scale": 1.0,
+    "learned-scale": 2.0,
     "pretrained-scale": 2.0,
 }
 
