@@ -185,8 +185,8 @@ def prior_tables(families: Mapping[str, tuple[str, tuple[Argument, ...]]]) -> li
     return [
         table,
         "fit with one: blora-pyro fit --prior student-t --prior-arg df=3 --prior-arg scale=0.05",
-        "your own: --prior PATH.py, a file with classes Prior and Guide; copy "
-        "blora_pyro/guides/normal.py",
+        "your own: --prior PATH.py, a file with classes Prior and Guide; see "
+        "docs/your_own_prior.md",
     ]
 
 
