@@ -14,7 +14,7 @@ import pyro
 import torch
 
 from blora_pyro.config import FitConfig
-from blora_pyro.data import Examples, load_split
+from blora_pyro.data import Examples, load_split, split_names
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import Evaluation, evaluate, macro_summary
 from blora_pyro.fitting import Step, fit_guide
@@ -169,16 +169,10 @@ def build(base: Base, config: FitConfig) -> tuple[BLoRA, Any]:
 NEW_DOMAIN = "new_domain"
 
 
-def _has_test_split(data: str) -> bool:
-    """Whether `data` is no manifest and no folder without `test.jsonl`."""
-    path = Path(data)
-    return not path.exists() or (path / "test.jsonl").is_file()
-
-
 def evaluation_sets(base: Base, config: FitConfig) -> dict[str, Examples]:
     """The new domain's test set under `new_domain`, and every backward set under its name."""
     sets = {}
-    if config.test or _has_test_split(config.data):
+    if config.test or "test" in split_names(config.data):
         sets[NEW_DOMAIN] = load_examples(base, config.test or config.data, "test")
     for source in config.backward_sets:
         sets[source] = load_examples(base, source, "test")

@@ -42,7 +42,8 @@ def transcribe_files(
     base: Base, paths: Sequence[str | Path], language: str | None = None
 ) -> list[str]:
     """Transcripts of audio files; see `blora_pyro.runs.transcribe`."""
-    rows = [(str(path), read_audio({"path": str(path)})) for path in paths]
+    window = base.feature_extractor.chunk_length
+    rows = [(str(path), read_audio({"path": str(path)}, max_seconds=window)) for path in paths]
     features = featurise(rows, base.feature_extractor)
     codes = [language] * len(rows) if language else ["en"] * len(rows)
     if not language and getattr(base.net.generation_config, "is_multilingual", False):

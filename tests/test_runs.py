@@ -448,3 +448,17 @@ def test_a_device_that_cannot_be_used_is_refused(finished_run, fluent_folder, to
         transcribe(audio, finished_run.output, device="toaster")
     with pytest.raises(UserError, match="toaster"):
         evaluate_run(finished_run.output, device="toaster")
+
+
+def test_a_folder_of_csv_files_is_fitted_and_scored(fit_options, tones_folder, tmp_path):
+    for split in ("train", "test"):
+        lines = (tones_folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        text = "file_name,sentence,language\n" + "".join(
+            f"{tones_folder / row['audio']},{row['text']},{row['language']}\n" for row in rows
+        )
+        (tmp_path / f"{split}.csv").write_text(text, encoding="utf-8")
+    by_csv = blora_pyro.fit(**{**fit_options, "data": str(tmp_path), "backward": (), "steps": 2})
+    by_json = blora_pyro.fit(**{**fit_options, "backward": (), "steps": 2})
+    new, old = (run.metrics["new_domain"] for run in (by_csv, by_json))
+    assert new["adapted"]["wer"] == old["adapted"]["wer"]

@@ -5,7 +5,7 @@ from blora_pyro.data.collation import IGNORED, Batch, Examples, featurise
 from blora_pyro.data.manifest import read_manifest
 from blora_pyro.data.pocket import DOMAINS, LANGUAGES, MODEL_DIR, POCKET_DIR, corpus_dir
 from blora_pyro.data.prompts import prompt_ids, text_ids
-from blora_pyro.data.sources import load_split
+from blora_pyro.data.sources import load_split, split_names
 
 __all__ = [
     "DOMAINS",
@@ -21,5 +21,6 @@ __all__ = [
     "prompt_ids",
     "read_audio",
     "read_manifest",
+    "split_names",
     "text_ids",
 ]

@@ -1,7 +1,7 @@
 """Examples in memory, featurised and tokenised once, and the batches made of them."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from blora_pyro.data.audio import SAMPLING_RATE, audio_name, read_audio
+from blora_pyro.data.messages import located
 from blora_pyro.data.prompts import end_id, prompt_ids, text_ids
 from blora_pyro.errors import UserError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that is no target, as cross-entropy's ignore_index
 CHUNK = 32  # utterances featurised at a time
+_MAX_CHARACTERS = 100  # a token; longer texts are not worth tokenising
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,24 +79,37 @@ class Examples:
             max_tokens: the decoder's length, the model's `max_target_positions`.
 
         Raises:
-            UserError: if audio cannot be read or is longer than the window, a language is unknown
-                to the tokenizer, or a transcript is longer than the decoder.
+            UserError: with the row's origin, if its audio cannot be read or is longer than the
+                window, its language is unknown to the tokenizer, or its transcript is longer than
+                the decoder.
         """
         self.texts: list[str] = list(dataset["text"])
         self.languages: list[str] = list(dataset["language"])
         self.word_languages: list[list[str]] = list(dataset["word_languages"])
         self._end = end_id(tokenizer)
-        prompts = {code: prompt_ids(tokenizer, code, task) for code in sorted(set(self.languages))}
-        self.prompts = [prompts[code] for code in self.languages]
-        self.targets = [[*text_ids(tokenizer, text), self._end] for text in self.texts]
-        for row, (prompt, target) in enumerate(zip(self.prompts, self.targets, strict=True)):
-            if (length := len(prompt) + len(target) - 1) > max_tokens:  # the end is never an input
-                raise UserError(
-                    f"row {row} ({self.texts[row][:30]!r}...) takes {length} tokens with its "
-                    f"prompt, but the decoder has {max_tokens}; shorten the text or split the audio"
-                )
-        waves = ((audio_name(audio), read_audio(audio)) for audio in dataset["audio"])
-        self.features = featurise(waves, feature_extractor)
+        prompts: dict[str, list[int]] = {}
+        self.prompts: list[list[int]] = []
+        self.targets: list[list[int]] = []
+        for text, code, origin in zip(self.texts, self.languages, dataset["origin"], strict=True):
+            with located(origin):
+                if code not in prompts:
+                    prompts[code] = prompt_ids(tokenizer, code, task)
+                self.prompts.append(prompts[code])
+                self.targets.append(self._target(tokenizer, text, max_tokens - len(prompts[code])))
+        self.features = featurise(_waves(dataset, feature_extractor), feature_extractor)
+
+    def _target(self, tokenizer: "PreTrainedTokenizerBase", text: str, room: int) -> list[int]:
+        """Return the tokens of a text and its end, no more than fit behind the prompt."""
+        size = f"{len(text):,} characters"
+        if len(text) <= _MAX_CHARACTERS * max(room, 1):
+            target = [*text_ids(tokenizer, text), self._end]
+            if len(target) - 1 <= room:  # the end is never an input
+                return target
+            size = f"{len(target) - 1} tokens"
+        raise UserError(
+            f"the text ({text[:30]!r}...) has {size}, but behind its prompt the decoder has room "
+            f"for {room} tokens; shorten the text or split the audio"
+        )
 
     def __len__(self) -> int:
         """The number of utterances."""
@@ -121,6 +136,22 @@ class Examples:
             inputs[row, : len(tokens) - 1] = tokens[:-1]
             labels[row, len(prompt) - 1 : len(tokens) - 1] = tokens[len(prompt) :]
         return Batch(self.features[list(indices)].float(), inputs, labels)
+
+
+def _waves(
+    dataset: Dataset, feature_extractor: "WhisperFeatureExtractor"
+) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Yield names that tell the row too, and samples, of audio no longer than the window."""
+    for row in dataset.select_columns(["audio", "start", "end", "origin"]):
+        with located(row["origin"]):
+            audio = row["audio"] or {}
+            wave = read_audio(
+                audio,
+                start=row["start"],
+                end=row["end"],
+                max_seconds=feature_extractor.chunk_length,
+            )
+        yield f"{row['origin']}: {audio_name(audio)}", wave
 
 
 def featurise(

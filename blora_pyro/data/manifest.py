@@ -1,59 +1,119 @@
-"""Manifests: one JSON object a line, one line an utterance."""
+"""Manifests: JSON lines, CSV or TSV, a row an utterance."""
 
+import csv
+import io
 import json
-import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from datasets import Audio, Dataset, Features, List, Value
+from datasets import Dataset
 
+from blora_pyro.data.messages import printable
+from blora_pyro.data.rows import (
+    Record,
+    Row,
+    check_columns,
+    good_rows,
+    parse_row,
+    parse_rows,
+    shown,
+    to_dataset,
+)
 from blora_pyro.errors import UserError
 
-# Not `Audio` itself: encoding a path with it needs torchcodec; casting to it does not.
-_FEATURES = Features(
-    {
-        "audio": {"bytes": Value("binary"), "path": Value("string")},
-        "text": Value("string"),
-        "language": Value("string"),
-        "word_languages": List(Value("string")),
-        "duration": Value("float64"),
-    }
-)
+Records = Iterator[tuple[int, Record | UserError]]  # with the numbers of their lines
 
 
-def read_manifest(path: str | Path) -> Dataset:
-    """Read a JSONL manifest into memory; blank lines and further columns are dropped.
+def read_manifest(path: str | Path, split: str | None = None) -> Dataset:
+    """Read a manifest into memory; blank lines and further columns are dropped.
 
-    The columns, of which a line must give the first two:
-        audio: `Audio(decode=False)`, {"path", "bytes"}; relative to the manifest's folder.
-        text: the transcript.
+    `.jsonl` and `.json` hold a JSON object a line; `.csv` and `.tsv` begin with a header, and are
+    quoted as CSV is. The columns, of which a row must give the first two:
+        audio: `Audio(decode=False)`, {"path", "bytes"}; relative to the manifest's folder. It may
+            also be called audio_filepath or file_name.
+        text: the transcript; or sentence, or transcription.
         language: a Whisper code ("de"), or several, matrix language first ("de-en"); else "".
-        word_languages: a code for each token of the text; else [].
+        word_languages: a code for each token of the text, a list or with spaces between; else [].
         duration: seconds; else None.
+        start, end: seconds, where the audio is a segment of a longer file; else None.
+    The data set has one column more, origin: "train.csv, line 3", for messages.
+
+    Args:
+        path: of the manifest.
+        split: leave out rows whose column `split` names another one; None reads all.
 
     Raises:
         UserError: if the file cannot be read or has no rows, or a line is not such a row.
     """
-    path = Path(path)
+    rows = list(good_rows(manifest_rows(path, split)))
+    if not rows:
+        names = ", ".join(manifest_splits(path))
+        lacks = f"no rows of split {split!r}, but of {names}" if names else "no rows"
+        raise UserError(f"{printable(path)} has {lacks}; a row needs audio and text")
+    return to_dataset(rows)
+
+
+def manifest_rows(path: str | Path, split: str | None = None) -> Iterator[Row | UserError]:
+    """Yield the rows of a manifest, and for each bad one the error; see `read_manifest`.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    records = (
+        (f"{printable(path)}, line {line}", record)
+        for line, record in _records(Path(path))
+        if split is None
+        or isinstance(record, UserError)
+        or record.get("split") in (None, "", split)
+    )
+    return parse_rows(records, partial(parse_row, folder=Path(path).parent))
+
+
+def manifest_splits(path: str | Path) -> list[str]:
+    """Return the names in a manifest's column `split`, sorted; [] without one.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    records = (record for _, record in _records(Path(path)) if not isinstance(record, UserError))
+    names = {record.get("split") for record in records if isinstance(record.get("split"), str)}
+    return sorted(printable(name) for name in names if name)
+
+
+def _records(path: Path) -> Records:
+    if (suffix := path.suffix.lower()) not in READERS:
+        raise UserError(
+            f"cannot read the manifest '{printable(path)}': its name must end in "
+            f"{', '.join(READERS)}"
+        )
     try:
-        # Not splitlines: JSON may hold U+2028 and other line ends of Unicode as they are.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:  # missing, a folder, not UTF-8
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"cannot read the manifest {str(path)!r}: {reason}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # missing, a folder, a name that cannot be
+        why = getattr(error, "strerror", None) or "there is no such file"
+        raise UserError(f"cannot read the manifest '{printable(path)}': {why}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"cannot read the manifest '{printable(path)}': line {line} is not UTF-8 text; "
+            "save it as UTF-8"
+        ) from error
+    return READERS[suffix](text)
+
+
+def _json_records(text: str) -> Records:
+    # Not splitlines: JSON may hold U+2028 and other line ends of Unicode as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                rows.append(_row(_parse(line), path.parent))
+                yield number, _parse_json(line)
             except UserError as error:
-                raise UserError(f"{path}, line {number}: {error}") from error.__cause__
-    if not rows:
-        raise UserError(f"{path} has no rows; give a JSON object with audio and text on each line")
-    return Dataset.from_list(rows, features=_FEATURES).cast_column("audio", Audio(decode=False))
+                yield number, error
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _parse_json(line: str) -> Record:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -63,41 +123,64 @@ def _parse(line: str) -> dict[str, Any]:
     return row
 
 
-def _row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    if missing := [name for name in ("audio", "text") if name not in row]:
-        raise UserError(f"no {' and no '.join(missing)}; a row needs audio and text")
-    codes = [] if row.get("word_languages") is None else row["word_languages"]
-    if not isinstance(codes, list):
-        raise UserError(f"word_languages must be a list of texts, got {_shown(codes)}")
-    audio = folder / _text("audio", row["audio"])
-    if not os.path.isfile(audio):
-        raise UserError(f"the audio file {str(audio)!r} does not exist")
-    return {
-        "audio": {"bytes": None, "path": str(audio)},
-        "text": _text("text", row["text"]),
-        "language": "" if row.get("language") is None else _text("language", row["language"]),
-        "word_languages": [_text("word_languages", code) for code in codes],
-        "duration": _seconds(row.get("duration")),
-    }
+def _csv_records(text: str, delimiter: str) -> Records:
+    """Yield the rows below the header; a record is numbered by the first of its lines."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+            if cells is None:
+                return
+            if not "".join(cells).strip():
+                continue
+            if header is None:
+                header = _header(cells)
+            else:
+                yield line, _parse_cells(header, cells)
+        except csv.Error as error:  # what follows cannot be told apart
+            yield line, UserError(f"{error}; write cells with quotes or line ends as CSV does")
+            return
+        except UserError as error:
+            yield line, error
+            if header is None:
+                return
 
 
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{name} must be text, got {_shown(value)}")
+def _header(cells: list[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise UserError(f"two columns are called {shown(twice)}")
     try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\ud800"
-        raise UserError(f"{name} is not valid Unicode: {_shown(value)}") from error
-    return value
+        check_columns(names)
+    except UserError as error:
+        raise UserError(f"the header {shown(' | '.join(names))}: {error}") from error
+    return names
 
 
-def _seconds(value: object) -> float | None:
-    if value is None or value != value:  # JSON's NaN
+def _parse_cells(header: list[str], cells: list[str]) -> Record:
+    if len(cells) != len(header):
+        raise UserError(f"{len(cells)} cells, but the header has {len(header)}")
+    row: dict[str, object] = dict(zip(header, cells, strict=True))
+    for name in ("duration", "start", "end"):
+        if name in row:
+            row[name] = _number(name, str(row[name]))
+    return row
+
+
+def _number(name: str, cell: str) -> float | None:
+    if not cell.strip():
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise UserError(f"duration must be a number of seconds, got {_shown(value)}")
-    return float(value)
+    try:
+        return float(cell)
+    except ValueError as error:
+        raise UserError(f"{name} must be a number of seconds, got {shown(cell)}") from error
 
 
-def _shown(value: object) -> str:
-    return json.dumps(value)[:40]
+READERS: dict[str, Callable[[str], Records]] = {
+    ".jsonl": _json_records,
+    ".json": _json_records,
+    ".csv": partial(_csv_records, delimiter=","),
+    ".tsv": partial(_csv_records, delimiter="\t"),
+}

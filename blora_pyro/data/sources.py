@@ -1,37 +1,125 @@
-"""Where a split of data comes from: a built-in corpus, a manifest, a folder of manifests."""
+"""Where a split of data comes from: manifests, folders, built-in corpora, data sets, the Hub."""
 
+import os
+import re
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from blora_pyro.data.manifest import read_manifest
+from blora_pyro.data.manifest import READERS, manifest_splits, read_manifest
+from blora_pyro.data.messages import printable
 from blora_pyro.data.pocket import DOMAINS, LANGUAGES, corpus_dir
+from blora_pyro.data.tables import (
+    Table,
+    hub_splits,
+    is_saved,
+    load_hub,
+    load_parquet,
+    load_saved,
+    parquet_files,
+    table_split,
+    table_splits,
+)
 from blora_pyro.errors import UserError
 
+Source = str | Path | Table
 
-def load_split(source: str | Path, split: str) -> Dataset:
+_TABLES = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
+
+
+def load_split(source: Source, split: str) -> Dataset:
     """Read a split of a source, with the columns of `read_manifest`.
 
     Args:
-        source: a JSONL manifest (the same for every split), a folder that holds `{split}.jsonl`,
-            or, where no such path exists, the name of a built-in corpus: "de-en", "de", ...
-        split: "train", "dev", "test", or whatever the folder has.
+        source: an object of `datasets`, streaming or not (a stream is read to its end into memory;
+            a single set is the same for every split); or a path, or where no such path exists the
+            name of a built-in corpus ("de-en", "de", ...), or else a data set of the Hub,
+            "owner/name" or "owner/name:config". A path may be
+            - a manifest, the same for every split unless it has a column `split`;
+            - a folder with `{split}.jsonl` (or .json, .csv, .tsv), `{split}/metadata.csv` (or
+              another such ending), or one `metadata.csv` for all, as a manifest;
+            - a folder that `save_to_disk` made;
+            - a folder with parquet files as on the Hub, `{split}-*.parquet`.
+        split: "train", "dev", "test", or whatever the source has.
 
     Raises:
         UserError: if the source is none of these, lacks the split, or `read_manifest` raises.
     """
-    path = Path(source)
-    if path.is_file():
-        return read_manifest(path)
-    if not path.exists() and source in (*DOMAINS, *LANGUAGES):
-        path = corpus_dir(str(source))
-    if not path.is_dir():
+    if isinstance(source, _TABLES):
+        return table_split(source, split)
+    name = str(source)
+    if os.path.isfile(name):
+        return read_manifest(name, split)
+    if _is_hub_id(name):
+        return table_split(load_hub(name, split), split, f"{name}, {split}")
+    folder = _folder(name)
+    if is_saved(folder):
+        return table_split(load_saved(folder), split, printable(folder))
+    if manifest := _own_manifest(folder, split):
+        return read_manifest(manifest)
+    if manifest := _only(folder, "metadata"):
+        return read_manifest(manifest, split)
+    if files := parquet_files(folder).get(split):
+        return table_split(load_parquet(files, split), split, f"{printable(folder)}, {split}")
+    splits = ", ".join(split_names(folder)) or "none"
+    raise UserError(
+        f"{printable(folder)} has no {split}.jsonl (.csv, .tsv, or {split}/metadata.csv); "
+        f"its splits are: {splits}"
+    )
+
+
+def split_names(source: Source) -> list[str]:
+    """Return the names of the splits that a source has; [] where it is one set for them all.
+
+    Raises:
+        UserError: if the source is none of those of `load_split`.
+    """
+    if isinstance(source, _TABLES):
+        return table_splits(source)
+    name = str(source)
+    if os.path.isfile(name):
+        return manifest_splits(name)
+    if _is_hub_id(name):
+        return hub_splits(name)
+    folder = _folder(name)
+    if is_saved(folder):
+        return table_splits(load_saved(folder))
+    files = [path for path in folder.iterdir() if path.suffix.lower() in READERS]
+    names = {path.stem for path in files if path.is_file() and path.stem != "metadata"}
+    names |= {path.name for path in folder.iterdir() if path.is_dir() and _only(path, "metadata")}
+    if not names and (manifest := _only(folder, "metadata")):
+        return manifest_splits(manifest)
+    return sorted(names or parquet_files(folder))
+
+
+def _is_hub_id(name: str) -> bool:
+    """Tell whether a name that is no path and no built-in corpus has the form of a Hub id."""
+    manifest = Path(name).suffix.lower() in READERS
+    return not (os.path.exists(name) or manifest) and bool(_HUB_ID.fullmatch(name))
+
+
+def _folder(name: str) -> Path:
+    if not os.path.exists(name) and name in (*DOMAINS, *LANGUAGES):
+        return corpus_dir(name)
+    if not os.path.isdir(name):
         raise UserError(
-            f"no data at {str(source)!r}; give a JSONL manifest, a folder with {split}.jsonl, "
-            f"or a built-in corpus: {', '.join((*DOMAINS, *LANGUAGES))}"
+            f"no data at '{printable(name)}'; give a manifest ({', '.join(READERS)}), a folder of "
+            "manifests (train.jsonl, ...), a Hub data set (owner/name), or a built-in corpus: "
+            f"{', '.join((*DOMAINS, *LANGUAGES))}"
         )
-    manifest = path / f"{split}.jsonl"
-    if not manifest.is_file():
-        splits = ", ".join(sorted(file.stem for file in path.glob("*.jsonl"))) or "none"
-        raise UserError(f"{path} has no {manifest.name}; its splits are: {splits}")
-    return read_manifest(manifest)
+    return Path(name)
+
+
+def _own_manifest(folder: Path, split: str) -> Path | None:
+    """Return the manifest that holds this split and nothing else."""
+    return _only(folder, split) or _only(folder / split, "metadata")
+
+
+def _only(folder: Path, stem: str) -> Path | None:
+    """Return the one manifest of this name, with whatever ending; None if there is none."""
+    found = [path for suffix in READERS if (path := folder / f"{stem}{suffix}").is_file()]
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise UserError(f"{printable(folder)} has {names}; keep one of them")
+    return found[0] if found else None

@@ -1,5 +1,8 @@
 import json
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +72,30 @@ def manifest(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+_seen: list[list[str]] = []  # what `watch` is told; an audit hook cannot be taken off again
+
+
+def _audit(event: str, args: tuple) -> None:
+    if _seen and event == "pickle.find_class":
+        _seen[-1].append(f"unpickles {args}")
+    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    if _seen and event == "open" and isinstance(args[2], int) and args[2] & writes:
+        _seen[-1].append(f"writes {args[0]}")
+
+
+@pytest.fixture(scope="session")
+def watch() -> Callable:
+    """A context that collects what is unpickled and which files are opened to be written."""
+    sys.addaudithook(_audit)
+
+    @contextmanager
+    def watching() -> Iterator[list[str]]:
+        _seen.append([])
+        try:
+            yield _seen[-1]
+        finally:
+            _seen.pop()
+
+    return watching

@@ -1,6 +1,12 @@
+import functools
+import io
+import tracemalloc
+
 import numpy as np
 import pytest
 import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from blora_pyro.data.audio import read_audio
 from blora_pyro.errors import UserError
@@ -36,6 +42,108 @@ def test_resampling_keeps_length_frequency_and_level(speak, rate):
     assert len(read_audio({"path": str(speak("b.wav", 1.0))}, sampling_rate=rate)) == rate
 
 
+FORMATS = {
+    "wav": {"format": "WAV", "subtype": "PCM_24"},
+    "flac": {"format": "FLAC"},
+    "vorbis": {"format": "OGG", "subtype": "VORBIS"},
+    "opus": {"format": "OGG", "subtype": "OPUS"},
+    "mp3": {"format": "MP3"},
+    "vbr mp3": {"format": "MP3", "bitrate_mode": "VARIABLE", "compression_level": 0.5},
+}
+
+
+def encoded(kind, seconds=6.0, channels=2):
+    """A rising tone, of another loudness in each channel, as a file's bytes and its rate."""
+    rate = 48_000 if kind == "opus" else 44_100  # opus knows no 44.1 kHz
+    t = np.arange(int(seconds * rate)) / rate
+    wave = 0.4 * np.sin(2 * np.pi * (300 + 100 * t) * t)
+    noise = 0.02 * np.random.default_rng(0).standard_normal(len(t))
+    wave = np.stack([wave + noise, *[0.5 * wave] * (channels - 1)], axis=1)
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, **FORMATS[kind])
+    return file.getvalue(), rate
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_every_format_at_its_own_rate(kind, channels):
+    data, _ = encoded(kind, seconds=1.0, channels=channels)
+    wave = read_audio({"bytes": data, "path": None})
+    assert len(wave) == pytest.approx(16_000, abs=2)
+    t = np.arange(len(wave)) / 16_000
+    expected = 0.4 / channels * (1 + 0.5 * (channels - 1)) * np.sin(2 * np.pi * (300 + 100 * t) * t)
+    assert np.corrcoef(wave, expected)[0, 1] > 0.98
+    assert wave.std() == pytest.approx(expected.std(), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_segment_is_that_part_of_the_whole(kind):
+    data, rate = encoded(kind)
+    audio = {"bytes": data}
+    whole = read_audio(audio, rate)
+    assert len(whole) == 6 * rate
+    for start, end in [
+        (None, None),
+        (0.0, 0.25),
+        (1.3, 2.0),
+        (3.1, None),
+        (None, 4.0),
+        (5.9, 6.005),
+    ]:
+        part = read_audio(audio, rate, start, end)
+        first, last = round((start or 0) * rate), round(min(end or 6.0, 6.0) * rate)
+        np.testing.assert_allclose(part, whole[first:last], atol=1e-4)
+
+
+def test_a_segment_of_an_array():
+    audio = {"array": np.arange(100.0), "sampling_rate": 100}
+    np.testing.assert_array_equal(read_audio(audio, 100, 0.25, 0.5), np.arange(25.0, 50.0))
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(6.0, None), (7.0, 8.0), (1.0, 6.1), (-1.0, 1.0), (2.0, 1)]
+)
+def test_a_segment_beyond_the_file(start, end):
+    with pytest.raises(UserError, match=r"x\.wav lasts 6\.00 s, so it has no segment from"):
+        read_audio({"bytes": encoded("wav")[0], "path": "x.wav"}, start=start, end=end)
+    with pytest.raises(UserError, match=r"lasts 6\.00 s, so it has no segment"):
+        read_audio({"array": np.zeros(600), "sampling_rate": 100}, start=start, end=end)
+
+
+def test_ten_hours_are_refused_unread_and_their_segments_read(tmp_path):
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.zeros(0), 8_000, subtype="PCM_16")
+    size = 36_000 * 8_000 * 2
+    with open(path, "r+b") as file:  # a sparse file, its two sizes corrected
+        for place, value in ((4, size + 36), (40, size)):
+            file.seek(place)
+            file.write(value.to_bytes(4, "little"))
+        file.truncate(size + 44)
+    tracemalloc.start()
+    with pytest.raises(
+        UserError, match=r"lasts 36000\.00 s, but the model hears 30 s at a time; spl"
+    ):
+        read_audio({"path": path}, max_seconds=30)
+    assert len(read_audio({"path": path}, start=35_990, end=36_000, max_seconds=30)) == 160_000
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+    with pytest.raises(UserError, match=r"long\.wav lasts 40\.00 s, but .*; shorten the segment"):
+        read_audio({"path": path}, start=10, end=50, max_seconds=30)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_cut_off_files(kind):
+    data, _ = encoded(kind)
+    cut = {"bytes": data[: len(data) // 2], "path": "x"}
+    if kind in ("wav", "vorbis", "opus"):  # these end wherever the file ends
+        assert 0 < len(read_audio(cut)) < 6 * 16_000
+    else:
+        with pytest.raises(
+            UserError, match=r"cannot read x|x is cut off \d\.\d\d s before the end"
+        ):
+            read_audio(cut)
+
+
 def test_channels_are_averaged(tmp_path):
     left, right = np.full(800, 0.5), np.full(800, -0.25)
     soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), 16_000, subtype="FLOAT")
@@ -48,6 +156,22 @@ def test_array(dtype):
     wave = read_audio({"array": array, "sampling_rate": 16_000})
     np.testing.assert_array_equal(wave, array.astype(np.float32))
     assert wave.dtype == read_audio({"array": array, "sampling_rate": 48_000}).dtype == np.float32
+
+
+@pytest.mark.parametrize("rate", [None, 0, -16_000, 1.5, "16000", True, 10**9])
+def test_other_rates(rate):
+    with pytest.raises(
+        UserError, match=r"audio without a path has the sampling_rate .*; give it in"
+    ):
+        read_audio({"array": np.zeros(4), "sampling_rate": rate})
+
+
+def test_list_and_ragged_list():
+    assert len(read_audio({"array": [0.5, 0.25], "sampling_rate": 16_000})) == 2
+    with pytest.raises(UserError, match="is empty"):
+        read_audio({"array": [], "sampling_rate": 16_000})
+    with pytest.raises(UserError, match="is no array of numbers"):
+        read_audio({"array": [[0.5], [0.5, 0.25]], "sampling_rate": 16_000})
 
 
 @pytest.mark.parametrize("array", [np.zeros(4, np.int16), np.zeros((2, 4)), ["a"]])
@@ -71,7 +195,46 @@ def test_empty_and_non_finite(tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
     with pytest.raises(UserError, match=r"empty\.wav is empty"):
         read_audio({"path": tmp_path / "empty.wav"})
-    for value in (np.nan, np.inf):
-        soundfile.write(tmp_path / "nan.wav", np.array([0.0, value]), 8_000, subtype="FLOAT")
+    for value in (np.nan, np.inf, [np.inf, -np.inf]):
+        wave = np.array([np.zeros_like(value), value])
+        soundfile.write(tmp_path / "nan.wav", wave, 8_000, subtype="FLOAT")
         with pytest.raises(UserError, match=r"nan\.wav has samples that are not finite"):
             read_audio({"path": tmp_path / "nan.wav"})
+
+
+def test_messages_stay_on_one_line():
+    with pytest.raises(UserError, match=r"cannot read a\ufffdb\.wav") as caught:
+        read_audio({"path": "a\nb.wav"})
+    assert str(caught.value).isprintable()
+
+
+anything = settings(deadline=None, max_examples=100, derandomize=True)
+
+
+def read_or_refuse(data):
+    try:
+        wave = read_audio({"bytes": data, "path": None}, max_seconds=30)
+        assert wave.ndim == 1 and len(wave) and np.isfinite(wave).all()
+    except UserError as error:
+        assert str(error).isprintable()
+
+
+@anything
+@given(data=st.binary(max_size=300))
+def test_any_bytes(data):
+    read_or_refuse(data)
+
+
+@functools.cache
+def short(kind):
+    return encoded(kind, seconds=0.2)[0]
+
+
+@anything
+@given(kind=st.sampled_from(list(FORMATS)), edits=st.data())
+def test_damaged_files(kind, edits):
+    data = bytearray(short(kind))
+    for _ in range(edits.draw(st.integers(1, 5))):
+        place = edits.draw(st.integers(0, 120) | st.integers(0, len(data) - 1))
+        data[min(place, len(data) - 1)] = edits.draw(st.integers(0, 255))
+    read_or_refuse(bytes(data))

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from blora_pyro.data import collation
@@ -94,7 +95,7 @@ def test_english_only(dataset, extractor, english_only):
 
 def test_audio_as_long_as_the_window_and_longer(dataset, extractor, tokenizer):
     assert len(Examples(dataset(ROWS[:1], seconds=3.0), extractor, tokenizer)) == 1
-    with pytest.raises(UserError, match=r"1\.wav lasts 3\.10 s, but the model hears 3 s at a time"):
+    with pytest.raises(UserError, match=r"line 2: .*1\.wav lasts 3\.10 s, but the model hears 3 s"):
         Examples(dataset(ROWS, seconds=3.0), extractor, tokenizer)
 
 
@@ -103,10 +104,53 @@ def test_text_as_long_as_the_decoder_and_longer(dataset, extractor, tokenizer):
     rows = [ROWS[2], ROWS[0]]
     batch = Examples(dataset(rows), extractor, tokenizer, max_tokens=length).batch([0, 1])
     assert batch.decoder_input_ids.shape == (2, length)
-    with pytest.raises(UserError, match=rf"row 1 \('das haus .* {length} .* has {length - 1};"):
+    with pytest.raises(
+        UserError, match=rf"line 2: .*'das haus .* {length - 4} tokens.* for {length - 5}"
+    ):
         Examples(dataset(rows), extractor, tokenizer, max_tokens=length - 1)
 
 
 def test_unknown_language(dataset, extractor, tokenizer):
-    with pytest.raises(UserError, match="'tr'; it knows de, en, es"):
-        Examples(dataset([{"text": "x", "language": "tr"}]), extractor, tokenizer)
+    rows = [ROWS[0], *({"text": "x", "language": "tr"},) * 2]
+    with pytest.raises(UserError, match=r"line 2: .*'tr'; it knows de, en, es"):
+        Examples(dataset(rows), extractor, tokenizer)
+
+
+def test_huge_text_is_refused_untokenised(dataset, extractor, tokenizer):
+    with pytest.raises(UserError, match=r"line 2: the text .* has 5,000,000 characters, but"):
+        Examples(dataset([ROWS[0], {**ROWS[0], "text": "x" * 5_000_000}]), extractor, tokenizer)
+
+
+def test_segments(speak, manifest, extractor, tokenizer):
+    rows = [{"audio": speak("long.wav", 10.0).name, "text": "x", "language": "de"}] * 3
+    segments = [{"start": 1.0, "end": 3.5}, {"start": 9.0}, {"end": 2.0}]
+    dataset = read_manifest(manifest(*({**r, **s} for r, s in zip(rows, segments, strict=True))))
+    features = Examples(dataset, extractor, tokenizer).features
+    speech = (features > features.amin(dim=(1, 2), keepdim=True)).any(1).sum(1)
+    assert speech.tolist() == pytest.approx([250, 100, 200], abs=5)
+
+
+@pytest.mark.parametrize(
+    ("row", "gist"),
+    [
+        ({}, "lasts 10.00 s, but the model hears 3 s at a time; split it, or give start and end"),
+        ({"end": 4.0}, "lasts 4.00 s, but the model hears 3 s at a time; shorten the segment"),
+        ({"start": 9.0, "end": 11.0}, "lasts 10.00 s, so it has no segment from 9 s to 11 s"),
+        ({"audio": "noise.wav"}, "noise.wav as wav, flac, ogg or mp3"),
+        ({"audio": "empty.wav"}, "empty.wav is empty; drop it"),
+        ({"audio": "nan.wav"}, "nan.wav has samples that are not finite"),
+    ],
+)
+def test_bad_audio_is_told_by_file_and_row(
+    speak, manifest, extractor, tokenizer, tmp_path, row, gist
+):
+    good = {"audio": speak("a.wav").name, "text": "x", "language": "de"}
+    speak("long.wav", 10.0)
+    speak("empty.wav", 0.0)
+    (tmp_path / "noise.wav").write_bytes(bytes(range(256)))
+    soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), 16_000, subtype="FLOAT")
+    path = manifest(good, {**good, "audio": "long.wav", **row})
+    with pytest.raises(UserError) as caught:
+        Examples(read_manifest(path), extractor, tokenizer)
+    message = str(caught.value)
+    assert message.startswith(f"{path}, line 2: ") and gist in message

@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -7,10 +9,12 @@ from datasets import Audio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blora_pyro.data.manifest import read_manifest
+from blora_pyro.data.audio import read_audio
+from blora_pyro.data.manifest import manifest_rows, manifest_splits, read_manifest
 from blora_pyro.errors import UserError
 
-COLUMNS = ["audio", "text", "language", "word_languages", "duration"]
+GIVEN = ["audio", "text", "language", "word_languages", "duration", "start", "end"]
+COLUMNS = [*GIVEN, "origin"]
 
 
 def test_round_trip(speak, manifest, tmp_path):
@@ -21,28 +25,35 @@ def test_round_trip(speak, manifest, tmp_path):
         "language": "de-en",
         "word_languages": ["de", "en"],
         "duration": 0.5,
+        "start": 0.1,
+        "end": 0.4,
     }
     bare = {"audio": str(audio), "text": "", "voice": {"pitch": 3}}
-    dataset = read_manifest(manifest(full, "", bare, "  "))
+    path = manifest(full, "", bare, "  ")
+    dataset = read_manifest(path)
     assert dataset.column_names == COLUMNS
     assert dataset.features["audio"] == Audio(decode=False)
     source = {"bytes": None, "path": str(tmp_path / "train" / "0000.wav")}
-    assert dataset[0] == {**full, "audio": source}
+    assert dataset[0] == {**full, "audio": source, "origin": f"{path}, line 1"}
     assert dataset[1] == {
         "audio": source,
         "text": "",
         "language": "",
         "word_languages": [],
         "duration": None,
+        "start": None,
+        "end": None,
+        "origin": f"{path}, line 3",
     }
 
 
 def test_absent_may_be_null(speak, manifest):
-    nulls = {"language": None, "word_languages": None, "duration": None}
+    nulls = dict.fromkeys(GIVEN[2:])
     rows = [{"audio": speak("a.wav").name, "text": "x", **nulls}]
-    rows.append({**rows[0], "duration": math.nan})
+    rows.append({**rows[0], "duration": math.nan, "start": math.nan, "end": math.nan})
     for row in read_manifest(manifest(*rows)):
-        assert (row["language"], row["word_languages"], row["duration"]) == ("", [], None)
+        assert (row["language"], row["word_languages"]) == ("", [])
+        assert row["duration"] is row["start"] is row["end"] is None
 
 
 def test_line_separators_inside_text_and_byte_order_mark(speak, manifest):
@@ -53,24 +64,32 @@ def test_line_separators_inside_text_and_byte_order_mark(speak, manifest):
 @pytest.mark.parametrize(
     ("change", "gist"),
     [
-        ({"audio": ...}, "no audio; a row needs audio and text"),
+        ({"audio": ...}, "no audio; a row needs audio (or audio_filepath, file_name) and text (or"),
         ({"text": ...}, "no text; a row needs"),
         ({"audio": ..., "text": ...}, "no audio and no text"),
         ({"audio": 3}, "audio must be text, got 3"),
         ({"audio": "b.wav"}, "b.wav' does not exist"),
         ({"audio": "."}, "does not exist"),
+        ({"audio": " "}, "audio is empty; give a path"),
+        ({"audio": "b\n.wav"}, "does not exist"),
+        ({"file_name": "a.wav"}, "audio and file_name both say what the audio is; keep one"),
+        ({"sentence": "", "transcription": ""}, "text and sentence and transcription both say"),
         ({"audio": "a\0.wav"}, "does not exist"),
         ({"audio": "a" * 5000}, "does not exist"),
         ({"text": None}, "text must be text, got null"),
         ({"text": "\ud800"}, "text is not valid Unicode"),
         ({"language": ["de"]}, "language must be text"),
-        ({"word_languages": "de"}, 'word_languages must be a list of texts, got "de"'),
+        ({"word_languages": 3}, "word_languages must be a list of texts, got 3"),
         ({"word_languages": ["de", 1]}, "word_languages must be text, got 1"),
         ({"duration": "1"}, 'duration must be a number of seconds, got "1"'),
         ({"duration": -1}, "duration must be"),
         ({"duration": True}, "duration must be"),
         ({"duration": math.inf}, "duration must be"),
         ({"duration": 10**400}, "duration must be"),
+        ({"start": "1"}, 'start must be a number of seconds, got "1"'),
+        ({"end": -1}, "end must be"),
+        ({"start": 2, "end": 1.5}, "the segment starts at 2 s, but ends at 1.5 s"),
+        ({"end": 0}, "the segment starts at 0 s, but ends at 0 s"),
     ],
 )
 def test_bad_row(speak, manifest, change, gist):
@@ -103,32 +122,217 @@ def test_unreadable_manifest(manifest, tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         read_manifest(tmp_path)
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xff")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="line 1 is not UTF-8 text; save it as UTF-8"):
         read_manifest(tmp_path / "latin.jsonl")
+    (tmp_path / "latin.csv").write_bytes("audio,text\na,b\nä,b".encode("latin-1"))
+    with pytest.raises(UserError, match="line 3 is not UTF-8"):
+        read_manifest(tmp_path / "latin.csv")
     with pytest.raises(UserError, match="has no rows"):
         read_manifest(manifest("", " "))
 
+
+# ---- other names, other formats
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Write a CSV or TSV file as it is."""
+
+    def write(text: str, name: str = "train.csv") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("audio", ["audio", "audio_filepath", "file_name"])
+@pytest.mark.parametrize("text", ["text", "sentence", "transcription"])
+def test_other_names_of_columns(speak, manifest, table, audio, text):
+    name = speak("a.wav").name
+    rows = read_manifest(manifest({audio: name, text: "x", "id": 7}))
+    rows_of_nulls = read_manifest(
+        manifest({"audio": None, "text": None, audio: name, text: "x"}, name="nulls.json")
+    )
+    rows_of_csv = read_manifest(table(f"id,{text},{audio}\n7,x,{name}\n"))
+    for dataset in (rows, rows_of_nulls, rows_of_csv):
+        assert dataset.column_names == COLUMNS
+        assert dataset["text"][:] == ["x"]
+        assert dataset[0]["audio"]["path"].endswith("a.wav")
+
+
+@pytest.mark.parametrize(("suffix", "gap"), [(".csv", ","), (".tsv", "\t"), (".TSV", "\t")])
+def test_tables(speak, table, suffix, gap):
+    speak("sub/a.wav")
+    lines = [
+        " audio,text,language,word_languages,duration,start,end,other",
+        'sub/a.wav,"say ""no"", then\r\nyes",de-en,de  en,0.5,0.1,0.4,!',
+        ",,,,,,,",
+        "",
+        "sub/a.wav,,,,,,,",
+        "sub/a.wav,x,,,nan,,0.2,",
+    ]
+    text = "\ufeff" + "\r\n".join(lines) + "\r\n"
+    path = table(text.replace(",", gap), name="train" + suffix)
+    first, second, third = read_manifest(path)
+    assert first == {
+        "audio": {"bytes": None, "path": str(path.parent / "sub/a.wav")},
+        "text": f'say "no"{gap} then\r\nyes',
+        "language": "de-en",
+        "word_languages": ["de", "en"],
+        "duration": 0.5,
+        "start": 0.1,
+        "end": 0.4,
+        "origin": f"{path}, line 2",
+    }
+    assert second == {
+        **dict.fromkeys(COLUMNS),
+        "audio": first["audio"],
+        "text": "",
+        "language": "",
+        "word_languages": [],
+        "origin": f"{path}, line 6",
+    }
+    assert (third["duration"], third["end"], third["origin"]) == (None, 0.2, f"{path}, line 7")
+
+
+def test_codes_with_spaces_between_in_json_too(speak, manifest):
+    row = {"audio": speak("a.wav").name, "text": "x y", "word_languages": " de en "}
+    assert read_manifest(manifest(row))[0]["word_languages"] == ["de", "en"]
+
+
+@pytest.mark.parametrize(
+    ("text", "gist"),
+    [
+        (
+            "audio;text\na.wav;x",
+            'line 1: the header "audio;text": no audio and no text; a row needs',
+        ),
+        ("a.wav,x", 'line 1: the header "a.wav | x": no audio'),
+        ("text,audio,text\n", 'line 1: two columns are called "text"'),
+        ("\naudio,file_name,text\n", "line 2: the header"),
+        ("audio,file_name,text\n", "audio and file_name both say what the audio is"),
+        ("audio,text\na.wav,x\na.wav\n", "line 3: 1 cells, but the header has 2"),
+        ("audio,text\na.wav,x,y\n", "line 2: 3 cells, but the header has 2"),
+        ("audio,text\na.wav,x\n,x\n", "line 3: audio is empty; give a path"),
+        ("audio,text\nb.wav,x\n", "line 2: the audio file"),
+        ('audio,text\na.wav,"x\ny"\na.wav,"x\n\n\n', "line 4: unexpected end of data; write cells"),
+        ('audio,text\na.wav,"x" y\n', "line 2: "),
+        (
+            "audio,text,start\na.wav,x,soon\n",
+            'line 2: start must be a number of seconds, got "soon"',
+        ),
+        ("audio,text,duration\na.wav,x,-1\n", "line 2: duration must be a number of seconds"),
+        ("audio,text\na.wav," + "x" * 200_000, "line 2: field larger than field limit"),
+        ("audio,text\n", "has no rows; a row needs audio and text"),
+        ("", "has no rows"),
+    ],
+)
+def test_bad_tables(speak, table, text, gist):
+    speak("a.wav")
+    with pytest.raises(UserError) as caught:
+        read_manifest(table(text))
+    message = str(caught.value)
+    assert gist in message and "train.csv" in message and "\n" not in message
+
+
+def test_an_unknown_ending(table):
+    with pytest.raises(UserError, match=r"must end in .jsonl, .json, .csv, .tsv"):
+        read_manifest(table("", name="train.txt"))
+
+
+def test_rows_of_a_split(speak, table):
+    speak("a.wav")
+    lines = ["audio,text,split", "a.wav,x,train", "b.wav,y,test", "a.wav,z,"]
+    path = table("\n".join(lines))
+    assert manifest_splits(path) == ["test", "train"]
+    assert read_manifest(path, "train")["text"][:] == ["x", "z"]
+    assert read_manifest(path, "dev")["text"][:] == ["z"]
+    with pytest.raises(UserError, match=r"line 3: .*b\.wav' does not exist"):
+        read_manifest(path, "test")
+    path = table("\n".join(lines[:-1]))
+    with pytest.raises(UserError, match=r"no rows of split 'dev', but of test, train"):
+        read_manifest(path, "dev")
+
+
+def test_bad_rows_and_good_ones(speak, manifest):
+    good = {"audio": speak("a.wav").name, "text": "x"}
+    path = manifest(good, "?", {"text": "y"}, good)
+    rows = list(manifest_rows(path))
+    assert [row["text"] for row in (rows[0], rows[3])] == ["x", "x"]
+    assert [str(row) for row in rows[1:3]] == [
+        f"{path}, line 2: not JSON: '?'",
+        f"{path}, line 3: no audio; a row needs audio (or audio_filepath, file_name) and text (or "
+        "sentence, transcription)",
+    ]
+
+
+def test_nothing_is_unpickled_and_nothing_written(speak, manifest, table, watch, tmp_path):
+    speak("a.wav")
+    paths = [manifest({"audio": "a.wav", "text": "x"}), table("audio,text\na.wav,x\n")]
+    before = {path: path.read_bytes() for path in sorted(tmp_path.iterdir())}
+    with watch() as seen:
+        for path in paths:
+            read_audio(read_manifest(path)[0]["audio"])
+    assert seen == []
+    assert {path: path.read_bytes() for path in sorted(tmp_path.iterdir())} == before
+
+
+# ---- anything at all
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=4,
 )
-rows = st.fixed_dictionaries(
+json_rows = st.fixed_dictionaries(
     {},
-    optional={name: st.just("a.wav") | json_values for name in COLUMNS},
+    optional={name: st.just("a.wav") | json_values for name in [*GIVEN, "file_name", "split"]},
 )
+cells = st.sampled_from(["a.wav", "", "1", "0.5", "nan", "de en", '"', "\r"]) | st.text(max_size=5)
+headers = st.lists(st.sampled_from([*GIVEN, "sentence", "split"]) | st.text(max_size=3), max_size=6)
+csv_rows = st.lists(cells, max_size=6)
+anything = settings(deadline=None, max_examples=100, derandomize=True)
 
 
-@settings(deadline=None, max_examples=60)
-@given(lines=st.lists(st.text() | rows.map(json.dumps), max_size=3))
-def test_any_lines_give_a_dataset_or_a_user_error(tmp_path_factory, lines):
-    folder = tmp_path_factory.getbasetemp() / "fuzz"
-    folder.mkdir(exist_ok=True)
+@pytest.fixture(scope="session")
+def fuzz(tmp_path_factory):
+    """Read bytes as a manifest: there must be a data set or a `UserError` of one line."""
+    folder = tmp_path_factory.mktemp("fuzz")
     (folder / "a.wav").touch()
-    path = Path(folder / "m.jsonl")
-    path.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
-    try:
-        assert read_manifest(path).column_names == COLUMNS
-    except UserError as error:
-        assert "\n" not in str(error)
+
+    def read(data: bytes, suffix: str) -> None:
+        path = folder / f"m{suffix}"
+        path.write_bytes(data)
+        for split in (None, "train"):
+            try:
+                dataset = read_manifest(path, split)
+                assert dataset.column_names == COLUMNS and len(dataset) > 0
+            except UserError as error:
+                assert str(error).isprintable()
+
+    return read
+
+
+@anything
+@given(data=st.binary(max_size=200), suffix=st.sampled_from([".jsonl", ".csv", ".tsv"]))
+def test_any_bytes(fuzz, data, suffix):
+    fuzz(data, suffix)
+
+
+@anything
+@given(lines=st.lists(st.text() | json_rows.map(json.dumps), max_size=3))
+def test_any_lines(fuzz, lines):
+    fuzz("\n".join(lines).encode(errors="surrogatepass"), ".jsonl")
+
+
+@anything
+@given(header=headers, rows=st.lists(csv_rows, max_size=3), quoted=st.booleans())
+def test_any_cells(fuzz, header, rows, quoted):
+    header = ["audio", "text", *header]
+    rows = [["a.wav", "x", *row][: len(header)] for row in rows]
+    out = io.StringIO(newline="")
+    csv.writer(out, quoting=csv.QUOTE_ALL).writerows([header, *rows])
+    plain = "\n".join(",".join(row) for row in [header, *rows])
+    fuzz((out.getvalue() if quoted else plain).encode(errors="surrogatepass"), ".csv")

@@ -1,7 +1,9 @@
+import json
+
 import pytest
 
 from blora_pyro.data import pocket
-from blora_pyro.data.sources import load_split
+from blora_pyro.data.sources import load_split, split_names
 from blora_pyro.errors import UserError
 
 
@@ -25,13 +27,90 @@ def test_folder_has_a_manifest_a_split(manifest, row):
     folder = manifest(row, name="mine/train.jsonl").parent
     manifest({**row, "text": "y"}, name="mine/dev.jsonl")
     assert load_split(folder, "dev")["text"][:] == ["y"]
-    with pytest.raises(UserError, match=r"no test.jsonl; its splits are: dev, train"):
+    with pytest.raises(UserError, match=r"no test.jsonl .*; its splits are: dev, train$"):
         load_split(folder, "test")
+
+
+@pytest.fixture
+def write(tmp_path, speak):
+    """Write a manifest of one row, with these further columns, and the audio beside it."""
+
+    def write(name, text, **columns):
+        path = tmp_path / "mine" / name
+        audio = speak(path.parent / "a.wav").name
+        row = {"file_name": audio, "text": text, **columns}
+        if path.suffix == ".jsonl":
+            path.write_text(json.dumps(row), encoding="utf-8")
+        else:
+            gap = "\t" if path.suffix == ".tsv" else ","
+            path.write_text("\n".join([gap.join(row), gap.join(row.values())]), encoding="utf-8")
+        return tmp_path / "mine"
+
+    return write
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
+def test_layouts_of_a_folder(write, suffix):
+    write(f"train{suffix}" if suffix != ".json" else "train.jsonl", "x")
+    write(f"dev/metadata{suffix}" if suffix != ".json" else "dev/metadata.jsonl", "y")
+    folder = write("notes/a.jsonl", "z")
+    assert load_split(folder, "train")["text"][:] == ["x"]
+    assert load_split(folder, "dev")["text"][:] == ["y"]
+    assert split_names(folder) == ["dev", "train"]
+    with pytest.raises(UserError, match=r"no test.jsonl .*; its splits are: dev, train$"):
+        load_split(folder, "test")
+
+
+def test_one_metadata_file(write):
+    folder = write("metadata.csv", "x")
+    for split in ("train", "test"):
+        assert load_split(folder, split)["text"][:] == ["x"]
+    assert split_names(folder) == []
+    folder = write("metadata.csv", "x", split="train")
+    for source in (folder, folder / "metadata.csv"):
+        assert load_split(source, "train")["text"][:] == ["x"]
+        assert split_names(source) == ["train"]
+        with pytest.raises(UserError, match="no rows of split 'test', but of train"):
+            load_split(source, "test")
+
+
+def test_a_column_split_in_a_split_s_own_manifest_is_no_matter(write):
+    folder = write("train.csv", "x", split="training")
+    assert load_split(folder, "train")["text"][:] == ["x"]
+
+
+def test_two_manifests_of_one_split(write):
+    write("train.csv", "x")
+    folder = write("train.jsonl", "y")
+    with pytest.raises(UserError, match=r"has train.jsonl and train.csv; keep one of them"):
+        load_split(folder, "train")
+
+
+def test_an_empty_folder(tmp_path):
+    assert split_names(tmp_path) == []
+    with pytest.raises(UserError, match="its splits are: none"):
+        load_split(tmp_path, "train")
+
+
+def test_split_names_of_a_built_in_corpus(built_in):
+    assert split_names("de-en") == ["test"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["gone", "/gone/a", "./a", "../a", "a/b/c", "a/b.jsonl", "a/b:", "", "a\0b", "a" * 999],
+)
+def test_what_is_no_hub_id(source, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for read in (lambda: load_split(source, "train"), lambda: split_names(source)):
+        with pytest.raises(UserError, match=r"no data at '.*'; give a manifest") as caught:
+            read()
+        assert str(caught.value).isprintable()
 
 
 def test_built_in_name(built_in):
     assert load_split("de-en", "test")["text"][:] == ["built in"]
-    with pytest.raises(UserError, match=r"no train.jsonl; its splits are: test"):
+    with pytest.raises(UserError, match=r"no train.jsonl .*; its splits are: test$"):
         load_split("de-en", "train")
 
 
@@ -47,4 +126,7 @@ def test_anything_else_lists_what_is_allowed(tmp_path):
     with pytest.raises(UserError) as caught:
         load_split(tmp_path / "gone", "dev")
     message = str(caught.value)
-    assert all(part in message for part in ("gone", "manifest", "dev.jsonl", "zh-en, en, de"))
+    assert all(
+        part in message
+        for part in ("gone", ".jsonl, .json, .csv, .tsv", "owner/name", "zh-en, en, de")
+    )

@@ -1,0 +1,194 @@
+"""Rows: what a row of any source may say, and the one form in which the rest gets it."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Audio, Dataset, Features, List, Value
+
+from blora_pyro.data.messages import located, printable
+from blora_pyro.errors import UserError
+
+ALIASES = {
+    "audio": ("audio", "audio_filepath", "file_name"),
+    "text": ("text", "sentence", "transcription"),
+}
+OPTIONAL = ("language", "word_languages", "duration", "start", "end")
+DETAILS = Features(
+    {
+        "text": Value("string"),
+        "language": Value("string"),
+        "word_languages": List(Value("string")),
+        "duration": Value("float64"),
+        "start": Value("float64"),
+        "end": Value("float64"),
+        "origin": Value("string"),
+    }
+)
+# Not `Audio` itself: encoding a path with it needs torchcodec; casting to it does not.
+FEATURES = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, **DETAILS})
+
+Row = dict[str, Any]
+Record = Mapping[str, Any]
+
+
+def check_columns(names: Iterable[str]) -> None:
+    """Refuse columns, those of a header or of one object, that make no row.
+
+    Raises:
+        UserError: if audio or text is missing, or there twice under different names.
+    """
+    names = set(names)
+    found = {wanted: [name for name in ALIASES[wanted] if name in names] for wanted in ALIASES}
+    if missing := [wanted for wanted in ALIASES if not found[wanted]]:
+        needs = " and ".join(f"{first} (or {', '.join(rest)})" for first, *rest in ALIASES.values())
+        raise UserError(f"no {' and no '.join(missing)}; a row needs {needs}")
+    for wanted, given in found.items():
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} both say what the {wanted} is; keep one")
+
+
+def column(names: Iterable[str], wanted: str) -> str:
+    """Return the name under which checked columns have "audio" or "text"."""
+    names = set(names)
+    return next(name for name in ALIASES[wanted] if name in names)
+
+
+def parse_row(record: Record, folder: Path) -> Row:
+    """Return a record as a row of `FEATURES`, all but its origin.
+
+    Args:
+        record: a value by column name; further columns are dropped.
+        folder: what paths of audio are relative to.
+
+    Raises:
+        UserError: if the record is no such row, or its audio file does not exist.
+    """
+    record = _without_spare_nulls(record)
+    check_columns(record)
+    sound = parse_audio(record[column(record, "audio")], folder)
+    return {"audio": sound, **parse_details(record)}
+
+
+def parse_details(record: Record) -> Row:
+    """Return a record as a row of `DETAILS`, all but its origin: `parse_row` without the audio.
+
+    Raises:
+        UserError: if a value is not what its column holds.
+    """
+    codes = record.get("word_languages")
+    if isinstance(codes, str):
+        codes = codes.split()
+    if codes is not None and not isinstance(codes, list | tuple):
+        raise UserError(f"word_languages must be a list of texts, got {shown(codes)}")
+    language = record.get("language")
+    row: Row = {
+        "text": check_text("text", record[column(record, "text")]),
+        "language": "" if language is None else check_text("language", language),
+        "word_languages": [check_text("word_languages", code) for code in codes or []],
+        **{name: _seconds(name, record.get(name)) for name in ("duration", "start", "end")},
+    }
+    start, end = row["start"] or 0.0, row["end"]
+    if end is not None and end <= start:
+        raise UserError(f"the segment starts at {start:g} s, but ends at {end:g} s")
+    return row
+
+
+def parse_audio(value: object, folder: Path) -> dict[str, Any]:
+    """Return {"path", "bytes"} of a manifest's audio, a path relative to `folder`.
+
+    Raises:
+        UserError: if it is no such path, or there is no such file.
+    """
+    path = check_text("audio", value)
+    if not path.strip():
+        raise UserError("audio is empty; give a path")
+    if not os.path.isfile(folder / path):
+        raise UserError(f"the audio file '{printable(folder / path)}' does not exist")
+    return {"bytes": None, "path": str(folder / path)}
+
+
+def parse_rows(
+    records: Iterable[tuple[str, Record | UserError]], parse: Callable[[Record], Row]
+) -> Iterator[Row | UserError]:
+    """Yield each record as a row, or as the located error that tells why it is none.
+
+    Args:
+        records: origins and records; an error stands for a record that could not be read.
+        parse: makes a row of a record, or raises a `UserError`.
+    """
+    for origin, record in records:
+        try:
+            with located(origin):
+                if isinstance(record, UserError):
+                    raise record
+                row = {**parse(record), "origin": origin}
+        except UserError as error:
+            yield error
+        else:
+            yield row
+
+
+def good_rows(rows: Iterable[Row | UserError]) -> Iterator[Row]:
+    """Yield the rows, all of which must be good.
+
+    Raises:
+        UserError: at the first that is bad.
+    """
+    for row in rows:
+        if isinstance(row, UserError):
+            raise row
+        yield row
+
+
+def to_dataset(rows: list[Row]) -> Dataset:
+    """Return rows of `FEATURES` as a data set in memory, its audio not decoded."""
+    return Dataset.from_list(rows, features=FEATURES).cast_column("audio", Audio(decode=False))
+
+
+def shown(value: object) -> str:
+    """Return the beginning of a value as JSON, or as Python where it is none."""
+    try:
+        return json.dumps(value, default=repr)[:40]
+    except (TypeError, ValueError, RecursionError):  # keys that are no text, values that loop
+        return printable(repr(value))[:40]
+
+
+def check_text(name: str, value: object) -> str:
+    """Return a value that must be text.
+
+    Raises:
+        UserError: naming the column, if it is none, or no valid Unicode.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{name} must be text, got {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\ud800"
+        raise UserError(f"{name} is not valid Unicode: {shown(value)}") from error
+    return value
+
+
+def _without_spare_nulls(record: Record) -> Record:
+    """Drop null aliases where another alias has the value."""
+    spare = {
+        name
+        for names in ALIASES.values()
+        if any(record.get(name) is not None for name in names)
+        for name in names
+        if record.get(name) is None
+    }
+    return {name: value for name, value in record.items() if name not in spare}
+
+
+def _seconds(name: str, value: object) -> float | None:
+    if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
+        return None
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1e9:  # type: ignore[operator]
+        raise UserError(f"{name} must be a number of seconds, got {shown(value)}")
+    return float(value)  # type: ignore[arg-type]

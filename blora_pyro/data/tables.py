@@ -1,0 +1,250 @@
+"""Data sets of the `datasets` library: given from Python, saved, as parquet files, on the Hub."""
+
+import glob
+import io
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import soundfile
+from datasets import (
+    Audio,
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    concatenate_datasets,
+    get_dataset_split_names,
+    load_dataset,
+    load_from_disk,
+)
+
+from blora_pyro.data.audio import check_array
+from blora_pyro.data.messages import printable, reason
+from blora_pyro.data.rows import (
+    ALIASES,
+    DETAILS,
+    OPTIONAL,
+    Record,
+    Row,
+    check_columns,
+    check_text,
+    column,
+    good_rows,
+    parse_details,
+    parse_rows,
+    shown,
+    to_dataset,
+)
+from blora_pyro.errors import UserError
+
+Table: TypeAlias = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
+
+_KNOWN = {*OPTIONAL, *itertools.chain(*ALIASES.values())}
+_CHUNK = 200  # streamed rows that become one table: Arrow's binary columns hold 2 GB each
+
+
+def table_split(table: Table, split: str, name: str = "the data set") -> Dataset:
+    """Return a split of a `datasets` object, with the columns of `read_manifest`.
+
+    Audio may be a path (relative to the working folder), encoded bytes, {"path", "bytes"} or
+    {"array", "sampling_rate"}; torchcodec is not needed. A stream, and arrays, are gathered row by
+    row in memory; any other audio stays where it is.
+
+    Args:
+        table: a single set serves every split.
+        split: of a dictionary of sets.
+        name: what messages call it.
+
+    Raises:
+        UserError: if the split, the columns or the rows are missing or bad.
+    """
+    if isinstance(table, dict):
+        if split not in table:
+            splits = ", ".join(map(str, table)) or "none"
+            raise UserError(f"{name} has no split {split!r}; its splits are: {splits}")
+        table, name = table[split], f"{name}, {split}"
+    table = table.with_format(None)  # torch's or numpy's, if the user has set one
+    try:
+        if table.column_names is not None:
+            check_columns(table.column_names)
+    except UserError as error:
+        raise UserError(f"the columns of {name}: {error}") from error
+    if isinstance(table, Dataset) and len(table) and not _has_arrays(table):
+        return _lazy(table, name)
+    return _gathered(table, name)
+
+
+def table_splits(table: Table) -> list[str]:
+    """Return the names of the splits of a `datasets` object; [] if it is a single set."""
+    return [str(name) for name in table] if isinstance(table, dict) else []
+
+
+def is_saved(folder: Path) -> bool:
+    """Tell whether `save_to_disk` made a folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def load_saved(folder: Path) -> Dataset | DatasetDict:
+    """Load what `save_to_disk` saved: Arrow files and JSON, nothing pickled.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    try:
+        return load_from_disk(str(folder))
+    except Exception as error:  # anything, as anything can be in the files
+        raise UserError(
+            f"cannot load the saved data set {printable(folder)}: {reason(error)}; save it anew"
+        ) from error
+
+
+def parquet_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the parquet files of each split, named as the Hub names them.
+
+    They are `{split}.parquet` or `{split}-*.parquet`, in the folder or its folder `data`.
+    """
+    files: dict[str, list[Path]] = {}
+    for path in sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]):
+        files.setdefault(path.stem.partition("-")[0], []).append(path)
+    return files
+
+
+def load_parquet(files: Iterable[Path], split: str) -> Dataset:
+    """Load the parquet files of a split, through the cache of `datasets`.
+
+    Raises:
+        UserError: if they cannot be loaded.
+    """
+    names = [glob.escape(str(path)) for path in files]
+    try:
+        return load_dataset("parquet", data_files={split: names}, split=split)
+    except Exception as error:  # as for saved ones
+        cause = reason(error.__cause__ or error)
+        raise UserError(f"cannot load {printable(names[0])}: {cause}; save it anew") from error
+
+
+def load_hub(name: str, split: str) -> Dataset:
+    """Load a split of a data set of the Hub, through the cache of `datasets`; runs no code of it.
+
+    Args:
+        name: "owner/name" or "owner/name:config".
+        split: of the data set.
+
+    Raises:
+        UserError: if it cannot be reached or loaded, or has no such split.
+    """
+    repository, _, config = name.partition(":")
+    try:
+        return load_dataset(repository, config or None, split=split)
+    except Exception as error:  # of the network, of the Hub, of any of the loaders
+        raise _hub_error(name, error) from error
+
+
+def hub_splits(name: str) -> list[str]:
+    """Return the splits of a data set of the Hub.
+
+    Raises:
+        UserError: if it cannot be reached.
+    """
+    repository, _, config = name.partition(":")
+    try:
+        return list(get_dataset_split_names(repository, config or None))
+    except Exception as error:
+        raise _hub_error(name, error) from error
+
+
+def _hub_error(name: str, error: Exception) -> UserError:
+    texts = f"{error} {error.__cause__}"
+    if "torchcodec" in texts:
+        return UserError(
+            f"the Hub's {name!r} is a folder of audio files, which `datasets` reads by torchcodec "
+            "only; download the repository and give its folder"
+        )
+    return UserError(
+        f"no data at {name!r}: there is no such path, and from the Hub it cannot be loaded "
+        f"({reason(error)}); give a path, or load it where there is a network"
+    )
+
+
+def _has_arrays(table: Dataset) -> bool:
+    feature = table.features[column(table.column_names, "audio")]
+    return isinstance(feature, dict) and "array" in feature
+
+
+def _undecoded(table: Any, name: str, audio: str) -> Any:
+    try:
+        return table.cast_column(audio, Audio(decode=False))
+    except Exception as error:  # pyarrow's own kinds
+        raise UserError(
+            f"the column {audio!r} of {name} is no audio ({reason(error)}); give paths, bytes, or "
+            "arrays with their sampling_rate"
+        ) from error
+
+
+def _lazy(table: Dataset, name: str) -> Dataset:
+    """Check everything but the audio, which is not copied."""
+    audio = column(table.column_names, "audio")
+    sound = _undecoded(table.select_columns([audio]), name, audio)
+    sound = sound if audio == "audio" else sound.rename_column(audio, "audio")
+    others = table.select_columns(sorted(_KNOWN & set(table.column_names) - {audio}))
+    rows = list(good_rows(parse_rows(_records(others, name), parse_details)))
+    return concatenate_datasets([sound, Dataset.from_list(rows, features=DETAILS)], axis=1)
+
+
+def _gathered(table: Dataset | IterableDataset, name: str) -> Dataset:
+    """Read every row, audio too, into memory."""
+    for known, feature in (table.features or {}).items():
+        if isinstance(feature, Audio):
+            table = _undecoded(table, name, known)
+    rows = good_rows(parse_rows(_records(table, name), _parse_row))
+    parts = []
+    while chunk := list(itertools.islice(rows, _CHUNK)):
+        parts.append(to_dataset(chunk))
+    if not parts:
+        raise UserError(f"{name} has no rows; give data with rows")
+    return concatenate_datasets(parts)
+
+
+def _records(table: Iterable[Record], name: str) -> Iterator[tuple[str, Record | UserError]]:
+    """Yield origins, counted from 0 as in Python, and records."""
+    rows = iter(table)
+    for number in itertools.count():
+        origin = f"{name}, row {number}"
+        try:
+            yield origin, next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # of a generator, a network or a decoder
+            if "torchcodec" in str(error):
+                advice = "the column's type is Audio, so that `datasets` asks for torchcodec"
+                error = ImportError(f"{advice}; yield the same without that type")
+            yield origin, UserError(f"cannot be read: {reason(error)}")
+            return
+
+
+def _parse_row(record: Record) -> Row:
+    check_columns(record)
+    return {"audio": _sound(record[column(record, "audio")]), **parse_details(record)}
+
+
+def _sound(value: object) -> dict[str, Any]:
+    """Return any form of audio as {"path", "bytes"}; arrays become wav, 32-bit floats."""
+    if isinstance(value, str | Path):
+        value = {"path": value}
+    elif isinstance(value, bytes | bytearray):
+        value = {"bytes": value}
+    if isinstance(value, Mapping):
+        path, data = value.get("path"), value.get("bytes")
+        path = check_text("audio", str(path)) if isinstance(path, str | Path) else None
+        if isinstance(data, bytes | bytearray):
+            return {"bytes": bytes(data), "path": path}
+        if value.get("array") is not None:
+            wave, rate = check_array(value)
+            file = io.BytesIO()
+            soundfile.write(file, wave, rate, format="WAV", subtype="FLOAT")
+            return {"bytes": file.getvalue(), "path": path}
+        if path:
+            return {"bytes": None, "path": path}
+    raise UserError(f"audio must be a path, bytes, or an array with its rate, got {shown(value)}")

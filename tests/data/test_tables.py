@@ -1,0 +1,353 @@
+import io
+import json
+import pickle
+import shutil
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+from datasets import Audio, Dataset, DatasetDict, Features, IterableDataset, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blora_pyro.data import Examples, read_audio, tables
+from blora_pyro.data.sources import load_split, split_names
+from blora_pyro.errors import UserError
+
+COLUMNS = [
+    *("audio", "text", "language", "word_languages", "duration", "start", "end", "origin"),
+]
+EXTRAS = {"language": "de", "word_languages": ["de", "de"], "start": 0.1, "end": 0.4}
+WAVE = (0.5 * np.sin(np.arange(8_000) / 5)).astype(np.float32)
+
+
+@pytest.fixture
+def forms(speak):
+    """One recording in all forms that audio may have."""
+    path = speak("a.wav")
+    data = path.read_bytes()
+    array = {"array": WAVE, "sampling_rate": 16_000}
+    return {
+        "path": str(path),
+        "bytes": data,
+        "path and bytes": {"path": "a.wav", "bytes": data},
+        "path of two": {"path": str(path), "bytes": None},
+        "array": array,
+        "array and path": {**array, "path": "b.wav"},
+        "list": {**array, "array": WAVE.tolist()},
+    }
+
+
+@pytest.fixture
+def saved(forms):
+    """A data set with its audio in bytes, as the Hub has them, and a column to be dropped."""
+    rows = [
+        {"audio": forms["path and bytes"], "sentence": text, "id": 7, **EXTRAS} for text in "xy"
+    ]
+    return Dataset.from_list(rows).cast_column("audio", Audio())
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def check(dataset, texts=("x", "y")):
+    assert dataset.column_names == COLUMNS
+    assert dataset.features["audio"] == Audio(decode=False)
+    assert dataset["text"][:] == list(texts)
+    for row in dataset:
+        assert {name: row[name] for name in EXTRAS} == EXTRAS
+        assert len(read_audio(row["audio"])) == 8_000
+
+
+FORMS = ["path", "bytes", "path and bytes", "path of two", "array", "array and path", "list"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_form_of_audio(forms, form, stream):
+    rows = [{"audio": forms[form], "text": text, **EXTRAS} for text in "xy"]
+    table = (
+        IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
+    )
+    dataset = load_split(table, "train")
+    check(dataset)
+    assert dataset["origin"][:] == ["the data set, row 0", "the data set, row 1"]
+    if "array" in form:
+        np.testing.assert_array_equal(read_audio(dataset[1]["audio"]), WAVE)
+
+
+def test_paths_as_objects_and_bytearrays_in_a_stream(forms, speak):
+    audio = [speak("a.wav"), bytearray(forms["bytes"])]
+    rows = [{"audio": one, "text": "x", **EXTRAS} for one in audio]
+    check(load_split(IterableDataset.from_generator(lambda: iter(rows)), "train"), "xx")
+
+
+def test_examples_of_a_data_set(saved, extractor, tokenizer):
+    examples = Examples(load_split(saved, "train"), extractor, tokenizer)
+    assert examples.texts == ["x", "y"] and examples.features.shape == (2, 80, 300)
+
+
+def test_a_dictionary_of_splits_and_streams_of_the_same(saved):
+    both = DatasetDict(train=saved, test=saved.select([1]))
+    check(load_split(both, "train"))
+    check(load_split(both, "test"), "y")
+    check(load_split(both.with_format("numpy"), "test"), "y")
+    assert load_split(both, "test")["origin"][:] == ["the data set, test, row 0"]
+    streams = datasets.IterableDatasetDict({k: v.to_iterable_dataset() for k, v in both.items()})
+    check(load_split(streams, "train"))
+    assert split_names(both) == split_names(streams) == ["train", "test"]
+    assert split_names(saved) == split_names(saved.to_iterable_dataset()) == []
+    for table in (both, streams):
+        with pytest.raises(UserError, match="has no split 'dev'; its splits are: train, test"):
+            load_split(table, "dev")
+
+
+def test_audio_of_a_data_set_is_not_copied_and_chunks_of_a_stream_are_joined(saved, monkeypatch):
+    monkeypatch.setattr(tables, "_sound", None)
+    check(load_split(saved.select([1, 0]).select([1, 0]), "train"))
+    monkeypatch.undo()
+    monkeypatch.setattr(tables, "_CHUNK", 2)
+    many = datasets.concatenate_datasets([saved, saved, saved.select([0])])
+    check(load_split(many.to_iterable_dataset(), "train"), "xyxyx")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "gist"),
+    [
+        ([{"audio": "a.wav"}], "no text; a row needs audio"),
+        ([{"audio": b"", "file_name": "", "text": ""}], "audio and file_name both say"),
+        ([{"audio": b"", "text": 3}], "the data set, row 0: text must be text, got 3"),
+        (
+            [{"audio": b"", "text": "", "language": x} for x in ("de", None, "\x00")]
+            + [{"audio": b"", "text": None, "language": ""}],
+            "the data set, row 3: text must be text, got null",
+        ),
+        (
+            [{"audio": b"", "text": "", "start": 1.0, "end": 0.5}],
+            "row 0: the segment starts at 1 s",
+        ),
+        ([{"audio": {"array": [1, 2], "sampling_rate": 8}, "text": ""}], "is an array of int64"),
+        (
+            [{"audio": {"array": [0.5], "sampling_rate": 0}, "text": ""}],
+            "row 0: audio without a path",
+        ),
+        ([{"audio": 3, "text": ""}], "audio"),
+    ],
+)
+def test_bad_rows(rows, gist, stream):
+    table = (
+        IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
+    )
+    with pytest.raises(UserError) as caught:
+        load_split(table, "train")
+    assert gist in str(caught.value) and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("audio", [None, {"path": None, "bytes": None}, {"path": "gone.wav"}])
+def test_missing_audio_is_told_at_the_latest_when_it_is_read(audio, extractor, tokenizer):
+    rows = [{"audio": audio, "text": "x", "language": "de"}]
+    features = Features(audio=Audio(decode=False), text=Value("string"), language=Value("string"))
+    table = Dataset.from_list(rows).cast(features)
+    for given_table in (table, table.to_iterable_dataset()):
+        with pytest.raises(UserError, match=r"the data set, row 0: .*(cannot read|audio must be)"):
+            Examples(load_split(given_table, "train"), extractor, tokenizer)
+
+
+def test_no_rows_and_a_generator_that_fails(saved):
+    for table in (saved.select([]), IterableDataset.from_generator(lambda: iter([]))):
+        with pytest.raises(UserError, match="the data set has no rows"):
+            load_split(table, "train")
+
+    def rows():
+        yield {"audio": b"", "text": "x"}
+        raise OSError("the disk\nis gone")
+
+    with pytest.raises(UserError, match="row 1: cannot be read: the disk is gone"):
+        load_split(IterableDataset.from_generator(rows), "train")
+
+
+def test_a_stream_that_needs_torchcodec(forms):
+    if datasets.config.TORCHCODEC_AVAILABLE:
+        pytest.skip("torchcodec is installed")
+    table = IterableDataset.from_generator(
+        lambda: iter([{"audio": forms["path"], "text": "x"}]),
+        features=Features(audio=Audio(), text=Value("string")),
+    )
+    with pytest.raises(UserError, match=r"row 0: .* torchcodec; yield the same without that type"):
+        load_split(table, "train")
+
+
+# ---- saved
+
+
+def test_saved_to_disk_nothing_unpickled(saved, watch, tmp_path):
+    saved.save_to_disk(tmp_path / "one")
+    DatasetDict(train=saved, test=saved.select([1])).save_to_disk(tmp_path / "two")
+    with watch() as seen:
+        check(load_split(tmp_path / "one", "train"))
+        check(load_split(str(tmp_path / "two"), "train"))
+        check(load_split(tmp_path / "two", "test"), "y")
+    assert not [event for event in seen if "unpickle" in event or str(tmp_path) in event]
+    assert split_names(tmp_path / "one") == [] and split_names(tmp_path / "two") == [
+        "train",
+        "test",
+    ]
+    assert load_split(tmp_path / "one", "dev")["origin"][0] == f"{tmp_path / 'one'}, row 0"
+    with watch() as seen:
+        pickle.loads(pickle.dumps(tmp_path))
+    assert "unpickles" in seen[0]
+    with pytest.raises(UserError, match="two has no split 'dev'; its splits are: train, test"):
+        load_split(tmp_path / "two", "dev")
+
+
+def test_damaged_saved_data(saved, tmp_path):
+    for number, (name, content) in enumerate(
+        [
+            ("state.json", b"{"),
+            ("state.json", b"{}"),
+            ("state.json", json.dumps({"_data_files": [{"filename": "gone"}]}).encode()),
+            ("dataset_info.json", b"[]"),
+            ("data-00000-of-00001.arrow", b"cos\nsystem\n"),
+        ]
+    ):
+        folder = tmp_path / f"{number}"
+        saved.save_to_disk(folder)
+        (folder / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"cannot load the saved data set .*; save it anew"):
+            load_split(folder, "train")
+    DatasetDict(train=saved).save_to_disk(tmp_path / "splits")
+    (tmp_path / "splits" / "dataset_dict.json").write_bytes(b"[1")
+    with pytest.raises(
+        UserError, match=r"cannot load the saved data set .*splits: .*; save it anew"
+    ):
+        load_split(tmp_path / "splits", "train")
+
+
+def test_parquet_files_as_on_the_hub(saved, tmp_path):
+    folder = tmp_path / "odd [name]*"
+    (folder / "data").mkdir(parents=True)
+    saved.select([0]).to_parquet(folder / "data" / "train-00000-of-00002.parquet")
+    saved.select([1]).to_parquet(folder / "data" / "train-00001-of-00002.parquet")
+    saved.select([1]).to_parquet(folder / "test.parquet")
+    check(load_split(folder, "train"))
+    check(load_split(folder, "test"), "y")
+    assert split_names(folder) == ["test", "train"]
+    with pytest.raises(UserError, match=r"no dev.jsonl .*; its splits are: test, train"):
+        load_split(folder, "dev")
+    (folder / "dev.parquet").write_bytes(b"PAR1" * 4)
+    with pytest.raises(UserError, match=r"cannot load .*dev\.parquet: .*; save it anew"):
+        load_split(folder, "dev")
+
+
+# ---- the Hub
+
+
+@pytest.fixture
+def hub(monkeypatch, saved, tmp_path):
+    """Stands in for the Hub: owner/name is a local folder with the configuration "small"."""
+    folder = tmp_path / "hub"
+    (folder / "small").mkdir(parents=True)
+    saved.to_parquet(folder / "small" / "train-00000-of-00001.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: small\n  data_dir: small\n---\n", encoding="utf-8"
+    )
+    asked = []
+
+    def local(real):
+        def call(name, *args, **options):
+            asked.append((name, *args, options))
+            assert "trust_remote_code" not in options
+            return real(str(folder) if name == "owner/name" else name, *args, **options)
+
+        return call
+
+    for name in ("load_dataset", "get_dataset_split_names"):
+        monkeypatch.setattr(tables, name, local(getattr(datasets, name)))
+    return asked
+
+
+def test_hub(hub, monkeypatch, tmp_path):
+    check(load_split("owner/name:small", "train"))
+    assert hub == [("owner/name", "small", {"split": "train"})]
+    dataset = load_split("owner/name", "train")
+    check(dataset)
+    assert dataset["origin"][0] == "owner/name, train, row 0"
+    assert split_names("owner/name") == ["train"]
+    with pytest.raises(UserError, match=r"no data at 'owner/name': .*\"test\".*'train'"):
+        load_split("owner/name", "test")
+    with pytest.raises(UserError, match=r"no data at 'owner/name:big': .*small"):
+        load_split("owner/name:big", "train")
+    # A path that exists comes first.
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tmp_path / "hub" / "small", tmp_path / "owner" / "name")
+    hub.clear()
+    check(load_split("owner/name", "train"))
+    assert [asked[0] for asked in hub] == ["parquet"]
+
+
+def test_hub_out_of_reach(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for action in (lambda: load_split("owner/name", "train"), lambda: split_names("owner/name")):
+        with pytest.raises(UserError) as caught:
+            action()
+        message = str(caught.value)
+        assert message.startswith(
+            "no data at 'owner/name': there is no such path, and from the Hub"
+        )
+        assert message.endswith("give a path, or load it where there is a network")
+        assert message.isprintable()
+
+
+def test_hub_folder_of_audio_files(monkeypatch):
+    def fail(*args, **options):
+        try:
+            raise ImportError("please install 'torchcodec'")
+        except ImportError as error:
+            raise RuntimeError("while generating") from error
+
+    monkeypatch.setattr(tables, "load_dataset", fail)
+    with pytest.raises(UserError, match="download the repository and give its folder"):
+        load_split("owner/name", "train")
+
+
+# ---- anything at all
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=4,
+)
+sounds = st.fixed_dictionaries(
+    {},
+    optional={
+        "array": st.lists(st.floats(width=32), max_size=9) | values,
+        "sampling_rate": st.just(16_000) | values,
+        "path": values,
+        "bytes": values,
+    },
+)
+names = ["text", "language", "word_languages", "duration", "start", "end", "file_name"]
+rows = st.fixed_dictionaries({"audio": sounds | values}, optional={name: values for name in names})
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(rows=st.lists(rows, max_size=3))
+def test_any_stream(rows):
+    try:
+        dataset = load_split(IterableDataset.from_generator(lambda: iter(rows)), "train")
+        assert dataset.column_names == COLUMNS
+        for row in dataset:
+            read_audio(row["audio"])
+    except UserError as error:
+        assert str(error).isprintable()
+
+
+def test_encoded_arrays_are_wav_files():
+    row = {"audio": {"array": WAVE, "sampling_rate": 8_000}, "text": "x"}
+    dataset = load_split(IterableDataset.from_generator(lambda: iter([row])), "train")
+    info = tables.soundfile.info(io.BytesIO(dataset[0]["audio"]["bytes"]))
+    assert (info.samplerate, info.subtype) == (8_000, "FLOAT")
