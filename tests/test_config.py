@@ -83,8 +83,8 @@ def test_resolving_twice_changes_nothing():
         ({"prior_args": {"scale": 0.3}, "prior_scale": 0.2}, {"scale": 0.2}),
         ({"prior": "laplace"}, {"scale": 0.05}),
         ({"prior": "student-t", "prior_args": {"df": 3}}, {"scale": 0.05, "df": 3}),
-        ({"prior": "learned-scale", "prior_scale": 0.1}, {"scale": 0.1, "spread": 1.0}),
-        ({"prior": "learned-scale", "prior_args": {"spread": "2"}}, {"scale": 0.05, "spread": 2.0}),
+        ({"prior": "learned-scale", "prior_scale": 0.2}, {"scale": 0.2, "spread": 1.0}),
+        ({"prior": "learned-scale", "prior_args": {"spread": "2"}}, {"scale": 0.1, "spread": 2.0}),
     ],
 )
 def test_every_argument_of_the_prior_is_worked_out(options, arguments):
