@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from blora_pyro import __version__
-from blora_pyro.errors import UserError
+from blora_pyro.errors import Interrupted, UserError
 
 app = typer.Typer(
     help="Adapt Whisper to a new domain by variational low-rank adaptation, without losing what it "
@@ -29,7 +29,10 @@ Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ..
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Bad input ends in one line on stderr and exit code 2, Ctrl-C in 130; never in a traceback."""
+    """Whatever ends a command early is one line on stderr, never a traceback.
+
+    Exit codes: 2 for bad input, 1 for a loss that is not finite, 130 for Ctrl-C, 143 for SIGTERM.
+    """
     try:
         _quiet_transformers()
         yield
@@ -39,6 +42,9 @@ def one_line_errors() -> Iterator[None]:
     except FloatingPointError as error:
         typer.echo(f"blora-pyro: {error}; try a smaller --lr", err=True)
         raise typer.Exit(1) from None
+    except Interrupted as error:
+        typer.echo(f"blora-pyro: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         typer.echo("blora-pyro: interrupted", err=True)
         raise typer.Exit(130) from None
@@ -69,6 +75,7 @@ def main(
 
 @app.command()
 def fit(
+    context: typer.Context,
     base: Annotated[
         str, typer.Option(help="'pocket', a Whisper checkpoint folder, or a Hub id.")
     ] = "pocket",
@@ -137,40 +144,60 @@ def fit(
         Path | None, typer.Option(help="Run folder.", show_default="runs/DATA-PRIOR-seedSEED")
     ] = None,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the fit in --output; no other option need be given."
+        ),
+    ] = False,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between checkpoints.", show_default="every two seconds or more"),
+    ] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Fit BLoRA to a new domain; show what was gained and what was forgotten."""
+    """Fit BLoRA to a new domain; show what was gained and what was forgotten.
+
+    Stopped by Ctrl-C, SIGTERM or a crash, it goes on with --resume as if nothing had happened.
+    """
     with one_line_errors():
         from blora_pyro import runs
         from blora_pyro.report import TerminalProgress, fit_tables, print_tables
 
         folder = output or Path("runs") / f"{Path(data).stem}-{Path(prior).stem}-seed{seed}"
+        options: dict[str, Any] = {
+            "base": base,
+            "data": data,
+            "test": test,
+            "backward": None if backward is None else _names(backward),
+            "prior": prior,
+            "guide": guide,
+            "beta": _beta(beta),
+            "prior_scale": prior_scale,
+            "prior_args": _arguments(prior_arg or [], prior_scale),
+            "rank": rank,
+            "alpha": alpha,
+            "target_modules": target_modules,
+            "lr": lr,
+            "steps": steps,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "estimator": estimator,
+            "precision": precision,
+            "seed": seed,
+            "device": device,
+        }
+        if resume:
+            options = {name: value for name, value in options.items() if _is_given(context, name)}
         with TerminalProgress() as progress:
             run = runs.fit(
                 folder,
                 overwrite=overwrite,
+                resume=resume,
+                checkpoint_every=checkpoint_every,
                 progress=progress,
-                base=base,
-                data=data,
-                test=test,
-                backward=None if backward is None else _names(backward),
-                prior=prior,
-                guide=guide,
-                beta=_beta(beta),
-                prior_scale=prior_scale,
-                prior_args=_arguments(prior_arg or [], prior_scale),
-                rank=rank,
-                alpha=alpha,
-                target_modules=target_modules,
-                lr=lr,
-                steps=steps,
-                epochs=epochs,
-                batch_size=batch_size,
-                estimator=estimator,
-                precision=precision,
-                seed=seed,
-                device=device,
+                **options,
             )
         if as_json:
             _print_json(run.metrics)
@@ -342,6 +369,12 @@ def merge(
 
         runs.merge_run(run, out, overwrite)
         typer.echo(f"merged checkpoint: {out}")
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    """Whether an option of `FitConfig` was on the command line."""
+    source = context.get_parameter_source("prior_arg" if option == "prior_args" else option)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The one exception that bad input raises."""
+"""The exceptions that end in one line: bad input, and an interruption."""
 
 import math
 
@@ -8,6 +8,25 @@ class UserError(Exception):
 
     The command line prints it and exits with code 2.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM, told in one line; the command line prints it and exits with its code."""
+
+    def __init__(self, signum: int, message: str = "interrupted") -> None:
+        """An interruption by a signal.
+
+        Args:
+            signum: Of the signal.
+            message: What happened, what is safe on disk, what to do.
+        """
+        super().__init__(message)
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell shows for the signal: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.signum
 
 
 def check_positive(**values: float | None) -> None:

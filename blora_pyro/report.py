@@ -84,7 +84,7 @@ class TerminalProgress(Listener):
         figures = f"NLL {self.smooth['nll']:.3f}  KL {self.smooth['kl']:,.0f}  beta·KL {weighted}"
         if self.beta == 0:
             figures = f"NLL {self.smooth['nll']:.3f}"
-        self.bar.update(self.task, advance=1, figures=f"{figures}  {pace}")
+        self.bar.update(self.task, completed=step.step, figures=f"{figures}  {pace}")
 
 
 def fit_tables(metrics: dict[str, Any]) -> list[Table | str]:

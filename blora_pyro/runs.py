@@ -1,11 +1,7 @@
 """A run from base model to table: load, fit, evaluate, and keep it all in one folder."""
 
-import importlib.metadata
-import json
-import os
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +9,37 @@ from typing import Any
 import pyro
 import torch
 
+from blora_pyro.checkpoints import Checkpoints
 from blora_pyro.config import FitConfig
-from blora_pyro.data import Examples, load_split, split_names
-from blora_pyro.errors import UserError
-from blora_pyro.evaluation import Evaluation, evaluate, macro_summary
+from blora_pyro.data import Examples
+from blora_pyro.errors import UserError, check_positive
+from blora_pyro.fit_folders import FitFolder
 from blora_pyro.fitting import Step, fit_guide
-from blora_pyro.guides import build_guide, build_prior
-from blora_pyro.metrics import Counts, paired_macro_bootstrap
+from blora_pyro.guides import Guide, build_guide, build_prior
+from blora_pyro.interrupts import Interrupts
 from blora_pyro.models import POCKET, Base, BLoRA, load_base
+from blora_pyro.outcomes import NEW_DOMAIN, compare, evaluation_sets, load_examples, measure
 from blora_pyro.posterior import Family, Posterior
+from blora_pyro.run_folders import FINISHED, FITTING, RUN, claim, read_run, write_json
 from blora_pyro.transcription import transcribe_files
 
-PACKAGES = ("blora-pyro", "torch", "pyro-ppl", "transformers", "datasets", "peft", "jiwer")
+__all__ = [
+    "NEW_DOMAIN",
+    "Listener",
+    "Run",
+    "build",
+    "claim",
+    "compare",
+    "evaluate_run",
+    "evaluation_sets",
+    "fit",
+    "load_examples",
+    "measure",
+    "merge_run",
+    "read_run",
+    "transcribe",
+    "write_json",
+]
 
 
 @dataclass
@@ -67,38 +82,118 @@ def fit(
     *,
     evaluate: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
     progress: Listener | None = None,
     **options: Any,
 ) -> Run:
     """Fit BLoRA to a new domain, and measure what was gained and what was forgotten.
 
+    With an output, checkpoints are written on the way, and SIGINT and SIGTERM end the fit after the
+    step that they come in, with a checkpoint (in the main thread; `Interrupted` is raised).
+
     Args:
         output: Folder for the run: the PEFT adapter of the posterior mean, `posterior.safetensors`,
             `run.json` and `metrics.json`. None keeps nothing on disk.
         evaluate: Measure error on the test set and the backward sets, before and after.
-        overwrite: Write into a folder that holds an earlier run.
+        overwrite: Write into a folder that holds an earlier run, which is removed once base and
+            data are loaded.
+        resume: Go on with the fit in `output`, whose options need not be given again; the result is
+            bit by bit that of a fit that was never interrupted. A finished one is returned. Where
+            none has been started, `options` start one.
+        checkpoint_every: Steps between two checkpoints; None is by time, see `Checkpoints`.
         progress: Told of stages and steps.
         **options: The attributes of `FitConfig`.
 
     Raises:
-        UserError: On bad options or data.
+        UserError: On bad options or data, a full disk or memory, or options that are not those of
+            the fit to go on with.
+        FloatingPointError: If the loss stays not finite; see `fit_guide`.
+        Interrupted: By a signal.
     """
     progress = progress or Listener()
-    config = FitConfig(**options).with_prior_args()
-    folder = None if output is None else claim(Path(output), overwrite)
+    check_positive(checkpoint_every=checkpoint_every)
+    folder = _open(output, options, overwrite, resume)
+    if folder.state == FINISHED:
+        progress.stage("finished already: reading")
+        folder.tidy()
+        posterior, history = folder.fitted()
+        return Run(folder.resolved, posterior, history, folder.metrics(), folder.path)
+    with folder.told(), Interrupts(active=folder.path is not None) as interrupts:
+        return _fit(folder, evaluate, checkpoint_every, progress, interrupts)
+
+
+def _open(
+    output: str | Path | None, options: dict[str, Any], overwrite: bool, resume: bool
+) -> FitFolder:
+    """The folder of a new fit, or of one that is to go on."""
+    path = None if output is None else Path(output)
+    if resume and (path is None or overwrite):
+        wrong = "no output" if path is None else "overwrite"
+        raise UserError(f"resume is given with {wrong}; give the output of a fit and resume")
+    if resume and path is not None:
+        if (path / RUN).exists():
+            return FitFolder.reopen(path, options)
+        if not options:
+            raise UserError(f"{path} holds no fit to go on with; start it without --resume")
+    config = FitConfig(**options)
+    config.with_prior_args()  # refuses what can't be
+    return FitFolder.create(path, config, overwrite)
+
+
+def _fit(
+    folder: FitFolder,
+    evaluate: bool,
+    checkpoint_every: int | None,
+    progress: Listener,
+    interrupts: Interrupts,
+) -> Run:
+    """From wherever the folder is to the end."""
     started = time.monotonic()
     progress.stage("loading")
+    config = folder.config.with_prior_args()
     pyro.set_rng_seed(config.seed)
     base = load_base(config.base, config.device)
     train = load_examples(base, config.data, "train")
     config = config.resolved(train.num_tokens, len(train))
     sets = evaluation_sets(base, config) if evaluate else {}
     model, guide = build(base, config)
-    before = measure(base, sets, lambda name: progress.stage(f"base on {name}"))
+    folder.begin(config, train.main_language, train.num_tokens, model.num_weights)
+    kept = folder.transcripts("base")
+    before = measure(base, sets, lambda name: progress.stage(f"base on {name}"), kept)
+    if folder.state == FITTING:
+        about = {**asdict(config), "tokens": train.num_tokens, "utterances": len(train)}
+        checkpoints = Checkpoints(folder.path, about, checkpoint_every, interrupts)
+        if (done := checkpoints.stored_step()) is not None:
+            progress.stage(f"going on from step {done}")
+        progress.ready(config, train.num_tokens, model.num_weights)
+        with interrupts.deferred():  # what is fitted is kept before they are answered
+            fit_started = time.monotonic()
+            history = _fit_guide(model, guide, train, config, checkpoints, progress)
+            family = Family(config.prior, config.prior_args, str(config.guide))
+            posterior = Posterior.of(base.name, model, guide, family)
+            folder.save(posterior, history, time.monotonic() - fit_started)
+        progress.fitted()
+    else:
+        posterior, history = folder.fitted()
+    kept = folder.transcripts("adapted")
+    with posterior.applied(base.net):
+        after = measure(base, sets, lambda name: progress.stage(f"adapted on {name}"), kept)
+    metrics = compare(posterior, before, after, config.test or config.data)
+    folder.finish(metrics, time.monotonic() - started)
+    return Run(config, posterior, history, metrics, folder.path)
 
-    progress.ready(config, train.num_tokens, model.num_weights)
-    fit_started = time.monotonic()
-    history = fit_guide(
+
+def _fit_guide(
+    model: BLoRA,
+    guide: Guide,
+    train: Examples,
+    config: FitConfig,
+    checkpoints: Checkpoints,
+    progress: Listener,
+) -> list[Step]:
+    """`fit_guide` by a resolved configuration."""
+    return fit_guide(
         model,
         guide,
         train,
@@ -109,48 +204,8 @@ def fit(
         estimator=config.estimator,
         seed=config.seed,
         on_step=progress.step,
+        checkpoints=checkpoints,
     )
-    seconds = {"fit": time.monotonic() - fit_started}
-    family = Family(config.prior, config.prior_args, str(config.guide))
-    posterior = Posterior.of(base.name, model, guide, family)
-    run = Run(config, posterior, history, output=folder)
-    progress.fitted()
-    about = {"language": train.main_language, "training_tokens": train.num_tokens}
-    if folder:  # before anything else can go wrong
-        posterior.save(folder)
-        write_run(folder, run, about, seconds)
-    with posterior.applied(base.net):
-        after = measure(base, sets, lambda name: progress.stage(f"adapted on {name}"))
-    run.metrics = compare(posterior, before, after, config.test or config.data)
-    seconds["total"] = time.monotonic() - started
-    if folder:
-        write_run(folder, run, about, seconds)
-        write_json(folder / "metrics.json", run.metrics)
-    return run
-
-
-def claim(folder: Path, overwrite: bool) -> Path:
-    """Make the run folder.
-
-    Raises:
-        UserError: If it can't be made, or holds something and `overwrite` is off.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        taken = any(folder.iterdir())
-    except OSError as error:
-        reason = error.strerror
-        raise UserError(f"output '{folder}' can't be written ({reason}); give another") from None
-    if taken and not overwrite:
-        raise UserError(f"output '{folder}' is not empty; give another, or --overwrite")
-    return folder
-
-
-def load_examples(base: Base, source: str, split: str) -> Examples:
-    """A split featurised and tokenised for `base`."""
-    limit = base.net.config.max_target_positions
-    dataset = load_split(source, split)
-    return Examples(dataset, base.feature_extractor, base.tokenizer, max_tokens=limit)
 
 
 def build(base: Base, config: FitConfig) -> tuple[BLoRA, Any]:
@@ -164,117 +219,6 @@ def build(base: Base, config: FitConfig) -> tuple[BLoRA, Any]:
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
     )
     return model, build_guide(str(config.guide), model)
-
-
-NEW_DOMAIN = "new_domain"
-
-
-def evaluation_sets(base: Base, config: FitConfig) -> dict[str, Examples]:
-    """The new domain's test set under `new_domain`, and every backward set under its name."""
-    sets = {}
-    if config.test or "test" in split_names(config.data):
-        sets[NEW_DOMAIN] = load_examples(base, config.test or config.data, "test")
-    for source in config.backward_sets:
-        sets[source] = load_examples(base, source, "test")
-    return sets
-
-
-def measure(
-    base: Base, sets: dict[str, Examples], on_set: Callable[[str], None]
-) -> dict[str, Evaluation]:
-    """Evaluate the net, as it is, on every set."""
-    results = {}
-    for name, examples in sets.items():
-        on_set("the new domain" if name == NEW_DOMAIN else name)
-        results[name] = evaluate(base, examples)
-    return results
-
-
-def compare(
-    posterior: Posterior,
-    before: dict[str, Evaluation],
-    after: dict[str, Evaluation],
-    domain: str,
-) -> dict[str, Any]:
-    """The content of `metrics.json`: rates before and after, forgetting, sparsity."""
-    metrics: dict[str, Any] = {"backward": {}, "sparsity": posterior.sparsity()}
-    backward = [name for name in before if name != NEW_DOMAIN]
-    for name, base in before.items():
-        adapted = after[name]
-        both = {
-            "base": base.summary(),
-            "adapted": adapted.summary(),
-            "change": {
-                measure: _change([base.counts[measure]], [adapted.counts[measure]])
-                for measure in base.counts
-            },
-        }
-        if name == NEW_DOMAIN:
-            metrics[NEW_DOMAIN] = {"name": domain, **both}
-        else:
-            metrics["backward"][name] = both
-    if backward:
-        sets = [before[name] for name in backward], [after[name] for name in backward]
-        counts = [[one.main for one in evaluations] for evaluations in sets]
-        metrics["backward_error"] = {
-            "base": macro_summary(sets[0]),
-            "adapted": macro_summary(sets[1]),
-            "change": _change(*counts),  # this is the forgetting
-        }
-    return metrics
-
-
-def _change(base: list[Counts], adapted: list[Counts]) -> dict[str, Any]:
-    """Adapted minus base (macro-averaged) error with its paired bootstrap interval."""
-    difference, low, high = paired_macro_bootstrap(base, adapted)
-    return {"difference": difference, "interval": [low, high]}
-
-
-def write_run(folder: Path, run: Run, training: dict[str, Any], seconds: dict[str, float]) -> None:
-    """Write `run.json`."""
-    beta = float(run.config.beta)
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    about = {
-        "config": asdict(run.config),
-        **training,
-        "temperature": beta * training["training_tokens"],
-        "adapter_weights": run.posterior.num_weights,
-        "versions": {"python": platform.python_version(), **versions},
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "history": [asdict(step) for step in run.history],
-    }
-    write_json(folder / "run.json", about)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
-
-
-def read_run(
-    folder: str | Path, device: str = "cpu", prior: str | None = None
-) -> tuple[Posterior, dict[str, Any]]:
-    """The posterior and `run.json` of a run folder.
-
-    Args:
-        folder: Where they are.
-        device: A torch device, for the configuration.
-        prior: The file of the prior, if it is a user's own and its code is to be run.
-
-    Raises:
-        UserError: If it is no run folder, or damaged.
-    """
-    posterior = Posterior.load(folder, prior)
-    path = Path(folder) / "run.json"
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        about["config"] = FitConfig(**{**about["config"], "device": device})
-        about["language"]  # `transcribe` needs it
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); fit again") from None
-    return posterior, about
 
 
 def evaluate_run(

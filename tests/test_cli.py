@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +114,7 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "output": tmp_path,
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-    well("fit", *flags, "--overwrite")
+    well("fit", *flags, "--overwrite", "--checkpoint-every", 5)
     del seen["progress"]
     del options["output"], options["prior-arg"]
     assert seen == {
@@ -121,14 +123,40 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "backward": ("x", "y"),
         "beta": 2e-3,
         "overwrite": True,
+        "resume": False,
+        "checkpoint_every": 5,
         "folder": tmp_path,
+    }
+
+
+def test_fit_with_resume_hands_on_what_was_given_alone(monkeypatch, tmp_path):
+    seen = {}
+
+    def fit(folder, **options):
+        seen.update(options, folder=folder)
+        return runs.Run(None, None, [], {"backward": {}, "sparsity": {}})
+
+    monkeypatch.setattr(runs, "fit", fit)
+    given = ["--lr", "5e-3", "--prior-arg", "df=3", "--backward", "none", "--beta", "auto"]
+    well("fit", "--resume", "--output", tmp_path, *given)
+    del seen["progress"]
+    assert seen == {
+        "folder": tmp_path,
+        "resume": True,
+        "overwrite": False,
+        "checkpoint_every": None,
+        "lr": 5e-3,  # given, though it is the default
+        "prior_args": {"df": "3"},
+        "backward": (),
+        "beta": "auto",
     }
 
 
 def test_the_defaults_of_fit_are_those_of_the_library(monkeypatch):
     seen = {}
 
-    def fit(folder, *, overwrite, progress, **options):
+    def fit(folder, *, overwrite, resume, checkpoint_every, progress, **options):
+        assert not resume and not overwrite and checkpoint_every is None
         seen.update(options)
         return runs.Run(None, None, [], {"backward": {}, "sparsity": {}})
 
@@ -183,19 +211,57 @@ def test_fit_does_not_write_over_a_run_unless_told(short, finished_run, tmp_path
         (["--seed", "-1"], "seed is -1"),
         (["--precision", "fp8"], "fp8"),
         (["--device", "toaster"], "toaster"),
+        (["--checkpoint-every", "0"], "checkpoint_every is 0"),
+        (["--resume", "--overwrite"], "overwrite"),
     ],
 )
 def test_fit_refuses_bad_options_in_one_line(short, tmp_path, options, words):
     assert words in complaint(run(*short, "--output", tmp_path / "run", *options))
 
 
-@pytest.mark.filterwarnings("ignore:Encountered NaN")
 def test_a_fit_that_diverges_ends_in_one_line(short, tmp_path):
     result = run(*short, "--output", tmp_path / "run", "--lr", "1e30", "--steps", 5)
-    assert result.exit_code != 0
-    assert "Traceback" not in result.stderr
-    assert "nan" in result.stderr.splitlines()[-1]
-    assert result.stderr.splitlines()[-1].startswith("blora-pyro: ")
+    assert result.exit_code == 1
+    assert "Traceback" not in result.stderr and "Warning" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("blora-pyro: the loss or its gradient is nan at step 5, ")
+    assert line.endswith("; try a smaller --lr")
+
+
+def test_a_stopped_fit_goes_on_with_resume_and_nothing_else(short, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("blora_pyro.report.TerminalProgress.step", interrupt)
+        line = complaint_at_the_end(run(*short, "--output", tmp_path / "run"), 143)
+    assert line == (
+        f"blora-pyro: interrupted; the checkpoint of step 1 is safe in {tmp_path / 'run'}; go on "
+        f"with: blora-pyro fit --resume --output {tmp_path / 'run'}"
+    )
+    assert "unfinished fit; --resume" in complaint(run(*short, "--output", tmp_path / "run"))
+    assert "is not finished" in complaint(run("evaluate", tmp_path / "run"))
+    other = run("fit", "--resume", "--output", tmp_path / "run", "--rank", 3)
+    assert "has rank = 2, not 3" in complaint(other)
+    result = run("fit", "--resume", "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "new domain" in result.stdout and "going on from step 1" in result.stderr
+    again = run("fit", "--resume", "--output", tmp_path / "run", "--json")
+    assert "finished already" in again.stderr
+    assert parsed(again.stdout) == json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+def interrupt(self, step):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def complaint_at_the_end(result, exit_code) -> str:
+    """The last line on stderr of a command that showed its progress before."""
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    return result.stderr.splitlines()[-1]
+
+
+def test_there_is_nothing_to_resume_in_an_empty_folder(tmp_path):
+    line = complaint(run("fit", "--resume", "--output", tmp_path / "run"))
+    assert "holds no fit to go on with; start it without --resume" in line
 
 
 def test_arguments_of_the_prior_reach_the_run(short, tmp_path):

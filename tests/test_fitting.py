@@ -1,5 +1,7 @@
 import itertools
 import math
+import os
+import signal
 from dataclasses import astuple
 
 import pyro
@@ -9,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
+from blora_pyro.checkpoints import FILE, Checkpoints, read_checkpoint
 from blora_pyro.data import Examples, read_manifest
-from blora_pyro.fitting import batches, fit_guide, learning_rate
+from blora_pyro.errors import Interrupted, UserError
+from blora_pyro.fitting import MAX_SKIPPED, batches, fit_guide, learning_rate
 from blora_pyro.guides import FAMILIES, GUIDES, build_guide, build_prior
-from blora_pyro.models import BLoRA
+from blora_pyro.interrupts import Interrupts
+from blora_pyro.models import ESTIMATORS, BLoRA
 
 quick = settings(deadline=None, max_examples=60)
 
@@ -78,6 +83,14 @@ def test_the_order_depends_on_the_seed_alone(size, batch_size, seed):
     first = list(itertools.islice(batches(Numbers(size), batch_size, seed), 12))
     torch.rand(1)
     assert first == list(itertools.islice(batches(Numbers(size), batch_size, seed), 12))
+
+
+@quick
+@given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 2**31), st.integers(0, 60))
+def test_the_order_can_be_entered_anywhere(size, batch_size, seed, begin):
+    whole = itertools.islice(batches(Numbers(size), batch_size, seed), begin, begin + 9)
+    part = itertools.islice(batches(Numbers(size), batch_size, seed, start=begin), 9)
+    assert list(part) == list(whole)
 
 
 def test_epochs_and_seeds_differ_in_their_order():
@@ -200,14 +213,13 @@ def test_the_same_seed_gives_the_same_history(net, examples, guide):
     assert first != other
 
 
-@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro says it, too
-def test_a_loss_that_is_not_finite_stops_the_fit_and_clears_the_net(net, examples):
+def test_losses_that_are_not_finite_stop_the_fit_and_clear_the_net(net, examples):
     model, guide = start(net)
     before = logits(net, examples)
     features = examples.features
     examples.features = torch.full_like(features, math.nan)
     store = set(pyro.get_param_store().keys())
-    with pytest.raises(FloatingPointError, match="nan at step 1"):
+    with pytest.raises(FloatingPointError, match=r"is nan at step 5, .*10 times in a row"):
         fit_guide(model, guide, examples, **SHORT)
     examples.features = features
     assert torch.equal(logits(net, examples), before)
@@ -222,3 +234,225 @@ def test_an_interrupted_fit_clears_the_net(net, examples):
     with pytest.raises(KeyboardInterrupt):
         fit_guide(*start(net), examples, **SHORT, on_step=interrupt)
     assert torch.equal(logits(net, examples), before)
+
+
+# ---- interrupted, and gone on from a checkpoint
+
+
+class Crash(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def four(tones_folder, tiny_base, tmp_path_factory) -> Examples:
+    """Four utterances."""
+    rows = [line for split in ("de", "train") for line in _lines(tones_folder / f"{split}.jsonl")]
+    (tones_folder / "four.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    dataset = read_manifest(tones_folder / "four.jsonl")
+    return Examples(dataset, tiny_base.feature_extractor, tiny_base.tokenizer)
+
+
+def _lines(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+OPTIONS = {"beta": 1e-3, "lr": 1e-2, "steps": 11, "batch_size": 3, "seed": 7}  # epochs of 2 steps
+
+
+def crash_at(step):
+    def on_step(done):
+        if done.step == step:
+            raise Crash
+
+    return on_step
+
+
+def in_pieces(net, guide, four, folder, crashes, every, **options):
+    """A fit that crashes after these steps; the guide and the history."""
+    for number, step in enumerate((*crashes, None)):
+        seed = number if (folder / FILE).exists() else 0  # from there on that of no start counts
+        model, fitted = start(net, guide, seed=seed)
+        kept = Checkpoints(folder, {"fit": 1}, every)
+        try:
+            history = fit_guide(
+                model, fitted, four, checkpoints=kept, on_step=crash_at(step), **options
+            )
+        except Crash:
+            assert step is not None
+    return fitted, history
+
+
+def assert_same(guide, other):
+    mine, theirs = guide.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_guide_goes_on_bit_by_bit(net, four, guide, tmp_path):
+    model, straight = start(net, guide)
+    history = fit_guide(model, straight, four, **OPTIONS)
+    again, rest = in_pieces(net, guide, four, tmp_path, (4, 8, 9), 3, **OPTIONS)
+    assert rest == history
+    assert_same(again, straight)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_goes_on_bit_by_bit(net, four, estimator, tmp_path):
+    options = {**OPTIONS, "estimator": estimator}
+    model, straight = start(net)
+    history = fit_guide(model, straight, four, **options)
+    again, rest = in_pieces(net, "normal", four, tmp_path, (5, 6), 2, **options)
+    assert rest == history
+    assert_same(again, straight)
+
+
+@pytest.mark.parametrize("step", [1, 5, 11])
+def test_after_a_crash_at_any_step(net, four, step, tmp_path):
+    model, straight = start(net)
+    history = fit_guide(model, straight, four, **OPTIONS)
+    again, rest = in_pieces(net, "normal", four, tmp_path, (step,), 1, **OPTIONS)
+    assert rest == history
+    assert_same(again, straight)
+
+
+def test_a_crash_after_every_step(net, four, tmp_path):
+    model, straight = start(net)
+    history = fit_guide(model, straight, four, **OPTIONS)
+    crashes = [step for step in range(1, 12) for _ in range(2)]  # the second time gets no further
+    again, rest = in_pieces(net, "normal", four, tmp_path, crashes, 1, **OPTIONS)
+    assert rest == history
+    assert_same(again, straight)
+
+
+def test_writing_checkpoints_changes_nothing(net, four, tmp_path):
+    model, straight = start(net)
+    history = fit_guide(model, straight, four, **OPTIONS)
+    model, kept = start(net)
+    found = fit_guide(model, kept, four, **OPTIONS, checkpoints=Checkpoints(tmp_path, {}, 1))
+    assert found == history
+    assert_same(kept, straight)
+
+
+def test_a_checkpoint_of_another_guide_is_refused_in_one_line(net, four, tmp_path):
+    with pytest.raises(Crash):
+        fit_guide(
+            *start(net, "normal"),
+            four,
+            **OPTIONS,
+            checkpoints=Checkpoints(tmp_path, {}, 1),
+            on_step=crash_at(3),
+        )
+    with pytest.raises(UserError, match="does not fit the guide") as caught:
+        fit_guide(*start(net, "point"), four, **OPTIONS, checkpoints=Checkpoints(tmp_path, {}, 1))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_signal_ends_the_fit_after_its_step_with_a_checkpoint(net, four, tmp_path):
+    model, straight = start(net)
+    history = fit_guide(model, straight, four, **OPTIONS)
+    seen = []
+
+    def on_step(step):
+        seen.append(step)
+        if step.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted), Interrupts() as interrupts, interrupts.deferred():
+        kept = Checkpoints(tmp_path, {"fit": 1}, 1000, interrupts)
+        fit_guide(*start(net), four, **OPTIONS, checkpoints=kept, on_step=on_step)
+    assert seen == history[:5]
+    assert read_checkpoint(tmp_path / FILE).step == 5
+    again, rest = in_pieces(net, "normal", four, tmp_path, (), 1000, **OPTIONS)
+    assert rest == history
+    assert_same(again, straight)
+
+
+# ---- losses that are not finite
+
+
+class Poisoned:
+    """Examples that have no finite loss at some steps."""
+
+    def __init__(self, examples, steps):
+        self.examples, self.steps, self.step = examples, steps, -1
+
+    def __len__(self):
+        return len(self.examples)
+
+    def batch(self, indices):
+        batch = self.examples.batch(indices)
+        self.step += 1  # the first batch is only for the guide's parameters
+        if self.step in self.steps:
+            batch.input_features.fill_(math.nan)
+        return batch
+
+
+def test_a_step_without_a_finite_loss_is_skipped(net, four, tmp_path):
+    bad = {3, 4, 9}
+    model, guide = start(net)
+    history = fit_guide(model, guide, Poisoned(four, bad), **OPTIONS)
+    assert [step.step for step in history] == [1, 2, 5, 6, 7, 8, 10, 11]
+    assert all(math.isfinite(step.loss) for step in history)
+    model, kept = start(net)
+    checkpoints = Checkpoints(tmp_path, {"fit": 1}, 1)
+    with pytest.raises(Crash):
+        fit_guide(
+            model,
+            kept,
+            Poisoned(four, bad),
+            **OPTIONS,
+            checkpoints=checkpoints,
+            on_step=crash_at(6),
+        )
+    assert read_checkpoint(tmp_path / FILE).step == 5
+    later = Poisoned(four, {step - 5 for step in bad})
+    again, rest = in_pieces(net, "normal", later, tmp_path, (), 1, **OPTIONS)
+    assert rest == history
+    assert_same(again, guide)
+
+
+def test_a_fit_does_not_end_on_a_loss_that_is_not_finite(net, four):
+    model, guide = start(net)
+    history = fit_guide(model, guide, Poisoned(four, {10, 11, 12}), **OPTIONS)
+    assert [step.step for step in history] == list(range(1, 10))
+    with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} times in a row"):
+        fit_guide(*start(net), Poisoned(four, range(10, 30)), **OPTIONS)
+
+
+def test_nine_in_a_row_are_skipped_and_ten_are_too_many(net, four):
+    options = {**OPTIONS, "steps": 14}
+    history = fit_guide(*start(net), Poisoned(four, range(2, 11)), **options)
+    assert [step.step for step in history] == [1, 11, 12, 13, 14]
+    with pytest.raises(FloatingPointError, match=r"nan at step 11, .*10 times in a row"):
+        fit_guide(*start(net), Poisoned(four, range(2, 12)), **options)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("lr", [1e30, 1e3])
+def test_a_fit_that_diverges_stops_and_its_checkpoint_is_from_before(
+    net, four, guide, lr, tmp_path
+):
+    model, fitted = start(net, guide)
+    kept = Checkpoints(tmp_path, {}, 1)
+    with pytest.raises(FloatingPointError, match="not finite 10 times in a row"):
+        fit_guide(model, fitted, four, **{**OPTIONS, "lr": lr, "steps": 40}, checkpoints=kept)
+    if (tmp_path / FILE).exists():
+        tensors = read_checkpoint(tmp_path / FILE).tensors
+        assert all(torch.isfinite(value.float()).all() for value in tensors.values())
+
+
+def test_gradients_that_are_not_finite_change_no_weight(net, four):
+    model, guide = start(net)
+    before = {name: value.clone() for name, value in guide.state_dict().items()}
+    next(iter(guide.means.values())).register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(FloatingPointError, match="gradient"):
+        fit_guide(model, guide, four, **OPTIONS)
+    assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
+
+
+def test_an_error_in_a_program_is_no_loss_that_is_not_finite(net, four):
+    model, guide = start(net)
+    model.prior = lambda site: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fit_guide(model, guide, four, **OPTIONS)

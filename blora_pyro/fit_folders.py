@@ -1,0 +1,287 @@
+"""The folder of a fit: how it keeps what it has, says what is safe, and is opened again."""
+
+import importlib.metadata
+import json
+import platform
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blora_pyro.checkpoints import stored_step
+from blora_pyro.config import FitConfig
+from blora_pyro.errors import Interrupted, UserError
+from blora_pyro.fitting import Step
+from blora_pyro.posterior import Family, Posterior
+from blora_pyro.run_folders import (
+    CHECKPOINT,
+    EVALUATING,
+    FINISHED,
+    FITTING,
+    METRICS,
+    RESULTS,
+    RUN,
+    TRANSCRIPTS,
+    UNFINISHED,
+    claim,
+    remove_files,
+    save_posterior,
+    write_json,
+)
+
+PACKAGES = ("blora-pyro", "torch", "pyro-ppl", "transformers", "datasets", "peft", "jiwer")
+
+
+class FitFolder:
+    """The folder of a fit, from its first second to its end.
+
+    `run.json` is there from the start, with the options, so that the fit can go on after a kill at
+    any moment; its `state` tells how far it has come. Without a path nothing is kept.
+
+    Attributes:
+        path: The folder, or None.
+        config: The options of the fit.
+        about: What `run.json` holds.
+    """
+
+    def __init__(self, path: Path | None, config: FitConfig, about: dict[str, Any]) -> None:
+        """See `create` and `reopen`."""
+        self.path, self.config, self.about = path, config, about
+        self._occupied = False
+
+    @classmethod
+    def create(cls, path: Path | None, config: FitConfig, overwrite: bool) -> "FitFolder":
+        """A folder for a new fit. An earlier run in it stays whole until `begin`.
+
+        Raises:
+            UserError: See `claim`.
+        """
+        folder = cls(path, config, {"state": FITTING, "options": asdict(config)})
+        if path is not None:
+            claim(path, overwrite)
+            folder._occupied = any((path / name).exists() for name in (RUN, *RESULTS))
+            try:
+                if not folder._occupied:
+                    folder._write()
+            except OSError as error:
+                why = error.strerror
+                raise UserError(f"output '{path}' can't be written ({why}); give another") from None
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path, given: Mapping[str, Any]) -> "FitFolder":
+        """The folder of a fit that has been started.
+
+        Args:
+            path: The folder.
+            given: Options, which must be those of the fit. A prior or guide that is a user's file
+                must be among them: its code is run only where it is named.
+
+        Raises:
+            UserError: If there is none, it is damaged, or an option is another.
+        """
+        try:
+            about = json.loads((path / RUN).read_text(encoding="utf-8"))
+            about.setdefault("state", FINISHED)
+            stored = about.get("options") or about["config"]
+            config = FitConfig(**stored)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path / RUN} is damaged ({error}); start again with --overwrite"
+            ) from None
+        for name, value in given.items():
+            known = [stored.get(name), about.get("config", {}).get(name)]
+            if json.loads(json.dumps(value)) not in known:
+                raise UserError(
+                    f"the fit in {path} has {name} = {known[0]}, not {value}; leave the option "
+                    "out, or start another fit in another output"
+                )
+        for name in ("prior", "guide"):
+            if str(stored.get(name)).endswith(".py") and name not in given:
+                raise UserError(
+                    f"the run's {name} is code, in {stored[name]}; name it with --{name} to run it"
+                )
+        return cls(path, config, about)
+
+    @property
+    def state(self) -> str:
+        """`fitting`, `evaluating` or `finished`."""
+        return self.about["state"]
+
+    def _write(self, **about: Any) -> None:
+        self.about |= about
+        if self.path is not None:
+            write_json(self.path / RUN, self.about)
+
+    def begin(self, config: FitConfig, language: str, tokens: int, weights: int) -> None:
+        """All is loaded: keep the resolved configuration, and remove an earlier run's results.
+
+        Args:
+            config: The resolved configuration.
+            language: Of the training data.
+            tokens: Target tokens in it.
+            weights: Number of adapter weights.
+        """
+        if self.state != FITTING:
+            return
+        if self.path is not None and self._occupied:
+            remove_files(self.path, *UNFINISHED)
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        self._write(
+            config=asdict(config),
+            language=language,
+            training_tokens=tokens,
+            temperature=float(config.beta) * tokens,
+            adapter_weights=weights,
+            versions={"python": platform.python_version(), **versions},
+        )
+        if self.path is not None and self._occupied:
+            remove_files(self.path, *RESULTS)
+        self._occupied = False
+
+    def save(self, fitted: Posterior, history: list[Step], seconds: float) -> None:
+        """The fit is done: keep the posterior, before anything else can go wrong."""
+        if self.path is not None:
+            save_posterior(self.path, fitted)
+        rows = [asdict(step) for step in history]
+        steps = self.about["config"]["steps"]
+        self._write(
+            state=EVALUATING,
+            seconds={"fit": round(seconds, 1)},
+            skipped_steps=steps - len(rows),
+            history=rows,
+        )
+        if self.path is not None:
+            remove_files(self.path, CHECKPOINT)
+
+    def finish(self, metrics: Mapping[str, Any], seconds: float) -> None:
+        """All is measured: keep it, and `tidy`."""
+        if self.path is None:
+            return
+        write_json(self.path / METRICS, metrics)
+        self._write(state=FINISHED, seconds={**self.about["seconds"], "total": round(seconds, 1)})
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what was there to go on with."""
+        if self.path is not None:
+            remove_files(self.path, *UNFINISHED)
+
+    def transcripts(self, state: str) -> Path | None:
+        """Where transcripts of the test sets are kept until the run is finished.
+
+        Args:
+            state: Of the model, `base` or `adapted`.
+        """
+        return None if self.path is None else self.path / TRANSCRIPTS[state]
+
+    def safe(self) -> str:
+        """What is safe on disk now."""
+        if self.path is None:
+            return "nothing was to be kept on disk"
+        if self._occupied:
+            return f"what was in {self.path} before is as it was"
+        if self.state != FITTING:
+            return f"the posterior is safe in {self.path}"
+        step = stored_step(self.path / CHECKPOINT)
+        if step is None:
+            return f"no step is in {self.path} yet"
+        return f"the checkpoint of step {step} is safe in {self.path}"
+
+    def way_on(self) -> str:
+        """How to go on."""
+        if self.path is None or self._occupied:
+            return "start again"
+        files = [(name, str(getattr(self.config, name))) for name in ("prior", "guide")]
+        options = [f"--{name} {shlex.quote(file)}" for name, file in files if file.endswith(".py")]
+        line = ["blora-pyro fit --resume --output", shlex.quote(str(self.path)), *options]
+        return f"go on with: {' '.join(line)}"
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """In here what ends a fit early says in one line what happened, what is safe, what to do.
+
+        Raises:
+            Interrupted: By a signal.
+            FloatingPointError: If the loss is not finite.
+            UserError: If the folder can't be written any more, or memory is full.
+        """
+        try:
+            yield
+        except Interrupted as error:
+            message = f"interrupted; {self.safe()}; {self.way_on()}"
+            raise Interrupted(error.signum, message) from None
+        except FloatingPointError as error:
+            again = "" if self.path is None else f"; {self.safe()}, but leads to the same"
+            raise FloatingPointError(f"{error}{again}") from None
+        except OSError as error:
+            if not self._owns(error.filename):
+                raise
+            raise UserError(
+                f"{error.filename} can't be written ({error.strerror}); {self.safe()}; put that "
+                f"right, then {self.way_on()}"
+            ) from None
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory; {self.safe()}; free some and {self.way_on()} (or start another "
+                "fit with a smaller batch size)"
+            ) from None
+
+    def _owns(self, file: object) -> bool:
+        return self.path is not None and self.path in Path(str(file)).parents
+
+    @property
+    def resolved(self) -> FitConfig:
+        """The resolved configuration, once it is kept.
+
+        Raises:
+            UserError: If it is damaged.
+        """
+        try:
+            config = FitConfig(**self.about["config"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self.path}/{RUN} is damaged ({error}); fit again") from None
+        return replace(config, backward=config.backward_sets)
+
+    def fitted(self) -> tuple[Posterior, list[Step]]:
+        """Posterior and history, once they are kept.
+
+        Raises:
+            UserError: If they are damaged.
+        """
+        assert self.path is not None
+        loaded, config = Posterior.load(self.path), self.resolved
+        try:
+            history = [Step(**step) for step in self.about["history"]]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self.path}/{RUN} is damaged ({error}); fit again") from None
+        family = Family(config.prior, config.prior_args, str(config.guide))
+        return replace(loaded, family=family), history
+
+    def metrics(self) -> dict[str, Any]:
+        """What was measured, once it is kept.
+
+        Raises:
+            UserError: If it is damaged.
+        """
+        assert self.path is not None
+        try:
+            return json.loads((self.path / METRICS).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.path / METRICS} is missing or damaged ({error}); measure again with: "
+                f"blora-pyro evaluate {shlex.quote(str(self.path))}"
+            ) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory is full, that of a GPU or the machine's."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)

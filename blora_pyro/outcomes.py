@@ -1,0 +1,109 @@
+"""What a fit gained and what was forgotten: test sets, measured before and after, compared."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from blora_pyro.config import FitConfig
+from blora_pyro.data import Examples, load_split, split_names
+from blora_pyro.evaluation import Evaluation, macro_summary, score
+from blora_pyro.metrics import Counts, paired_macro_bootstrap
+from blora_pyro.models import Base
+from blora_pyro.posterior import Posterior
+from blora_pyro.run_folders import write_json
+from blora_pyro.transcription import transcribe_features
+
+NEW_DOMAIN = "new_domain"
+
+
+def load_examples(base: Base, source: str, split: str) -> Examples:
+    """A split featurised and tokenised for `base`."""
+    limit = base.net.config.max_target_positions
+    dataset = load_split(source, split)
+    return Examples(dataset, base.feature_extractor, base.tokenizer, max_tokens=limit)
+
+
+def evaluation_sets(base: Base, config: FitConfig) -> dict[str, Examples]:
+    """The new domain's test set under `new_domain`, and every backward set under its name."""
+    sets = {}
+    if config.test or "test" in split_names(config.data):
+        sets[NEW_DOMAIN] = load_examples(base, config.test or config.data, "test")
+    for source in config.backward_sets:
+        sets[source] = load_examples(base, source, "test")
+    return sets
+
+
+def measure(
+    base: Base,
+    sets: dict[str, Examples],
+    on_set: Callable[[str], None],
+    keep: Path | None = None,
+) -> dict[str, Evaluation]:
+    """Evaluate the net, as it is, on every set.
+
+    Args:
+        base: The net.
+        sets: By name.
+        on_set: Told what is transcribed.
+        keep: A JSON file for the transcripts; sets that are in it already are only scored.
+    """
+    known = _read_transcripts(keep)
+    results = {}
+    for name, examples in sets.items():
+        if len(known.get(name, ())) != len(examples):
+            on_set("the new domain" if name == NEW_DOMAIN else name)
+            known[name] = transcribe_features(base, examples.features, examples.prompts)
+            if keep:
+                write_json(keep, known)
+        results[name] = score(examples, known[name])
+    return results
+
+
+def _read_transcripts(path: Path | None) -> dict[str, list[str]]:
+    """Transcripts by set; none if there is no such file, or it is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        return {name: [str(text) for text in texts] for name, texts in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def compare(
+    posterior: Posterior,
+    before: dict[str, Evaluation],
+    after: dict[str, Evaluation],
+    domain: str,
+) -> dict[str, Any]:
+    """The content of `metrics.json`: rates before and after, forgetting, sparsity."""
+    metrics: dict[str, Any] = {"backward": {}, "sparsity": posterior.sparsity()}
+    backward = [name for name in before if name != NEW_DOMAIN]
+    for name, base in before.items():
+        adapted = after[name]
+        both = {
+            "base": base.summary(),
+            "adapted": adapted.summary(),
+            "change": {
+                measure: _change([base.counts[measure]], [adapted.counts[measure]])
+                for measure in base.counts
+            },
+        }
+        if name == NEW_DOMAIN:
+            metrics[NEW_DOMAIN] = {"name": domain, **both}
+        else:
+            metrics["backward"][name] = both
+    if backward:
+        sets = [before[name] for name in backward], [after[name] for name in backward]
+        counts = [[one.main for one in evaluations] for evaluations in sets]
+        metrics["backward_error"] = {
+            "base": macro_summary(sets[0]),
+            "adapted": macro_summary(sets[1]),
+            "change": _change(*counts),  # this is the forgetting
+        }
+    return metrics
+
+
+def _change(base: list[Counts], adapted: list[Counts]) -> dict[str, Any]:
+    """Adapted minus base (macro-averaged) error with its paired bootstrap interval."""
+    difference, low, high = paired_macro_bootstrap(base, adapted)
+    return {"difference": difference, "interval": [low, high]}

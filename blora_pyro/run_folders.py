@@ -1,0 +1,125 @@
+"""Run folders: how one is taken, written and read."""
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from blora_pyro import checkpoints, posterior
+from blora_pyro.checkpoints import replace_file, sync
+from blora_pyro.config import FitConfig
+from blora_pyro.errors import UserError
+from blora_pyro.posterior import Posterior
+
+RUN, METRICS, CHECKPOINT = "run.json", "metrics.json", checkpoints.FILE
+TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
+RESULTS = (posterior.FILE, "adapter_config.json", "adapter_model.safetensors", METRICS)
+HALF_WRITTEN = "posterior.new"
+UNFINISHED = (CHECKPOINT, *TRANSCRIPTS.values())
+
+FITTING, EVALUATING, FINISHED = "fitting", "evaluating", "finished"  # "state" in run.json
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    replace_file(path, text.encode())
+
+
+def save_posterior(folder: Path, fitted: Posterior) -> None:
+    """Write posterior and PEFT adapter; each file takes its place when it is whole.
+
+    Raises:
+        OSError: If they can't be written.
+    """
+    fresh = folder / HALF_WRITTEN
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fitted.save(fresh)
+        for file in fresh.iterdir():
+            sync(file)
+            os.replace(file, folder / file.name)
+        sync(folder)
+    except SafetensorError as error:
+        why = str(error).rpartition("error: ")[2]
+        raise OSError(None, why, str(folder / posterior.FILE)) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def remove_files(folder: Path, *names: str) -> None:
+    """Remove files, and what a killed process left half-written."""
+    shutil.rmtree(folder / HALF_WRITTEN, ignore_errors=True)
+    for name in names:
+        for file in (folder / name, folder / f"{name}.new"):
+            file.unlink(missing_ok=True)
+
+
+def claim(folder: Path, overwrite: bool) -> Path:
+    """Make a folder for a run; what a fit left that came to no checkpoint is removed.
+
+    Raises:
+        UserError: If it can't be made or written, or holds something and `overwrite` is off.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".blora-pyro").touch()
+        (folder / ".blora-pyro").unlink()
+        left = {path.name.removesuffix(".new") for path in folder.iterdir()}
+        if state_of(folder) == FITTING and left <= {RUN, *UNFINISHED} - {CHECKPOINT}:
+            remove_files(folder, *left)
+            left = set()
+    except OSError as error:
+        why = error.strerror
+        raise UserError(f"output '{folder}' can't be written ({why}); give another") from None
+    if left and not overwrite and state_of(folder) in (FITTING, EVALUATING):
+        raise UserError(
+            f"output '{folder}' holds an unfinished fit; --resume to go on with it, give another "
+            "output, or --overwrite"
+        )
+    if left and not overwrite:
+        raise UserError(f"output '{folder}' is not empty; give another, or --overwrite")
+    return folder
+
+
+def state_of(folder: Path) -> str | None:
+    """How far the run in a folder has come; None if there is none, or it can't be read."""
+    try:
+        about = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        return str(about.get("state", FINISHED))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def read_run(
+    folder: str | Path, device: str = "cpu", prior: str | None = None
+) -> tuple[Posterior, dict[str, Any]]:
+    """The posterior and `run.json` of a run folder.
+
+    Args:
+        folder: Where they are.
+        device: A torch device, for the configuration.
+        prior: The file of the prior, if it is a user's own and its code is to be run.
+
+    Raises:
+        UserError: If it is no run folder, unfinished, or damaged.
+    """
+    if state_of(Path(folder)) == FITTING:
+        raise UserError(
+            f"the fit in {folder} is not finished; go on with: blora-pyro fit --resume --output "
+            f"{shlex.quote(str(folder))}"
+        )
+    loaded = Posterior.load(folder, prior)
+    path = Path(folder) / RUN
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        about["config"] = FitConfig(**{**about["config"], "device": device})
+        about["language"]  # `transcribe` needs it
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); fit again") from None
+    return loaded, about
