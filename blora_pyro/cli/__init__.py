@@ -1,0 +1,35 @@
+"""The command line: each command is a thin call of one library function."""
+
+from typing import Annotated
+
+import typer
+
+from blora_pyro import __version__
+from blora_pyro.cli.fit import fit
+from blora_pyro.cli.runs import diagnose, evaluate, merge, priors, prune
+from blora_pyro.cli.transcribe import transcribe
+
+app = typer.Typer(
+    help="Adapt Whisper to a new domain by variational low-rank adaptation, without losing what it "
+    "already knew.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (fit, evaluate, diagnose, prune, priors, transcribe, merge):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"blora-pyro {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Nothing to do before a command."""

@@ -1,0 +1,54 @@
+"""What the commands share: options, errors in one line, JSON."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blora_pyro.errors import Interrupted, UserError
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a fit.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over what is there.")]
+Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ...")]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Whatever ends a command early is one line on stderr, never a traceback.
+
+    Exit codes: 2 for bad input, 1 for a loss that is not finite, 130 for Ctrl-C, 143 for SIGTERM.
+    """
+    try:
+        _quiet_transformers()
+        yield
+    except UserError as error:
+        typer.echo(f"blora-pyro: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+    except FloatingPointError as error:
+        typer.echo(f"blora-pyro: {error}; try a smaller --lr", err=True)
+        raise typer.Exit(1) from None
+    except Interrupted as error:
+        typer.echo(f"blora-pyro: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("blora-pyro: interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def _quiet_transformers() -> None:
+    """Keep the loading bars and the advice of transformers out of the terminal."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def print_json(content: Any) -> None:
+    """Print to stdout, two spaces a level, letters as they are."""
+    json.dump(content, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")

@@ -1,0 +1,174 @@
+"""`blora-pyro fit`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blora_pyro.cli.common import Device, Json, Overwrite, one_line_errors, print_json
+from blora_pyro.errors import UserError
+
+
+def fit(
+    context: typer.Context,
+    base: Annotated[
+        str, typer.Option(help="'pocket', a Whisper checkpoint folder, or a Hub id.")
+    ] = "pocket",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="New domain: de-en, es-en, zh-en, a folder with train.jsonl and test.jsonl, or a "
+            "JSONL manifest."
+        ),
+    ] = "de-en",
+    test: Annotated[
+        str | None, typer.Option(help="Its test set, if not the test split of --data.")
+    ] = None,
+    backward: Annotated[
+        str | None,
+        typer.Option(
+            help="Held-out sets of what the base already knows, commas between ('none': no set).",
+            show_default="the six pocket languages for the pocket base",
+        ),
+    ] = None,
+    prior: Annotated[
+        str,
+        typer.Option(help="Prior family (see 'blora-pyro priors'), or the path of a .py file."),
+    ] = "normal",
+    prior_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="An argument of the prior family; may be given repeatedly."
+        ),
+    ] = None,
+    guide: Annotated[
+        str | None,
+        typer.Option(
+            help="The family's own, point (MAP; LoRA with --beta 0), auto-normal, or .py."
+        ),
+    ] = None,
+    beta: Annotated[
+        str, typer.Option(help="Weight of the KL, or 'auto': 1 / training tokens.")
+    ] = "1e-4",
+    prior_scale: Annotated[
+        float | None,
+        typer.Option(help="The prior's argument 'scale'.", show_default="the family's"),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of every update.")] = 16,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Updates are scaled by alpha / rank.", show_default="2 rank"),
+    ] = None,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, suffixes such as q_proj,v_proj, or a regex.")
+    ] = "all-linear",
+    lr: Annotated[float, typer.Option(help="Peak learning rate of Adam.")] = 5e-3,
+    steps: Annotated[int, typer.Option(help="Steps of SVI.")] = 400,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the training data, instead of --steps.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Utterances a step.")] = 16,
+    estimator: Annotated[
+        str, typer.Option(help="Noise of a step: shared, flipout, flipout-token or local.")
+    ] = "shared",
+    precision: Annotated[
+        str, typer.Option(help="fp32, or bf16: Whisper under autocast, factors in fp32.")
+    ] = "fp32",
+    seed: Annotated[int, typer.Option(help="Of start, data order and noise.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder.", show_default="runs/DATA-PRIOR-seedSEED")
+    ] = None,
+    overwrite: Overwrite = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the fit in --output; no other option need be given."
+        ),
+    ] = False,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between checkpoints.", show_default="every two seconds or more"),
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Fit BLoRA to a new domain; show what was gained and what was forgotten.
+
+    Stopped by Ctrl-C, SIGTERM or a crash, it goes on with --resume as if nothing had happened.
+    """
+    with one_line_errors():
+        from blora_pyro import runs
+        from blora_pyro.report import TerminalProgress, fit_tables, print_tables
+
+        folder = output or Path("runs") / f"{Path(data).stem}-{Path(prior).stem}-seed{seed}"
+        options: dict[str, Any] = {
+            "base": base,
+            "data": data,
+            "test": test,
+            "backward": None if backward is None else _names(backward),
+            "prior": prior,
+            "guide": guide,
+            "beta": _beta(beta),
+            "prior_scale": prior_scale,
+            "prior_args": _arguments(prior_arg or [], prior_scale),
+            "rank": rank,
+            "alpha": alpha,
+            "target_modules": target_modules,
+            "lr": lr,
+            "steps": steps,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "estimator": estimator,
+            "precision": precision,
+            "seed": seed,
+            "device": device,
+        }
+        if resume:
+            options = {name: value for name, value in options.items() if _is_given(context, name)}
+        with TerminalProgress() as progress:
+            run = runs.fit(
+                folder,
+                overwrite=overwrite,
+                resume=resume,
+                checkpoint_every=checkpoint_every,
+                progress=progress,
+                **options,
+            )
+        if as_json:
+            print_json(run.metrics)
+        else:
+            print_tables(fit_tables(run.metrics), f"run folder: {folder}")
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    """Whether an option of `FitConfig` was on the command line."""
+    source = context.get_parameter_source("prior_arg" if option == "prior_args" else option)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(name.strip() for name in text.split(","))
+
+
+def _beta(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"beta is '{text}'; give a number >= 0, or 'auto'") from None
+
+
+def _arguments(texts: list[str], scale: float | None) -> dict[str, str]:
+    """`key=value` texts, none given twice or against `--prior-scale`."""
+    arguments: dict[str, str] = {}
+    for text in texts:
+        key, sign, value = (part.strip() for part in text.partition("="))
+        if not (key and sign and value):
+            raise UserError(f"prior-arg is '{text}'; give key=value, such as scale=0.05")
+        if key in arguments:
+            raise UserError(f"prior-arg gives '{key}' twice; give it once")
+        arguments[key] = value
+    if scale is not None and "scale" in arguments:
+        raise UserError("scale is given by both --prior-scale and --prior-arg; give it by one")
+    return arguments

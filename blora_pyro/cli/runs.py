@@ -1,0 +1,138 @@
+"""What is done with a fit: `evaluate`, `diagnose`, `prune`, `merge`; and `priors`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blora_pyro.cli.common import Device, Json, Overwrite, RunFolder, one_line_errors, print_json
+
+
+def evaluate(
+    run: RunFolder,
+    data: Annotated[
+        str | None, typer.Option(help="Set to score.", show_default="the fit's test sets")
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Score a run again, base and adapted, on its own test sets or on another set."""
+    with one_line_errors():
+        from blora_pyro import runs
+        from blora_pyro.report import TerminalProgress, fit_tables, print_tables
+
+        with TerminalProgress() as progress:
+            metrics = runs.evaluate_run(run, data, progress, device)
+        if as_json:
+            print_json(metrics)
+        else:
+            print_tables(fit_tables(metrics))
+
+
+def diagnose(
+    run: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the plots.", show_default="RUN/diagnostics")
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(help="The .py file of the prior, if the run has one: its code is run."),
+    ] = None,
+    khat: Annotated[
+        bool, typer.Option(help="Compute k-hat, on up to 64 training utterances.")
+    ] = True,
+    draws: Annotated[int, typer.Option(help="Draws for k-hat, 30 or more.")] = 30,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Show where a fit adapted Whisper and how its prior shrank it; plot it."""
+    with one_line_errors():
+        from blora_pyro import diagnosis
+        from blora_pyro.report import TerminalProgress, diagnosis_tables, print_tables
+
+        with TerminalProgress() as progress:
+            found = diagnosis.diagnose(
+                run,
+                output,
+                prior=prior,
+                khat=khat,
+                draws=draws,
+                device=device,
+                on_stage=progress.stage,
+            )
+        if as_json:
+            print_json(found.to_json())
+        else:
+            print_tables(diagnosis_tables(found))
+
+
+def prune(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the smaller run.")],
+    snr: Annotated[
+        float | None,
+        typer.Option(help="Keep directions of ΔW above this many posterior standard deviations."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Keep this many directions of ΔW in every layer.")
+    ] = None,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure what it costs.")
+    ] = True,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Write a smaller adapter: what the posterior is sure of; show what that costs."""
+    with one_line_errors():
+        from blora_pyro.pruning import prune_run
+        from blora_pyro.report import TerminalProgress, print_tables, prune_tables
+
+        with TerminalProgress() as progress:
+            metrics = prune_run(
+                run,
+                out,
+                rank=rank,
+                snr=snr,
+                evaluate=evaluation,
+                overwrite=overwrite,
+                device=device,
+                progress=progress,
+            )
+        if as_json:
+            print_json(metrics)
+        else:
+            print_tables(prune_tables(metrics), f"run folder: {out}")
+
+
+def merge(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the base with the posterior mean merged in: a plain Whisper checkpoint."""
+    with one_line_errors():
+        from blora_pyro import runs
+
+        runs.merge_run(run, out, overwrite)
+        typer.echo(f"merged checkpoint: {out}")
+
+
+def priors(as_json: Json = False) -> None:
+    """List the prior families and their arguments."""
+    with one_line_errors():
+        from blora_pyro.guides import FAMILIES, describe_prior
+
+        families = {name: describe_prior(name) for name in FAMILIES}
+        if as_json:
+            print_json(
+                [
+                    {"name": name, "summary": text, "arguments": [asdict(one) for one in arguments]}
+                    for name, (text, arguments) in families.items()
+                ]
+            )
+        else:
+            from blora_pyro.report import print_tables, prior_tables
+
+            print_tables(prior_tables(families))
