@@ -1,12 +1,20 @@
 """Everything that decides a fit, in one place, checked before anything is loaded."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 from blora_pyro.adapters import ALL_LINEAR
-from blora_pyro.data import LANGUAGES
+from blora_pyro.data import (
+    LANGUAGES,
+    Source,
+    as_sources,
+    check_weights,
+    describe_source,
+    named_sources,
+)
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.guides import prior_arguments
 from blora_pyro.models import POCKET, build_estimator, check_device
@@ -18,11 +26,14 @@ class FitConfig:
 
     Attributes:
         base: `"pocket"`, a local Whisper checkpoint, or a Hub id.
-        data: The new domain: a built-in corpus, a folder with `train.jsonl` (and `test.jsonl`), or
-            a manifest, all of it for training.
-        test: The new domain's test set, likewise; None is the test split of `data`, if it has one.
-        backward: Held-out sets of what the base already knows; None is the six pocket languages
-            for the pocket base and none otherwise.
+        data: One or more sources of training data, the first of them the new domain; see
+            `data.load_split` for what a source may be.
+        data_weights: How often each source is drawn from, in proportion; None takes every
+            utterance once an epoch.
+        test: The new domain's test set; None is the test split of its source, if it has one.
+        backward: Held-out sets of what the base already knows: a mapping of names to sources, or
+            texts "NAME=SOURCE" or "SOURCE". None is the six pocket languages for the pocket base
+            and none otherwise.
         prior: A family of `blora_pyro.guides`, or the path of a file with one.
         guide: None is the family's own; else `point`, `auto-normal`, or a file's path.
         beta: Weight of the KL term; `"auto"` is 1 / (target tokens in the training set).
@@ -42,9 +53,10 @@ class FitConfig:
     """
 
     base: str = POCKET
-    data: str = "de-en"
-    test: str | None = None
-    backward: tuple[str, ...] | None = None
+    data: Source | Sequence[Source] = "de-en"
+    data_weights: Sequence[float] | None = None
+    test: Source | None = None
+    backward: Mapping[str, Source] | Sequence[str] | None = None
     prior: str = "normal"
     guide: str | None = None
     beta: float | Literal["auto"] = 1e-4
@@ -68,6 +80,13 @@ class FitConfig:
         Raises:
             UserError: Naming the value, what is allowed and what to do.
         """
+        keep = partial(object.__setattr__, self)
+        keep("data", self.sources)
+        if self.backward is not None:
+            keep("backward", named_sources(self.backward))
+        if self.data_weights is not None:
+            keep("data_weights", tuple(self.data_weights))
+        check_weights(self.data_weights, self.sources)
         positive = ("rank", "alpha", "prior_scale", "lr", "steps", "epochs", "batch_size")
         check_positive(**{name: getattr(self, name) for name in positive})
         for name in ("rank", "steps", "batch_size"):
@@ -113,8 +132,28 @@ class FitConfig:
         )
 
     @property
-    def backward_sets(self) -> tuple[str, ...]:
-        """The backward sets, the default worked out."""
+    def backward_sets(self) -> dict[str, Source]:
+        """The backward sets by name, the default worked out."""
         if self.backward is None:
-            return LANGUAGES if self.base == POCKET else ()
-        return tuple(self.backward)
+            return named_sources(LANGUAGES if self.base == POCKET else ())
+        return named_sources(self.backward)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The sources of training data."""
+        return as_sources(self.data)
+
+    @property
+    def new_domain(self) -> Source:
+        """What the new domain's test set is read from."""
+        return self.sources[0] if self.test is None else self.test
+
+    def to_json(self) -> dict[str, Any]:
+        """Attributes by name, as JSON has them; objects of `datasets` are described."""
+        content = {one.name: getattr(self, one.name) for one in fields(self)}
+        content["data"] = [describe_source(source) for source in self.sources]
+        content["test"] = None if self.test is None else describe_source(self.test)
+        if self.backward is not None:
+            sets = self.backward_sets.items()
+            content["backward"] = {name: describe_source(source) for name, source in sets}
+        return content

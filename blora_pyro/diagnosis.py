@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from blora_pyro.config import FitConfig
-from blora_pyro.data import Examples, load_split
+from blora_pyro.data import Examples, load_mixture
 from blora_pyro.diagnostics import FactorSummary, Summary, UpdateSummary, fit_khat, summarise
 from blora_pyro.errors import UserError
 from blora_pyro.explanations import Shrinkage, how_it_shrinks, khat_meaning
@@ -184,7 +184,7 @@ def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draw
     if any(row.kl is None for row in summary.factors):
         return Khat(None, "not computed: the guide has points, which have no density")
     try:
-        dataset = load_split(config.data, "train")
+        dataset = load_mixture(config.data, "train")
         base = load_base(config.base, config.device)
         count = min(KHAT_UTTERANCES, len(dataset))
         chosen = dataset.select(np.linspace(0, len(dataset) - 1, count).round().astype(int))

@@ -60,7 +60,7 @@ class FitFolder:
         Raises:
             UserError: See `claim`.
         """
-        folder = cls(path, config, {"state": FITTING, "options": asdict(config)})
+        folder = cls(path, config, {"state": FITTING, "options": config.to_json()})
         if path is not None:
             claim(path, overwrite)
             folder._occupied = any((path / name).exists() for name in (RUN, *RESULTS))
@@ -93,13 +93,15 @@ class FitFolder:
             raise UserError(
                 f"{path / RUN} is damaged ({error}); start again with --overwrite"
             ) from None
-        for name, value in given.items():
-            known = [stored.get(name), about.get("config", {}).get(name)]
-            if json.loads(json.dumps(value)) not in known:
+        wanted = json.loads(json.dumps(FitConfig(**given).to_json()))
+        for name in given:
+            value, known = wanted[name], [stored.get(name), about.get("config", {}).get(name)]
+            if value not in known:
                 raise UserError(
                     f"the fit in {path} has {name} = {known[0]}, not {value}; leave the option "
                     "out, or start another fit in another output"
                 )
+        config = replace(config, **given)  # the same, but what were objects in Python are so again
         for name in ("prior", "guide"):
             if str(stored.get(name)).endswith(".py") and name not in given:
                 raise UserError(
@@ -132,7 +134,7 @@ class FitFolder:
             remove_files(self.path, *UNFINISHED)
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         self._write(
-            config=asdict(config),
+            config=config.to_json(),
             language=language,
             training_tokens=tokens,
             temperature=float(config.beta) * tokens,

@@ -2,9 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import pyro
 import torch
@@ -13,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from blora_pyro.checkpoints import Checkpoint, Checkpoints, RandomState
-from blora_pyro.data import Batch, Examples
+from blora_pyro.data import Batch, Examples, batch_indices
 from blora_pyro.errors import UserError
 from blora_pyro.guides import Guide
 from blora_pyro.models import BLoRA, Temper, build_estimator
@@ -64,17 +65,19 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def batches(examples: Examples, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-    """Endless batches: a fresh permutation every epoch, the last batch of an epoch kept short.
+def batches(
+    examples: Examples,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    weights: Sequence[float] | None = None,
+) -> Iterator[Batch]:
+    """Endless batches, in the order of `batch_indices`.
 
     The order depends on `seed` alone; `start` leaves out the first batches without making them.
     """
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(examples), generator=generator).split(batch_size)
-        for chosen in order[start:]:
-            yield examples.batch(chosen.tolist())
-        start = max(0, start - len(order))
+    order = batch_indices(examples.sources, batch_size, seed, weights)
+    return map(examples.batch, islice(order, start, None))
 
 
 def fit_guide(
@@ -88,6 +91,7 @@ def fit_guide(
     batch_size: int,
     estimator: str = "shared",
     seed: int = 0,
+    weights: Sequence[float] | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
     checkpoints: Checkpoints | None = None,
 ) -> list[Step]:
@@ -113,6 +117,7 @@ def fit_guide(
         batch_size: Utterances a step.
         estimator: How the draw reaches the batch; one of `models.ESTIMATORS`.
         seed: Order of the data.
+        weights: Of the sources of `examples`, see `batch_indices`.
         on_step: Called after every step.
         checkpoints: Where to go on from, and what to write on the way.
 
@@ -132,7 +137,7 @@ def fit_guide(
             guide.to(device)
             guide(examples.batch([0]).to(device))  # Pyro's own guides make their parameters here
             loop = _Loop(model, guide, beta, lr, steps, noise, checkpoints or Checkpoints(None))
-            data = batches(examples, batch_size, seed, start=loop.done)
+            data = batches(examples, batch_size, seed, loop.done, weights)
             while not loop.finished:
                 if step := loop.step(next(data).to(device)):
                     on_step(step)

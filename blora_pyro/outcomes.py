@@ -1,12 +1,18 @@
 """What a fit gained and what was forgotten: test sets, measured before and after, compared."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from blora_pyro.config import FitConfig
-from blora_pyro.data import Examples, load_split, split_names
+from blora_pyro.data import (
+    Examples,
+    Source,
+    describe_source,
+    load_mixture,
+    split_names,
+)
 from blora_pyro.evaluation import Evaluation, macro_summary, score
 from blora_pyro.metrics import Counts, paired_macro_bootstrap
 from blora_pyro.models import Base
@@ -17,20 +23,20 @@ from blora_pyro.transcription import transcribe_features
 NEW_DOMAIN = "new_domain"
 
 
-def load_examples(base: Base, source: str, split: str) -> Examples:
-    """A split featurised and tokenised for `base`."""
+def load_examples(base: Base, source: Source | Sequence[Source], split: str) -> Examples:
+    """A split of one or more sources, featurised and tokenised for `base`."""
     limit = base.net.config.max_target_positions
-    dataset = load_split(source, split)
+    dataset = load_mixture(source, split)
     return Examples(dataset, base.feature_extractor, base.tokenizer, max_tokens=limit)
 
 
 def evaluation_sets(base: Base, config: FitConfig) -> dict[str, Examples]:
     """The new domain's test set under `new_domain`, and every backward set under its name."""
     sets = {}
-    if config.test or "test" in split_names(config.data):
-        sets[NEW_DOMAIN] = load_examples(base, config.test or config.data, "test")
-    for source in config.backward_sets:
-        sets[source] = load_examples(base, source, "test")
+    if config.test is not None or "test" in split_names(config.new_domain):
+        sets[NEW_DOMAIN] = load_examples(base, config.new_domain, "test")
+    for name, source in config.backward_sets.items():
+        sets[name] = load_examples(base, source, "test")
     return sets
 
 
@@ -73,7 +79,7 @@ def compare(
     posterior: Posterior,
     before: dict[str, Evaluation],
     after: dict[str, Evaluation],
-    domain: str,
+    domain: Source,
 ) -> dict[str, Any]:
     """The content of `metrics.json`: rates before and after, forgetting, sparsity."""
     metrics: dict[str, Any] = {"backward": {}, "sparsity": posterior.sparsity()}
@@ -89,7 +95,7 @@ def compare(
             },
         }
         if name == NEW_DOMAIN:
-            metrics[NEW_DOMAIN] = {"name": domain, **both}
+            metrics[NEW_DOMAIN] = {"name": describe_source(domain), **both}
         else:
             metrics["backward"][name] = both
     if backward:

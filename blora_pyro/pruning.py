@@ -161,7 +161,7 @@ def prune_run(
             full = measure(base, sets, lambda name: progress.stage(f"full adapter on {name}"))
         with pruned.applied(base.net):
             fewer = measure(base, sets, lambda name: progress.stage(f"pruned adapter on {name}"))
-        metrics |= compare(pruned, full, fewer, config.test or config.data)
+        metrics |= compare(pruned, full, fewer, config.new_domain)
     pruned.save(target)
     write_json(target / "metrics.json", metrics)
     _write_about(Path(folder), target, {"from": str(folder), "rank": rank, "snr": snr, **size})

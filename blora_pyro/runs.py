@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from blora_pyro.checkpoints import Checkpoints
 from blora_pyro.config import FitConfig
-from blora_pyro.data import Examples
+from blora_pyro.data import Examples, Source
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.fit_folders import FitFolder
 from blora_pyro.fitting import Step, fit_guide
@@ -162,7 +162,7 @@ def _fit(
     kept = folder.transcripts("base")
     before = measure(base, sets, lambda name: progress.stage(f"base on {name}"), kept)
     if folder.state == FITTING:
-        about = {**asdict(config), "tokens": train.num_tokens, "utterances": len(train)}
+        about = {**config.to_json(), "tokens": train.num_tokens, "utterances": len(train)}
         checkpoints = Checkpoints(folder.path, about, checkpoint_every, interrupts)
         if (done := checkpoints.stored_step()) is not None:
             progress.stage(f"going on from step {done}")
@@ -179,7 +179,7 @@ def _fit(
     kept = folder.transcripts("adapted")
     with posterior.applied(base.net):
         after = measure(base, sets, lambda name: progress.stage(f"adapted on {name}"), kept)
-    metrics = compare(posterior, before, after, config.test or config.data)
+    metrics = compare(posterior, before, after, config.new_domain)
     folder.finish(metrics, time.monotonic() - started)
     return Run(config, posterior, history, metrics, folder.path)
 
@@ -203,6 +203,7 @@ def _fit_guide(
         batch_size=config.batch_size,
         estimator=config.estimator,
         seed=config.seed,
+        weights=config.data_weights,
         on_step=progress.step,
         checkpoints=checkpoints,
     )
@@ -223,7 +224,7 @@ def build(base: Base, config: FitConfig) -> tuple[BLoRA, Any]:
 
 def evaluate_run(
     folder: str | Path,
-    data: str | None = None,
+    data: Source | None = None,
     progress: Listener | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
@@ -240,12 +241,12 @@ def evaluate_run(
     config = about["config"]
     base = load_base(config.base, device)
     if data is not None:
-        config = replace(config, test=data, backward=())
+        config = replace(config, test=data, backward={})
     sets = evaluation_sets(base, config)
     before = measure(base, sets, lambda name: progress.stage(f"base on {name}"))
     with posterior.applied(base.net):
         after = measure(base, sets, lambda name: progress.stage(f"adapted on {name}"))
-    return compare(posterior, before, after, config.test or config.data)
+    return compare(posterior, before, after, config.new_domain)
 
 
 def merge_run(folder: str | Path, out: Path, overwrite: bool = False) -> None:

@@ -69,7 +69,7 @@ def test_fit_prints_the_table_and_the_run_folder(short, tones_folder, tmp_path):
     assert result.stdout.splitlines()[-1] == f"run folder: {tmp_path / 'run'}"
     assert "T = beta · N" in " ".join(result.stderr.split())
     config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
-    assert config["backward"] == [str(german), str(english)]
+    assert config["backward"] == {str(german): str(german), str(english): str(english)}
     assert (config["rank"], config["steps"], config["alpha"]) == (2, 2, 4.0)
 
 
@@ -93,6 +93,7 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
     options = {
         "base": "b",
         "data": "d",
+        "data-weights": "3",
         "test": "t",
         "backward": "x, y",
         "prior": "p",
@@ -120,6 +121,8 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
     assert seen == {
         **{name.replace("-", "_"): value for name, value in options.items()},
         "prior_args": {"df": "3"},
+        "data": ("d",),
+        "data_weights": (3.0,),
         "backward": ("x", "y"),
         "beta": 2e-3,
         "overwrite": True,
@@ -127,6 +130,25 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "checkpoint_every": 5,
         "folder": tmp_path,
     }
+
+
+def test_several_sources_and_named_sets_are_handed_on(monkeypatch, tmp_path):
+    seen = {}
+
+    def fit(folder, **options):
+        seen.update(options, folder=folder)
+        return runs.Run(None, None, [], {"backward": {}, "sparsity": {}})
+
+    monkeypatch.setattr(runs, "fit", fit)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b").mkdir()
+    data = ["--data", "de-en", "--data", "corpora/mine.csv", "--data-weights", "3, 1"]
+    backward = ["--backward", "de,en", "--backward", "mine=a", "--backward", "a,b"]
+    well("fit", *data, *backward)
+    assert seen["data"] == ("de-en", "corpora/mine.csv")
+    assert seen["data_weights"] == (3, 1)
+    assert seen["backward"] == ("de", "en", "mine=a", "a,b")
+    assert seen["folder"] == Path("runs") / "de-en+mine-normal-seed0"
 
 
 def test_fit_with_resume_hands_on_what_was_given_alone(monkeypatch, tmp_path):
@@ -162,7 +184,7 @@ def test_the_defaults_of_fit_are_those_of_the_library(monkeypatch):
 
     monkeypatch.setattr(runs, "fit", fit)
     well("fit")
-    assert seen == vars(blora_pyro.FitConfig())
+    assert vars(blora_pyro.FitConfig(**seen)) == vars(blora_pyro.FitConfig())
 
 
 def test_the_run_folder_is_named_after_data_prior_and_seed(
@@ -185,6 +207,8 @@ def test_fit_does_not_write_over_a_run_unless_told(short, finished_run, tmp_path
     ("options", "words"),
     [
         (["--data", "nowhere"], "'nowhere'"),
+        (["--data-weights", "often"], "data-weights is 'often'"),
+        (["--data-weights", "1,2"], "data_weights is 1.0, 2.0 for 1 source"),
         (["--test", "nowhere"], "'nowhere'"),
         (["--backward", "nowhere"], "'nowhere'"),
         (["--base", "/nowhere"], "/nowhere"),

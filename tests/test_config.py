@@ -1,8 +1,10 @@
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +19,7 @@ def test_the_defaults_can_be_fitted():
     config = FitConfig()
     assert (config.base, config.data, config.prior, config.beta) == (
         "pocket",
-        "de-en",
+        ("de-en",),
         "normal",
         1e-4,
     )
@@ -63,10 +65,47 @@ def test_a_part_of_an_epoch_is_at_least_one_step():
 
 
 def test_backward_sets_are_the_pocket_languages_for_the_pocket_base_only():
-    assert FitConfig().resolved(10, 10).backward == LANGUAGES
-    assert FitConfig(base="elsewhere").resolved(10, 10).backward == ()
-    assert FitConfig(backward=()).resolved(10, 10).backward == ()
-    assert FitConfig(backward=("de", "x.jsonl")).resolved(10, 10).backward == ("de", "x.jsonl")
+    pocket = {name: name for name in LANGUAGES}
+    assert FitConfig().resolved(10, 10).backward == pocket
+    assert FitConfig(base="elsewhere").resolved(10, 10).backward == {}
+    assert FitConfig(backward=()).resolved(10, 10).backward == {}
+
+
+def test_backward_sets_have_the_names_that_they_are_given():
+    named = FitConfig(backward=("de", "mine=x.jsonl")).resolved(10, 10).backward
+    assert named == {"de": "de", "mine": "x.jsonl"} == FitConfig(backward=named).backward
+
+
+def test_the_new_domain_is_the_first_source_or_the_test_set():
+    assert FitConfig(data=("a", "b")).new_domain == "a"
+    assert FitConfig(data=("a", "b"), test="c").new_domain == "c"
+
+
+def test_as_json_it_says_what_it_is():
+    rows = Dataset.from_dict({"audio": ["a.wav"], "text": ["x"]})
+    config = FitConfig(data=["a", rows], data_weights=[3, 1], backward={"mine": rows})
+    content = json.loads(json.dumps(config.to_json()))
+    described = f"<Dataset of 1 rows, fingerprint {rows._fingerprint}>"
+    assert content["data"] == ["a", described]
+    assert content["data_weights"] == [3, 1]
+    assert content["backward"] == {"mine": described}
+    assert FitConfig(**content).to_json() == config.to_json()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": ()}, "data names no source"),
+        ({"data_weights": (1, 2)}, r"data_weights is 1, 2 for 1 source\(s\)"),
+        ({"data": ("a", "b"), "data_weights": (1, 0)}, "data_weights is 1, 0 for 2"),
+        ({"data": ("a", "b"), "data_weights": (1, math.nan)}, "data_weights is 1, nan"),
+        ({"backward": ("de", "de")}, "two sets are called 'de'"),
+        ({"backward": "de"}, "backward must be a list"),
+    ],
+)
+def test_sources_that_cannot_be_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        FitConfig(**options)
 
 
 def test_resolving_twice_changes_nothing():

@@ -58,6 +58,7 @@ class Numbers:
 
     def __init__(self, size):
         self.size = size
+        self.sources = [0] * size
 
     def __len__(self):
         return self.size
@@ -376,6 +377,7 @@ class Poisoned:
 
     def __init__(self, examples, steps):
         self.examples, self.steps, self.step = examples, steps, -1
+        self.sources = examples.sources
 
     def __len__(self):
         return len(self.examples)

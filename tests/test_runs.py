@@ -1,7 +1,7 @@
 import copy
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pyro
 import pytest
@@ -11,6 +11,7 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 
 import blora_pyro
 from blora_pyro.config import FitConfig
+from blora_pyro.data import load_split
 from blora_pyro.errors import UserError
 from blora_pyro.fitting import learning_rate
 from blora_pyro.models import load_base
@@ -64,9 +65,9 @@ def test_a_run_folder_holds_the_adapter_the_posterior_and_the_figures(finished_r
 
 def test_run_json_holds_the_resolved_configuration(finished_run, run_json, fit_options):
     resolved = {"alpha": 8.0, "guide": "normal", "prior_args": {"scale": 0.05}}
-    expected = asdict(FitConfig(**fit_options)) | resolved
-    assert run_json["config"] == {**expected, "backward": list(fit_options["backward"])}
-    assert asdict(finished_run.config) == expected
+    expected = replace(FitConfig(**fit_options), **resolved)
+    assert run_json["config"] == expected.to_json()
+    assert finished_run.config == expected
 
 
 def test_run_json_holds_the_whole_history(finished_run, run_json, fit_options):
@@ -462,3 +463,33 @@ def test_a_folder_of_csv_files_is_fitted_and_scored(fit_options, tones_folder, t
     by_json = blora_pyro.fit(**{**fit_options, "backward": (), "steps": 2})
     new, old = (run.metrics["new_domain"] for run in (by_csv, by_json))
     assert new["adapted"]["wer"] == old["adapted"]["wer"]
+
+
+def test_sources_are_mixed_by_weight_and_the_first_is_the_new_domain(short, tones_folder):
+    german = str(tones_folder / "de.jsonl")
+    run = fit(**{**short, "data": (str(tones_folder), german), "data_weights": (1, 3)})
+    assert run.metrics["new_domain"]["name"] == str(tones_folder)
+    other = fit(**{**short, "data": (str(tones_folder), german), "data_weights": (3, 1)})
+    assert [step.loss for step in run.history] != [step.loss for step in other.history]
+
+
+def test_backward_sets_are_measured_under_their_names(short, tones_folder, tmp_path):
+    sets = (f"German={tones_folder / 'de.jsonl'}", f"English={tones_folder / 'en.jsonl'}")
+    run = fit(tmp_path / "run", **{**short, "backward": sets})
+    assert list(run.metrics["backward"]) == ["German", "English"]
+    assert evaluate_run(tmp_path / "run") == run.metrics
+
+
+def test_a_data_set_in_memory_is_fitted_and_resumed_where_it_is_given_again(
+    short, tones_folder, tmp_path
+):
+    rows = load_split(tones_folder, "train").remove_columns("origin")
+    options = {**short, "data": rows, "backward": {"mine": rows}}
+    run = fit(tmp_path / "run", evaluate=False, **options)
+    (tmp_path / "run" / "run.json").write_text(
+        (tmp_path / "run" / "run.json").read_text().replace('"finished"', '"fitting"')
+    )
+    with pytest.raises(UserError, match=r"were an object from Python.*give it again"):
+        fit(tmp_path / "run", resume=True, evaluate=False)
+    again = fit(tmp_path / "run", resume=True, evaluate=False, data=rows)
+    assert again.history == run.history

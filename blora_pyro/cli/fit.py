@@ -1,5 +1,6 @@
 """`blora-pyro fit`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,19 +16,30 @@ def fit(
         str, typer.Option(help="'pocket', a Whisper checkpoint folder, or a Hub id.")
     ] = "pocket",
     data: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
-            help="New domain: de-en, es-en, zh-en, a folder with train.jsonl and test.jsonl, or a "
-            "JSONL manifest."
+            help="New domain: de-en, es-en, zh-en, a folder, a manifest (JSONL, CSV, TSV) or a Hub "
+            "data set; given repeatedly, all are mixed, and the first is scored.",
+            show_default="de-en",
         ),
-    ] = "de-en",
+    ] = None,
+    data_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W,...",
+            help="How often each --data is drawn from, in proportion.",
+            show_default="every utterance once an epoch",
+        ),
+    ] = None,
     test: Annotated[
         str | None, typer.Option(help="Its test set, if not the test split of --data.")
     ] = None,
     backward: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Held-out sets of what the base already knows, commas between ('none': no set).",
+            metavar="[NAME=]SOURCE",
+            help="A held-out set of what the base already knows; may be given repeatedly, or with "
+            "commas between ('none': no set).",
             show_default="the six pocket languages for the pocket base",
         ),
     ] = None,
@@ -100,10 +112,13 @@ def fit(
         from blora_pyro import runs
         from blora_pyro.report import TerminalProgress, fit_tables, print_tables
 
-        folder = output or Path("runs") / f"{Path(data).stem}-{Path(prior).stem}-seed{seed}"
+        sources = tuple(data or ["de-en"])
+        domain = "+".join(Path(source).stem for source in sources)
+        folder = output or Path("runs") / f"{domain}-{Path(prior).stem}-seed{seed}"
         options: dict[str, Any] = {
             "base": base,
-            "data": data,
+            "data": sources,
+            "data_weights": None if data_weights is None else _weights(data_weights),
             "test": test,
             "backward": None if backward is None else _names(backward),
             "prior": prior,
@@ -146,8 +161,18 @@ def _is_given(context: typer.Context, option: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return () if text == "none" else tuple(name.strip() for name in text.split(","))
+def _names(texts: list[str]) -> tuple[str, ...]:
+    """Sources but "none", also with commas between; a path with commas stays whole."""
+    parts = [[text] if os.path.exists(text) else text.split(",") for text in texts]
+    names = [name.strip() for part in parts for name in part]
+    return tuple(name for name in names if name != "none")
+
+
+def _weights(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(weight) for weight in text.split(","))
+    except ValueError:
+        raise UserError(f"data-weights is '{text}'; give numbers, such as 3,1") from None
 
 
 def _beta(text: str) -> float | str:

@@ -3,9 +3,16 @@
 from blora_pyro.data.audio import read_audio
 from blora_pyro.data.collation import IGNORED, Batch, Examples, featurise
 from blora_pyro.data.manifest import read_manifest
+from blora_pyro.data.mixtures import (
+    as_sources,
+    batch_indices,
+    check_weights,
+    load_mixture,
+    named_sources,
+)
 from blora_pyro.data.pocket import DOMAINS, LANGUAGES, MODEL_DIR, POCKET_DIR, corpus_dir
 from blora_pyro.data.prompts import prompt_ids, text_ids
-from blora_pyro.data.sources import load_split, split_names
+from blora_pyro.data.sources import Source, describe_source, load_split, split_names
 
 __all__ = [
     "DOMAINS",
@@ -15,9 +22,16 @@ __all__ = [
     "POCKET_DIR",
     "Batch",
     "Examples",
+    "Source",
+    "as_sources",
+    "batch_indices",
+    "check_weights",
     "corpus_dir",
+    "describe_source",
     "featurise",
+    "load_mixture",
     "load_split",
+    "named_sources",
     "prompt_ids",
     "read_audio",
     "read_manifest",

@@ -56,6 +56,7 @@ class Examples:
         texts: the n transcripts.
         languages: the n languages, "de" or "de-en".
         word_languages: n lists of language codes, one for each token of the text, or empty.
+        sources: n places, each of the row's source in a mixture; 0 without one.
         prompts: n lists of token ids, the decoder's prompts.
         targets: n lists of token ids, text and end token; the prompts are never targets.
         features: log-mel spectrograms, (n, mels, frames), float16 on the CPU.
@@ -86,6 +87,8 @@ class Examples:
         self.texts: list[str] = list(dataset["text"])
         self.languages: list[str] = list(dataset["language"])
         self.word_languages: list[list[str]] = list(dataset["word_languages"])
+        mixed = "source" in dataset.column_names
+        self.sources: list[int] = list(dataset["source"]) if mixed else [0] * len(dataset)
         self._end = end_id(tokenizer)
         prompts: dict[str, list[int]] = {}
         self.prompts: list[list[int]] = []

@@ -24,7 +24,8 @@ from blora_pyro.errors import UserError
 
 Source = str | Path | Table
 
-_TABLES = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
+TABLES = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
+_OBJECT = "<"  # how the description of an object begins, as no name of a source does
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
 
 
@@ -46,7 +47,7 @@ def load_split(source: Source, split: str) -> Dataset:
     Raises:
         UserError: if the source is none of these, lacks the split, or `read_manifest` raises.
     """
-    if isinstance(source, _TABLES):
+    if isinstance(source, TABLES):
         return table_split(source, split)
     name = str(source)
     if os.path.isfile(name):
@@ -75,7 +76,7 @@ def split_names(source: Source) -> list[str]:
     Raises:
         UserError: if the source is none of those of `load_split`.
     """
-    if isinstance(source, _TABLES):
+    if isinstance(source, TABLES):
         return table_splits(source)
     name = str(source)
     if os.path.isfile(name):
@@ -93,6 +94,19 @@ def split_names(source: Source) -> list[str]:
     return sorted(names or parquet_files(folder))
 
 
+def describe_source(source: Source) -> str:
+    """Return a source as text; an object of `datasets` as "<Dataset of 3 rows, ...>"."""
+    if not isinstance(source, TABLES):
+        return str(source)
+    kind = type(source).__name__
+    if isinstance(source, dict):
+        parts = ", ".join(f"{name}: {describe_source(one)}" for name, one in source.items())
+        return f"{_OBJECT}{kind} {parts}>"
+    if isinstance(source, Dataset):
+        return f"{_OBJECT}{kind} of {len(source)} rows, fingerprint {source._fingerprint}>"
+    return f"{_OBJECT}{kind}>"
+
+
 def _is_hub_id(name: str) -> bool:
     """Tell whether a name that is no path and no built-in corpus has the form of a Hub id."""
     manifest = Path(name).suffix.lower() in READERS
@@ -102,6 +116,8 @@ def _is_hub_id(name: str) -> bool:
 def _folder(name: str) -> Path:
     if not os.path.exists(name) and name in (*DOMAINS, *LANGUAGES):
         return corpus_dir(name)
+    if name.startswith(_OBJECT):
+        raise UserError(f"the data were an object from Python, {name}; give it again")
     if not os.path.isdir(name):
         raise UserError(
             f"no data at '{printable(name)}'; give a manifest ({', '.join(READERS)}), a folder of "

@@ -24,6 +24,7 @@ class Examples:
 
     def __init__(self, whole):
         self._whole = whole
+        self.sources = [0] * len(whole.labels)
 
     def __len__(self):
         return len(self._whole.labels)

@@ -188,6 +188,8 @@ def test_the_state_dict_holds_the_whole_guide(model, guide, batch):
 class Examples:
     """One batch for ever."""
 
+    sources = (0, 0, 0)
+
     def __init__(self, batch):
         self._batch = batch
 

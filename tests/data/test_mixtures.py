@@ -1,0 +1,127 @@
+from collections import Counter
+from itertools import chain, islice
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blora_pyro.data import load_split
+from blora_pyro.data.mixtures import as_sources, batch_indices, load_mixture, named_sources
+from blora_pyro.data.sources import describe_source, split_names
+from blora_pyro.errors import UserError
+
+quick = settings(deadline=None, max_examples=50)
+sizes = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+def of_sizes(counts):
+    """The source of every row, for sources of these sizes."""
+    return [source for source, count in enumerate(counts) for _ in range(count)]
+
+
+# ---- the order of the rows
+
+
+@quick
+@given(sizes, st.integers(1, 12), st.integers(0, 99))
+def test_without_weights_every_epoch_is_a_permutation(counts, batch_size, seed):
+    rows = of_sizes(counts)
+    stream = batch_indices(rows, batch_size, seed)
+    for _ in range(2):
+        epoch = list(islice(stream, -(-len(rows) // batch_size)))
+        assert sorted(chain(*epoch)) == list(range(len(rows)))
+        assert {len(batch) for batch in epoch[:-1]} <= {batch_size}
+
+
+def test_without_weights_the_order_is_that_of_randperm():
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(3))
+    assert next(batch_indices([0] * 10, 10, 3)) == order.tolist()
+
+
+@quick
+@given(sizes, st.integers(1, 12), st.integers(0, 99))
+def test_with_weights_every_source_is_gone_through_in_permutations(counts, batch_size, seed):
+    rows = of_sizes(counts)
+    stream = batch_indices(rows, batch_size, seed, [1.0] * len(counts))
+    drawn = list(chain(*islice(stream, 30)))
+    for source, count in enumerate(counts):
+        mine = [row for row in drawn if rows[row] == source]
+        whole = [row for row, one in enumerate(rows) if one == source]
+        for start in range(0, len(mine) - count + 1, count):
+            assert sorted(mine[start : start + count]) == whole
+
+
+def test_with_weights_sources_are_drawn_in_their_proportion():
+    rows = of_sizes([2, 50])
+    drawn = chain(*islice(batch_indices(rows, 10, 0, [3, 1]), 400))
+    share = Counter(rows[row] for row in drawn)[0] / 4000
+    assert share == pytest.approx(0.75, abs=0.03)  # four standard deviations
+
+
+@pytest.mark.parametrize("weights", [None, [1, 2]])
+def test_the_order_depends_on_the_seed_alone(weights):
+    def order(seed):
+        torch.rand(seed + 1)  # torch's own generator is not asked
+        return list(islice(batch_indices(of_sizes([4, 5]), 2, seed, weights), 20))
+
+    assert order(1) == order(1) != order(2)
+
+
+def test_a_weighted_source_without_rows_is_refused():
+    with pytest.raises(UserError, match="source 2 of data has no rows"):
+        next(batch_indices([0, 0], 2, 0, [1, 1]))
+
+
+# ---- rows and names
+
+
+def test_rows_know_their_source(manifest, speak):
+    row = {"audio": str(speak("a.wav")), "text": "x"}
+    one = manifest(row, {**row, "text": "y"}, name="one.jsonl")
+    two = manifest({**row, "text": "z", "word_languages": ["de"]}, name="two.jsonl")
+    mixed = load_mixture((one, str(two)), "train")
+    assert mixed["text"][:] == ["x", "y", "z"]
+    assert mixed["source"][:] == [0, 0, 1]
+    assert mixed["word_languages"][:] == [[], [], ["de"]]
+
+
+def test_manifests_and_tables_mix(manifest, speak):
+    path = str(speak("a.wav"))
+    lines = manifest({"audio": path, "text": "x"})
+    table = Dataset.from_dict({"file_name": [path], "sentence": ["y"]})
+    stream = IterableDataset.from_generator(lambda: iter([{"audio": path, "text": "z"}]))
+    mixed = load_mixture((lines, table, stream), "train")
+    assert mixed["text"][:] == ["x", "y", "z"]
+    assert [row["audio"]["path"] for row in mixed] == [path] * 3
+
+
+def test_one_source_or_several():
+    rows = Dataset.from_dict({"audio": ["a"], "text": ["x"]})
+    assert as_sources("a") == ("a",)
+    assert as_sources(rows) == (rows,)
+    assert as_sources(DatasetDict(train=rows)) == (DatasetDict(train=rows),)
+    assert as_sources(["a", rows]) == ("a", rows)
+
+
+def test_names_of_sets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    assert named_sources(["de", "mine=x=1.csv", "a=b"]) == {
+        "de": "de",
+        "mine": "x=1.csv",
+        "a=b": "a=b",
+    }
+    with pytest.raises(UserError, match="two sets are called 'x'; name them apart"):
+        named_sources(["x=a", "x=b"])
+
+
+def test_objects_are_described_and_their_description_is_no_source():
+    rows = Dataset.from_dict({"audio": ["a"], "text": ["x"]})
+    text = describe_source(DatasetDict(train=rows))
+    assert text == f"<DatasetDict train: <Dataset of 1 rows, fingerprint {rows._fingerprint}>>"
+    assert describe_source(IterableDataset.from_generator(lambda: iter([]))) == "<IterableDataset>"
+    for use in (split_names, lambda source: load_split(source, "train")):
+        with pytest.raises(UserError, match=r"were an object from Python, <DatasetDict .*again"):
+            use(text)
