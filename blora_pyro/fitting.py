@@ -6,21 +6,56 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import pyro
 import torch
-from pyro.infer import TraceMeanField_ELBO
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from blora_pyro.augmentation import SpecAugment
 from blora_pyro.checkpoints import Checkpoint, Checkpoints, RandomState
 from blora_pyro.data import Batch, Examples, batch_indices
 from blora_pyro.errors import UserError
 from blora_pyro.guides import Guide
-from blora_pyro.models import BLoRA, Temper, build_estimator
+from blora_pyro.models import BLoRA, build_estimator
+from blora_pyro.objective import Objective
+from blora_pyro.schedules import Schedule, learning_rate
+from blora_pyro.stopping import EarlyStopping
 
-WARM_UP_SHARE = 0.1
 MAX_SKIPPED = 10  # steps in a row
+
+
+@dataclass(frozen=True)
+class SviOptions:
+    """How a guide is fitted.
+
+    Attributes:
+        beta: Weight of the KL term.
+        lr: Peak learning rate.
+        steps: Number of steps.
+        batch_size: Utterances a step.
+        schedule: Of the learning rate, after its warm-up; see `learning_rate`.
+        warmup_steps: Steps to the peak; None is a tenth.
+        estimator: How the draw reaches the batch; one of `models.ESTIMATORS`.
+        gradient_accumulation: Micro-batches that a step's batch is taken in; see `Objective`.
+        max_grad_norm: Clip the gradient to this norm, all parameters together; None does not.
+        spec_augment: Mask the features; see `SpecAugment`.
+        seed: Order of the data.
+        weights: Of the sources of the examples, see `batch_indices`.
+    """
+
+    beta: float
+    lr: float
+    steps: int
+    batch_size: int
+    schedule: Schedule = "cosine"
+    warmup_steps: int | None = None
+    estimator: str = "shared"
+    gradient_accumulation: int = 1
+    max_grad_norm: float | None = None
+    spec_augment: bool = False
+    seed: int = 0
+    weights: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,25 +81,6 @@ class Step:
     tokens: int
 
 
-class _Elbo(TraceMeanField_ELBO):
-    """`TraceMeanField_ELBO` that remembers the likelihood term of its last trace."""
-
-    nll: Tensor
-
-    def _get_trace(self, model, guide, args, kwargs):
-        traces = super()._get_trace(model, guide, args, kwargs)
-        self.nll = -traces[0].nodes["tokens"]["log_prob_sum"].detach()
-        return traces
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first tenth, then a half cosine to zero; `step` counts from 0."""
-    warm_up = max(1, round(WARM_UP_SHARE * steps))
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
 def batches(
     examples: Examples,
     batch_size: int,
@@ -85,15 +101,10 @@ def fit_guide(
     guide: Guide,
     examples: Examples,
     *,
-    beta: float,
-    lr: float,
-    steps: int,
-    batch_size: int,
-    estimator: str = "shared",
-    seed: int = 0,
-    weights: Sequence[float] | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
     checkpoints: Checkpoints | None = None,
+    early_stopping: EarlyStopping | None = None,
+    **options: Any,
 ) -> list[Step]:
     """Fit `guide` to `model` by SVI on `mean token NLL + beta · KL`, one weight draw a step.
 
@@ -111,38 +122,39 @@ def fit_guide(
         model: The Pyro program.
         guide: An `nn.Module` with the model's arguments; moved to the model's device.
         examples: Training data.
-        beta: Weight of the KL term.
-        lr: Peak learning rate.
-        steps: Number of steps.
-        batch_size: Utterances a step.
-        estimator: How the draw reaches the batch; one of `models.ESTIMATORS`.
-        seed: Order of the data.
-        weights: Of the sources of `examples`, see `batch_indices`.
         on_step: Called after every step.
         checkpoints: Where to go on from, and what to write on the way.
+        early_stopping: Measures the posterior mean on the way, may end the fit before its last
+            step, and has the guide end with the best parameters. It changes no step before that.
+        **options: The attributes of `SviOptions`.
 
     Returns:
         One `Step` a step.
 
     Raises:
         FloatingPointError: If loss or gradient are not finite ten times in a row.
-        UserError: If there is no such estimator, or the checkpoint is damaged or of another fit.
+        UserError: If there is no such estimator, the checkpoint is damaged or of another fit, or
+            the dev set has nothing to score.
         OSError: If a checkpoint can't be written.
         Interrupted: If a signal has come; a checkpoint has been written.
     """
     assert isinstance(guide, nn.Module)
-    device, noise = model.net.device, build_estimator(estimator)
+    chosen, device = SviOptions(**options), model.net.device
     try:
         with pyro.get_param_store().scope(), _without_nan_warnings():
             guide.to(device)
             guide(examples.batch([0]).to(device))  # Pyro's own guides make their parameters here
-            loop = _Loop(model, guide, beta, lr, steps, noise, checkpoints or Checkpoints(None))
-            data = batches(examples, batch_size, seed, loop.done, weights)
+            loop = _Loop(model, guide, chosen, checkpoints or Checkpoints(None), early_stopping)
+            data = batches(examples, chosen.batch_size, chosen.seed, loop.done, chosen.weights)
+            loop.evaluate()  # a checkpoint may be from just before
             while not loop.finished:
                 if step := loop.step(next(data).to(device)):
                     on_step(step)
+                loop.evaluate()
     finally:
         model.adapters.clear()
+    if early_stopping:
+        early_stopping.restore(guide)
     return loop.history
 
 
@@ -166,20 +178,23 @@ class _Loop:
     def __init__(
         self,
         model: BLoRA,
-        guide: nn.Module,
-        beta: float,
-        lr: float,
-        steps: int,
-        noise: Messenger,
+        guide: Any,
+        options: SviOptions,
         checkpoints: Checkpoints,
+        stopping: EarlyStopping | None,
     ) -> None:
         """At the first step, or where the checkpoint is."""
-        temper = Temper(beta)
-        self.programs = temper(model), temper(guide)
-        self.guide, self.elbo, self.noise = guide, _Elbo(), noise
-        self.beta, self.lr, self.steps = beta, lr, steps
+        self.model, self.guide, self.options, self.stopping = model, guide, options, stopping
+        self.objective = Objective(
+            model,
+            guide,
+            beta=options.beta,
+            estimator=build_estimator(options.estimator),
+            accumulation=options.gradient_accumulation,
+        )
+        self.augment = SpecAugment(model.net.config) if options.spec_augment else None
         self.device = model.net.device
-        self.optimizer = torch.optim.Adam(guide.parameters(), lr=lr)
+        self.optimizer = torch.optim.Adam(guide.parameters(), lr=options.lr)
         self.done, self.skipped = 0, 0
         self.history: list[Step] = []
         self.checkpoints = checkpoints
@@ -188,8 +203,10 @@ class _Loop:
 
     @property
     def finished(self) -> bool:
-        """All steps are done, and the last loss was finite."""
-        return self.done >= self.steps and not self.skipped
+        """All steps are done, and the last loss was finite; or the dev error stopped falling."""
+        if self.stopping and self.stopping.stops:
+            return True
+        return self.done >= self.options.steps and not self.skipped
 
     def step(self, batch: Batch) -> Step | None:
         """One step of SVI; None if it is skipped, or only tried after the last.
@@ -210,37 +227,38 @@ class _Loop:
             self._skip(value)
             return None
         self.skipped = 0
-        return self._update(value, nll, batch.num_tokens) if self.done < self.steps else None
+        if self.done >= self.options.steps:
+            return None
+        return self._update(value, nll, batch.num_tokens)
 
     def _gradients(self, batch: Batch) -> tuple[float, float]:
         """Loss (or the gradients' norm, if that is not finite) and NLL; leaves the gradients."""
-        try:
-            with self.noise:
-                loss = self.elbo.differentiable_loss(*self.programs, batch)
-        except ValueError as error:
-            if "found invalid values" not in str(error):
-                raise
-            return math.nan, math.nan  # so say distributions whose parameters are not finite
-        value, nll = loss.item(), self.elbo.nll.item()
-        if not math.isfinite(value):
-            return value, nll
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.guide.parameters(), math.inf).item()  # clips nothing
-        return (value if math.isfinite(norm) else norm), nll
+        if self.augment:
+            batch = self.augment(batch)
+        return self.objective.gradients(batch, self.options.max_grad_norm or math.inf)
 
     def _update(self, loss: float, nll: float, tokens: int) -> Step:
-        rate = learning_rate(self.done, self.steps, self.lr)
+        chosen = self.options
+        peak, warm_up = chosen.lr, chosen.warmup_steps
+        rate = learning_rate(self.done, chosen.steps, peak, chosen.schedule, warm_up)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.done += 1
-        kl = (loss - nll) / self.beta if self.beta else None
+        kl = (loss - nll) / chosen.beta if chosen.beta else None
         self.history.append(Step(self.done, loss, nll, kl, rate, tokens))
         return self.history[-1]
 
+    def evaluate(self) -> None:
+        """Measure the posterior mean, if it is time to."""
+        if self.stopping is None or self.skipped:
+            return
+        if self.stopping.due(self.done, self.options.steps):
+            with RandomState.kept(self.device), self.model.adapters.using(self.guide.mean()):
+                self.stopping.check(self.done, self.guide)
+
     def _skip(self, value: float) -> None:
-        self.done = min(self.done + 1, self.steps)
+        self.done = min(self.done + 1, self.options.steps)
         self.skipped += 1
         if self.skipped == MAX_SKIPPED:
             raise FloatingPointError(
@@ -254,7 +272,14 @@ class _Loop:
         names = [name for name, _ in self.guide.named_parameters()]
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{slot}.{names[index]}": value for slot, value in slots.items()}
-        about = {"random": random.about, "history": [vars(step) for step in self.history]}
+        about = {
+            "random": random.about,
+            "history": [vars(step) for step in self.history],
+            "loss_scale": [self.objective.scale, self.objective.steps_at_scale],
+        }
+        if self.stopping:
+            best, about["dev_errors"] = self.stopping.state()
+            tensors |= {f"best.{name}": value for name, value in best.items()}
         return Checkpoint.copy(self.done, tensors | random.tensors, about)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -272,7 +297,11 @@ class _Loop:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
             self.history = [Step(**step) for step in checkpoint.about["history"]]
-            RandomState.restore(checkpoint, self.device)
+            scale = checkpoint.about["loss_scale"]
+            self.objective.scale, self.objective.steps_at_scale = scale
+            if self.stopping:
+                self.stopping.load_state(parts.get("best", {}), checkpoint.about["dev_errors"])
+            RandomState.of(checkpoint).restore(self.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             why = " ".join(str(error).split())
             raise UserError(

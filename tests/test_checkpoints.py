@@ -259,7 +259,17 @@ def test_all_generators_go_on_where_they_were(tmp_path):
     write_checkpoint(tmp_path / FILE, Checkpoint(1, state.tensors, {"random": state.about}))
     expected = numbers()
     pyro.set_rng_seed(4)
-    RandomState.restore(read_checkpoint(tmp_path / FILE), torch.device("cpu"))
+    RandomState.of(read_checkpoint(tmp_path / FILE)).restore(torch.device("cpu"))
+    assert numbers() == expected
+
+
+def test_what_is_drawn_aside_changes_nothing():
+    pyro.set_rng_seed(3)
+    expected = numbers()
+    pyro.set_rng_seed(3)
+    with pytest.raises(ZeroDivisionError), RandomState.kept(torch.device("cpu")):
+        assert numbers() == expected
+        raise ZeroDivisionError
     assert numbers() == expected
 
 
@@ -268,9 +278,8 @@ def test_the_generator_of_the_gpu_does_too():
     device = torch.device("cuda")
     state = RandomState.now(device)
     expected = torch.randn(5, device=device)
-    RandomState.restore(
-        Checkpoint(1, state.tensors, {"random": json.loads(json.dumps(state.about))}), device
-    )
+    about = {"random": json.loads(json.dumps(state.about))}
+    RandomState.of(Checkpoint(1, state.tensors, about)).restore(device)
     assert torch.equal(torch.randn(5, device=device), expected)
 
 

@@ -11,44 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from blora_pyro.checkpoints import FILE, Checkpoints, read_checkpoint
+from blora_pyro.checkpoints import FILE, Checkpoints, RandomState, read_checkpoint
 from blora_pyro.data import Examples, read_manifest
 from blora_pyro.errors import Interrupted, UserError
-from blora_pyro.fitting import MAX_SKIPPED, batches, fit_guide, learning_rate
+from blora_pyro.fitting import MAX_SKIPPED, batches, fit_guide
 from blora_pyro.guides import FAMILIES, GUIDES, build_guide, build_prior
 from blora_pyro.interrupts import Interrupts
 from blora_pyro.models import ESTIMATORS, BLoRA
+from blora_pyro.objective import Objective
+from blora_pyro.schedules import learning_rate
+from blora_pyro.stopping import DevError, EarlyStopping
 
 quick = settings(deadline=None, max_examples=60)
-
-# ---- the schedule
-
-schedules = st.tuples(st.integers(1, 3000), st.floats(1e-6, 1e2))
-
-
-@quick
-@given(schedules)
-def test_the_rate_warms_up_linearly_to_its_peak_and_falls_from_there(schedule):
-    steps, peak = schedule
-    rates = [learning_rate(step, steps, peak) for step in range(steps)]
-    warm_up = max(1, round(0.1 * steps))
-    assert all(0 < rate <= peak * (1 + 1e-12) for rate in rates)
-    assert math.isclose(rates[warm_up - 1], peak)
-    for step in range(warm_up):
-        assert math.isclose(rates[step], peak * (step + 1) / warm_up)
-    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(rates[warm_up - 1 :]))
-
-
-@quick
-@given(schedules)
-def test_the_rate_ends_near_zero(schedule):
-    steps, peak = schedule
-    falling = steps - max(1, round(0.1 * steps))
-    if falling > 1:
-        last = learning_rate(steps - 1, steps, peak)
-        assert last <= peak * (math.pi / (2 * falling)) ** 2
-        assert learning_rate(steps, steps, peak) <= 1e-12 * peak
-
 
 # ---- batches
 
@@ -109,11 +83,11 @@ def examples(tones_folder, tiny_base) -> Examples:
     return Examples(dataset, tiny_base.feature_extractor, tiny_base.tokenizer)
 
 
-def start(net, guide="normal", rank=2, seed=0):
+def start(net, guide="normal", rank=2, seed=0, **how):
     """A model with the prior of the guide's family, or else the normal one; and the guide."""
     pyro.set_rng_seed(seed)
     prior = build_prior(guide if guide in FAMILIES else "normal")
-    model = BLoRA(net, prior, rank=rank, alpha=2.0 * rank)
+    model = BLoRA(net, prior, rank=rank, alpha=2.0 * rank, **how)
     return model, build_guide(guide, model)
 
 
@@ -268,12 +242,17 @@ def crash_at(step):
     return on_step
 
 
-def in_pieces(net, guide, four, folder, crashes, every, **options):
-    """A fit that crashes after these steps; the guide and the history."""
+def in_pieces(net, guide, four, folder, crashes, every, how=(), stopping=None, **options):
+    """A fit that crashes after these steps; the guide and the history.
+
+    `how` is for the model; `stopping` makes the early stopping of each piece.
+    """
     for number, step in enumerate((*crashes, None)):
         seed = number if (folder / FILE).exists() else 0  # from there on that of no start counts
-        model, fitted = start(net, guide, seed=seed)
+        model, fitted = start(net, guide, seed=seed, **dict(how))
         kept = Checkpoints(folder, {"fit": 1}, every)
+        if stopping:
+            options["early_stopping"] = stopping()
         try:
             history = fit_guide(
                 model, fitted, four, checkpoints=kept, on_step=crash_at(step), **options
@@ -367,6 +346,195 @@ def test_a_signal_ends_the_fit_after_its_step_with_a_checkpoint(net, four, tmp_p
     again, rest = in_pieces(net, "normal", four, tmp_path, (), 1000, **OPTIONS)
     assert rest == history
     assert_same(again, straight)
+
+
+# ---- what can be turned
+
+KNOBS = [
+    {"schedule": "linear", "warmup_steps": 3},
+    {"gradient_accumulation": 2, "estimator": "flipout"},
+    {"spec_augment": True},
+    {"max_grad_norm": 0.1},
+]
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_whatever_is_turned_goes_on_bit_by_bit(net, four, knobs, tmp_path):
+    options = {**OPTIONS, **knobs}
+    model, straight = start(net)
+    history = fit_guide(model, straight, four, **options)
+    assert history != fit_guide(*start(net), four, **OPTIONS)
+    again, rest = in_pieces(net, "normal", four, tmp_path, (7,), 3, **options)
+    assert rest == history
+    assert_same(again, straight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_goes_on_bit_by_bit(net, four, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(Objective, "GROWTH_STEPS", 3)
+    scales, gradients = [], Objective.gradients
+
+    def seen(objective, *args):
+        scales.append(objective.scale)
+        return gradients(objective, *args)
+
+    monkeypatch.setattr(Objective, "gradients", seen)
+    options, half = {**OPTIONS, "steps": 6, "batch_size": 2}, net.to(dtype)
+    model, straight = start(half)
+    history = fit_guide(model, straight, four, **options)
+    assert all(parameter.dtype is torch.float32 for parameter in straight.parameters())
+    assert scales == [2.0**16] * 3 + [2.0**17] * 3 if dtype is torch.float16 else [1.0] * 6
+    again, rest = in_pieces(half, "normal", four, tmp_path, (5,), 2, **options)
+    assert scales[-2:] == scales[4:6]  # the last piece began with step 5
+    assert rest == history
+    assert_same(again, straight)
+
+
+def test_schedule_and_warm_up_are_those_of_the_steps(net, examples):
+    options = {**SHORT, "schedule": "linear", "warmup_steps": 3}
+    history = fit_guide(*start(net), examples, **options)
+    assert [step.lr for step in history] == [
+        learning_rate(step, 5, 1e-2, "linear", 3) for step in range(5)
+    ]
+
+
+def test_gradient_checkpointing_fits_the_same(net, four):
+    options = {**OPTIONS, "gradient_accumulation": 2, "estimator": "flipout"}
+    plain, checkpointed = (
+        fit_guide(*start(net, gradient_checkpointing=flag), four, **options)
+        for flag in (False, True)
+    )
+    assert checkpointed == plain
+
+
+def test_gradient_accumulation_fits_nearly_the_same(net, four):
+    options = {**OPTIONS, "batch_size": 4}
+    whole = fit_guide(*start(net), four, **options)
+    parts = fit_guide(*start(net), four, **options, gradient_accumulation=4)
+    for one, other in zip(parts, whole, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-3)
+        assert other.tokens == one.tokens
+
+
+def test_the_features_of_every_step_are_masked_anew_and_the_examples_are_not(net, examples):
+    steps, features = [], examples.features.clone()
+    hook = net.model.encoder.conv1.register_forward_pre_hook(
+        lambda _, inputs: steps.append((inputs[0] == 0).all(1).nonzero().tolist())
+    )
+    fit_guide(*start(net), examples, **SHORT, spec_augment=True)
+    hook.remove()
+    assert len(steps) == 5
+    assert all(0 < len(masked) < 100 for masked in steps)
+    assert all(one != other for one, other in itertools.pairwise(steps))
+    assert torch.equal(examples.features, features)
+
+
+# ---- early stopping
+
+
+def loss_of(net, four):
+    """A dev error that depends on all that is in place in the net, and draws random numbers."""
+
+    def measure():
+        torch.rand(3)
+        batch = four.batch([0, 1])
+        with torch.no_grad():
+            found = net(
+                input_features=batch.input_features, decoder_input_ids=batch.decoder_input_ids
+            ).logits
+        return torch.nn.functional.cross_entropy(found.flatten(0, 1), batch.labels.flatten()).item()
+
+    return measure
+
+
+def listed(errors):
+    rest = iter(errors)
+    return lambda: next(rest)
+
+
+def snapshots(guide, kept):
+    """Keeps the guide after every step."""
+
+    def on_step(step):
+        kept[step.step] = {name: value.clone() for name, value in guide.state_dict().items()}
+
+    return on_step
+
+
+def test_the_best_guide_is_restored_and_the_fit_stops(net, four):
+    model, guide = start(net)
+    kept, straight = {}, fit_guide(*start(net), four, **OPTIONS)
+    model, guide = start(net)
+    stopping = EarlyStopping(listed([0.5, 0.3, 0.4, 0.3]), every=2, patience=2)
+    history = fit_guide(
+        model, guide, four, **OPTIONS, early_stopping=stopping, on_step=snapshots(guide, kept)
+    )
+    assert history == straight[:8]  # it changes nothing before
+    assert stopping.errors == [
+        DevError(2, 0.5),
+        DevError(4, 0.3),
+        DevError(6, 0.4),
+        DevError(8, 0.3),
+    ]
+    assert all(torch.equal(value, kept[4][name]) for name, value in guide.state_dict().items())
+    assert not torch.equal(guide.means["A_16x16"], kept[8]["means.A_16x16"])
+
+
+def test_without_patience_it_goes_to_the_end_and_measures_there(net, four):
+    model, guide = start(net)
+    kept, stopping = {}, EarlyStopping(listed([0.5, 0.6, 0.1]), every=4)
+    on_step = snapshots(guide, kept)
+    fit_guide(model, guide, four, **OPTIONS, early_stopping=stopping, on_step=on_step)
+    assert [one.step for one in stopping.errors] == [4, 8, 11]
+    assert all(torch.equal(value, kept[11][name]) for name, value in guide.state_dict().items())
+
+
+def test_the_posterior_mean_is_measured_and_no_random_number_is_lost(net, four):
+    straight, found = fit_guide(*start(net), four, **OPTIONS), {}
+    stopping = EarlyStopping(loss_of(net, four), every=3)
+    assert fit_guide(*start(net), four, **OPTIONS, early_stopping=stopping) == straight
+    model, guide = start(net)
+
+    def on_step(step):
+        with RandomState.kept(net.device), model.adapters.using(guide.mean()):
+            found[step.step] = loss_of(net, four)()
+
+    fit_guide(model, guide, four, **OPTIONS, on_step=on_step)
+    assert stopping.errors == [DevError(step, found[step]) for step in (3, 6, 9, 11)]
+    assert len(set(found.values())) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("guide", "crashes"),
+    [
+        ("normal", (2, 5, 6)),
+        ("normal", (3, 9)),
+        ("normal", range(1, 9)),
+        ("auto-normal", (4, 7)),
+        ("horseshoe", (4, 7)),
+    ],
+)
+def test_early_stopping_goes_on_bit_by_bit(net, four, guide, crashes, tmp_path):
+    made = []
+
+    def stopping():
+        made.append(EarlyStopping(loss_of(net, four), every=3, patience=2))
+        return made[-1]
+
+    model, straight = start(net, guide)
+    history = fit_guide(model, straight, four, **OPTIONS, early_stopping=stopping())
+    again, rest = in_pieces(net, guide, four, tmp_path, crashes, 2, stopping=stopping, **OPTIONS)
+    assert rest == history
+    assert made[-1].to_json() == made[0].to_json()
+    assert_same(again, straight)
+
+
+def test_a_skipped_step_is_not_measured(net, four):
+    measured = []
+    stopping = EarlyStopping(lambda: measured.append(0) or 0.5, every=2)
+    fit_guide(*start(net), Poisoned(four, {4, 11, 12}), **OPTIONS, early_stopping=stopping)
+    assert [one.step for one in stopping.errors] == [2, 6, 8, 10, 11]
+    assert len(measured) == 5
 
 
 # ---- losses that are not finite

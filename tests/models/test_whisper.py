@@ -235,21 +235,8 @@ def test_autocast_stays_near_float32_and_keeps_float32_gradients(net, batch):
         assert (gradient - fine[name]).norm() < 0.15 * fine[name].norm()
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
-def test_gradient_checkpointing_gives_the_same_gradients(model, batch):
-    guide = normal.Guide(model)
-    with torch.no_grad():
-        for mean in guide.means.values():
-            mean += 0.1 * torch.randn_like(mean)
-    calls = []
-    model.net.model.decoder.layers[0].fc1.register_forward_hook(lambda *_: calls.append(1))
-    plain = backward(model, guide, batch)
-    assert len(calls) == 1
-
-    model.net.gradient_checkpointing_enable({"use_reentrant": False})
-    model.net.model.train()  # else it is off; dropout is 0. The top stays in eval mode, because
-    checkpointed = backward(model, guide, batch)  # `pyro.module` warns of frozen nets in training
-    assert len(calls) == 3  # forward, and once more in backward
-    for name, gradient in plain.items():
-        assert gradient.abs().max() > 0
-        torch.testing.assert_close(checkpointed[name], gradient)
+def test_autocast_to_another_half_precision_than_the_bases_is_refused(net):
+    for dtype in (torch.float32, torch.bfloat16):
+        BLoRA(net.to(dtype), normal.Prior(), rank=2, autocast=torch.bfloat16)
+    with pytest.raises(UserError, match=r"float16, and precision asks for bfloat16; give .*fp32"):
+        BLoRA(net.half(), normal.Prior(), rank=2, autocast=torch.bfloat16)

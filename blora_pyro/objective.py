@@ -1,0 +1,148 @@
+"""What a step minimises, and its gradient: of all the batch at once, or bit by bit."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from blora_pyro.checkpoints import RandomState
+from blora_pyro.data import Batch
+from blora_pyro.models import BLoRA, Temper
+
+
+class _Elbo(TraceMeanField_ELBO):
+    """`TraceMeanField_ELBO` that remembers the likelihood term of its last trace."""
+
+    nll: Tensor
+
+    def _get_trace(self, model, guide, args, kwargs):
+        traces = super()._get_trace(model, guide, args, kwargs)
+        self.nll = -traces[0].nodes["tokens"]["log_prob_sum"].detach()
+        return traces
+
+
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """The utterances of a batch in `count` parts of nearly equal size, or one in each."""
+    size = len(batch.input_features)
+    parts = (
+        part.tensor_split(min(count, size))
+        for part in (batch.input_features, batch.decoder_input_ids, batch.labels)
+        if part is not None
+    )
+    return [Batch(*part) for part in zip(*parts, strict=True)]
+
+
+class Objective:
+    """`mean token NLL + beta · KL` of a batch, and its gradient by the guide's parameters.
+
+    One weight draw w ~ q, whatever `accumulation`, the number K of micro-batches. With n_k of the n
+    target tokens in the k-th,
+
+        mean token NLL + beta · KL = sum over k of (n_k / n) (mean token NLL of k + beta · KL),
+
+    so the gradients of the terms on the right, added up one backward pass after the other, are that
+    of the batch: with `shared` noise exactly, otherwise in distribution (the signs and the noise
+    that an estimator draws in the layers come in another order). No more activations are in memory
+    than those of one micro-batch.
+
+    Where Whisper is in float16 the loss is multiplied before its backward pass by a power of two,
+    and the gradient divided by it, lest gradients of activations vanish below 6e-8 (Micikevicius et
+    al., arXiv 1710.03740). As in `torch.amp.GradScaler` the scale is halved when a gradient
+    overflows, and doubled after many steps without; but the step is not lost: it is computed
+    again from the same draw.
+
+    Attributes:
+        scale: What the loss is multiplied by; 1 unless Whisper is in float16.
+        steps_at_scale: Steps since it was changed.
+    """
+
+    GROWTH_STEPS = 2000
+    LARGEST_SCALE = 2.0**24
+
+    def __init__(
+        self,
+        model: BLoRA,
+        guide: nn.Module,
+        *,
+        beta: float,
+        estimator: Messenger,
+        accumulation: int = 1,
+    ) -> None:
+        """The objective of a model and its guide."""
+        self.model, self.guide, self.estimator = model, guide, estimator
+        self.temper, self.elbo, self.accumulation = Temper(beta), _Elbo(), accumulation
+        self.scale = 2.0**16 if model.net.dtype is torch.float16 else 1.0
+        self.steps_at_scale = 0
+
+    def gradients(self, batch: Batch, max_norm: float = math.inf) -> tuple[float, float]:
+        """Loss and NLL in nats; the gradient is left in the guide's parameters.
+
+        Args:
+            batch: On the device of the model.
+            max_norm: Clip the gradient to this norm, all parameters together.
+
+        Returns:
+            The loss, or the gradient's norm where only that is not finite; the NLL.
+        """
+        before = self.scale
+        random = RandomState.now(self.model.device) if self.scale > 1 else None
+        while True:
+            loss, nll = self._accumulate(batch)
+            if not math.isfinite(loss):
+                return loss, nll
+            norm = nn.utils.clip_grad_norm_(self.guide.parameters(), max_norm).item()
+            if math.isfinite(norm):
+                self._keep_scale(before)
+                return loss, nll
+            if random is None or self.scale <= 1:
+                self.scale = before
+                return norm, nll
+            self.scale /= 2
+            random.restore(self.model.device)
+
+    def _keep_scale(self, before: float) -> None:
+        """Count a step without an overflow; after many the scale may grow."""
+        self.steps_at_scale = self.steps_at_scale + 1 if self.scale == before else 0
+        if before > 1 and self.steps_at_scale >= self.GROWTH_STEPS:
+            self.scale = min(2 * self.scale, self.LARGEST_SCALE)
+            self.steps_at_scale = 0
+
+    def _accumulate(self, batch: Batch) -> tuple[float, float]:
+        """Loss and NLL; their gradients are added up, unless they are not finite."""
+        self.guide.zero_grad()
+        loss = nll = 0.0
+        try:
+            parts = micro_batches(batch, self.accumulation)
+            guide = self._one_draw(batch) if len(parts) > 1 else self.guide
+            for part in parts:
+                share = part.num_tokens / batch.num_tokens
+                with self.estimator:
+                    programs = self.temper(self.model), self.temper(guide)
+                    term = share * self.elbo.differentiable_loss(*programs, part)
+                loss, nll = loss + term.item(), nll + share * self.elbo.nll.item()
+                if not math.isfinite(loss):
+                    break
+                # What the draw came from is needed again; the activations of this part go with it.
+                (self.scale * term).backward(retain_graph=part is not parts[-1])
+                del term
+        except ValueError as error:
+            if "found invalid values" not in str(error):
+                raise
+            return math.nan, math.nan  # so say distributions whose parameters are not finite
+        self._unscale()
+        return loss, nll
+
+    def _one_draw(self, batch: Batch) -> Callable[..., object]:
+        """The guide with everything drawn already."""
+        return poutine.replay(self.guide, trace=poutine.trace(self.guide).get_trace(batch))
+
+    def _unscale(self) -> None:
+        if self.scale == 1:
+            return
+        for parameter in self.guide.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= self.scale

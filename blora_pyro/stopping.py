@@ -1,0 +1,105 @@
+"""Early stopping: the error on a dev set on the way, the best parameters kept, an end in time."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from blora_pyro.errors import UserError
+
+
+@dataclass(frozen=True)
+class DevError:
+    """The posterior mean's error on the dev set.
+
+    Attributes:
+        step: How many steps were behind it.
+        error: The main measure, as a fraction.
+    """
+
+    step: int
+    error: float
+
+
+class EarlyStopping:
+    """Keeps the guide's parameters of the lowest dev error, and ends a fit that stops improving.
+
+    The parameters of the end are those of the first of the lowest errors.
+
+    Attributes:
+        errors: Measured so far, in order.
+    """
+
+    def __init__(
+        self,
+        measure: Callable[[], float],
+        every: int,
+        patience: int | None = None,
+        on_error: Callable[[DevError, DevError], None] = lambda error, best: None,
+    ) -> None:
+        """Nothing is measured yet.
+
+        Args:
+            measure: The dev error, a fraction, of the net as it is.
+            every: Steps between two measurements; there is one after the last step, too.
+            patience: End after so many in a row without a new lowest error; None never does.
+            on_error: Called after every measurement, with it and the best so far.
+        """
+        self.every, self.patience = every, patience
+        self.errors: list[DevError] = []
+        self._measure, self._on_error = measure, on_error
+        self._best: dict[str, Tensor] = {}
+
+    @property
+    def best(self) -> DevError:
+        """The first of the lowest errors."""
+        return min(self.errors, key=lambda one: one.error)
+
+    @property
+    def stops(self) -> bool:
+        """Whether patience is at its end."""
+        if self.patience is None or not self.errors:
+            return False
+        return len(self.errors) - 1 - self.errors.index(self.best) >= self.patience
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether to measure after `step` of `steps` steps."""
+        measured = self.errors[-1].step if self.errors else 0
+        return step > measured and (step % self.every == 0 or step == steps)
+
+    def check(self, step: int, guide: nn.Module) -> None:
+        """Measure the net, in which the posterior mean is in place; keep the guide if it is best.
+
+        Raises:
+            UserError: If the dev set has nothing to score.
+        """
+        error = DevError(step, self._measure())
+        if not math.isfinite(error.error):
+            raise UserError("the dev set has no words to score; give another with --dev")
+        self.errors.append(error)
+        if self.best is error:
+            state = guide.state_dict()
+            self._best = {name: value.detach().cpu().clone() for name, value in state.items()}
+        self._on_error(error, self.best)
+
+    def restore(self, guide: nn.Module) -> None:
+        """Give the guide its best parameters back, if anything was measured."""
+        if self._best:
+            guide.load_state_dict(self._best)
+
+    def state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """What a checkpoint keeps: the best parameters, and the errors as JSON has them."""
+        return self._best, [asdict(one) for one in self.errors]
+
+    def load_state(self, best: Mapping[str, Tensor], errors: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from what `state` gave."""
+        self._best = {name: value.clone() for name, value in best.items()}
+        self.errors = [DevError(**one) for one in errors]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `run.json` tells once the fit is done."""
+        ended: Literal["patience", "steps"] = "patience" if self.stops else "steps"
+        errors = [asdict(one) for one in self.errors]
+        return {"errors": errors, "best_step": self.best.step, "ended_by": ended}
