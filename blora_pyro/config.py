@@ -18,6 +18,9 @@ from blora_pyro.data import (
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.guides import prior_arguments
 from blora_pyro.models import POCKET, build_estimator, check_device
+from blora_pyro.schedules import SCHEDULES, Schedule, default_warmup_steps
+
+COUNTS = ("rank", "steps", "batch_size", "gradient_accumulation", "eval_every", "patience")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class FitConfig:
         data_weights: How often each source is drawn from, in proportion; None takes every
             utterance once an epoch.
         test: The new domain's test set; None is the test split of its source, if it has one.
+        dev: The new domain's dev set, for `eval_every`; None is the dev split of its source.
         backward: Held-out sets of what the base already knows: a mapping of names to sources, or
             texts "NAME=SOURCE" or "SOURCE". None is the six pocket languages for the pocket base
             and none otherwise.
@@ -45,9 +49,19 @@ class FitConfig:
         lr: Peak learning rate of Adam.
         steps: Steps of SVI.
         epochs: Passes over the training data; takes precedence over `steps`.
+        schedule: Of the learning rate, from its peak: `cosine`, `linear` or `constant`.
+        warmup_steps: Steps of the linear warm-up before; None is a tenth of the steps.
         batch_size: Utterances a step.
+        gradient_accumulation: Micro-batches that a step's batch is taken in, one after the other,
+            to save memory; the gradient is that of the whole batch.
+        gradient_checkpointing: Compute Whisper's activations twice, to save memory.
+        max_grad_norm: Clip the gradient to this norm, all parameters together; None does not.
+        spec_augment: Mask the features of the training data (see `augmentation`).
         estimator: `shared`, `flipout`, `flipout-token` or `local` (see `models.estimators`).
         precision: `fp32`, or `bf16` for Whisper under autocast with float32 factors.
+        eval_every: Steps between two measurements of the dev error of the posterior mean; the best
+            of those posteriors is the fit's. None measures nothing and takes the last.
+        patience: End the fit after so many measurements without a new lowest error; None does not.
         seed: Of the start, the data order and the noise.
         device: A torch device.
     """
@@ -56,6 +70,7 @@ class FitConfig:
     data: Source | Sequence[Source] = "de-en"
     data_weights: Sequence[float] | None = None
     test: Source | None = None
+    dev: Source | None = None
     backward: Mapping[str, Source] | Sequence[str] | None = None
     prior: str = "normal"
     guide: str | None = None
@@ -68,9 +83,17 @@ class FitConfig:
     lr: float = 5e-3
     steps: int = 400
     epochs: float | None = None
+    schedule: Schedule = "cosine"
+    warmup_steps: int | None = None
     batch_size: int = 16
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    max_grad_norm: float | None = None
+    spec_augment: bool = False
     estimator: str = "shared"
     precision: Literal["fp32", "bf16"] = "fp32"
+    eval_every: int | None = None
+    patience: int | None = None
     seed: int = 0
     device: str = "cpu"
 
@@ -87,11 +110,11 @@ class FitConfig:
         if self.data_weights is not None:
             keep("data_weights", tuple(self.data_weights))
         check_weights(self.data_weights, self.sources)
-        positive = ("rank", "alpha", "prior_scale", "lr", "steps", "epochs", "batch_size")
+        positive = (*COUNTS, "alpha", "prior_scale", "lr", "epochs", "max_grad_norm")
         check_positive(**{name: getattr(self, name) for name in positive})
-        for name in ("rank", "steps", "batch_size"):
+        for name in (*COUNTS, "warmup_steps"):
             value = getattr(self, name)
-            if value != int(value):
+            if value is not None and not (math.isfinite(value) and value == int(value)):
                 raise UserError(f"{name} is {value}; give a whole number")
         if self.beta != "auto" and (
             isinstance(self.beta, str) or not (self.beta >= 0 and math.isfinite(self.beta))
@@ -103,6 +126,30 @@ class FitConfig:
             raise UserError(f"precision is '{self.precision}'; give fp32 or bf16")
         build_estimator(self.estimator)
         check_device(self.device)
+        self._check_training()
+
+    def _check_training(self) -> None:
+        """Refuse what the loop can't do; see `__post_init__`."""
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"schedule is '{self.schedule}'; give one of {', '.join(SCHEDULES)}")
+        if self.epochs is None:
+            self._check_warm_up()
+        if self.gradient_accumulation > self.batch_size:
+            raise UserError(
+                f"gradient_accumulation is {self.gradient_accumulation}, more than the "
+                f"{self.batch_size} utterances of a step; give batch_size or less"
+            )
+        for name in ("dev", "patience"):
+            if self.eval_every is None and getattr(self, name) is not None:
+                raise UserError(f"{name} is given, but no eval_every; give both")
+
+    def _check_warm_up(self) -> None:
+        """Refuse a warm-up that does not fit; the steps must have been worked out."""
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
+            raise UserError(
+                f"warmup_steps is {self.warmup_steps}; give a whole number from 0 to the steps "
+                f"of the fit, {self.steps}"
+            )
 
     def with_prior_args(self) -> "FitConfig":
         """The same with every argument of the prior in `prior_args`, and the guide's name.
@@ -119,17 +166,25 @@ class FitConfig:
         return replace(self, prior_args=arguments, guide=self.guide or self.prior)
 
     def resolved(self, num_tokens: int, num_utterances: int) -> "FitConfig":
-        """The same with every default worked out, given the size of the training set."""
+        """The same with every default worked out, given the size of the training set.
+
+        Raises:
+            UserError: If the warm-up is longer than the fit.
+        """
         steps = self.steps
         if self.epochs is not None:
             steps = max(1, round(self.epochs * math.ceil(num_utterances / self.batch_size)))
-        return replace(
+        warm_up = self.warmup_steps
+        resolved = replace(
             self,
             backward=self.backward_sets,
             beta=1 / num_tokens if self.beta == "auto" else self.beta,
             alpha=self.alpha or 2.0 * self.rank,
             steps=steps,
+            warmup_steps=default_warmup_steps(steps) if warm_up is None else warm_up,
         )
+        resolved._check_warm_up()
+        return resolved
 
     @property
     def backward_sets(self) -> dict[str, Source]:
@@ -152,7 +207,9 @@ class FitConfig:
         """Attributes by name, as JSON has them; objects of `datasets` are described."""
         content = {one.name: getattr(self, one.name) for one in fields(self)}
         content["data"] = [describe_source(source) for source in self.sources]
-        content["test"] = None if self.test is None else describe_source(self.test)
+        for name in ("test", "dev"):
+            source = getattr(self, name)
+            content[name] = None if source is None else describe_source(source)
         if self.backward is not None:
             sets = self.backward_sets.items()
             content["backward"] = {name: describe_source(source) for name, source in sets}

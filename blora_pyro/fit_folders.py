@@ -32,6 +32,7 @@ from blora_pyro.run_folders import (
     save_posterior,
     write_json,
 )
+from blora_pyro.stopping import EarlyStopping
 
 PACKAGES = ("blora-pyro", "torch", "pyro-ppl", "transformers", "datasets", "peft", "jiwer")
 
@@ -93,7 +94,7 @@ class FitFolder:
             raise UserError(
                 f"{path / RUN} is damaged ({error}); start again with --overwrite"
             ) from None
-        wanted = json.loads(json.dumps(FitConfig(**given).to_json()))
+        wanted = json.loads(json.dumps(FitConfig(**{**stored, **given}).to_json()))
         for name in given:
             value, known = wanted[name], [stored.get(name), about.get("config", {}).get(name)]
             if value not in known:
@@ -145,17 +146,24 @@ class FitFolder:
             remove_files(self.path, *RESULTS)
         self._occupied = False
 
-    def save(self, fitted: Posterior, history: list[Step], seconds: float) -> None:
+    def save(
+        self,
+        fitted: Posterior,
+        history: list[Step],
+        stopping: EarlyStopping | None,
+        seconds: float,
+    ) -> None:
         """The fit is done: keep the posterior, before anything else can go wrong."""
         if self.path is not None:
             save_posterior(self.path, fitted)
         rows = [asdict(step) for step in history]
-        steps = self.about["config"]["steps"]
+        steps = stopping.errors[-1].step if stopping else self.about["config"]["steps"]
         self._write(
             state=EVALUATING,
             seconds={"fit": round(seconds, 1)},
             skipped_steps=steps - len(rows),
             history=rows,
+            **({"dev": stopping.to_json()} if stopping else {}),
         )
         if self.path is not None:
             remove_files(self.path, CHECKPOINT)
@@ -232,7 +240,7 @@ class FitFolder:
                 raise
             raise UserError(
                 f"out of memory; {self.safe()}; free some and {self.way_on()} (or start another "
-                "fit with a smaller batch size)"
+                "fit with gradient_accumulation, gradient_checkpointing or a smaller batch_size)"
             ) from None
 
     def _owns(self, file: object) -> bool:
@@ -265,6 +273,11 @@ class FitFolder:
             raise UserError(f"{self.path}/{RUN} is damaged ({error}); fit again") from None
         family = Family(config.prior, config.prior_args, str(config.guide))
         return replace(loaded, family=family), history
+
+    @property
+    def dev(self) -> dict[str, Any] | None:
+        """What is kept of the dev error, if it was measured."""
+        return self.about.get("dev")
 
     def metrics(self) -> dict[str, Any]:
         """What was measured, once it is kept.

@@ -13,14 +13,17 @@ from blora_pyro.data import (
     load_mixture,
     split_names,
 )
-from blora_pyro.evaluation import Evaluation, macro_summary, score
+from blora_pyro.errors import UserError
+from blora_pyro.evaluation import Evaluation, evaluate, macro_summary, score
 from blora_pyro.metrics import Counts, paired_macro_bootstrap
 from blora_pyro.models import Base
 from blora_pyro.posterior import Posterior
 from blora_pyro.run_folders import write_json
+from blora_pyro.stopping import DevError, EarlyStopping
 from blora_pyro.transcription import transcribe_features
 
 NEW_DOMAIN = "new_domain"
+DEV_SPLITS = ("dev", "validation")  # the second is what data sets of the Hub call it
 
 
 def load_examples(base: Base, source: Source | Sequence[Source], split: str) -> Examples:
@@ -38,6 +41,37 @@ def evaluation_sets(base: Base, config: FitConfig) -> dict[str, Examples]:
     for name, source in config.backward_sets.items():
         sets[name] = load_examples(base, source, "test")
     return sets
+
+
+def early_stopping(
+    base: Base, config: FitConfig, on_error: Callable[[DevError, DevError], None]
+) -> EarlyStopping | None:
+    """What measures the net, as it is then, on the new domain's dev set; None if nothing is to.
+
+    Raises:
+        UserError: If there is no dev set.
+    """
+    if config.eval_every is None:
+        return None
+    source, split = _dev_split(config)
+    examples = load_examples(base, source, split)
+
+    def dev_error() -> float:
+        return evaluate(base, examples).main.rate
+
+    return EarlyStopping(dev_error, config.eval_every, config.patience, on_error)
+
+
+def _dev_split(config: FitConfig) -> tuple[Source, str]:
+    source = config.sources[0] if config.dev is None else config.dev
+    names = split_names(source)
+    found = [split for split in DEV_SPLITS if split in names]
+    if not found and (names or config.dev is None):
+        raise UserError(
+            f"{describe_source(source)} has no dev split, and eval_every is {config.eval_every}; "
+            "give a set that has one as dev, or leave eval_every out"
+        )
+    return source, (found or ["dev"])[0]  # a set without splits serves as any
 
 
 def measure(

@@ -17,6 +17,7 @@ from blora_pyro.fitting import Step
 from blora_pyro.guides import Argument
 from blora_pyro.layers import Place
 from blora_pyro.runs import NEW_DOMAIN, Listener
+from blora_pyro.stopping import DevError
 
 if TYPE_CHECKING:  # `fit` needs no plots
     from blora_pyro.diagnosis import Diagnosis, KindSummary
@@ -86,6 +87,11 @@ class TerminalProgress(Listener):
             figures = f"NLL {self.smooth['nll']:.3f}"
         self.bar.update(self.task, completed=step.step, figures=f"{figures}  {pace}")
 
+    def evaluated(self, error: DevError, best: DevError) -> None:
+        """One line a measurement."""
+        text = "the best so far" if error == best else f"{best.error:.1%} at step {best.step}"
+        self.console.print(f"step {error.step}: dev error {error.error:.1%} ({text})")
+
 
 def fit_tables(metrics: dict[str, Any]) -> list[Table | str]:
     """Table and lines of `metrics.json`: rates in percent with 95% bootstrap intervals."""
@@ -104,6 +110,14 @@ def fit_tables(metrics: dict[str, Any]) -> list[Table | str]:
         f"A {shares['A']:.1%}, B {shares['B']:.1%}, ΔW {shares['delta_w']:.1%}"
     )
     return lines
+
+
+def dev_line(dev: dict[str, Any]) -> str:
+    """Which posterior a fit with a dev set ended with, and how far the fit went."""
+    errors = {one["step"]: one["error"] for one in dev["errors"]}
+    best, last = dev["best_step"], max(errors)
+    end = "stopped early, after" if dev["ended_by"] == "patience" else "of"
+    return f"dev error {errors[best]:.1%} after step {best}, the best; {end} {last} steps"
 
 
 def prune_tables(metrics: dict[str, Any]) -> list[Table | str]:

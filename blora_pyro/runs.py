@@ -18,9 +18,17 @@ from blora_pyro.fitting import Step, fit_guide
 from blora_pyro.guides import Guide, build_guide, build_prior
 from blora_pyro.interrupts import Interrupts
 from blora_pyro.models import POCKET, Base, BLoRA, load_base
-from blora_pyro.outcomes import NEW_DOMAIN, compare, evaluation_sets, load_examples, measure
+from blora_pyro.outcomes import (
+    NEW_DOMAIN,
+    compare,
+    early_stopping,
+    evaluation_sets,
+    load_examples,
+    measure,
+)
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.run_folders import FINISHED, FITTING, RUN, claim, read_run, write_json
+from blora_pyro.stopping import DevError, EarlyStopping
 from blora_pyro.transcription import transcribe_files
 
 __all__ = [
@@ -52,6 +60,8 @@ class Run:
         history: One `Step` a step of SVI.
         metrics: What `metrics.json` holds.
         output: Its folder, or None.
+        dev: What `run.json` holds of the dev error: every one, the best step, and what ended the
+            fit; None without `eval_every`.
     """
 
     config: FitConfig
@@ -59,6 +69,7 @@ class Run:
     history: list[Step]
     metrics: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
+    dev: dict[str, Any] | None = None
 
 
 class Listener:
@@ -72,6 +83,9 @@ class Listener:
 
     def step(self, step: Step) -> None:
         """A step of SVI is done."""
+
+    def evaluated(self, error: DevError, best: DevError) -> None:
+        """The dev error has been measured; `best` is the lowest so far."""
 
     def fitted(self) -> None:
         """The last step is done."""
@@ -118,7 +132,8 @@ def fit(
         progress.stage("finished already: reading")
         folder.tidy()
         posterior, history = folder.fitted()
-        return Run(folder.resolved, posterior, history, folder.metrics(), folder.path)
+        metrics = folder.metrics()
+        return Run(folder.resolved, posterior, history, metrics, folder.path, folder.dev)
     with folder.told(), Interrupts(active=folder.path is not None) as interrupts:
         return _fit(folder, evaluate, checkpoint_every, progress, interrupts)
 
@@ -157,11 +172,13 @@ def _fit(
     train = load_examples(base, config.data, "train")
     config = config.resolved(train.num_tokens, len(train))
     sets = evaluation_sets(base, config) if evaluate else {}
+    fitting = folder.state == FITTING
+    stopping = early_stopping(base, config, progress.evaluated) if fitting else None
     model, guide = build(base, config)
     folder.begin(config, train.main_language, train.num_tokens, model.num_weights)
     kept = folder.transcripts("base")
     before = measure(base, sets, lambda name: progress.stage(f"base on {name}"), kept)
-    if folder.state == FITTING:
+    if fitting:
         about = {**config.to_json(), "tokens": train.num_tokens, "utterances": len(train)}
         checkpoints = Checkpoints(folder.path, about, checkpoint_every, interrupts)
         if (done := checkpoints.stored_step()) is not None:
@@ -169,10 +186,10 @@ def _fit(
         progress.ready(config, train.num_tokens, model.num_weights)
         with interrupts.deferred():  # what is fitted is kept before they are answered
             fit_started = time.monotonic()
-            history = _fit_guide(model, guide, train, config, checkpoints, progress)
+            history = _fit_guide(model, guide, train, config, checkpoints, stopping, progress)
             family = Family(config.prior, config.prior_args, str(config.guide))
             posterior = Posterior.of(base.name, model, guide, family)
-            folder.save(posterior, history, time.monotonic() - fit_started)
+            folder.save(posterior, history, stopping, time.monotonic() - fit_started)
         progress.fitted()
     else:
         posterior, history = folder.fitted()
@@ -181,7 +198,7 @@ def _fit(
         after = measure(base, sets, lambda name: progress.stage(f"adapted on {name}"), kept)
     metrics = compare(posterior, before, after, config.new_domain)
     folder.finish(metrics, time.monotonic() - started)
-    return Run(config, posterior, history, metrics, folder.path)
+    return Run(config, posterior, history, metrics, folder.path, folder.dev)
 
 
 def _fit_guide(
@@ -190,6 +207,7 @@ def _fit_guide(
     train: Examples,
     config: FitConfig,
     checkpoints: Checkpoints,
+    stopping: EarlyStopping | None,
     progress: Listener,
 ) -> list[Step]:
     """`fit_guide` by a resolved configuration."""
@@ -201,11 +219,17 @@ def _fit_guide(
         lr=config.lr,
         steps=config.steps,
         batch_size=config.batch_size,
+        schedule=config.schedule,
+        warmup_steps=config.warmup_steps,
         estimator=config.estimator,
+        gradient_accumulation=config.gradient_accumulation,
+        max_grad_norm=config.max_grad_norm,
+        spec_augment=config.spec_augment,
         seed=config.seed,
         weights=config.data_weights,
         on_step=progress.step,
         checkpoints=checkpoints,
+        early_stopping=stopping,
     )
 
 
@@ -218,6 +242,7 @@ def build(base: Base, config: FitConfig) -> tuple[BLoRA, Any]:
         alpha=float(config.alpha or 2 * config.rank),
         target_modules=config.target_modules,
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
     return model, build_guide(str(config.guide), model)
 

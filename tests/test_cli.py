@@ -108,6 +108,13 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "steps": 11,
         "epochs": 1.5,
         "batch-size": 7,
+        "dev": "v",
+        "schedule": "linear",
+        "warmup-steps": 2,
+        "gradient-accumulation": 3,
+        "max-grad-norm": 0.5,
+        "eval-every": 5,
+        "patience": 4,
         "estimator": "local",
         "precision": "bf16",
         "seed": 9,
@@ -115,7 +122,10 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "output": tmp_path,
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-    well("fit", *flags, "--overwrite", "--checkpoint-every", 5)
+    switches = ("gradient-checkpointing", "spec-augment")
+    well(
+        "fit", *flags, *(f"--{name}" for name in (*switches, "overwrite")), "--checkpoint-every", 5
+    )
     del seen["progress"]
     del options["output"], options["prior-arg"]
     assert seen == {
@@ -125,6 +135,8 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "data_weights": (3.0,),
         "backward": ("x", "y"),
         "beta": 2e-3,
+        "gradient_checkpointing": True,
+        "spec_augment": True,
         "overwrite": True,
         "resume": False,
         "checkpoint_every": 5,
@@ -236,11 +248,35 @@ def test_fit_does_not_write_over_a_run_unless_told(short, finished_run, tmp_path
         (["--precision", "fp8"], "fp8"),
         (["--device", "toaster"], "toaster"),
         (["--checkpoint-every", "0"], "checkpoint_every is 0"),
+        (["--schedule", "step"], "schedule is 'step'; give one of cosine, linear, constant"),
+        (["--warmup-steps", "3"], "warmup_steps is 3; give a whole number from 0 to the steps"),
+        (["--epochs", "1", "--warmup-steps", "9"], "warmup_steps is 9"),
+        (["--gradient-accumulation", "3"], "more than the 2 utterances of a step"),
+        (["--max-grad-norm", "0"], "max_grad_norm is 0"),
+        (["--eval-every", "0"], "eval_every is 0"),
+        (["--patience", "2"], "patience is given, but no eval_every"),
+        (["--dev", "de"], "dev is given, but no eval_every"),
+        (["--eval-every", "1"], "has no dev split, and eval_every is 1"),
+        (["--eval-every", "1", "--dev", "nowhere"], "'nowhere'"),
         (["--resume", "--overwrite"], "overwrite"),
     ],
 )
 def test_fit_refuses_bad_options_in_one_line(short, tmp_path, options, words):
     assert words in complaint(run(*short, "--output", tmp_path / "run", *options))
+
+
+def test_a_fit_with_a_dev_set_tells_its_errors_and_its_end(short, tones_folder, tmp_path):
+    dev = ("--dev", tones_folder / "test.jsonl", "--eval-every", 1, "--patience", 1)
+    still = ("--lr", 1e-9, "--steps", 9)  # which changes no word
+    result = run(*short, *dev, *still, "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    rate = json.loads((tmp_path / "run" / "run.json").read_text())["dev"]["errors"][0]["error"]
+    said = " ".join(result.stderr.split())
+    assert f"step 1: dev error {rate:.1%} (the best so far)" in said
+    assert f"step 2: dev error {rate:.1%} ({rate:.1%} at step 1)" in said
+    assert result.stdout.splitlines()[-2] == (
+        f"dev error {rate:.1%} after step 1, the best; stopped early, after 2 steps"
+    )
 
 
 def test_a_fit_that_diverges_ends_in_one_line(short, tmp_path):

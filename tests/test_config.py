@@ -8,7 +8,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blora_pyro.config import FitConfig
+from blora_pyro.config import COUNTS, FitConfig
 from blora_pyro.data import LANGUAGES
 from blora_pyro.errors import UserError
 
@@ -83,10 +83,12 @@ def test_the_new_domain_is_the_first_source_or_the_test_set():
 
 def test_as_json_it_says_what_it_is():
     rows = Dataset.from_dict({"audio": ["a.wav"], "text": ["x"]})
-    config = FitConfig(data=["a", rows], data_weights=[3, 1], backward={"mine": rows})
+    sources = {"data": ["a", rows], "data_weights": [3, 1], "backward": {"mine": rows}}
+    config = FitConfig(**sources, dev=rows, eval_every=5)
     content = json.loads(json.dumps(config.to_json()))
     described = f"<Dataset of 1 rows, fingerprint {rows._fingerprint}>"
     assert content["data"] == ["a", described]
+    assert (content["test"], content["dev"]) == (None, described)
     assert content["data_weights"] == [3, 1]
     assert content["backward"] == {"mine": described}
     assert FitConfig(**content).to_json() == config.to_json()
@@ -106,6 +108,34 @@ def test_as_json_it_says_what_it_is():
 def test_sources_that_cannot_be_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         FitConfig(**options)
+
+
+def test_a_tenth_of_the_steps_warms_up_unless_told():
+    assert FitConfig(epochs=3, batch_size=5).resolved(10, 200).warmup_steps == 12
+    assert FitConfig(warmup_steps=0).resolved(10, 200).warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "step"}, "^schedule is 'step'; give one of cosine, linear, constant$"),
+        ({"steps": 50, "warmup_steps": 51}, "^warmup_steps is 51; .* 0 to the steps .*, 50$"),
+        ({"warmup_steps": -1}, "^warmup_steps is -1; give a whole number from 0"),
+        ({"batch_size": 4, "gradient_accumulation": 5}, "^gradient_accumulation is 5, .* 4 "),
+        ({"patience": 3}, "^patience is given, but no eval_every; give both$"),
+        ({"dev": "de"}, "^dev is given, but no eval_every; give both$"),
+    ],
+)
+def test_what_the_loop_cannot_do_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        FitConfig(**options)
+
+
+def test_a_warm_up_is_held_against_the_steps_of_the_epochs():
+    config = FitConfig(epochs=10, batch_size=1, warmup_steps=50)
+    assert config.resolved(10, 5).warmup_steps == config.resolved(10, 5).steps == 50
+    with pytest.raises(UserError, match=r"^warmup_steps is 50; .*, 40$"):
+        config.resolved(10, 4)
 
 
 def test_resolving_twice_changes_nothing():
@@ -159,9 +189,7 @@ def test_a_prior_or_an_argument_that_cannot_be_is_refused(options, message):
 
 
 @pytest.mark.parametrize("bad", [0, -1, -0.5, math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(
-    "name", ["rank", "alpha", "prior_scale", "lr", "steps", "epochs", "batch_size"]
-)
+@pytest.mark.parametrize("name", [*COUNTS, "alpha", "prior_scale", "lr", "epochs", "max_grad_norm"])
 def test_what_must_be_positive_is_refused_by_name(name, bad):
     with pytest.raises(UserError, match=f"^{name} is {bad}"):
         FitConfig(**{name: bad})
@@ -173,7 +201,7 @@ def test_a_bad_beta_is_refused_by_name(bad):
         FitConfig(beta=bad)
 
 
-@pytest.mark.parametrize("name", ["rank", "steps", "batch_size"])
+@pytest.mark.parametrize("name", [*COUNTS, "warmup_steps"])
 def test_what_is_counted_must_be_whole(name):
     with pytest.raises(UserError, match=f"^{name} is 2.5"):
         FitConfig(**{name: 2.5})

@@ -13,11 +13,13 @@ from blora_pyro.fitting import Step
 from blora_pyro.guides import FAMILIES, describe_prior
 from blora_pyro.report import (
     TerminalProgress,
+    dev_line,
     diagnosis_tables,
     fit_tables,
     print_tables,
     prior_tables,
 )
+from blora_pyro.stopping import DevError
 
 
 def rate(value, low, high):
@@ -194,6 +196,22 @@ def test_the_figures_beside_the_bar_are_running_means(beta, kl):
     assert "NLL 2.900" in task.fields["figures"]
     assert ("beta·KL 0.250" in task.fields["figures"]) == (kl is not None)
     assert ("KL" in task.fields["figures"]) == (kl is not None)
+
+
+def test_dev_errors_are_told_one_a_line_and_the_best_at_the_end(capsys):
+    progress = TerminalProgress()
+    best = DevError(50, 0.1234)
+    progress.evaluated(best, best)
+    progress.evaluated(DevError(100, 0.2), best)
+    assert capsys.readouterr().err.splitlines() == [
+        "step 50: dev error 12.3% (the best so far)",
+        "step 100: dev error 20.0% (12.3% at step 50)",
+    ]
+    errors = [{"step": 50, "error": 0.1234}, {"step": 100, "error": 0.2}]
+    dev = {"errors": errors, "best_step": 50, "ended_by": "steps"}
+    assert dev_line(dev) == "dev error 12.3% after step 50, the best; of 100 steps"
+    early = dev_line({**dev, "ended_by": "patience"})
+    assert early == "dev error 12.3% after step 50, the best; stopped early, after 100 steps"
 
 
 # ---- diagnose and priors

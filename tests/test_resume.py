@@ -203,6 +203,35 @@ def test_the_fits_own_options_may_be_given_again(half_done, options, straight):
     assert_same_run(half_done, straight.output)
 
 
+@pytest.fixture(scope="module")
+def turned(options, tones_folder) -> dict[str, Any]:
+    """The same fit with every knob turned."""
+    return {
+        **options,
+        "estimator": "flipout",
+        "schedule": "linear",
+        "warmup_steps": 2,
+        "gradient_accumulation": 2,
+        "gradient_checkpointing": True,
+        "max_grad_norm": 0.5,
+        "spec_augment": True,
+        "dev": str(tones_folder / "test.jsonl"),
+        "eval_every": 2,
+        "patience": 3,
+    }
+
+
+def test_a_run_with_every_knob_turned_goes_on_too(turned, tmp_path):
+    run = fit(tmp_path / "straight", **turned)
+    assert len(run.dev["errors"]) > 3
+    folder = crashed(tmp_path / "run", turned, step=5)
+    with pytest.raises(Crash):
+        fit(folder, resume=True, checkpoint_every=3, progress=Crashing(step=7))
+    resumed = fit(folder, resume=True, patience=3)  # an option of the fit by itself
+    assert (resumed.history, resumed.dev) == (run.history, run.dev)
+    assert_same_run(folder, run.output)
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [

@@ -13,7 +13,6 @@ import blora_pyro
 from blora_pyro.config import FitConfig
 from blora_pyro.data import load_split
 from blora_pyro.errors import UserError
-from blora_pyro.fitting import learning_rate
 from blora_pyro.models import load_base
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs import (
@@ -25,6 +24,8 @@ from blora_pyro.runs import (
     read_run,
     transcribe,
 )
+from blora_pyro.schedules import learning_rate
+from blora_pyro.stopping import DevError
 
 FILES = {
     "adapter_config.json",
@@ -64,7 +65,7 @@ def test_a_run_folder_holds_the_adapter_the_posterior_and_the_figures(finished_r
 
 
 def test_run_json_holds_the_resolved_configuration(finished_run, run_json, fit_options):
-    resolved = {"alpha": 8.0, "guide": "normal", "prior_args": {"scale": 0.05}}
+    resolved = {"alpha": 8.0, "guide": "normal", "prior_args": {"scale": 0.05}, "warmup_steps": 4}
     expected = replace(FitConfig(**fit_options), **resolved)
     assert run_json["config"] == expected.to_json()
     assert finished_run.config == expected
@@ -123,6 +124,47 @@ def test_the_posterior_of_a_run_can_be_read_again(finished_run):
         assert torch.equal(posterior.mean[name], mean)
         assert torch.equal(posterior.stddev[name], finished_run.posterior.stddev[name])
     assert about["config"].backward_sets == finished_run.config.backward
+
+
+# ---- a dev set
+
+
+class Errors(Listener):
+    def __init__(self):
+        self.seen = []
+
+    def evaluated(self, error, best):
+        self.seen.append((error, best))
+
+
+def test_the_best_posterior_is_the_runs_and_run_json_tells_how_it_was_found(
+    finished_run, fit_options, tones_folder, tmp_path
+):
+    listener = Errors()
+    dev = {"dev": str(tones_folder / "test.jsonl"), "eval_every": 6, "patience": 2}
+    run = fit(tmp_path / "run", progress=listener, **fit_options, **dev)
+    errors = [DevError(**one) for one in run.dev["errors"]]
+    best = min(errors, key=lambda one: one.error)
+    assert run.dev["best_step"] == best.step and run.dev["ended_by"] == "patience"
+    assert errors[-1].step == len(run.history) == best.step + 12 < 40
+    assert [one for one, _ in listener.seen] == errors
+    assert listener.seen[-1][1] == best
+    assert run.history == finished_run.history[: len(run.history)]  # it changes no step
+    # the dev set is the test set here, so that its error is that of the run
+    assert run.metrics["new_domain"]["adapted"]["wer"]["rate"] == best.error == 0
+    about = read_json(tmp_path / "run" / "run.json")
+    assert about["dev"] == run.dev and about["skipped_steps"] == 0
+    again = fit(tmp_path / "run", resume=True)
+    assert (again.dev, again.history) == (run.dev, run.history)
+    assert finished_run.dev is None and "dev" not in read_json(finished_run.output / "run.json")
+
+
+@pytest.mark.parametrize("split", ["dev", "validation"])
+def test_the_dev_set_is_the_dev_split_of_the_new_domain(short, tones_folder, tmp_path, split):
+    data = shutil.copytree(tones_folder, tmp_path / "data")
+    (data / "de.jsonl").rename(data / f"{split}.jsonl")  # which the base knows by heart
+    run = fit(**{**short, "data": str(data), "lr": 1e-9}, eval_every=3, evaluate=False)
+    assert run.dev == {"errors": [{"step": 3, "error": 0.0}], "best_step": 3, "ended_by": "steps"}
 
 
 # ---- the same again

@@ -34,6 +34,10 @@ def fit(
     test: Annotated[
         str | None, typer.Option(help="Its test set, if not the test split of --data.")
     ] = None,
+    dev: Annotated[
+        str | None,
+        typer.Option(help="Its dev set, for --eval-every.", show_default="--data's dev split"),
+    ] = None,
     backward: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,13 +83,49 @@ def fit(
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the training data, instead of --steps.")
     ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="Of the rate after its peak: cosine, linear or constant.")
+    ] = "cosine",
+    warmup_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps until the peak rate.", show_default="a tenth of --steps"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Utterances a step.")] = 16,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help="Parts to take a batch in: less memory, the same gradient.")
+    ] = 1,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Compute activations twice: less memory, the same gradient, a slower step.",
+        ),
+    ] = False,
+    max_grad_norm: Annotated[
+        float | None, typer.Option(help="Clip gradients to this norm.", show_default="no clipping")
+    ] = None,
+    spec_augment: Annotated[
+        bool, typer.Option("--spec-augment", help="Mask training features, as SpecAugment does.")
+    ] = False,
     estimator: Annotated[
         str, typer.Option(help="Noise of a step: shared, flipout, flipout-token or local.")
     ] = "shared",
     precision: Annotated[
         str, typer.Option(help="fp32, or bf16: Whisper under autocast, factors in fp32.")
     ] = "fp32",
+    eval_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between two measurements of the dev error; the best posterior is kept.",
+            show_default="none, the last posterior is kept",
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many measurements without a new best.", show_default="never"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of start, data order and noise.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="Run folder.", show_default="runs/DATA-PRIOR-seedSEED")
@@ -110,7 +150,7 @@ def fit(
     """
     with one_line_errors():
         from blora_pyro import runs
-        from blora_pyro.report import TerminalProgress, fit_tables, print_tables
+        from blora_pyro.report import TerminalProgress, dev_line, fit_tables, print_tables
 
         sources = tuple(data or ["de-en"])
         domain = "+".join(Path(source).stem for source in sources)
@@ -120,6 +160,7 @@ def fit(
             "data": sources,
             "data_weights": None if data_weights is None else _weights(data_weights),
             "test": test,
+            "dev": dev,
             "backward": None if backward is None else _names(backward),
             "prior": prior,
             "guide": guide,
@@ -132,9 +173,17 @@ def fit(
             "lr": lr,
             "steps": steps,
             "epochs": epochs,
+            "schedule": schedule,
+            "warmup_steps": warmup_steps,
             "batch_size": batch_size,
+            "gradient_accumulation": gradient_accumulation,
+            "gradient_checkpointing": gradient_checkpointing,
+            "max_grad_norm": max_grad_norm,
+            "spec_augment": spec_augment,
             "estimator": estimator,
             "precision": precision,
+            "eval_every": eval_every,
+            "patience": patience,
             "seed": seed,
             "device": device,
         }
@@ -152,7 +201,8 @@ def fit(
         if as_json:
             print_json(run.metrics)
         else:
-            print_tables(fit_tables(run.metrics), f"run folder: {folder}")
+            more = [dev_line(run.dev)] if run.dev else []
+            print_tables(fit_tables(run.metrics), *more, f"run folder: {folder}")
 
 
 def _is_given(context: typer.Context, option: str) -> bool:
