@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from blora_pyro.data import featurise, prompt_ids, read_audio
+from blora_pyro.data import Features, featurise, prompt_ids, read_audio
 from blora_pyro.models import Base
 
 BATCH_SIZE = 64
@@ -53,7 +53,7 @@ def transcribe_files(
 
 
 def transcribe_features(
-    base: Base, features: torch.Tensor, prompts: Sequence[Sequence[int]]
+    base: Base, features: torch.Tensor | Features, prompts: Sequence[Sequence[int]]
 ) -> list[str]:
     """Transcripts of log-mels (n, mels, frames) in their order, each after its own prompt."""
     texts = [""] * len(prompts)

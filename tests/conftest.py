@@ -1,6 +1,8 @@
 """A Whisper small enough for unit tests: real class, real tokenizer, random weights."""
 
 import json
+import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from blora_pyro.data import IGNORED, Batch, Examples, read_manifest
 from blora_pyro.models import Base, load_base
 from blora_pyro.runs import Run, fit
 
+os.environ["BLORA_PYRO_CACHE"] = ""  # fixtures of a session keep out of the user's home
+
 SPECIAL = ("startoftranscript", "en", "de", "translate", "transcribe", "notimestamps")
 
 
@@ -31,6 +35,14 @@ def clean_slate():
     torch.set_num_threads(1)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(monkeypatch, tmp_path_factory) -> Path:
+    """A cache of its own for every test, made when it is written to."""
+    folder = tmp_path_factory.getbasetemp() / "caches" / secrets.token_hex(4)
+    monkeypatch.setenv("BLORA_PYRO_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
 """Manifests, audio, features, prompts and batches, and the built-in pocket corpora."""
 
 from blora_pyro.data.audio import read_audio
-from blora_pyro.data.collation import IGNORED, Batch, Examples, featurise
+from blora_pyro.data.collation import IGNORED, Batch, Examples
+from blora_pyro.data.features import Features, OnNote, OnProgress, featurise
+from blora_pyro.data.languages import language_code
 from blora_pyro.data.manifest import read_manifest
+from blora_pyro.data.messages import BadRow, OnBadRow, stop
 from blora_pyro.data.mixtures import (
     as_sources,
     batch_indices,
@@ -11,7 +14,7 @@ from blora_pyro.data.mixtures import (
     named_sources,
 )
 from blora_pyro.data.pocket import DOMAINS, LANGUAGES, MODEL_DIR, POCKET_DIR, corpus_dir
-from blora_pyro.data.prompts import prompt_ids, text_ids
+from blora_pyro.data.prompts import TASKS, Encoder, prompt_ids, text_ids
 from blora_pyro.data.sources import Source, describe_source, load_split, split_names
 
 __all__ = [
@@ -20,8 +23,15 @@ __all__ = [
     "LANGUAGES",
     "MODEL_DIR",
     "POCKET_DIR",
+    "TASKS",
+    "BadRow",
     "Batch",
+    "Encoder",
     "Examples",
+    "Features",
+    "OnBadRow",
+    "OnNote",
+    "OnProgress",
     "Source",
     "as_sources",
     "batch_indices",
@@ -29,6 +39,7 @@ __all__ = [
     "corpus_dir",
     "describe_source",
     "featurise",
+    "language_code",
     "load_mixture",
     "load_split",
     "named_sources",
@@ -36,5 +47,6 @@ __all__ = [
     "read_audio",
     "read_manifest",
     "split_names",
+    "stop",
     "text_ids",
 ]

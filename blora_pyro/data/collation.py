@@ -1,27 +1,25 @@
-"""Examples in memory, featurised and tokenised once, and the batches made of them."""
+"""Examples, featurised and tokenised once, and the batches made of them."""
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from blora_pyro.data.audio import SAMPLING_RATE, audio_name, read_audio
-from blora_pyro.data.messages import located
-from blora_pyro.data.prompts import end_id, prompt_ids, text_ids
+from blora_pyro.data.features import OnNote, OnProgress, load_features
+from blora_pyro.data.languages import language_code
+from blora_pyro.data.messages import BadRow, OnBadRow, all_bad, located, stop
+from blora_pyro.data.prompts import Encoder
 from blora_pyro.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 IGNORED = -100  # the label that is no target, as cross-entropy's ignore_index
-CHUNK = 32  # utterances featurised at a time
-_MAX_CHARACTERS = 100  # a token; longer texts are not worth tokenising
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,16 +48,17 @@ class Batch:
 
 
 class Examples:
-    """A data set as tensors and token lists, n utterances; `batch` makes batches of it.
+    """A data set as features and token lists, n utterances; `batch` makes batches of it.
 
     Attributes:
         texts: the n transcripts.
-        languages: the n languages, "de" or "de-en".
+        languages: the n languages by their codes, "de" or "de-en".
         word_languages: n lists of language codes, one for each token of the text, or empty.
         sources: n places, each of the row's source in a mixture; 0 without one.
         prompts: n lists of token ids, the decoder's prompts.
         targets: n lists of token ids, text and end token; the prompts are never targets.
-        features: log-mel spectrograms, (n, mels, frames), float16 on the CPU.
+        features: log-mel spectrograms, as good as a tensor (n, mels, frames), float16 on the CPU.
+        fingerprint: a text that changes with the content of audio, segments, prompts or targets.
     """
 
     def __init__(
@@ -69,6 +68,12 @@ class Examples:
         tokenizer: "PreTrainedTokenizerBase",
         task: str = "transcribe",
         max_tokens: int = 448,
+        *,
+        language: str | None = None,
+        on_bad: OnBadRow = stop,
+        cache: bool = True,
+        on_progress: OnProgress = lambda done, total: None,
+        on_note: OnNote = lambda note: None,
     ) -> None:
         """Read, featurise and tokenise everything.
 
@@ -78,41 +83,45 @@ class Examples:
             tokenizer: the model's.
             task: "transcribe" or "translate".
             max_tokens: the decoder's length, the model's `max_target_positions`.
+            language: of rows that name none, see `language_code`.
+            on_bad: told of every bad row: one whose audio cannot be read or is longer than the
+                window, whose language is unknown to the tokenizer, or whose transcript is longer
+                than the decoder. Where it does not raise, the row is left out.
+            cache: keep the features on disk, see `load_features`.
+            on_progress: told how many utterances are featurised.
+            on_note: told if the cache cannot be written.
 
         Raises:
-            UserError: with the row's origin, if its audio cannot be read or is longer than the
-                window, its language is unknown to the tokenizer, or its transcript is longer than
-                the decoder.
+            UserError: with the row's origin, by `on_bad`; or if all rows of a source are bad.
         """
-        self.texts: list[str] = list(dataset["text"])
-        self.languages: list[str] = list(dataset["language"])
-        self.word_languages: list[list[str]] = list(dataset["word_languages"])
-        mixed = "source" in dataset.column_names
-        self.sources: list[int] = list(dataset["source"]) if mixed else [0] * len(dataset)
-        self._end = end_id(tokenizer)
-        prompts: dict[str, list[int]] = {}
-        self.prompts: list[list[int]] = []
-        self.targets: list[list[int]] = []
-        for text, code, origin in zip(self.texts, self.languages, dataset["origin"], strict=True):
-            with located(origin):
-                if code not in prompts:
-                    prompts[code] = prompt_ids(tokenizer, code, task)
-                self.prompts.append(prompts[code])
-                self.targets.append(self._target(tokenizer, text, max_tokens - len(prompts[code])))
-        self.features = featurise(_waves(dataset, feature_extractor), feature_extractor)
+        bad: list[BadRow] = []
 
-    def _target(self, tokenizer: "PreTrainedTokenizerBase", text: str, room: int) -> list[int]:
-        """Return the tokens of a text and its end, no more than fit behind the prompt."""
-        size = f"{len(text):,} characters"
-        if len(text) <= _MAX_CHARACTERS * max(room, 1):
-            target = [*text_ids(tokenizer, text), self._end]
-            if len(target) - 1 <= room:  # the end is never an input
-                return target
-            size = f"{len(target) - 1} tokens"
-        raise UserError(
-            f"the text ({text[:30]!r}...) has {size}, but behind its prompt the decoder has room "
-            f"for {room} tokens; shorten the text or split the audio"
+        def tell(error: BadRow) -> None:
+            bad.append(error)
+            on_bad(error)
+
+        encoder = Encoder(tokenizer, language, task, max_tokens)
+        self._end = encoder.end
+        encoded = _encode(dataset, encoder, tell)
+        numbers = list(encoded)
+        good = dataset if len(numbers) == len(dataset) else dataset.select(numbers)
+        self.features, contents = load_features(
+            good,
+            feature_extractor,
+            cache=cache,
+            on_bad=tell,
+            on_progress=on_progress,
+            on_note=on_note,
         )
+        rows = [encoded[numbers[number]] for number in contents]
+        self.texts: list[str] = [row.text for row in rows]
+        self.languages: list[str] = [row.language for row in rows]
+        self.word_languages: list[list[str]] = [row.word_languages for row in rows]
+        self.sources: list[int] = [row.source for row in rows]
+        self.prompts: list[list[int]] = [row.prompt for row in rows]
+        self.targets: list[list[int]] = [row.target for row in rows]
+        _check_left(bad, self.sources)
+        self.fingerprint = _fingerprint(contents.values(), self.languages, self.texts)
 
     def __len__(self) -> int:
         """The number of utterances."""
@@ -141,46 +150,42 @@ class Examples:
         return Batch(self.features[list(indices)].float(), inputs, labels)
 
 
-def _waves(
-    dataset: Dataset, feature_extractor: "WhisperFeatureExtractor"
-) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Yield names that tell the row too, and samples, of audio no longer than the window."""
-    for row in dataset.select_columns(["audio", "start", "end", "origin"]):
-        with located(row["origin"]):
-            audio = row["audio"] or {}
-            wave = read_audio(
-                audio,
-                start=row["start"],
-                end=row["end"],
-                max_seconds=feature_extractor.chunk_length,
-            )
-        yield f"{row['origin']}: {audio_name(audio)}", wave
+@dataclass(frozen=True)
+class _Encoded:
+    """A row of `Examples`, all but its features."""
+
+    text: str
+    language: str
+    word_languages: list[str]
+    source: int
+    prompt: list[int]
+    target: list[int]
 
 
-def featurise(
-    waves: Iterable[tuple[str, npt.NDArray[np.float32]]],
-    feature_extractor: "WhisperFeatureExtractor",
-) -> Tensor:
-    """Return log-mel spectrograms, (n, mels, frames), float16: half the memory of float32.
+def _encode(dataset: Dataset, encoder: Encoder, on_bad: OnBadRow) -> dict[int, _Encoded]:
+    """Return the good rows by their numbers."""
+    encoded = {}
+    for number, row in enumerate(dataset.remove_columns("audio")):
+        text, tags, place = row["text"], row["word_languages"], row.get("source", 0)
+        try:
+            with located(row["origin"]):
+                language, prompt, target = encoder.encode(text, row["language"])
+                tags = [language_code(tag) for tag in tags]
+                encoded[number] = _Encoded(text, language, tags, place, prompt, target)
+        except BadRow as error:
+            error.source = place
+            on_bad(error)
+    return encoded
 
-    Args:
-        waves: names (for messages) and samples, (samples,) at 16 kHz.
-        feature_extractor: the model's; its window is the longest audio allowed.
 
-    Raises:
-        UserError: if audio is longer than the window.
-    """
-    features = []
-    waves = iter(waves)
-    while chunk := list(itertools.islice(waves, CHUNK)):
-        for name, wave in chunk:
-            if len(wave) > feature_extractor.n_samples:
-                raise UserError(
-                    f"{name} lasts {len(wave) / SAMPLING_RATE:.2f} s, but the model "
-                    f"hears {feature_extractor.chunk_length} s at a time; split it"
-                )
-        out = feature_extractor(
-            [wave for _, wave in chunk], sampling_rate=SAMPLING_RATE, return_tensors="np"
-        )
-        features.append(torch.from_numpy(out["input_features"]).half())
-    return torch.cat(features)
+def _check_left(bad: Sequence[BadRow], sources: Sequence[int]) -> None:
+    """Refuse sources that have nothing but bad rows."""
+    for place in sorted({error.source for error in bad} - set(sources)):
+        raise UserError(all_bad([error for error in bad if error.source == place]))
+
+
+def _fingerprint(*columns: Iterable[str]) -> str:
+    total = sha256()
+    for row in zip(*columns, strict=True):
+        total.update(json.dumps(row).encode())
+    return total.hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from blora_pyro.data.messages import printable
+from blora_pyro.data.messages import BadRow, OnBadRow, Unreadable, printable, stop
 from blora_pyro.data.rows import (
     Record,
     Row,
@@ -23,9 +23,10 @@ from blora_pyro.data.rows import (
 from blora_pyro.errors import UserError
 
 Records = Iterator[tuple[int, Record | UserError]]  # with the numbers of their lines
+_ESCAPED = "surrogateescape"  # keeps bytes that are no UTF-8 as what no text may hold
 
 
-def read_manifest(path: str | Path, split: str | None = None) -> Dataset:
+def read_manifest(path: str | Path, split: str | None = None, on_bad: OnBadRow = stop) -> Dataset:
     """Read a manifest into memory; blank lines and further columns are dropped.
 
     `.jsonl` and `.json` hold a JSON object a line; `.csv` and `.tsv` begin with a header, and are
@@ -42,19 +43,27 @@ def read_manifest(path: str | Path, split: str | None = None) -> Dataset:
     Args:
         path: of the manifest.
         split: leave out rows whose column `split` names another one; None reads all.
+        on_bad: told of every line that is no such row; where it does not raise, the line is left
+            out, and there may be no rows left.
 
     Raises:
-        UserError: if the file cannot be read or has no rows, or a line is not such a row.
+        UserError: if the file cannot be read or has no rows, or `on_bad` raises.
     """
-    rows = list(good_rows(manifest_rows(path, split)))
-    if not rows:
+    bad: list[BadRow] = []
+
+    def tell(error: BadRow) -> None:
+        bad.append(error)
+        on_bad(error)
+
+    rows = list(good_rows(manifest_rows(path, split), tell))
+    if not rows and not bad:
         names = ", ".join(manifest_splits(path))
         lacks = f"no rows of split {split!r}, but of {names}" if names else "no rows"
         raise UserError(f"{printable(path)} has {lacks}; a row needs audio and text")
     return to_dataset(rows)
 
 
-def manifest_rows(path: str | Path, split: str | None = None) -> Iterator[Row | UserError]:
+def manifest_rows(path: str | Path, split: str | None = None) -> Iterator[Row | BadRow]:
     """Yield the rows of a manifest, and for each bad one the error; see `read_manifest`.
 
     Raises:
@@ -92,15 +101,7 @@ def _records(path: Path) -> Records:
     except (OSError, ValueError) as error:  # missing, a folder, a name that cannot be
         why = getattr(error, "strerror", None) or "there is no such file"
         raise UserError(f"cannot read the manifest '{printable(path)}': {why}") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"cannot read the manifest '{printable(path)}': line {line} is not UTF-8 text; "
-            "save it as UTF-8"
-        ) from error
-    return READERS[suffix](text)
+    return READERS[suffix](data.decode("utf-8-sig", errors=_ESCAPED))
 
 
 def _json_records(text: str) -> Records:
@@ -113,7 +114,16 @@ def _json_records(text: str) -> Records:
                 yield number, error
 
 
+def _check_decoded(text: str) -> None:
+    """Refuse bytes that were no UTF-8, and so were escaped."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("not UTF-8 text; save the manifest as UTF-8") from error
+
+
 def _parse_json(line: str) -> Record:
+    _check_decoded(line)
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -140,15 +150,16 @@ def _csv_records(text: str, delimiter: str) -> Records:
             else:
                 yield line, _parse_cells(header, cells)
         except csv.Error as error:  # what follows cannot be told apart
-            yield line, UserError(f"{error}; write cells with quotes or line ends as CSV does")
+            yield line, Unreadable(f"{error}; write cells with quotes or line ends as CSV does")
             return
         except UserError as error:
-            yield line, error
+            yield line, error if header else Unreadable(str(error))
             if header is None:
                 return
 
 
 def _header(cells: list[str]) -> list[str]:
+    _check_decoded("".join(cells))
     names = [cell.strip() for cell in cells]
     if twice := next((name for name in names if name and names.count(name) > 1), None):
         raise UserError(f"two columns are called {shown(twice)}")
@@ -160,6 +171,7 @@ def _header(cells: list[str]) -> list[str]:
 
 
 def _parse_cells(header: list[str], cells: list[str]) -> Record:
+    _check_decoded("".join(cells))
     if len(cells) != len(header):
         raise UserError(f"{len(cells)} cells, but the header has {len(header)}")
     row: dict[str, object] = dict(zip(header, cells, strict=True))

@@ -1,11 +1,39 @@
 """What messages about data have in common: where the fault is, and text that prints."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from blora_pyro.errors import UserError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class BadRow(UserError):
+    """A row that cannot be used.
+
+    Attributes:
+        origin: where it stands, such as "train.csv, line 3".
+        reason: what is wrong with it.
+        source: the place of its source among those of a mixture.
+    """
+
+    def __init__(self, origin: str, reason: str, source: int = 0) -> None:
+        """See the attributes."""
+        super().__init__(f"{origin}: {reason}")
+        self.origin, self.reason, self.source = origin, reason, source
+
+
+OnBadRow = Callable[[BadRow], object]  # what is to be done: raise it, or keep it and go on
+
+
+class Unreadable(UserError):
+    """A row after which no other can be read: no row to be skipped."""
+
+
+def stop(error: BadRow) -> NoReturn:
+    """Raise it: the `OnBadRow` that is meant where nothing else is said."""
+    raise error
 
 
 @contextmanager
@@ -16,12 +44,19 @@ def located(origin: str) -> Iterator[None]:
         origin: where a row stands, such as "train.csv, line 3".
 
     Raises:
-        UserError: the one from inside, located.
+        BadRow: the error from inside, located; `Unreadable` stays what it is.
     """
     try:
         yield
+    except Unreadable as error:
+        raise Unreadable(f"{origin}: {error}") from error.__cause__
     except UserError as error:
-        raise UserError(f"{origin}: {error}") from error.__cause__
+        raise BadRow(origin, str(error)) from error.__cause__
+
+
+def all_bad(errors: Sequence[BadRow]) -> str:
+    """Say that no row is left."""
+    return f"all rows are bad ({len(errors):,}); the first: {errors[0]}"
 
 
 def printable(value: object, limit: int = 300) -> str:

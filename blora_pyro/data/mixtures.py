@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from blora_pyro.data.sources import TABLES, Source, load_split
+from blora_pyro.data.messages import BadRow, OnBadRow, all_bad, printable, stop
+from blora_pyro.data.sources import TABLES, Source, describe_source, load_split
 from blora_pyro.errors import UserError
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
@@ -49,18 +50,29 @@ def named_sources(value: Mapping[str, Source] | Sequence[str]) -> dict[str, Sour
     return found
 
 
-def load_mixture(sources: Source | Sequence[Source], split: str) -> Dataset:
+def load_mixture(
+    sources: Source | Sequence[Source], split: str, on_bad: OnBadRow = stop
+) -> Dataset:
     """Read a split of one or more sources, one after the other, as `load_split` reads it.
 
     A single source that is a manifest serves any split. The rows have one column more, `source`:
     the place of theirs among `sources`.
 
     Raises:
-        UserError: as `load_split`.
+        UserError: as `load_split`, or if a source has nothing but bad rows.
     """
     parts = []
     for place, source in enumerate(as_sources(sources)):
-        part = load_split(source, split)
+        bad: list[BadRow] = []
+
+        def tell(error: BadRow, place: int = place, bad: list[BadRow] = bad) -> None:
+            error.source = place
+            bad.append(error)
+            on_bad(error)
+
+        part = load_split(source, split, tell)
+        if not len(part):
+            raise UserError(f"{printable(describe_source(source))}, {split}: {all_bad(bad)}")
         parts.append(part.add_column("source", [place] * len(part)))
     return concatenate_datasets(parts)
 

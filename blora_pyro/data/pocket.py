@@ -1,4 +1,4 @@
-"""The built-in pocket corpora and the pocket Whisper: where they lie."""
+"""Where the built-in pocket corpora and the pocket Whisper lie, and the cache."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,19 @@ POCKET_DIR = Path(__file__).parent / "pocket"  # a folder of assets beside this 
 MODEL_DIR = POCKET_DIR / "model"
 DOMAINS = ("de-en", "es-en", "zh-en")  # code-switched, matrix language first
 LANGUAGES = ("en", "de", "es", "fr", "tr", "zh")
+
+
+def cache_dir() -> Path | None:
+    """Return the folder for what can be made again, `$BLORA_PYRO_CACHE`; None if that is empty.
+
+    It is `~/.cache/blora-pyro` by default (None where there is no home folder), and may be deleted
+    at any time.
+    """
+    folder = os.environ.get("BLORA_PYRO_CACHE", "~/.cache/blora-pyro")
+    try:
+        return Path(folder).expanduser() if folder else None
+    except RuntimeError:
+        return None
 
 
 def corpus_dir(name: str) -> Path:
@@ -23,11 +36,12 @@ def corpus_dir(name: str) -> Path:
     if name not in (*DOMAINS, *LANGUAGES):
         allowed = ", ".join((*DOMAINS, *LANGUAGES))
         raise UserError(f"no built-in corpus is called {name!r}; choose from {allowed}")
-    cache = Path(os.environ.get("BLORA_PYRO_CACHE", "~/.cache/blora-pyro")).expanduser() / "pocket"
-    for folder in (POCKET_DIR / name, cache / name):
-        if folder.is_dir():
-            return folder
+    cache = cache_dir()
+    folders = [POCKET_DIR, *([cache / "pocket"] if cache else [])]
+    for folder in folders:
+        if (folder / name).is_dir():
+            return folder / name
     raise UserError(
-        f"the built-in corpus {name!r} is not in {POCKET_DIR} or {cache}; "
+        f"the built-in corpus {name!r} is not in {' or '.join(map(str, folders))}; "
         "make it with: python recipes/pocket/build.py"
     )

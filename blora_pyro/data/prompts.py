@@ -3,6 +3,7 @@
 import re
 from typing import TYPE_CHECKING
 
+from blora_pyro.data.languages import language_code
 from blora_pyro.errors import UserError
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ START, END, NO_TIMESTAMPS = "<|startoftranscript|>", "<|endoftext|>", "<|notimes
 TASKS = ("transcribe", "translate")
 _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 _ENGLISH_ONLY_END = 50256
+_MAX_CHARACTERS = 100  # a token; longer texts are not worth tokenising
 
 
 def prompt_ids(
@@ -58,3 +60,52 @@ def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 def end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     """Return the end token's id."""
     return tokenizer.get_vocab()[END]
+
+
+class Encoder:
+    """Transcripts as the decoder's tokens: what it is told, and what it should say."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        language: str | None = None,
+        task: str = "transcribe",
+        max_tokens: int = 448,
+    ) -> None:
+        """What all rows have in common.
+
+        Args:
+            tokenizer: the model's.
+            language: of rows that name none.
+            task: "transcribe" or "translate".
+            max_tokens: the decoder's length.
+        """
+        self.tokenizer, self.language, self.task = tokenizer, language, task
+        self.max_tokens = max_tokens
+        self.end = end_id(tokenizer)
+        self._prompts: dict[str, list[int]] = {}
+
+    def encode(self, text: str, language: str = "") -> tuple[str, list[int], list[int]]:
+        """Return a row's language by its code, its prompt, and its target: text and end token.
+
+        Raises:
+            UserError: if the language is unknown, or the text too long.
+        """
+        code = language_code(language or self.language or "")
+        if code not in self._prompts:
+            self._prompts[code] = prompt_ids(self.tokenizer, code, self.task)
+        prompt = self._prompts[code]
+        return code, prompt, self._target(text, self.max_tokens - len(prompt))
+
+    def _target(self, text: str, room: int) -> list[int]:
+        """Return the tokens of a text and its end, no more than fit behind the prompt."""
+        size = f"{len(text):,} characters"
+        if len(text) <= _MAX_CHARACTERS * max(room, 1):
+            target = [*text_ids(self.tokenizer, text), self.end]
+            if len(target) - 1 <= room:  # the end is never an input
+                return target
+            size = f"{len(target) - 1} tokens"
+        raise UserError(
+            f"the text ({text[:30]!r}...) has {size}, but behind its prompt the decoder has room "
+            f"for {room} tokens; shorten the text or split the audio"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Audio, Dataset, Features, List, Value
 
-from blora_pyro.data.messages import located, printable
+from blora_pyro.data.messages import BadRow, OnBadRow, located, printable, stop
 from blora_pyro.errors import UserError
 
 ALIASES = {
@@ -114,12 +114,15 @@ def parse_audio(value: object, folder: Path) -> dict[str, Any]:
 
 def parse_rows(
     records: Iterable[tuple[str, Record | UserError]], parse: Callable[[Record], Row]
-) -> Iterator[Row | UserError]:
+) -> Iterator[Row | BadRow]:
     """Yield each record as a row, or as the located error that tells why it is none.
 
     Args:
         records: origins and records; an error stands for a record that could not be read.
         parse: makes a row of a record, or raises a `UserError`.
+
+    Raises:
+        Unreadable: if a record is that.
     """
     for origin, record in records:
         try:
@@ -127,27 +130,26 @@ def parse_rows(
                 if isinstance(record, UserError):
                     raise record
                 row = {**parse(record), "origin": origin}
-        except UserError as error:
+        except BadRow as error:
             yield error
         else:
             yield row
 
 
-def good_rows(rows: Iterable[Row | UserError]) -> Iterator[Row]:
-    """Yield the rows, all of which must be good.
-
-    Raises:
-        UserError: at the first that is bad.
-    """
+def good_rows(rows: Iterable[Row | BadRow], on_bad: OnBadRow = stop) -> Iterator[Row]:
+    """Yield the rows that are good; `on_bad` is told of the others, and raises or not."""
     for row in rows:
-        if isinstance(row, UserError):
-            raise row
-        yield row
+        if isinstance(row, BadRow):
+            on_bad(row)
+        else:
+            yield row
 
 
-def to_dataset(rows: list[Row]) -> Dataset:
-    """Return rows of `FEATURES` as a data set in memory, its audio not decoded."""
-    return Dataset.from_list(rows, features=FEATURES).cast_column("audio", Audio(decode=False))
+def to_dataset(rows: list[Row], features: Features = FEATURES) -> Dataset:
+    """Return rows, if any, as a data set in memory, its audio not decoded."""
+    columns = {name: [row[name] for row in rows] for name in features}
+    dataset = Dataset.from_dict(columns, features=features)
+    return dataset.cast_column("audio", Audio(decode=False)) if "audio" in features else dataset
 
 
 def shown(value: object) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from blora_pyro.data.manifest import READERS, manifest_splits, read_manifest
-from blora_pyro.data.messages import printable
+from blora_pyro.data.messages import OnBadRow, printable, stop
 from blora_pyro.data.pocket import DOMAINS, LANGUAGES, corpus_dir
 from blora_pyro.data.tables import (
     Table,
@@ -29,7 +29,7 @@ _OBJECT = "<"  # how the description of an object begins, as no name of a source
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
 
 
-def load_split(source: Source, split: str) -> Dataset:
+def load_split(source: Source, split: str, on_bad: OnBadRow = stop) -> Dataset:
     """Read a split of a source, with the columns of `read_manifest`.
 
     Args:
@@ -43,26 +43,29 @@ def load_split(source: Source, split: str) -> Dataset:
             - a folder that `save_to_disk` made;
             - a folder with parquet files as on the Hub, `{split}-*.parquet`.
         split: "train", "dev", "test", or whatever the source has.
+        on_bad: told of every bad row; where it does not raise, the row is left out, and there may
+            be none left.
 
     Raises:
         UserError: if the source is none of these, lacks the split, or `read_manifest` raises.
     """
     if isinstance(source, TABLES):
-        return table_split(source, split)
+        return table_split(source, split, on_bad=on_bad)
     name = str(source)
     if os.path.isfile(name):
-        return read_manifest(name, split)
+        return read_manifest(name, split, on_bad)
     if _is_hub_id(name):
-        return table_split(load_hub(name, split), split, f"{name}, {split}")
+        return table_split(load_hub(name, split), split, f"{name}, {split}", on_bad)
     folder = _folder(name)
     if is_saved(folder):
-        return table_split(load_saved(folder), split, printable(folder))
+        return table_split(load_saved(folder), split, printable(folder), on_bad)
     if manifest := _own_manifest(folder, split):
-        return read_manifest(manifest)
+        return read_manifest(manifest, None, on_bad)
     if manifest := _only(folder, "metadata"):
-        return read_manifest(manifest, split)
+        return read_manifest(manifest, split, on_bad)
     if files := parquet_files(folder).get(split):
-        return table_split(load_parquet(files, split), split, f"{printable(folder)}, {split}")
+        name = f"{printable(folder)}, {split}"
+        return table_split(load_parquet(files, split), split, name, on_bad)
     splits = ", ".join(split_names(folder)) or "none"
     raise UserError(
         f"{printable(folder)} has no {split}.jsonl (.csv, .tsv, or {split}/metadata.csv); "

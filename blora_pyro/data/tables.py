@@ -21,7 +21,7 @@ from datasets import (
 )
 
 from blora_pyro.data.audio import check_array
-from blora_pyro.data.messages import printable, reason
+from blora_pyro.data.messages import BadRow, OnBadRow, Unreadable, printable, reason, stop
 from blora_pyro.data.rows import (
     ALIASES,
     DETAILS,
@@ -45,7 +45,9 @@ _KNOWN = {*OPTIONAL, *itertools.chain(*ALIASES.values())}
 _CHUNK = 200  # streamed rows that become one table: Arrow's binary columns hold 2 GB each
 
 
-def table_split(table: Table, split: str, name: str = "the data set") -> Dataset:
+def table_split(
+    table: Table, split: str, name: str = "the data set", on_bad: OnBadRow = stop
+) -> Dataset:
     """Return a split of a `datasets` object, with the columns of `read_manifest`.
 
     Audio may be a path (relative to the working folder), encoded bytes, {"path", "bytes"} or
@@ -56,9 +58,10 @@ def table_split(table: Table, split: str, name: str = "the data set") -> Dataset
         table: a single set serves every split.
         split: of a dictionary of sets.
         name: what messages call it.
+        on_bad: told of every bad row; where it does not raise, the row is left out.
 
     Raises:
-        UserError: if the split, the columns or the rows are missing or bad.
+        UserError: if the split or the columns are missing, there are no rows, or `on_bad` raises.
     """
     if isinstance(table, dict):
         if split not in table:
@@ -72,8 +75,8 @@ def table_split(table: Table, split: str, name: str = "the data set") -> Dataset
     except UserError as error:
         raise UserError(f"the columns of {name}: {error}") from error
     if isinstance(table, Dataset) and len(table) and not _has_arrays(table):
-        return _lazy(table, name)
-    return _gathered(table, name)
+        return _lazy(table, name, on_bad)
+    return _gathered(table, name, on_bad)
 
 
 def table_splits(table: Table) -> list[str]:
@@ -183,25 +186,28 @@ def _undecoded(table: Any, name: str, audio: str) -> Any:
         ) from error
 
 
-def _lazy(table: Dataset, name: str) -> Dataset:
+def _lazy(table: Dataset, name: str, on_bad: OnBadRow) -> Dataset:
     """Check everything but the audio, which is not copied."""
     audio = column(table.column_names, "audio")
     sound = _undecoded(table.select_columns([audio]), name, audio)
     sound = sound if audio == "audio" else sound.rename_column(audio, "audio")
     others = table.select_columns(sorted(_KNOWN & set(table.column_names) - {audio}))
-    rows = list(good_rows(parse_rows(_records(others, name), parse_details)))
-    return concatenate_datasets([sound, Dataset.from_list(rows, features=DETAILS)], axis=1)
+    rows = list(parse_rows(_records(others, name), parse_details))
+    good = [place for place, row in enumerate(rows) if not isinstance(row, BadRow)]
+    details = to_dataset(list(good_rows(rows, on_bad)), DETAILS)
+    sound = sound if len(good) == len(rows) else sound.select(good)
+    return concatenate_datasets([sound, details], axis=1)
 
 
-def _gathered(table: Dataset | IterableDataset, name: str) -> Dataset:
+def _gathered(table: Dataset | IterableDataset, name: str, on_bad: OnBadRow) -> Dataset:
     """Read every row, audio too, into memory."""
     for known, feature in (table.features or {}).items():
         if isinstance(feature, Audio):
             table = _undecoded(table, name, known)
-    rows = good_rows(parse_rows(_records(table, name), _parse_row))
+    rows = parse_rows(_records(table, name), _parse_row)
     parts = []
     while chunk := list(itertools.islice(rows, _CHUNK)):
-        parts.append(to_dataset(chunk))
+        parts.append(to_dataset(list(good_rows(chunk, on_bad))))
     if not parts:
         raise UserError(f"{name} has no rows; give data with rows")
     return concatenate_datasets(parts)
@@ -220,7 +226,7 @@ def _records(table: Iterable[Record], name: str) -> Iterator[tuple[str, Record |
             if "torchcodec" in str(error):
                 advice = "the column's type is Audio, so that `datasets` asks for torchcodec"
                 error = ImportError(f"{advice}; yield the same without that type")
-            yield origin, UserError(f"cannot be read: {reason(error)}")
+            yield origin, Unreadable(f"cannot be read: {reason(error)}")
             return
 
 

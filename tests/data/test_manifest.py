@@ -1,5 +1,6 @@
 import csv
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from blora_pyro.data.audio import read_audio
 from blora_pyro.data.manifest import manifest_rows, manifest_splits, read_manifest
+from blora_pyro.data.messages import BadRow, Unreadable, stop
 from blora_pyro.errors import UserError
 
 GIVEN = ["audio", "text", "language", "word_languages", "duration", "start", "end"]
@@ -121,14 +123,24 @@ def test_unreadable_manifest(manifest, tmp_path):
         read_manifest(tmp_path / "gone.jsonl")
     with pytest.raises(UserError, match="cannot read"):
         read_manifest(tmp_path)
-    (tmp_path / "latin.jsonl").write_bytes(b"\xff\xff")
-    with pytest.raises(UserError, match="line 1 is not UTF-8 text; save it as UTF-8"):
-        read_manifest(tmp_path / "latin.jsonl")
-    (tmp_path / "latin.csv").write_bytes("audio,text\na,b\nä,b".encode("latin-1"))
-    with pytest.raises(UserError, match="line 3 is not UTF-8"):
-        read_manifest(tmp_path / "latin.csv")
     with pytest.raises(UserError, match="has no rows"):
         read_manifest(manifest("", " "))
+
+
+def test_what_is_no_utf_8_is_told_by_its_row(speak, tmp_path):
+    speak("a.wav")
+    row = '{"audio": "a.wav", "text": "TEXT"}'
+    files = {"latin.jsonl": row.replace("TEXT", "x") + "\n" + row.replace("TEXT", "ä")}
+    files["latin.csv"] = "audio,text\na.wav,x\na.wav,ä\na.wav,y"
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        line = 2 + name.endswith(".csv")
+        with pytest.raises(UserError, match=rf"{name}, line {line}: not UTF-8 text; save the mani"):
+            read_manifest(tmp_path / name)
+    assert read_manifest(tmp_path / "latin.csv", on_bad=[].append)["text"][:] == ["x", "y"]
+    (tmp_path / "latin.tsv").write_bytes("ä\taudio\ttext".encode("latin-1"))
+    with pytest.raises(Unreadable, match=r"line 1: not UTF-8 text"):
+        read_manifest(tmp_path / "latin.tsv", on_bad=[].append)
 
 
 # ---- other names, other formats
@@ -268,6 +280,27 @@ def test_bad_rows_and_good_ones(speak, manifest):
     ]
 
 
+def test_bad_rows_are_left_out_and_told_in_their_order(speak, manifest):
+    good = {"audio": speak("a.wav").name, "text": "x"}
+    path = manifest(good, "?", {"text": "y"}, {**good, "text": "z"})
+    bad: list[BadRow] = []
+    assert read_manifest(path, on_bad=bad.append)["text"][:] == ["x", "z"]
+    assert [error.origin for error in bad] == [f"{path}, line 2", f"{path}, line 3"]
+    assert bad[0].reason == "not JSON: '?'" and str(bad[0]) == f"{path}, line 2: not JSON: '?'"
+    assert len(read_manifest(manifest("?", "!"), on_bad=bad.append)) == 0
+    with pytest.raises(BadRow, match=r"line 1: not JSON: '\?'"):
+        read_manifest(manifest("?", "!"))
+
+
+def test_a_row_after_which_all_is_lost_is_never_skipped(speak, table):
+    speak("a.wav")
+    bad: list[BadRow] = []
+    path = table('audio,text\na.wav\na.wav,"x" y\na.wav,x\n')
+    with pytest.raises(Unreadable, match=r"line 3: "):
+        read_manifest(path, on_bad=bad.append)
+    assert [error.origin for error in bad] == [f"{path}, line 2"]
+
+
 def test_nothing_is_unpickled_and_nothing_written(speak, manifest, table, watch, tmp_path):
     speak("a.wav")
     paths = [manifest({"audio": "a.wav", "text": "x"}), table("audio,text\na.wav,x\n")]
@@ -305,12 +338,15 @@ def fuzz(tmp_path_factory):
     def read(data: bytes, suffix: str) -> None:
         path = folder / f"m{suffix}"
         path.write_bytes(data)
-        for split in (None, "train"):
+        for split, skip in itertools.product((None, "train"), (False, True)):
+            bad: list[BadRow] = []
             try:
-                dataset = read_manifest(path, split)
-                assert dataset.column_names == COLUMNS and len(dataset) > 0
+                dataset = read_manifest(path, split, bad.append if skip else stop)
+                assert dataset.column_names == COLUMNS and len(dataset) + len(bad) > 0
             except UserError as error:
                 assert str(error).isprintable()
+                assert not (skip and isinstance(error, BadRow))
+            assert all(str(error).isprintable() for error in bad)
 
     return read
 

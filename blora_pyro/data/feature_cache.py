@@ -1,0 +1,157 @@
+"""Log-mels kept on disk, so that no utterance is featurised twice.
+
+They lie in `$BLORA_PYRO_CACHE/features/` (by default `~/.cache/blora-pyro/features/`), a folder for
+each way of computing them, in shards: safetensors files with the log-mels of up to 64 utterances.
+An utterance is found by its key, the SHA-256 of its audio's content, its segment and all that the
+features depend on besides, so that nothing in the cache is ever out of date; a check sum tells what
+is damaged, which is computed again. The folder may be deleted at any time.
+"""
+
+import json
+import os
+import secrets
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from blora_pyro.data.messages import printable, reason
+from blora_pyro.data.pocket import cache_dir
+
+SUFFIX, HALF_WRITTEN = ".safetensors", ".new"
+_NAME = "features"
+_HOUR = 3600.0
+_DAMAGED = (SafetensorError, LookupError, TypeError, ValueError, RecursionError)
+
+Place = tuple[Tensor, int]  # a block, (k, mels, frames), and the row of it
+
+
+class FeatureCache:
+    """The cached log-mels of one way of computing them; without a folder, nothing is cached.
+
+    Safe against kills and other processes: a shard gets its name when it is whole, and is never
+    changed after that. Whatever goes wrong costs the cache, never the caller.
+    """
+
+    def __init__(
+        self, settings: str | None, on_note: Callable[[str], object] = lambda note: None
+    ) -> None:
+        """Look up what is there.
+
+        Args:
+            settings: all that features depend on besides the audio; None caches nothing.
+            on_note: told, in one line, if the cache cannot be written.
+        """
+        self._on_note = on_note
+        self._index: dict[str, tuple[Path, int, int]] = {}  # shard, row and check sum of a key
+        self._blocks: dict[Path, Tensor] = {}
+        root = cache_dir()
+        self.folder: Path | None = None
+        if settings is not None and root is not None:
+            self.folder = root / "features" / sha256(settings.encode()).hexdigest()[:16]
+            self._writable = True
+            for shard in self._shards():
+                self._read_keys(shard)
+
+    def find(self, keys: Iterable[str]) -> dict[str, Place]:
+        """Return the places of those log-mels that are cached and whole."""
+        return {key: place for key in keys if (place := self._find(key)) is not None}
+
+    def store(self, features: Mapping[str, Tensor]) -> dict[str, Place]:
+        """Keep log-mels by key, (mels, frames) each; return their places, in memory or mapped."""
+        keys = sorted(features)  # whoever computes them writes the same shard
+        block = torch.stack([features[key] for key in keys])
+        if self.folder is not None and self._writable:
+            name = sha256(" ".join(keys).encode()).hexdigest()[:32] + SUFFIX
+            try:
+                self._write(self.folder / name, keys, block)
+                block = _map(self.folder / name)
+            except (OSError, *_DAMAGED) as error:
+                self._give_up(error)
+        return {key: (block, row) for row, key in enumerate(keys)}
+
+    def _shards(self) -> list[Path]:
+        """List the shards; remove what killed processes have left half-written."""
+        assert self.folder is not None
+        try:
+            entries = sorted(self.folder.iterdir())
+        except OSError:  # there are none yet
+            return []
+        for path in entries:
+            if path.suffix == HALF_WRITTEN:
+                with suppress(OSError):
+                    if time.time() - path.stat().st_mtime > _HOUR:
+                        path.unlink()
+        return [path for path in entries if path.suffix == SUFFIX]
+
+    def _read_keys(self, shard: Path) -> None:
+        with self._distrusted(shard), safe_open(shard, framework="pt") as file:
+            about = file.metadata()
+            both = zip(json.loads(about["keys"]), json.loads(about["crc32"]), strict=True)
+            self._index |= {str(key): (shard, row, sum) for row, (key, sum) in enumerate(both)}
+
+    def _find(self, key: str) -> Place | None:
+        if key not in self._index:
+            return None
+        shard, row, total = self._index[key]
+        with self._distrusted(shard):
+            if shard not in self._blocks:
+                self._blocks[shard] = _map(shard)
+            block = self._blocks[shard]
+            if check_sum(key, block[row]) != total:
+                raise ValueError(f"the check sum of {shard} is wrong")
+            return block, row
+        return None
+
+    @contextmanager
+    def _distrusted(self, shard: Path) -> Iterator[None]:
+        """In here a shard that turns out damaged is removed, and one that is gone forgotten."""
+        try:
+            yield
+        except (OSError, *_DAMAGED) as error:
+            self._blocks.pop(shard, None)
+            self._index = {key: place for key, place in self._index.items() if place[0] != shard}
+            if not isinstance(error, OSError):
+                with suppress(OSError):
+                    shard.unlink(missing_ok=True)
+
+    def _write(self, path: Path, keys: list[str], block: Tensor) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sums = [check_sum(key, row) for key, row in zip(keys, block, strict=True)]
+        content = save({_NAME: block}, {"keys": json.dumps(keys), "crc32": json.dumps(sums)})
+        fresh = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{HALF_WRITTEN}")
+        try:
+            fresh.write_bytes(content)
+            os.replace(fresh, path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)  # it may be what fills the disk
+            raise
+
+    def _give_up(self, error: Exception) -> None:
+        self._writable = False
+        self._on_note(
+            f"the feature cache {printable(self.folder)} can't be written ({reason(error)}); "
+            "going on without it"
+        )
+
+
+def check_sum(key: str, features: Tensor) -> int:
+    """Return the CRC-32 of a key and its log-mels, (mels, frames)."""
+    about = f"{key} {tuple(features.shape)}".encode()
+    return zlib.crc32(features.contiguous().numpy().data, zlib.crc32(about))
+
+
+def _map(shard: Path) -> Tensor:
+    """Return the block of a shard, mapped into memory and not read yet."""
+    with safe_open(shard, framework="pt") as file:
+        block = file.get_tensor(_NAME)
+    if block.dtype != torch.float16 or block.ndim != 3:
+        raise ValueError(f"{shard} holds {block.dtype} of shape {tuple(block.shape)}")
+    return block

@@ -1,0 +1,294 @@
+"""Log-mel spectrograms: each computed once, in parallel, and cached."""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+import torch
+import transformers
+from datasets import Dataset
+from torch import Tensor
+
+from blora_pyro.data import audio as audio_module
+from blora_pyro.data.audio import SAMPLING_RATE, audio_name, read_audio
+from blora_pyro.data.feature_cache import FeatureCache, Place
+from blora_pyro.data.messages import BadRow, OnBadRow, stop
+from blora_pyro.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import WhisperFeatureExtractor
+
+SHARD = 64  # utterances that are worked on, and written, at a time
+_CODE = (audio_module.__file__, __file__)  # what computes features
+
+OnProgress = Callable[[int, int], object]  # told how many utterances are done, and of how many
+OnNote = Callable[[str], object]  # told what is worth knowing, in one line
+
+
+class Features:
+    """Log-mels of n utterances, as good as one tensor (n, mels, frames), float16 on the CPU.
+
+    They may lie in mapped files, of which only what is looked at is in memory.
+    """
+
+    def __init__(self, places: Sequence[Place], shape: tuple[int, int]) -> None:
+        """Log-mels by their places; `shape` is (mels, frames)."""
+        self._places = list(places)
+        self.shape = torch.Size((len(self._places), *shape))
+
+    def __len__(self) -> int:
+        """The number of utterances."""
+        return len(self._places)
+
+    def __getitem__(self, chosen: int | slice | Sequence[int]) -> Tensor:
+        """Return (mels, frames) for an index; for several (chosen, mels, frames), a copy."""
+        if isinstance(chosen, slice):
+            return self[range(len(self))[chosen]]
+        if isinstance(chosen, int):
+            block, row = self._places[chosen]
+            return block[row]
+        rows = [self[int(index)] for index in chosen]
+        return torch.stack(rows) if rows else torch.empty(0, *self.shape[1:], dtype=torch.float16)
+
+
+def log_mels(wave: npt.NDArray[np.float32], feature_extractor: "WhisperFeatureExtractor") -> Tensor:
+    """Return the log-mels of samples at 16 kHz: (samples,) to (mels, frames), float16.
+
+    Utterances go one at a time: in batches, windows of 30 s take four times as long.
+    """
+    out = feature_extractor([wave], sampling_rate=SAMPLING_RATE, return_tensors="np")
+    return torch.from_numpy(out["input_features"][0]).half()
+
+
+def featurise(
+    waves: Iterable[tuple[str, npt.NDArray[np.float32]]],
+    feature_extractor: "WhisperFeatureExtractor",
+) -> Tensor:
+    """Return the log-mels of audio, (n, mels, frames), float16.
+
+    Args:
+        waves: names (for messages) and samples, (samples,) at 16 kHz.
+        feature_extractor: the model's; its window is the longest audio allowed.
+
+    Raises:
+        UserError: if audio is longer than the window.
+    """
+    features = []
+    for name, wave in waves:
+        if len(wave) > feature_extractor.n_samples:
+            raise UserError(
+                f"{name} lasts {len(wave) / SAMPLING_RATE:.2f} s, but the model "
+                f"hears {feature_extractor.chunk_length} s at a time; split it"
+            )
+        features.append(log_mels(wave, feature_extractor))
+    return torch.stack(features)
+
+
+def load_features(
+    dataset: Dataset,
+    feature_extractor: "WhisperFeatureExtractor",
+    *,
+    cache: bool = True,
+    workers: int | None = None,
+    on_bad: OnBadRow = stop,
+    on_progress: OnProgress = lambda done, total: None,
+    on_note: OnNote = lambda note: None,
+) -> tuple[Features, dict[int, str]]:
+    """Return the features of audio, from the cache where they are in it.
+
+    They are bit by bit the same with and without cache, and whatever the number of workers.
+
+    Args:
+        dataset: n rows, with the columns of `read_manifest`.
+        feature_extractor: the model's; its window is the longest audio allowed.
+        cache: keep the features on disk and use what is there, see `feature_cache`.
+        workers: threads; None is one a core.
+        on_bad: told of every row whose audio cannot be read or is longer than the window; where it
+            does not raise, the row is left out.
+        on_progress: told of the rows that are done.
+        on_note: told if the cache cannot be written.
+
+    Returns:
+        The features, and the contents of their audio by the number of the row.
+
+    Raises:
+        BadRow: by `on_bad`.
+    """
+    settings = feature_settings(feature_extractor)
+    store = FeatureCache(settings if cache else None, on_note)
+    mixed = [name for name in ("source",) if name in dataset.column_names]
+    rows = dataset.select_columns(["audio", "start", "end", "origin", *mixed])
+    contents: dict[int, str] = {}
+    with _single_threaded(workers or usable_cores()) as pool:
+        work = _Featurisation(feature_extractor, settings, store, pool)
+        for first in range(0, len(rows), SHARD):
+            chunk = {n: rows[n] for n in range(first, min(first + SHARD, len(rows)))}
+            for number, result in work.add(chunk).items():
+                if isinstance(result, UserError):
+                    row = chunk[number]
+                    on_bad(BadRow(row["origin"], str(result), row.get("source", 0)))
+                else:
+                    contents[number] = result
+            on_progress(first + len(chunk), len(rows))
+    shape = (feature_extractor.feature_size, feature_extractor.nb_max_frames)
+    return Features(work.places(contents), shape), contents
+
+
+class _Featurisation:
+    """Features on their way: each is found or computed once, however many rows have it."""
+
+    def __init__(
+        self,
+        feature_extractor: "WhisperFeatureExtractor",
+        settings: str | None,
+        store: FeatureCache,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self.feature_extractor, self.settings = feature_extractor, settings
+        self.store, self.pool = store, pool
+        self.digests = Digests()
+        self.keys: dict[int, str] = {}  # by the number of the row
+        self.found: dict[str, Place] = {}
+        self.fresh: dict[str, Tensor] = {}  # computed, and not stored yet
+
+    def add(self, chunk: Mapping[int, dict[str, Any]]) -> dict[int, str | UserError]:
+        """Take rows by their numbers; return their contents, or what is wrong with them."""
+        digests = self.pool.map(self.digests.of, [row["audio"] or {} for row in chunk.values()])
+        contents = {
+            number: f"{digest} {row['start']} {row['end']}"
+            for (number, row), digest in zip(chunk.items(), digests, strict=True)
+        }
+        keys = {number: self._key(number, content) for number, content in contents.items()}
+        self.found |= self.store.find(set(keys.values()) - self.found.keys())
+        missing = {
+            key: chunk[number]
+            for number, key in keys.items()
+            if key not in self.found and key not in self.fresh
+        }
+        made = dict(zip(missing, self.pool.map(self._compute, missing.values()), strict=True))
+        bad = {key: one for key, one in made.items() if isinstance(one, UserError)}
+        self.fresh |= {key: one for key, one in made.items() if isinstance(one, Tensor)}
+        self.keys |= keys
+        if len(self.fresh) >= SHARD:
+            self._store()
+        return {number: bad.get(keys[number], content) for number, content in contents.items()}
+
+    def places(self, numbers: Iterable[int]) -> list[Place]:
+        """Return where the features of these rows are."""
+        self._store()
+        return [self.found[self.keys[number]] for number in numbers]
+
+    def _store(self) -> None:
+        if self.fresh:
+            self.found |= self.store.store(self.fresh)
+            self.fresh = {}
+
+    def _key(self, number: int, content: str) -> str:
+        # Without settings nothing is sure to give the same features twice.
+        return sha256(f"{self.settings or number} {content}".encode()).hexdigest()
+
+    def _compute(self, row: dict[str, Any]) -> Tensor | UserError:
+        audio, window = row["audio"] or {}, self.feature_extractor.chunk_length
+        try:
+            wave = read_audio(audio, start=row["start"], end=row["end"], max_seconds=window)
+            self.digests.check(audio)
+        except UserError as error:
+            return error
+        return log_mels(wave, self.feature_extractor)
+
+
+class Digests:
+    """What tells audio apart: the SHA-256 of its file or bytes. A file is read once."""
+
+    def __init__(self) -> None:
+        """Nothing has been read."""
+        self._known: dict[str, tuple[tuple[int, ...], str]] = {}  # state and digest by path
+
+    def of(self, audio: Mapping[str, Any]) -> str | None:
+        """Return the digest of {"path", "bytes"}; None if there is nothing to read."""
+        if audio.get("bytes") is not None:
+            return sha256(audio["bytes"]).hexdigest()
+        path = str(audio.get("path"))
+        if path not in self._known:
+            try:
+                state = _state(path)
+                with open(path, "rb") as file:
+                    self._known[path] = state, file_digest(file, "sha256").hexdigest()
+            except (OSError, ValueError):
+                return None
+        return self._known[path][1]
+
+    def check(self, audio: Mapping[str, Any]) -> None:
+        """Refuse audio whose file is no longer what it was when its digest was taken.
+
+        Raises:
+            UserError: if so.
+        """
+        if audio.get("bytes") is None:
+            path = str(audio.get("path"))
+            if path not in self._known or self._known[path][0] != _state(path):
+                raise UserError(f"{audio_name(audio)} was changed while it was read; start again")
+
+
+def _state(path: str) -> tuple[int, ...]:
+    try:
+        about = os.stat(path)
+    except OSError:
+        return ()
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def feature_settings(feature_extractor: "WhisperFeatureExtractor") -> str | None:
+    """Return all that features depend on besides the audio, as text; None if chance is part of it.
+
+    That is the feature extractor's settings and filters, the code that computes, and the libraries
+    and the kind of processor that it runs on.
+    """
+    if type(feature_extractor) is not transformers.WhisperFeatureExtractor:
+        return None  # a class of somebody's own may do anything
+    if feature_extractor.dither:
+        return None
+    settings = feature_extractor.to_dict()
+    for name in ("processor_class", "feature_extractor_type"):
+        settings.pop(name, None)
+    filters = np.asarray(feature_extractor.mel_filters)
+    code = [sha256(Path(file).read_bytes()).hexdigest() for file in _CODE]
+    libraries = (np, soundfile, soxr, torch, transformers)
+    about = {
+        "settings": settings,
+        "filters": [str(filters.dtype), filters.shape, sha256(filters.tobytes()).hexdigest()],
+        "code": code,
+        "libraries": [f"{one.__name__} {one.__version__}" for one in libraries],
+        "decoder": soundfile.__libsndfile_version__,
+        "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
+    }
+    return json.dumps(about, sort_keys=True, default=str)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _single_threaded(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which torch uses one core each; processes would take seconds to start."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what later threads start with
