@@ -9,10 +9,12 @@ from typing import Any, Literal
 from blora_pyro.adapters import ALL_LINEAR
 from blora_pyro.data import (
     LANGUAGES,
+    TASKS,
     Source,
     as_sources,
     check_weights,
     describe_source,
+    language_code,
     named_sources,
 )
 from blora_pyro.errors import UserError, check_positive
@@ -38,6 +40,10 @@ class FitConfig:
         backward: Held-out sets of what the base already knows: a mapping of names to sources, or
             texts "NAME=SOURCE" or "SOURCE". None is the six pocket languages for the pocket base
             and none otherwise.
+        language: Of the rows of any set that name none: "de", "German", or "de-en" for
+            code-switched speech. A backward set that is called by a language has that one instead.
+        task: `transcribe` or `translate`, in every prompt.
+        on_bad_row: `stop` at a row of any set that can't be used, or `skip` it.
         prior: A family of `blora_pyro.guides`, or the path of a file with one.
         guide: None is the family's own; else `point`, `auto-normal`, or a file's path.
         beta: Weight of the KL term; `"auto"` is 1 / (target tokens in the training set).
@@ -72,6 +78,9 @@ class FitConfig:
     test: Source | None = None
     dev: Source | None = None
     backward: Mapping[str, Source] | Sequence[str] | None = None
+    language: str | None = None
+    task: str = "transcribe"
+    on_bad_row: Literal["stop", "skip"] = "stop"
     prior: str = "normal"
     guide: str | None = None
     beta: float | Literal["auto"] = 1e-4
@@ -110,6 +119,12 @@ class FitConfig:
         if self.data_weights is not None:
             keep("data_weights", tuple(self.data_weights))
         check_weights(self.data_weights, self.sources)
+        if self.language is not None:
+            keep("language", language_code(self.language))
+        if self.task not in TASKS:
+            raise UserError(f"task is '{self.task}'; give {' or '.join(TASKS)}")
+        if self.on_bad_row not in ("stop", "skip"):
+            raise UserError(f"on_bad_row is '{self.on_bad_row}'; give stop or skip")
         positive = (*COUNTS, "alpha", "prior_scale", "lr", "epochs", "max_grad_norm")
         check_positive(**{name: getattr(self, name) for name in positive})
         for name in (*COUNTS, "warmup_steps"):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from blora_pyro.config import FitConfig
-from blora_pyro.data import Examples, load_mixture
+from blora_pyro.data import Examples, OnBadRow, load_mixture, stop
 from blora_pyro.diagnostics import FactorSummary, Summary, UpdateSummary, fit_khat, summarise
 from blora_pyro.errors import UserError
 from blora_pyro.explanations import Shrinkage, how_it_shrinks, khat_meaning
@@ -184,17 +184,25 @@ def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draw
     if any(row.kl is None for row in summary.factors):
         return Khat(None, "not computed: the guide has points, which have no density")
     try:
-        dataset = load_mixture(config.data, "train")
         base = load_base(config.base, config.device)
+        on_bad: OnBadRow = stop if config.on_bad_row == "stop" else lambda error: None
+        dataset = load_mixture(config.data, "train", on_bad)
         count = min(KHAT_UTTERANCES, len(dataset))
         chosen = dataset.select(np.linspace(0, len(dataset) - 1, count).round().astype(int))
-        limit = base.net.config.max_target_positions
-        examples = Examples(chosen, base.feature_extractor, base.tokenizer, max_tokens=limit)
+        examples = Examples(
+            chosen,
+            base.feature_extractor,
+            base.tokenizer,
+            config.task,
+            base.net.config.max_target_positions,
+            language=config.language,
+            on_bad=on_bad,
+        )
         value = fit_khat(posterior, base, examples, beta, draws)
     except UserError as error:
         return Khat(None, f"not computed: {error}")
     meaning = khat_meaning(value, posterior.num_weights)
-    return Khat(value, meaning, draws, count, len(dataset))
+    return Khat(value, meaning, draws, len(examples), len(dataset))
 
 
 def summarise_kinds(summary: Summary) -> tuple[KindSummary, ...]:

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import platform
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from blora_pyro.checkpoints import stored_step
+from blora_pyro.checkpoints import replace_file, stored_step
 from blora_pyro.config import FitConfig
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.fitting import Step
+from blora_pyro.loading import SKIPPED, SkippedRow
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.run_folders import (
     CHECKPOINT,
@@ -145,6 +146,15 @@ class FitFolder:
         if self.path is not None and self._occupied:
             remove_files(self.path, *RESULTS)
         self._occupied = False
+
+    def list_skipped(self, rows: Sequence[SkippedRow]) -> str:
+        """Keep a list of the rows that were left out; return where, "" if nowhere."""
+        if self.path is None or not rows:
+            return ""
+        if self.state == FITTING:
+            lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
+            replace_file(self.path / SKIPPED, "".join(lines).encode())
+        return str(self.path / SKIPPED)
 
     def save(
         self,

@@ -1,20 +1,15 @@
 """What a fit gained and what was forgotten: test sets, measured before and after, compared."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from blora_pyro.config import FitConfig
-from blora_pyro.data import (
-    Examples,
-    Source,
-    describe_source,
-    load_mixture,
-    split_names,
-)
+from blora_pyro.data import Examples, Source, describe_source, is_language, split_names
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import Evaluation, evaluate, macro_summary, score
+from blora_pyro.loading import Loader
 from blora_pyro.metrics import Counts, paired_macro_bootstrap
 from blora_pyro.models import Base
 from blora_pyro.posterior import Posterior
@@ -26,25 +21,27 @@ NEW_DOMAIN = "new_domain"
 DEV_SPLITS = ("dev", "validation")  # the second is what data sets of the Hub call it
 
 
-def load_examples(base: Base, source: Source | Sequence[Source], split: str) -> Examples:
-    """A split of one or more sources, featurised and tokenised for `base`."""
-    limit = base.net.config.max_target_positions
-    dataset = load_mixture(source, split)
-    return Examples(dataset, base.feature_extractor, base.tokenizer, max_tokens=limit)
+def evaluation_sets(
+    base: Base, config: FitConfig, loader: Loader | None = None
+) -> dict[str, Examples]:
+    """The new domain's test set under `new_domain`, and every backward set under its name.
 
-
-def evaluation_sets(base: Base, config: FitConfig) -> dict[str, Examples]:
-    """The new domain's test set under `new_domain`, and every backward set under its name."""
+    Args:
+        base: Whose tokenizer and feature extractor are to be used.
+        config: Names the sets.
+        loader: Reads them; None is a silent one.
+    """
+    load = (loader or Loader(base, config)).load
     sets = {}
     if config.test is not None or "test" in split_names(config.new_domain):
-        sets[NEW_DOMAIN] = load_examples(base, config.new_domain, "test")
+        sets[NEW_DOMAIN] = load(config.new_domain, "test")
     for name, source in config.backward_sets.items():
-        sets[name] = load_examples(base, source, "test")
+        sets[name] = load(source, "test", name if is_language(name) else None)
     return sets
 
 
 def early_stopping(
-    base: Base, config: FitConfig, on_error: Callable[[DevError, DevError], None]
+    loader: Loader, config: FitConfig, on_error: Callable[[DevError, DevError], None]
 ) -> EarlyStopping | None:
     """What measures the net, as it is then, on the new domain's dev set; None if nothing is to.
 
@@ -54,10 +51,10 @@ def early_stopping(
     if config.eval_every is None:
         return None
     source, split = _dev_split(config)
-    examples = load_examples(base, source, split)
+    examples = loader.load(source, split)
 
     def dev_error() -> float:
-        return evaluate(base, examples).main.rate
+        return evaluate(loader.base, examples).main.rate
 
     return EarlyStopping(dev_error, config.eval_every, config.patience, on_error)
 

@@ -42,6 +42,7 @@ class TerminalProgress(Listener):
             console=self.console,
         )
         self.task: TaskID | None = None
+        self.featurised: Progress | None = None
         self.beta = 0.0
         self.smooth: dict[str, float] = {}
 
@@ -52,10 +53,31 @@ class TerminalProgress(Listener):
     def __exit__(self, *_: object) -> None:
         """Stop drawing; what was drawn stays."""
         self.fitted()
+        if self.featurised:
+            self.featurised.stop()
 
     def stage(self, name: str) -> None:
         """One line a stage."""
         self.console.print(f"{name} ...", style="dim", markup=False)
+
+    def features(self, name: str, done: int, total: int) -> None:
+        """A bar for every set, in a terminal, until the set is done."""
+        if not self.console.is_terminal:
+            return
+        if self.featurised is None:
+            count = TextColumn("{task.completed}/{task.total}")
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), count)
+            self.featurised = Progress(*columns, console=self.console, transient=True)
+            self.featurised.add_task(escape(f"features of {name}"), total=total)
+            self.featurised.start()
+        self.featurised.update(TaskID(0), completed=done)
+        if done == total:
+            self.featurised.stop()
+            self.featurised = None
+
+    def note(self, text: str) -> None:
+        """One line, in another colour."""
+        self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def ready(self, config: FitConfig, num_tokens: int, num_weights: int) -> None:
         """Say what is fitted, and at which temperature."""

@@ -14,11 +14,12 @@ from blora_pyro import checkpoints, posterior
 from blora_pyro.checkpoints import replace_file, sync
 from blora_pyro.config import FitConfig
 from blora_pyro.errors import UserError
+from blora_pyro.loading import SKIPPED
 from blora_pyro.posterior import Posterior
 
 RUN, METRICS, CHECKPOINT = "run.json", "metrics.json", checkpoints.FILE
 TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
-RESULTS = (posterior.FILE, "adapter_config.json", "adapter_model.safetensors", METRICS)
+RESULTS = (posterior.FILE, "adapter_config.json", "adapter_model.safetensors", METRICS, SKIPPED)
 HALF_WRITTEN = "posterior.new"
 UNFINISHED = (CHECKPOINT, *TRANSCRIPTS.values())
 
@@ -71,7 +72,7 @@ def claim(folder: Path, overwrite: bool) -> Path:
         (folder / ".blora-pyro").touch()
         (folder / ".blora-pyro").unlink()
         left = {path.name.removesuffix(".new") for path in folder.iterdir()}
-        if state_of(folder) == FITTING and left <= {RUN, *UNFINISHED} - {CHECKPOINT}:
+        if state_of(folder) == FITTING and left <= {RUN, SKIPPED, *UNFINISHED} - {CHECKPOINT}:
             remove_files(folder, *left)
             left = set()
     except OSError as error:

@@ -17,15 +17,9 @@ from blora_pyro.fit_folders import FitFolder
 from blora_pyro.fitting import Step, fit_guide
 from blora_pyro.guides import Guide, build_guide, build_prior
 from blora_pyro.interrupts import Interrupts
+from blora_pyro.loading import Loader, load_examples
 from blora_pyro.models import POCKET, Base, BLoRA, load_base
-from blora_pyro.outcomes import (
-    NEW_DOMAIN,
-    compare,
-    early_stopping,
-    evaluation_sets,
-    load_examples,
-    measure,
-)
+from blora_pyro.outcomes import NEW_DOMAIN, compare, early_stopping, evaluation_sets, measure
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.run_folders import FINISHED, FITTING, RUN, claim, read_run, write_json
 from blora_pyro.stopping import DevError, EarlyStopping
@@ -77,6 +71,12 @@ class Listener:
 
     def stage(self, name: str) -> None:
         """A stage begins."""
+
+    def features(self, name: str, done: int, total: int) -> None:
+        """So many utterances of a set are featurised, or were found in the cache."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing, in one line."""
 
     def ready(self, config: FitConfig, num_tokens: int, num_weights: int) -> None:
         """SVI begins: the resolved configuration, N target tokens, number of adapter weights."""
@@ -169,17 +169,20 @@ def _fit(
     config = folder.config.with_prior_args()
     pyro.set_rng_seed(config.seed)
     base = load_base(config.base, config.device)
-    train = load_examples(base, config.data, "train")
+    loader = Loader(base, config, progress.features, progress.note)
+    train = loader.load(config.sources, "train")
     config = config.resolved(train.num_tokens, len(train))
-    sets = evaluation_sets(base, config) if evaluate else {}
+    sets = evaluation_sets(base, config, loader) if evaluate else {}
     fitting = folder.state == FITTING
-    stopping = early_stopping(base, config, progress.evaluated) if fitting else None
+    stopping = early_stopping(loader, config, progress.evaluated) if fitting else None
     model, guide = build(base, config)
     folder.begin(config, train.main_language, train.num_tokens, model.num_weights)
+    loader.tell(folder.list_skipped(loader.skipped))
     kept = folder.transcripts("base")
     before = measure(base, sets, lambda name: progress.stage(f"base on {name}"), kept)
     if fitting:
         about = {**config.to_json(), "tokens": train.num_tokens, "utterances": len(train)}
+        about["training_data"] = train.fingerprint
         checkpoints = Checkpoints(folder.path, about, checkpoint_every, interrupts)
         if (done := checkpoints.stored_step()) is not None:
             progress.stage(f"going on from step {done}")
@@ -267,7 +270,9 @@ def evaluate_run(
     base = load_base(config.base, device)
     if data is not None:
         config = replace(config, test=data, backward={})
-    sets = evaluation_sets(base, config)
+    loader = Loader(base, config, progress.features, progress.note)
+    sets = evaluation_sets(base, config, loader)
+    loader.tell()
     before = measure(base, sets, lambda name: progress.stage(f"base on {name}"))
     with posterior.applied(base.net):
         after = measure(base, sets, lambda name: progress.stage(f"adapted on {name}"))
@@ -311,4 +316,5 @@ def transcribe(
     posterior, about = read_run(adapter, device)
     loaded = load_base(base or about["config"].base, device)
     with posterior.applied(loaded.net):
-        return transcribe_files(loaded, audio, language or about["language"])
+        language, task = language or about["language"], about["config"].task
+        return transcribe_files(loaded, audio, language, task)

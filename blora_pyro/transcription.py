@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from blora_pyro.data import Features, featurise, prompt_ids, read_audio
+from blora_pyro.data import Features, featurise, language_code, prompt_ids, read_audio
 from blora_pyro.models import Base
 
 BATCH_SIZE = 64
@@ -39,7 +39,10 @@ def detect_languages(base: Base, features: torch.Tensor) -> list[str]:
 
 
 def transcribe_files(
-    base: Base, paths: Sequence[str | Path], language: str | None = None
+    base: Base,
+    paths: Sequence[str | Path],
+    language: str | None = None,
+    task: str = "transcribe",
 ) -> list[str]:
     """Transcripts of audio files; see `blora_pyro.runs.transcribe`."""
     window = base.feature_extractor.chunk_length
@@ -48,7 +51,7 @@ def transcribe_files(
     codes = [language] * len(rows) if language else ["en"] * len(rows)
     if not language and getattr(base.net.generation_config, "is_multilingual", False):
         codes = detect_languages(base, features)
-    prompts = [prompt_ids(base.tokenizer, code) for code in codes]
+    prompts = [prompt_ids(base.tokenizer, language_code(code), task) for code in codes]
     return transcribe_features(base, features, prompts)
 
 

@@ -23,6 +23,7 @@ from blora_pyro import checkpoints as checkpoints_module
 from blora_pyro import outcomes, runs
 from blora_pyro.checkpoints import FILE, read_checkpoint, stored_step
 from blora_pyro.errors import UserError
+from blora_pyro.loading import Loader
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs import Listener, Run, evaluate_run, fit
 
@@ -485,10 +486,10 @@ def test_a_diverging_run_says_what_is_safe(options, tmp_path):
 
 
 def test_skipped_steps_are_counted(options, tmp_path, monkeypatch):
-    load = runs.load_examples
+    load = Loader.load
 
-    def poisoned(base, source, split):
-        examples = load(base, source, split)
+    def poisoned(loader, source, split, language=None):
+        examples = load(loader, source, split, language)
         if split == "train":
             batch, calls = examples.batch, []
 
@@ -502,7 +503,7 @@ def test_skipped_steps_are_counted(options, tmp_path, monkeypatch):
             examples.batch = nan_now_and_then
         return examples
 
-    monkeypatch.setattr(runs, "load_examples", poisoned)
+    monkeypatch.setattr(Loader, "load", poisoned)
     run = fit(tmp_path / "run", **options)
     assert len(run.history) == 10
     assert read_json(tmp_path / "run" / "run.json")["skipped_steps"] == 2

@@ -428,11 +428,11 @@ def test_a_merged_run_is_a_plain_checkpoint_with_the_adapted_logits(
     WhisperTokenizer.from_pretrained(tmp_path / "merged")
     WhisperFeatureExtractor.from_pretrained(tmp_path / "merged")
     examples = load_examples(fluent_base, str(tones_folder), "test")
-    prompt = examples.prompts[0]
+    prompt, features = examples.prompts[0], examples.features[:]
     with finished_run.posterior.applied(fluent_base.net):
-        adapted = logits(fluent_base.net, examples.features, prompt)
-    torch.testing.assert_close(logits(plain, examples.features, prompt), adapted, atol=1e-4, rtol=0)
-    assert not torch.allclose(logits(fluent_base.net, examples.features, prompt), adapted, atol=0.1)
+        adapted = logits(fluent_base.net, features, prompt)
+    torch.testing.assert_close(logits(plain, features, prompt), adapted, atol=1e-4, rtol=0)
+    assert not torch.allclose(logits(fluent_base.net, features, prompt), adapted, atol=0.1)
 
 
 def test_a_merged_run_is_a_base_that_says_what_the_run_says(finished_run, tones_folder, tmp_path):

@@ -47,6 +47,17 @@ def fit(
             show_default="the six pocket languages for the pocket base",
         ),
     ] = None,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            help="Of rows that name none: de, German, or de-en for code-switched speech.",
+            show_default="none",
+        ),
+    ] = None,
+    task: Annotated[str, typer.Option(help="transcribe or translate.")] = "transcribe",
+    on_bad_row: Annotated[
+        str, typer.Option(help="stop at a row that can't be used, or skip and list it.")
+    ] = "stop",
     prior: Annotated[
         str,
         typer.Option(help="Prior family (see 'blora-pyro priors'), or the path of a .py file."),
@@ -162,6 +173,9 @@ def fit(
             "test": test,
             "dev": dev,
             "backward": None if backward is None else _names(backward),
+            "language": language,
+            "task": task,
+            "on_bad_row": on_bad_row,
             "prior": prior,
             "guide": guide,
             "beta": _beta(beta),

@@ -3,7 +3,7 @@
 from blora_pyro.data.audio import read_audio
 from blora_pyro.data.collation import IGNORED, Batch, Examples
 from blora_pyro.data.features import Features, OnNote, OnProgress, featurise
-from blora_pyro.data.languages import language_code
+from blora_pyro.data.languages import is_language, language_code
 from blora_pyro.data.manifest import read_manifest
 from blora_pyro.data.messages import BadRow, OnBadRow, stop
 from blora_pyro.data.mixtures import (
@@ -39,6 +39,7 @@ __all__ = [
     "corpus_dir",
     "describe_source",
     "featurise",
+    "is_language",
     "language_code",
     "load_mixture",
     "load_split",

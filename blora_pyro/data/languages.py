@@ -9,6 +9,16 @@ _JOINT = re.compile(r"[-_]")
 _REGION = re.compile(r"[A-Z]{2}|\d{3}|[A-Z][a-z]{3}")  # BCP 47: a region, or a script
 
 
+def is_language(text: str) -> bool:
+    """Tell whether a text names one of Whisper's languages, or several joined."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    try:
+        return all(code in LANGUAGES for code in language_code(text).split("-"))
+    except UserError:
+        return False
+
+
 @functools.cache
 def language_code(text: str) -> str:
     """Return a language, or two joined, by Whisper's codes: "de" for "German", "DE" or "de-AT".

@@ -1,0 +1,134 @@
+"""The sets of a fit as it reads them: in which language, for which task, without which rows."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from blora_pyro.config import FitConfig
+from blora_pyro.data import (
+    BadRow,
+    Examples,
+    OnNote,
+    Source,
+    as_sources,
+    describe_source,
+    load_mixture,
+)
+from blora_pyro.models import Base
+
+SKIPPED = "skipped_rows.jsonl"
+
+OnSetProgress = Callable[[str, int, int], object]  # told a set's name, utterances done, of how many
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A bad row that was left out.
+
+    Attributes:
+        source: What it was read from, as `FitConfig` names it.
+        split: Of the source.
+        origin: Where in it, such as "train.csv, line 3".
+        reason: What is wrong with it.
+    """
+
+    source: str
+    split: str
+    origin: str
+    reason: str
+
+
+class Loader:
+    """Reads the sets of one fit for its base, and keeps account of the rows that it leaves out.
+
+    Attributes:
+        skipped: The rows that were left out so far.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        config: FitConfig,
+        on_progress: OnSetProgress = lambda name, done, total: None,
+        on_note: OnNote = lambda note: None,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            base: Whose tokenizer and feature extractor are to be used.
+            config: Its language, its task, and what it does at a bad row.
+            on_progress: Told of the utterances that are featurised.
+            on_note: Told what is worth knowing.
+        """
+        self.base, self.config = base, config
+        self.on_progress, self.on_note = on_progress, on_note
+        self.skipped: list[SkippedRow] = []
+
+    def load(
+        self, source: Source | Sequence[Source], split: str, language: str | None = None
+    ) -> Examples:
+        """A split of one or more sources, featurised and tokenised.
+
+        Args:
+            source: One or more, mixed.
+            split: Of all of them.
+            language: Of rows that name none, before that of the configuration.
+
+        Raises:
+            UserError: See `load_mixture` and `Examples`.
+        """
+        sources = [describe_source(one) for one in as_sources(source)]
+
+        def on_bad(error: BadRow) -> None:
+            if self.config.on_bad_row == "stop":
+                raise error
+            self.skipped.append(
+                SkippedRow(sources[error.source], split, error.origin, error.reason)
+            )
+
+        return Examples(
+            load_mixture(source, split, on_bad),
+            self.base.feature_extractor,
+            self.base.tokenizer,
+            self.config.task,
+            self.base.net.config.max_target_positions,
+            language=language or self.config.language,
+            on_bad=on_bad,
+            on_progress=partial(self.on_progress, f"{', '.join(sources)} {split}"),
+            on_note=self.on_note,
+        )
+
+    def tell(self, where: str = "") -> None:
+        """Say in one line what was left out, if anything was.
+
+        Args:
+            where: The list of it is.
+        """
+        if not self.skipped:
+            return
+        counts = Counter(f"{row.source} {row.split}" for row in self.skipped)
+        sets = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        first = self.skipped[0]
+        listed = f", listed in {where}" if where else ""
+        self.on_note(
+            f"bad rows left out: {sets}{listed}; the first: {first.origin}: {first.reason}"
+        )
+
+
+def load_examples(
+    base: Base, source: Source | Sequence[Source], split: str, **options: Any
+) -> Examples:
+    """A split of one or more sources, featurised and tokenised for `base`.
+
+    Args:
+        base: Whose tokenizer and feature extractor are to be used.
+        source: One or more, mixed.
+        split: Of all of them.
+        **options: `language`, `task` and `on_bad_row` of `FitConfig`.
+
+    Raises:
+        UserError: See `Loader.load` and `FitConfig`.
+    """
+    return Loader(base, FitConfig(base=base.name, **options)).load(source, split)
