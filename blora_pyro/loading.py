@@ -6,16 +6,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from datasets import Dataset
+
 from blora_pyro.config import FitConfig
 from blora_pyro.data import (
     BadRow,
     Examples,
+    OnBadRow,
     OnNote,
     Source,
+    all_bad,
     as_sources,
     describe_source,
     load_mixture,
 )
+from blora_pyro.errors import UserError
+from blora_pyro.metrics import words
 from blora_pyro.models import Base
 
 SKIPPED = "skipped_rows.jsonl"
@@ -88,8 +94,11 @@ class Loader:
                 SkippedRow(sources[error.source], split, error.origin, error.reason)
             )
 
+        dataset = load_mixture(source, split, on_bad)
+        if split != "train":  # which is not scored
+            dataset = without_bad_tags(dataset, on_bad)
         return Examples(
-            load_mixture(source, split, on_bad),
+            dataset,
             self.base.feature_extractor,
             self.base.tokenizer,
             self.config.task,
@@ -115,6 +124,40 @@ class Loader:
         self.on_note(
             f"bad rows left out: {sets}{listed}; the first: {first.origin}: {first.reason}"
         )
+
+
+def check_tags(text: str, word_languages: Sequence[str]) -> None:
+    """Refuse languages of words that are not one for each word, nor none.
+
+    Raises:
+        UserError: With the two numbers.
+    """
+    if word_languages and (count := len(words(text))) != len(word_languages):
+        raise UserError(
+            f"{text[:40]!r} has {count} words but {len(word_languages)} word_languages; "
+            "give one for each word"
+        )
+
+
+def without_bad_tags(dataset: Dataset, on_bad: OnBadRow) -> Dataset:
+    """The rows whose words can be scored by their languages, known before anything is fitted.
+
+    Raises:
+        UserError: By `on_bad`, or if none is left.
+    """
+    rows = dataset.select_columns(["text", "word_languages", "origin", "source"])
+    good, bad = [], []
+    for number, row in enumerate(rows):
+        try:
+            check_tags(row["text"], row["word_languages"])
+        except UserError as error:
+            bad.append(BadRow(row["origin"], str(error), row["source"]))
+            on_bad(bad[-1])
+        else:
+            good.append(number)
+    if bad and not good:
+        raise UserError(all_bad(bad))
+    return dataset if len(good) == len(dataset) else dataset.select(good)
 
 
 def load_examples(

@@ -42,7 +42,7 @@ class TerminalProgress(Listener):
             console=self.console,
         )
         self.task: TaskID | None = None
-        self.featurised: Progress | None = None
+        self.counting: Progress | None = None
         self.beta = 0.0
         self.smooth: dict[str, float] = {}
 
@@ -53,27 +53,35 @@ class TerminalProgress(Listener):
     def __exit__(self, *_: object) -> None:
         """Stop drawing; what was drawn stays."""
         self.fitted()
-        if self.featurised:
-            self.featurised.stop()
+        if self.counting:
+            self.counting.stop()
 
     def stage(self, name: str) -> None:
         """One line a stage."""
         self.console.print(f"{name} ...", style="dim", markup=False)
 
     def features(self, name: str, done: int, total: int) -> None:
-        """A bar for every set, in a terminal, until the set is done."""
+        """A bar for every set that is featurised."""
+        self._count(f"features of {name}", done, total)
+
+    def heard(self, name: str, done: int, total: int) -> None:
+        """A bar for every set that is listened to."""
+        self._count(f"listening to {name}", done, total)
+
+    def _count(self, what: str, done: int, total: int) -> None:
+        """A bar that goes when all is done; in a terminal only."""
         if not self.console.is_terminal:
             return
-        if self.featurised is None:
+        if self.counting is None:
             count = TextColumn("{task.completed}/{task.total}")
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), count)
-            self.featurised = Progress(*columns, console=self.console, transient=True)
-            self.featurised.add_task(escape(f"features of {name}"), total=total)
-            self.featurised.start()
-        self.featurised.update(TaskID(0), completed=done)
+            self.counting = Progress(*columns, console=self.console, transient=True)
+            self.counting.add_task(escape(what), total=total)
+            self.counting.start()
+        self.counting.update(TaskID(0), completed=done)
         if done == total:
-            self.featurised.stop()
-            self.featurised = None
+            self.counting.stop()
+            self.counting = None
 
     def note(self, text: str) -> None:
         """One line, in another colour."""

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from blora_pyro import __version__
+from blora_pyro.cli.data import data
 from blora_pyro.cli.fit import fit
 from blora_pyro.cli.runs import diagnose, evaluate, merge, priors, prune
 from blora_pyro.cli.transcribe import transcribe
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 for command in (fit, evaluate, diagnose, prune, priors, transcribe, merge):
     app.command()(command)
+app.add_typer(data, name="data")
 
 
 def _version(wanted: bool) -> None:

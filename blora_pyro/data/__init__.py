@@ -1,11 +1,11 @@
 """Manifests, audio, features, prompts and batches, and the built-in pocket corpora."""
 
-from blora_pyro.data.audio import read_audio
+from blora_pyro.data.audio import SAMPLING_RATE, AudioHeader, read_audio, read_header
 from blora_pyro.data.collation import IGNORED, Batch, Examples
-from blora_pyro.data.features import Features, OnNote, OnProgress, featurise
+from blora_pyro.data.features import Digests, Features, OnNote, OnProgress, featurise, usable_cores
 from blora_pyro.data.languages import is_language, language_code
 from blora_pyro.data.manifest import read_manifest
-from blora_pyro.data.messages import BadRow, OnBadRow, stop
+from blora_pyro.data.messages import BadRow, OnBadRow, all_bad, stop
 from blora_pyro.data.mixtures import (
     as_sources,
     batch_indices,
@@ -23,9 +23,12 @@ __all__ = [
     "LANGUAGES",
     "MODEL_DIR",
     "POCKET_DIR",
+    "SAMPLING_RATE",
     "TASKS",
+    "AudioHeader",
     "BadRow",
     "Batch",
+    "Digests",
     "Encoder",
     "Examples",
     "Features",
@@ -33,6 +36,7 @@ __all__ = [
     "OnNote",
     "OnProgress",
     "Source",
+    "all_bad",
     "as_sources",
     "batch_indices",
     "check_weights",
@@ -46,8 +50,10 @@ __all__ = [
     "named_sources",
     "prompt_ids",
     "read_audio",
+    "read_header",
     "read_manifest",
     "split_names",
     "stop",
     "text_ids",
+    "usable_cores",
 ]

@@ -1,7 +1,9 @@
 """Audio files and arrays as Whisper hears them: one channel, 16 kHz."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,25 @@ def read_audio(
     return wave
 
 
+@dataclass(frozen=True)
+class AudioHeader:
+    """What a file says of itself: sampling rate in Hz, channels, length in seconds."""
+
+    sampling_rate: int
+    channels: int
+    seconds: float
+
+
+def read_header(audio: Mapping[str, Any]) -> AudioHeader:
+    """Read what a file, {"path", "bytes"}, says of itself; nothing of it is decoded.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    with _opened(audio) as sound:
+        return AudioHeader(sound.samplerate, sound.channels, sound.frames / sound.samplerate)
+
+
 def audio_name(audio: Mapping[str, Any]) -> str:
     """Return what messages call this audio: its path, else "audio without a path"."""
     return printable(audio.get("path") or "audio without a path")
@@ -102,6 +123,23 @@ def _decode(
     max_seconds: float | None,
 ) -> tuple[Wave, int]:
     """Return a segment's samples, the channels averaged, and their rate in Hz."""
+    with _opened(audio) as sound:
+        rate = sound.samplerate
+        seconds = sound.frames / rate
+        first, count = _segment(name, seconds, rate, start, end, max_seconds)
+        wave = _read_frames(sound, first, count)
+    if len(wave) < count - CUT_OFF * rate:
+        raise UserError(
+            f"{name} is cut off {(count - len(wave)) / rate:.2f} s before the end of the "
+            f"{seconds:.2f} s that it should last; write it anew"
+        )
+    return wave, rate
+
+
+@contextmanager
+def _opened(audio: Mapping[str, Any]) -> Iterator[soundfile.SoundFile]:
+    """A file, {"path", "bytes"}; what goes wrong with it in here is a `UserError`."""
+    name = audio_name(audio)
     data: Any = audio.get("bytes")
     path: Any = audio.get("path")
     if data is None and path is None:
@@ -112,19 +150,10 @@ def _decode(
             io.BytesIO(data) if data is not None else open(path, "rb") as file,
             soundfile.SoundFile(file) as sound,
         ):
-            rate = sound.samplerate
-            seconds = sound.frames / rate
-            first, count = _segment(name, seconds, rate, start, end, max_seconds)
-            wave = _read_frames(sound, first, count)
+            yield sound
     # RuntimeError is libsndfile's; the others: a path that cannot be.
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"cannot read {name} as wav, flac, ogg or mp3: {reason(error)}") from error
-    if len(wave) < count - CUT_OFF * rate:
-        raise UserError(
-            f"{name} is cut off {(count - len(wave)) / rate:.2f} s before the end of the "
-            f"{seconds:.2f} s that it should last; write it anew"
-        )
-    return wave, rate
 
 
 def _segment(

@@ -54,6 +54,8 @@ class Examples:
         texts: the n transcripts.
         languages: the n languages by their codes, "de" or "de-en".
         word_languages: n lists of language codes, one for each token of the text, or empty.
+        origins: n places in what was read, such as "corpus/test.csv, line 7".
+        audio_paths: n paths of audio files, None where a row's audio has none.
         sources: n places, each of the row's source in a mixture; 0 without one.
         prompts: n lists of token ids, the decoder's prompts.
         targets: n lists of token ids, text and end token; the prompts are never targets.
@@ -117,6 +119,8 @@ class Examples:
         self.texts: list[str] = [row.text for row in rows]
         self.languages: list[str] = [row.language for row in rows]
         self.word_languages: list[list[str]] = [row.word_languages for row in rows]
+        self.origins: list[str] = [row.origin for row in rows]
+        self.audio_paths: list[str | None] = [row.audio_path for row in rows]
         self.sources: list[int] = [row.source for row in rows]
         self.prompts: list[list[int]] = [row.prompt for row in rows]
         self.targets: list[list[int]] = [row.target for row in rows]
@@ -157,6 +161,8 @@ class _Encoded:
     text: str
     language: str
     word_languages: list[str]
+    origin: str
+    audio_path: str | None
     source: int
     prompt: list[int]
     target: list[int]
@@ -165,17 +171,26 @@ class _Encoded:
 def _encode(dataset: Dataset, encoder: Encoder, on_bad: OnBadRow) -> dict[int, _Encoded]:
     """Return the good rows by their numbers."""
     encoded = {}
-    for number, row in enumerate(dataset.remove_columns("audio")):
-        text, tags, place = row["text"], row["word_languages"], row.get("source", 0)
+    rows = zip(dataset.remove_columns("audio"), _audio_paths(dataset), strict=True)
+    for number, (row, path) in enumerate(rows):
+        text, origin, place = row["text"], row["origin"], row.get("source", 0)
         try:
-            with located(row["origin"]):
+            with located(origin):
                 language, prompt, target = encoder.encode(text, row["language"])
-                tags = [language_code(tag) for tag in tags]
-                encoded[number] = _Encoded(text, language, tags, place, prompt, target)
+                tags = [language_code(tag) for tag in row["word_languages"]]
         except BadRow as error:
             error.source = place
             on_bad(error)
+        else:
+            one = _Encoded(text, language, tags, origin, path, place, prompt, target)
+            encoded[number] = one
     return encoded
+
+
+def _audio_paths(dataset: Dataset) -> list[str | None]:
+    """Return the paths of all audio, without the bytes that may lie beside them."""
+    column = dataset.with_format("arrow")["audio"][:]
+    return [path for chunk in column.chunks for path in chunk.field("path").to_pylist()]
 
 
 def _check_left(bad: Sequence[BadRow], sources: Sequence[int]) -> None:

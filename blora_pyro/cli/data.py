@@ -1,0 +1,52 @@
+"""`blora-pyro data`."""
+
+from typing import Annotated
+
+import typer
+
+from blora_pyro.cli.common import Json, one_line_errors, print_json
+
+data = typer.Typer(help="Look at data.", no_args_is_help=True)
+
+
+@data.callback()
+def main() -> None:
+    """Look at data."""
+
+
+@data.command()
+def check(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="What fit takes as --data: a folder, a manifest, de-en, ..."
+        ),
+    ],
+    base: Annotated[
+        str, typer.Option(help="The base model to fit; its tokenizer and window count.")
+    ] = "pocket",
+    split: Annotated[
+        str | None, typer.Option(help="One split.", show_default="all that there are")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Of rows that name none.", show_default="none")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look through data before a fit: lengths, languages, bad rows, duplicates.
+
+    Exit code 1 if a fit would refuse a row, 2 if a source can't be read at all.
+    """
+    with one_line_errors():
+        from blora_pyro.check_report import check_tables
+        from blora_pyro.checking import check_data
+        from blora_pyro.report import TerminalProgress, print_tables
+
+        with TerminalProgress() as progress:
+            found = check_data(sources, base, split, language, progress.heard)
+        if as_json:
+            print_json(found.to_json())
+        else:
+            print_tables(check_tables(found))
+        if found.refused:
+            raise typer.Exit(1)
