@@ -166,12 +166,11 @@ def _look(
     """Yield the kinds of what is wrong with a row for itself, and the messages."""
     if recording.error:
         yield "audio", recording.error
-    if row["text"].strip():
-        try:
-            encoder.encode(row["text"], row["language"])
-        except UserError as error:
-            yield "transcript", str(error)
-    else:
+    try:
+        encoder.encode(row["text"], row["language"])
+    except UserError as error:
+        yield "transcript", str(error)
+    if not row["text"].strip():
         yield "empty text", "it will be learned that nothing is said"
     try:
         check_tags(row["text"], row["word_languages"])

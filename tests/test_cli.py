@@ -9,12 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 import blora_pyro
-from blora_pyro import diagnosis, runs
+from blora_pyro import checking, diagnosis, runs
 from blora_pyro.cli import app
 from blora_pyro.errors import UserError
+from blora_pyro.findings import DataCheck
 from blora_pyro.guides import FAMILIES
 
-COMMANDS = ("fit", "evaluate", "diagnose", "priors", "transcribe", "merge")
+COMMANDS = ("fit", "evaluate", "diagnose", "priors", "transcribe", "merge", "data")
 
 
 def run(*arguments):
@@ -480,7 +481,32 @@ def test_an_unknown_device_is_refused_in_one_line(
 # ---- the command line itself
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_data_check_exits_with_1_if_a_fit_would_refuse(fluent_folder, tones_folder, tmp_path):
+    base = ("--base", fluent_folder)
+    out = well("data", "check", tones_folder, tones_folder / "de.jsonl", *base)
+    assert "a fit would take every row" in out
+    (tmp_path / "train.jsonl").write_text("?", encoding="utf-8")
+    result = run("data", "check", tmp_path, *base)
+    assert result.exit_code == 1 and "not JSON: '?'" in result.stdout
+    result = run("data", "check", tmp_path, "--json", *base)
+    assert result.exit_code == 1 and parsed(result.stdout)["sets"][0]["refused"] == {"row": 1}
+    assert "no data at" in complaint(run("data", "check", tmp_path / "gone", *base))
+    assert "no dev.jsonl" in complaint(run("data", "check", tmp_path, "--split", "dev", *base))
+
+
+def test_data_check_hands_every_option_on(monkeypatch):
+    seen = []
+
+    def check(*arguments):
+        seen.append(arguments)
+        return DataCheck("b", 30, [])
+
+    monkeypatch.setattr(checking, "check_data", check)
+    well("data", "check", "x", "y", "--base", "b", "--split", "s", "--language", "German")
+    assert seen[0][:4] == (["x", "y"], "b", "s", "German")
+
+
+@pytest.mark.parametrize("command", [[], ["data", "check"], *([name] for name in COMMANDS)])
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_every_command_has_help(command, flag):
     out = well(*command, flag)
@@ -531,7 +557,7 @@ def test_help_and_version_load_no_heavy_library():
 import sys
 from typer.testing import CliRunner
 from blora_pyro.cli import app
-for arguments in (["--help"], ["fit", "--help"], ["diagnose", "-h"], ["--version"]):
+for arguments in (["--help"], ["fit", "--help"], ["data", "check", "-h"], ["--version"]):
     assert CliRunner().invoke(app, arguments).exit_code == 0
 heavy = {"torch", "transformers", "pyro", "peft", "datasets", "numpy", "jiwer"}
 heavy |= {"arviz", "matplotlib"}

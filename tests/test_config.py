@@ -110,9 +110,27 @@ def test_sources_that_cannot_be_are_refused(options, message):
         FitConfig(**options)
 
 
+def test_languages_are_normalised():
+    assert FitConfig(language="German-English").language == "de-en"
+    assert FitConfig().language is None
+
+
 def test_a_tenth_of_the_steps_warms_up_unless_told():
     assert FitConfig(epochs=3, batch_size=5).resolved(10, 200).warmup_steps == 12
     assert FitConfig(warmup_steps=0).resolved(10, 200).warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"language": "pt-BR"}, "'pt-BR' may be pt of a region"),
+        ({"task": "sing"}, "task is 'sing'; give transcribe or translate"),
+        ({"on_bad_row": "ignore"}, "on_bad_row is 'ignore'; give stop or skip"),
+    ],
+)
+def test_languages_tasks_and_bad_rows_that_cannot_be_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        FitConfig(**options)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ class FeatureCache:
             try:
                 self._write(self.folder / name, keys, block)
                 block = _map(self.folder / name)
-            except (OSError, *_DAMAGED) as error:
+            except (OSError, SafetensorError) as error:
                 self._give_up(error)
         return {key: (block, row) for row, key in enumerate(keys)}
 

@@ -8,7 +8,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blora_pyro.data.audio import read_audio
+from blora_pyro.data.audio import read_audio, read_header
 from blora_pyro.errors import UserError
 
 
@@ -238,3 +238,13 @@ def test_damaged_files(kind, edits):
         place = edits.draw(st.integers(0, 120) | st.integers(0, len(data) - 1))
         data[min(place, len(data) - 1)] = edits.draw(st.integers(0, 255))
     read_or_refuse(bytes(data))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_headers(kind):
+    data, rate = encoded(kind, seconds=2.0)
+    header = read_header({"bytes": data, "path": None})
+    assert (header.sampling_rate, header.channels) == (rate, 2)
+    assert header.seconds == pytest.approx(2.0, abs=0.1)
+    with pytest.raises(UserError, match="cannot read x as wav"):
+        read_header({"bytes": b"noise", "path": "x"})

@@ -6,6 +6,7 @@ import torch
 from blora_pyro.data.audio import read_audio
 from blora_pyro.data.collation import Batch, Examples
 from blora_pyro.data.manifest import read_manifest
+from blora_pyro.data.messages import BadRow
 from blora_pyro.data.prompts import text_ids
 from blora_pyro.errors import UserError
 
@@ -151,3 +152,70 @@ def test_bad_audio_is_told_by_file_and_row(
         Examples(read_manifest(path), extractor, tokenizer)
     message = str(caught.value)
     assert message.startswith(f"{path}, line 2: ") and gist in message
+
+
+# ---- languages and tasks
+
+
+def test_languages_are_normalised_and_those_that_are_missing_filled_in(
+    dataset, extractor, tokenizer
+):
+    rows = [{"text": "x"}, {"text": "x", "language": "GERMAN"}, {"text": "x", "language": "en-DE"}]
+    rows[2] = {**rows[2], "language": "English-German", "word_languages": ["English"]}
+    examples = Examples(dataset(rows), extractor, tokenizer, "translate", language="Spanish")
+    assert examples.languages == ["es", "de", "en-de"]
+    assert examples.word_languages == [[], [], ["en"]]
+    names = [tokenizer.convert_ids_to_tokens(prompt)[1:-2] for prompt in examples.prompts]
+    assert names == [["<|es|>"], ["<|de|>"], ["<|en|>", "<|de|>"]]
+    assert all("<|translate|>" in tokenizer.decode(prompt) for prompt in examples.prompts)
+    with pytest.raises(UserError, match=r"line 1: no language given"):
+        Examples(dataset(rows), extractor, tokenizer)
+
+
+# ---- bad rows left out
+
+
+@pytest.fixture
+def mixed(dataset, tmp_path):
+    """Good, of an unknown language, with bad audio, too long, good."""
+    texts = [("a", "de"), ("b", "klingon"), ("c", "de"), ("d" * 90_000, "de"), ("e", "en")]
+    rows = dataset([{"text": text, "language": language} for text, language in texts])
+    (tmp_path / "2.wav").write_bytes(b"noise")
+    return rows.add_column("source", [0, 0, 1, 1, 1])
+
+
+def test_bad_rows_are_left_out_of_everything(mixed, extractor, tokenizer):
+    bad: list[BadRow] = []
+    examples = Examples(mixed, extractor, tokenizer, on_bad=bad.append)
+    good = Examples(mixed.select([0, 4]), extractor, tokenizer)
+    assert [error.origin[-6:] for error in bad] == ["line 2", "line 4", "line 3"]
+    assert [error.source for error in bad] == [0, 1, 1]
+    names = ("texts", "languages", "word_languages", "sources", "prompts", "targets", "origins")
+    for name in (*names, "audio_paths", "num_tokens", "fingerprint"):
+        assert getattr(examples, name) == getattr(good, name)
+    assert examples.texts == ["a", "e"] and examples.sources == [0, 1]
+    assert [origin[-6:] for origin in examples.origins] == ["line 1", "line 5"]
+    assert [path[-5:] for path in examples.audio_paths] == ["0.wav", "4.wav"]
+    assert torch.equal(examples.features[:], good.features[:])
+    with pytest.raises(BadRow, match="line 2: the tokenizer does not know"):
+        Examples(mixed, extractor, tokenizer)
+
+
+def test_a_source_with_nothing_but_bad_rows_is_refused(mixed, extractor, tokenizer):
+    with pytest.raises(UserError, match=r"all rows are bad \(2\); the first: .*line 4: the text"):
+        Examples(mixed.select([0, 2, 3]), extractor, tokenizer, on_bad=[].append)
+
+
+def test_the_fingerprint_changes_with_the_data_alone(dataset, extractor, tokenizer, speak):
+    def fingerprint(rows=ROWS, **options):
+        return Examples(dataset(rows), extractor, tokenizer, **options).fingerprint
+
+    known = fingerprint()
+    assert fingerprint() == fingerprint(cache=False) == known
+    assert fingerprint(ROWS[::-1]) != known
+    assert fingerprint([{**ROWS[0], "text": "das haus"}, *ROWS[1:]]) != known
+    assert fingerprint([{**ROWS[0], "language": "en"}, *ROWS[1:]]) != known
+    assert fingerprint([{**ROWS[0], "end": 0.4}, *ROWS[1:]]) != known
+    rows = dataset(ROWS)
+    speak("1.wav", 0.7)
+    assert Examples(rows, extractor, tokenizer).fingerprint != known

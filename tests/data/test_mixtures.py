@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blora_pyro.data import load_split
+from blora_pyro.data.messages import BadRow
 from blora_pyro.data.mixtures import as_sources, batch_indices, load_mixture, named_sources
 from blora_pyro.data.sources import describe_source, split_names
 from blora_pyro.errors import UserError
@@ -125,3 +126,16 @@ def test_objects_are_described_and_their_description_is_no_source():
     for use in (split_names, lambda source: load_split(source, "train")):
         with pytest.raises(UserError, match=r"were an object from Python, <DatasetDict .*again"):
             use(text)
+
+
+def test_bad_rows_know_their_source_and_all_bad_is_refused(manifest, speak):
+    good = {"audio": str(speak("a.wav")), "text": "x"}
+    one = manifest(good, "?", name="one.jsonl")
+    two = manifest({"text": "y"}, good, good, name="two.jsonl")
+    bad: list[BadRow] = []
+    mixed = load_mixture((one, two), "train", bad.append)
+    assert mixed["source"][:] == [0, 1, 1]
+    assert [(error.source, error.origin[-6:]) for error in bad] == [(0, "line 2"), (1, "line 1")]
+    worst = manifest("?", "!", name="worst.jsonl")
+    with pytest.raises(UserError, match=r"worst.jsonl, train: all rows are bad \(2\).*line 1: not"):
+        load_mixture((one, worst), "train", bad.append)

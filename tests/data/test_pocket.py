@@ -32,3 +32,12 @@ def test_errors_say_what_to_do():
         pocket.corpus_dir("de")
     with pytest.raises(UserError, match=r"'\.\./de'; choose from de-en, es-en, zh-en, en, de"):
         pocket.corpus_dir("../de")
+
+
+def test_no_cache_where_it_is_switched_off_or_there_is_no_home(monkeypatch):
+    monkeypatch.setenv("BLORA_PYRO_CACHE", "")
+    assert pocket.cache_dir() is None
+    with pytest.raises(UserError, match=r"'de' is not in .*shipped; make it"):
+        pocket.corpus_dir("de")
+    monkeypatch.setenv("BLORA_PYRO_CACHE", "~nobody-of-that-name/x")
+    assert pocket.cache_dir() is None

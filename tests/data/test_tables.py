@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blora_pyro.data import Examples, read_audio, tables
+from blora_pyro.data.messages import BadRow, Unreadable
 from blora_pyro.data.sources import load_split, split_names
 from blora_pyro.errors import UserError
 
@@ -145,6 +146,29 @@ def test_bad_rows(rows, gist, stream):
     with pytest.raises(UserError) as caught:
         load_split(table, "train")
     assert gist in str(caught.value) and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_rows_are_left_out(forms, stream):
+    texts = ["x", None, "y", None]
+    rows = [{"audio": forms["bytes"], "text": text, **EXTRAS} for text in texts]
+    table = (
+        IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
+    )
+    bad: list[BadRow] = []
+    check(load_split(table, "train", bad.append))
+    assert [error.origin for error in bad] == ["the data set, row 1", "the data set, row 3"]
+    table = table.filter(lambda row: row["text"] is None)
+    assert len(load_split(table, "train", bad.append)) == 0
+
+
+def test_a_stream_that_breaks_is_not_cut_short(forms):
+    def rows():
+        yield {"audio": forms["bytes"], "text": "x"}
+        raise ConnectionError("gone")
+
+    with pytest.raises(Unreadable, match="row 1: cannot be read: gone"):
+        load_split(IterableDataset.from_generator(rows), "train", [].append)
 
 
 @pytest.mark.parametrize("audio", [None, {"path": None, "bytes": None}, {"path": "gone.wav"}])

@@ -1,0 +1,299 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from datasets import Dataset
+from transformers import WhisperFeatureExtractor
+
+from blora_pyro.data import features as module
+from blora_pyro.data.audio import read_audio
+from blora_pyro.data.features import (
+    Features,
+    feature_settings,
+    featurise,
+    load_features,
+    log_mels,
+    usable_cores,
+)
+from blora_pyro.data.manifest import read_manifest
+from blora_pyro.data.messages import BadRow
+from blora_pyro.errors import UserError
+
+
+@pytest.fixture(scope="session")
+def window() -> WhisperFeatureExtractor:
+    return WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+
+
+@pytest.fixture
+def noises(tmp_path, manifest):
+    """A manifest of n different recordings."""
+
+    def write(n, seed=0):
+        rng = np.random.default_rng(seed)
+        for row in range(n):
+            wave = 0.1 * rng.standard_normal(int(rng.integers(1_000, 12_000)))
+            soundfile.write(tmp_path / f"{row}.wav", wave, 16_000)
+        rows = [{"audio": f"{row}.wav", "text": "x"} for row in range(n)]
+        return read_manifest(manifest(*rows))
+
+    return write
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The lengths of what was featurised, not found."""
+    lengths = []
+
+    def watched(wave, feature_extractor):
+        lengths.append(len(wave))
+        return log_mels(wave, feature_extractor)
+
+    monkeypatch.setattr(module, "log_mels", watched)
+    return lengths
+
+
+# ---- as good as a tensor
+
+
+def test_indexing_is_that_of_a_tensor():
+    blocks = torch.randn(3, 2, 4).half(), torch.randn(2, 2, 4).half()
+    places = [(blocks[0], 2), (blocks[1], 0), (blocks[0], 0), (blocks[1], 1)]
+    whole = torch.stack([block[row] for block, row in places])
+    features = Features(places, (2, 4))
+    assert features.shape == whole.shape and len(features) == 4
+    for chosen in (0, -1, [3, 0, 0], [-1], (1, 2), range(1, 3), slice(None), slice(1, 9), slice(0)):
+        expected = whole[list(chosen) if isinstance(chosen, range | tuple) else chosen]
+        assert torch.equal(features[chosen], expected)
+    assert features[[]].shape == (0, 2, 4) and features[[]].dtype == torch.float16
+    with pytest.raises(IndexError):
+        features[4]
+
+
+def test_utterances_alone_are_as_in_a_batch(window):
+    waves = [np.sin(np.arange(n) / 9).astype(np.float32) for n in (500, 16_000, 9_000)]
+    batch = window(waves, sampling_rate=16_000, return_tensors="pt")["input_features"].half()
+    assert torch.equal(featurise([("", wave) for wave in waves], window), batch)
+    with pytest.raises(UserError, match=r"a lasts 1\.00 s, but the model hears 1 s"):
+        featurise([("a", np.zeros(16_001, np.float32))], window)
+
+
+# ---- the cache
+
+
+def test_each_is_computed_once_and_the_same(noises, window, computed, monkeypatch):
+    monkeypatch.setattr(module, "SHARD", 4)
+    dataset, seen = noises(11), []
+    plain, contents = load_features(dataset, window, cache=False, workers=1)
+    assert len(computed) == 11
+    for workers in (None, 3):
+        cached, same = load_features(
+            dataset, window, workers=workers, on_progress=lambda *now: seen.append(now)
+        )
+        assert torch.equal(cached[:], plain[:]) and same == contents
+    assert len(computed) == 22
+    assert seen == [(4, 11), (8, 11), (11, 11)] * 2
+    part, _ = load_features(dataset.select([7, 2]), window)
+    assert torch.equal(part[:], plain[[7, 2]])
+    assert len(computed) == 22
+    wave = read_audio(dataset[3]["audio"])
+    assert torch.equal(plain[3], log_mels(wave, window))
+
+
+def test_one_recording_in_many_rows_is_computed_once(noises, window, computed, monkeypatch):
+    monkeypatch.setattr(module, "SHARD", 2)
+    dataset = noises(3).select([0, 0, 1, 0, 2, 1])
+    features, contents = load_features(dataset, window, cache=False)
+    assert len(computed) == 3
+    assert torch.equal(features[[0, 2]], features[[3, 5]])
+    assert len(set(contents.values())) == 3
+
+
+def test_a_changed_file_is_computed_anew_though_its_time_and_size_are_the_same(
+    noises, window, tmp_path
+):
+    dataset = noises(2)
+    before, contents = load_features(dataset, window)
+    about = (tmp_path / "1.wav").stat()
+    wave, rate = soundfile.read(tmp_path / "1.wav")
+    soundfile.write(tmp_path / "1.wav", wave[::-1], rate)
+    os.utime(tmp_path / "1.wav", ns=(about.st_atime_ns, about.st_mtime_ns))
+    changed = (tmp_path / "1.wav").stat()
+    assert (changed.st_size, changed.st_mtime_ns) == (about.st_size, about.st_mtime_ns)
+    after, others = load_features(dataset, window)
+    assert torch.equal(after[:], load_features(dataset, window, cache=False)[0][:])
+    assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+    assert others[0] == contents[0] and others[1] != contents[1]
+
+
+def test_a_moved_file_and_its_bytes_are_the_same(noises, window, tmp_path, computed):
+    dataset = noises(1)
+    before, _ = load_features(dataset, window)
+    row = {**dataset[0], "audio": {"path": "x", "bytes": (tmp_path / "0.wav").read_bytes()}}
+    after, _ = load_features(Dataset.from_list([row]), window)
+    assert len(computed) == 1 and torch.equal(before[:], after[:])
+
+
+def test_segments_are_apart(noises, window, computed):
+    row = noises(1)[0]
+    parts = [
+        {"start": None, "end": None},
+        {"start": 0.01, "end": None},
+        {"start": 0.0, "end": 0.05},
+    ]
+    segments = Dataset.from_list([{**row, **part, "text": "x"} for part in parts])
+    for _ in range(2):
+        features, contents = load_features(segments, window)
+        assert len(computed) == 3 and len(set(contents.values())) == 3
+        assert not torch.equal(features[0], features[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"feature_size": 10},
+        {"hop_length": 80},
+        {"n_fft": 200},
+        {"padding_value": 0.1},
+        {"chunk_length": 2},
+    ],
+)
+def test_other_settings_are_others(noises, window, change):
+    other = WhisperFeatureExtractor(**{"feature_size": 8, "chunk_length": 1, **change})
+    assert feature_settings(other) != feature_settings(window)
+    dataset = noises(1)
+    load_features(dataset, window)
+    plain, _ = load_features(dataset, other, cache=False)
+    assert torch.equal(load_features(dataset, other)[0][:], plain[:])
+
+
+def test_other_filters_code_and_libraries_are_others(window, monkeypatch, tmp_path):
+    known = {feature_settings(window)}
+    other = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    assert feature_settings(other) in known
+    other.mel_filters = other.mel_filters * 2
+    known.add(feature_settings(other))
+    for library in (module.np, module.soundfile, module.soxr, module.torch, module.transformers):
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "__version__", "0")
+            known.add(feature_settings(window))
+    (tmp_path / "code.py").write_text("another")
+    monkeypatch.setattr(module, "_CODE", (tmp_path / "code.py",))
+    known.add(feature_settings(window))
+    assert len(known) == 8
+
+
+def test_what_depends_on_chance_or_unknown_code_is_not_cached(noises, window, cache_dir):
+    class Own(WhisperFeatureExtractor):
+        pass
+
+    dataset = noises(1).select([0, 0])
+    for extractor in (
+        WhisperFeatureExtractor(feature_size=8, chunk_length=1, dither=0.1),
+        Own(feature_size=8, chunk_length=1),
+    ):
+        assert feature_settings(extractor) is None
+        features, _ = load_features(dataset, extractor)
+        assert torch.equal(features[0], features[1]) == (extractor.dither == 0)
+    assert not cache_dir.exists()
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_features(noises, window, monkeypatch):
+    dataset, notes = noises(3), []
+    monkeypatch.setattr(module, "SHARD", 1)
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError(28, "full")))
+    features, _ = load_features(dataset, window, on_note=notes.append)
+    assert torch.equal(features[:], load_features(dataset, window, cache=False)[0][:])
+    assert len(notes) == 1
+
+
+# ---- bad rows
+
+
+def test_bad_audio_is_told_in_its_order_or_left_out(noises, window, tmp_path, monkeypatch):
+    dataset = noises(5)
+    (tmp_path / "1.wav").write_bytes(b"noise")
+    (tmp_path / "3.wav").unlink()
+    monkeypatch.setattr(module, "SHARD", 2)
+    with pytest.raises(BadRow, match=r"train.jsonl, line 2: cannot read .*1\.wav"):
+        load_features(dataset, window)
+    for _ in range(2):
+        bad: list[BadRow] = []
+        features, contents = load_features(dataset, window, on_bad=bad.append)
+        assert [error.origin[-6:] for error in bad] == ["line 2", "line 4"]
+        assert list(contents) == [0, 2, 4]
+        good, _ = load_features(dataset.select([0, 2, 4]), window, cache=False)
+        assert torch.equal(features[:], good[:])
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(noises, window, monkeypatch, cache_dir):
+    dataset = noises(1)
+
+    def late(audio, **options):
+        wave = read_audio(audio, **options)
+        os.utime(audio["path"], (0, 0))
+        return wave
+
+    monkeypatch.setattr(module, "read_audio", late)
+    with pytest.raises(BadRow, match=r"0\.wav was changed while it was read; start again"):
+        load_features(dataset, window)
+    assert not cache_dir.exists()
+
+
+# ---- threads
+
+
+def test_torch_keeps_its_number_of_threads(noises, window):
+    torch.set_num_threads(2)
+    try:
+        load_features(noises(2), window, workers=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert usable_cores() >= 1
+
+
+# ---- real processes, killed
+
+# Forks six times, and kills each child a little later than the one before.
+SERVER = """
+import os, signal, sys, time
+from transformers import WhisperFeatureExtractor
+from blora_pyro.data import features
+from blora_pyro.data.manifest import read_manifest
+
+features.SHARD = 2
+dataset = read_manifest(sys.argv[1])
+window = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+for number in range(6):
+    there, here = os.pipe()
+    child = os.fork()
+    if not child:
+        features.load_features(dataset, window, on_progress=lambda *now: os.write(here, b"."))
+        os._exit(0)
+    os.read(there, 1)  # two are done
+    time.sleep(0.002 * number)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_killed_processes_leave_nothing_that_is_wrong(
+    noises, window, tmp_path, computed, monkeypatch
+):
+    dataset = noises(60)
+    plain, _ = load_features(dataset, window, cache=False)
+    computed.clear()
+    subprocess.run([sys.executable, "-c", SERVER, str(tmp_path / "train.jsonl")], check=True)
+    monkeypatch.setattr(module, "SHARD", 2)
+    features, _ = load_features(dataset, window)
+    assert torch.equal(features[:], plain[:])
+    assert len(computed) <= 58
+    computed.clear()
+    assert torch.equal(load_features(dataset, window)[0][:], plain[:])
+    assert not computed
