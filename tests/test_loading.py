@@ -2,10 +2,13 @@ import json
 
 import pytest
 
-from blora_pyro import outcomes
+from blora_pyro import outcomes, runs
 from blora_pyro.config import FitConfig
 from blora_pyro.data import BadRow, load_mixture
+from blora_pyro.diagnosis import measure_khat
+from blora_pyro.diagnostics import summarise
 from blora_pyro.errors import UserError
+from blora_pyro.inference_data import MIN_RATIOS
 from blora_pyro.loading import SKIPPED, Loader, load_examples, without_bad_tags
 from blora_pyro.outcomes import evaluation_sets
 from blora_pyro.runs import Listener, evaluate_run, fit
@@ -141,6 +144,12 @@ def test_languages_of_words_that_do_not_fit_are_bad_where_they_are_scored(spoilt
     assert len(load_examples(fluent_base, str(spoilt), "train")) == 3
 
 
+def test_k_hat_leaves_them_out_too(options):
+    run = fit(evaluate=False, on_bad_row="skip", **options)
+    found = measure_khat(run.posterior, summarise(run.posterior), run.config, MIN_RATIOS)
+    assert found.utterances == 2
+
+
 # ---- languages and tasks
 
 
@@ -180,6 +189,14 @@ def test_the_task_is_in_every_prompt(fluent_base, options, fit_options, monkeypa
     run = fit(**{**fit_options, "steps": 1, "task": "translate"})
     assert run.config.task == "translate"
     assert len(prompts) == 12 and all(prompt[-2] == translate for prompt in prompts)
+
+
+def test_an_adapter_transcribes_by_its_task(fit_options, tones_folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runs, "transcribe_files", lambda *given: seen.append(given[1:]) or ["x"])
+    fit(tmp_path / "run", evaluate=False, **{**fit_options, "steps": 1, "task": "translate"})
+    runs.transcribe(["a.wav"], tmp_path / "run")
+    assert seen == [(["a.wav"], "de-en", "translate")]
 
 
 # ---- features

@@ -214,6 +214,25 @@ def test_dev_errors_are_told_one_a_line_and_the_best_at_the_end(capsys):
     assert early == "dev error 12.3% after step 50, the best; stopped early, after 100 steps"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_sets_are_counted_in_a_terminal_only(terminal):
+    text = io.StringIO()
+    with TerminalProgress() as progress:
+        progress.console = Console(file=text, force_terminal=terminal, width=80)
+        progress.features("[red] train", 0, 9)
+        progress.features("[red] train", 9, 9)
+        progress.heard("mine test", 1, 2)
+        assert (progress.counting is not None) == terminal
+    shown = text.getvalue()
+    for part in ("features of [red] train", "9/9", "listening to mine test", "1/2"):
+        assert (part in shown) == terminal
+
+
+def test_a_note_is_one_line_whatever_is_in_it(capsys):
+    TerminalProgress().note("bad rows [bold] left out: " + "x" * 200)
+    assert capsys.readouterr().err == "bad rows [bold] left out: " + "x" * 200 + "\n"
+
+
 # ---- diagnose and priors
 
 BLOCK = "model.decoder.layers.2."

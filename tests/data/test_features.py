@@ -211,6 +211,16 @@ def test_a_full_disk_costs_the_cache_and_not_the_features(noises, window, monkey
     assert len(notes) == 1
 
 
+def test_nothing_is_unpickled_and_nothing_written_but_to_the_cache(
+    noises, window, watch, cache_dir
+):
+    dataset = noises(2)
+    with watch() as seen:
+        for _ in range(2):
+            load_features(dataset, window)
+    assert seen and all(one.startswith(f"writes {cache_dir}/features/") for one in seen)
+
+
 # ---- bad rows
 
 
