@@ -19,7 +19,7 @@ from blora_pyro.data import (
 )
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.guides import prior_arguments
-from blora_pyro.models import POCKET, build_estimator, check_device
+from blora_pyro.models import POCKET, Base, build_estimator, check_device, check_dtype, load_base
 from blora_pyro.schedules import SCHEDULES, Schedule, default_warmup_steps
 
 COUNTS = ("rank", "steps", "batch_size", "gradient_accumulation", "eval_every", "patience")
@@ -31,6 +31,9 @@ class FitConfig:
 
     Attributes:
         base: `"pocket"`, a local Whisper checkpoint, or a Hub id.
+        dtype: Of the frozen base's weights, `float32`, `bfloat16` or `float16`.
+        revision: Branch, tag or commit of the base, if it is a Hub id.
+        local_files_only: Look for a Hub id in the Hub's local cache alone.
         data: One or more sources of training data, the first of them the new domain; see
             `data.load_split` for what a source may be.
         data_weights: How often each source is drawn from, in proportion; None takes every
@@ -73,6 +76,9 @@ class FitConfig:
     """
 
     base: str = POCKET
+    dtype: str = "float32"
+    revision: str | None = None
+    local_files_only: bool = False
     data: Source | Sequence[Source] = "de-en"
     data_weights: Sequence[float] | None = None
     test: Source | None = None
@@ -139,6 +145,7 @@ class FitConfig:
             raise UserError(f"seed is {self.seed}; give a whole number from 0 to 4294967295")
         if self.precision not in ("fp32", "bf16"):
             raise UserError(f"precision is '{self.precision}'; give fp32 or bf16")
+        check_dtype(self.dtype)
         build_estimator(self.estimator)
         check_device(self.device)
         self._check_training()
@@ -229,3 +236,10 @@ class FitConfig:
             sets = self.backward_sets.items()
             content["backward"] = {name: describe_source(source) for name, source in sets}
         return content
+
+
+def base_of(config: FitConfig) -> Base:
+    """The base model of a configuration; see `load_base`."""
+    return load_base(
+        config.base, config.device, config.dtype, config.revision, config.local_files_only
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from blora_pyro.config import FitConfig
+from blora_pyro.config import FitConfig, base_of
 from blora_pyro.data import Examples, OnBadRow, load_mixture, stop
 from blora_pyro.diagnostics import FactorSummary, Summary, UpdateSummary, fit_khat, summarise
 from blora_pyro.errors import UserError
@@ -17,7 +17,6 @@ from blora_pyro.explanations import Shrinkage, how_it_shrinks, khat_meaning
 from blora_pyro.fitting import Step
 from blora_pyro.inference_data import MIN_RATIOS
 from blora_pyro.layers import Place, kinds
-from blora_pyro.models import load_base
 from blora_pyro.plots import all_plots, save_plots
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs import claim, read_run
@@ -184,7 +183,7 @@ def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draw
     if any(row.kl is None for row in summary.factors):
         return Khat(None, "not computed: the guide has points, which have no density")
     try:
-        base = load_base(config.base, config.device)
+        base = base_of(config)
         on_bad: OnBadRow = stop if config.on_bad_row == "stop" else lambda error: None
         dataset = load_mixture(config.data, "train", on_bad)
         count = min(KHAT_UTTERANCES, len(dataset))

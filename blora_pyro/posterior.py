@@ -70,6 +70,7 @@ class Posterior:
         stddev: Site name -> posterior standard deviation, likewise.
         family: The prior and the guide.
         state: The guide's parameters, by the names of its `state_dict`.
+        revision: Of the base model, if it was fitted on a certain one.
     """
 
     base: str
@@ -79,14 +80,17 @@ class Posterior:
     stddev: Mapping[str, Tensor]
     family: Family = Family()
     state: Mapping[str, Tensor] = field(default_factory=dict)
+    revision: str | None = None
 
     @classmethod
-    def of(cls, base: str, model: BLoRA, guide: Guide, family: Family) -> "Posterior":
+    def of(
+        cls, base: str, model: BLoRA, guide: Guide, family: Family, revision: str | None = None
+    ) -> "Posterior":
         """What `guide` holds now."""
         assert isinstance(guide, torch.nn.Module)
         state = {name: value.detach() for name, value in guide.state_dict().items()}
         moments = guide.mean(), guide.stddev()
-        return cls(base, model.groups, model.alpha, *moments, family, state)
+        return cls(base, model.groups, model.alpha, *moments, family, state, revision)
 
     @cached_property
     def prior(self) -> FactorPrior:
@@ -262,6 +266,7 @@ class Posterior:
         tensors |= {f"guide.{name}": value for name, value in self.state.items()}
         about = {
             "base": self.base,
+            "revision": self.revision,
             "alpha": self.alpha,
             "groups": [asdict(group) for group in self.groups],
             "prior": self.family.prior,
@@ -280,6 +285,7 @@ class Posterior:
         other = {name: rank for name, rank in ranks.items() if rank != self.rank}
         LoraConfig(
             base_model_name_or_path=self.base,
+            revision=self.revision,
             r=self.rank,
             lora_alpha=self.alpha,
             target_modules=list(ranks),
@@ -330,7 +336,8 @@ class Posterior:
             state = {n[6:]: value for n, value in tensors.items() if n.startswith("guide.")}
             if prior is not None:
                 family = family.with_file(prior)
-            return cls(about["base"], groups, about["alpha"], mean, stddev, family, state)
+            alpha, revision = about["alpha"], about.get("revision")
+            return cls(about["base"], groups, alpha, mean, stddev, family, state, revision)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is damaged or of another version ({error}); fit again, or give another run"

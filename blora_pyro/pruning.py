@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from blora_pyro.adapters import Group
+from blora_pyro.config import base_of
 from blora_pyro.diagnostics import Spectrum, spectra
 from blora_pyro.errors import UserError
-from blora_pyro.models import load_base
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs import (
     Listener,
@@ -155,7 +155,7 @@ def prune_run(
     metrics: dict[str, Any] = {"size": size}
     if evaluate:
         config = about["config"]
-        base = load_base(config.base, device)
+        base = base_of(config)
         sets = evaluation_sets(base, config)
         with posterior.applied(base.net):
             full = measure(base, sets, lambda name: progress.stage(f"full adapter on {name}"))

@@ -10,7 +10,7 @@ import pyro
 import torch
 
 from blora_pyro.checkpoints import Checkpoints
-from blora_pyro.config import FitConfig
+from blora_pyro.config import FitConfig, base_of
 from blora_pyro.data import Examples, Source
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.fit_folders import FitFolder
@@ -18,7 +18,7 @@ from blora_pyro.fitting import Step, fit_guide
 from blora_pyro.guides import Guide, build_guide, build_prior
 from blora_pyro.interrupts import Interrupts
 from blora_pyro.loading import Loader, load_examples
-from blora_pyro.models import POCKET, Base, BLoRA, load_base
+from blora_pyro.models import DTYPES, POCKET, Base, BLoRA, check_dtype, load_base
 from blora_pyro.outcomes import NEW_DOMAIN, compare, early_stopping, evaluation_sets, measure
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.run_folders import FINISHED, FITTING, RUN, claim, read_run, write_json
@@ -168,7 +168,7 @@ def _fit(
     progress.stage("loading")
     config = folder.config.with_prior_args()
     pyro.set_rng_seed(config.seed)
-    base = load_base(config.base, config.device)
+    base = base_of(config)
     loader = Loader(base, config, progress.features, progress.note)
     train = loader.load(config.sources, "train")
     config = config.resolved(train.num_tokens, len(train))
@@ -191,7 +191,7 @@ def _fit(
             fit_started = time.monotonic()
             history = _fit_guide(model, guide, train, config, checkpoints, stopping, progress)
             family = Family(config.prior, config.prior_args, str(config.guide))
-            posterior = Posterior.of(base.name, model, guide, family)
+            posterior = Posterior.of(base.name, model, guide, family, config.revision)
             folder.save(posterior, history, stopping, time.monotonic() - fit_started)
         progress.fitted()
     else:
@@ -267,7 +267,7 @@ def evaluate_run(
     progress = progress or Listener()
     posterior, about = read_run(folder, device)
     config = about["config"]
-    base = load_base(config.base, device)
+    base = base_of(config)
     if data is not None:
         config = replace(config, test=data, backward={})
     loader = Loader(base, config, progress.features, progress.note)
@@ -279,15 +279,28 @@ def evaluate_run(
     return compare(posterior, before, after, config.new_domain)
 
 
-def merge_run(folder: str | Path, out: Path, overwrite: bool = False) -> None:
+def merge_run(
+    folder: str | Path, out: Path, overwrite: bool = False, dtype: str = "float32"
+) -> None:
     """Write the base model with the posterior mean merged in: a plain Whisper checkpoint.
+
+    The update is added to the checkpoint's own weights in float32, whatever dtype the fit ran in,
+    and the sum is rounded to `dtype` once.
+
+    Args:
+        folder: A run folder.
+        out: Folder for the checkpoint.
+        overwrite: Write into a folder that holds something.
+        dtype: Of the checkpoint. An update below the rounding step of a short one is lost.
 
     Raises:
         UserError: If the run can't be read or `out` can't be written.
     """
+    check_dtype(dtype)
     posterior, about = read_run(folder)
-    base = load_base(about["config"].base)
+    base = base_of(replace(about["config"], dtype="float32"))
     posterior.merge(base.net)
+    base.net.to(DTYPES[dtype])
     base.save_pretrained(claim(out, overwrite))
 
 
@@ -297,6 +310,9 @@ def transcribe(
     base: str | None = None,
     language: str | None = None,
     device: str = "cpu",
+    dtype: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> list[str]:
     """Transcripts of audio files, by a base model alone or adapted by a run's posterior mean.
 
@@ -307,14 +323,26 @@ def transcribe(
         language: A Whisper code, or "de-en" for code-switched speech; None is that of the adapter's
             training data, and without an adapter what the model detects in each file.
         device: A torch device.
+        dtype: Of the base's weights; None is that of the fit, or `float32`.
+        revision: Of the base, if it is a Hub id; None is that of the fit, unless a base is given.
+        local_files_only: Look for a Hub id in the Hub's local cache alone.
 
     Raises:
         UserError: If a file or the run can't be read, or the language is unknown to the model.
     """
     if adapter is None:
-        return transcribe_files(load_base(base or POCKET, device), audio, language)
+        loaded = load_base(base or POCKET, device, dtype or "float32", revision, local_files_only)
+        return transcribe_files(loaded, audio, language)
     posterior, about = read_run(adapter, device)
-    loaded = load_base(base or about["config"].base, device)
+    config = about["config"]
+    config = replace(
+        config,
+        base=base or config.base,
+        dtype=dtype or config.dtype,
+        revision=revision if base or revision else config.revision,
+        local_files_only=local_files_only or config.local_files_only,
+    )
+    loaded = base_of(config)
     with posterior.applied(loaded.net):
         language, task = language or about["language"], about["config"].task
         return transcribe_files(loaded, audio, language, task)

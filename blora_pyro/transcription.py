@@ -18,11 +18,13 @@ def decode(base: Base, features: torch.Tensor, prompt: Sequence[int]) -> list[st
     start = torch.tensor([list(prompt)]).expand(len(features), -1)
     # The prompt is given whole, as a code-switched one has two language tokens; naming a language
     # as well keeps `generate` from detecting one first.
-    known = getattr(net.generation_config, "lang_to_id", None)
+    settings = net.generation_config
+    known = settings.lang_to_id if getattr(settings, "is_multilingual", False) else None
     tokens = net.generate(
         features.to(net.device, net.dtype),
         decoder_input_ids=start.to(net.device),
         language=next(iter(known)) if known else None,
+        return_timestamps=False,
         do_sample=False,
         num_beams=1,
     )

@@ -93,6 +93,8 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "fit", fit)
     options = {
         "base": "b",
+        "dtype": "float16",
+        "revision": "v1",
         "data": "d",
         "data-weights": "3",
         "test": "t",
@@ -126,10 +128,8 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "output": tmp_path,
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-    switches = ("gradient-checkpointing", "spec-augment")
-    well(
-        "fit", *flags, *(f"--{name}" for name in (*switches, "overwrite")), "--checkpoint-every", 5
-    )
+    switches = ("gradient-checkpointing", "spec-augment", "local-files-only", "overwrite")
+    well("fit", *flags, *(f"--{name}" for name in switches), "--checkpoint-every", 5)
     del seen["progress"]
     del options["output"], options["prior-arg"]
     assert seen == {
@@ -141,6 +141,7 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "beta": 2e-3,
         "gradient_checkpointing": True,
         "spec_augment": True,
+        "local_files_only": True,
         "overwrite": True,
         "resume": False,
         "checkpoint_every": 5,
@@ -438,6 +439,10 @@ def test_transcribe_prints_a_line_a_file(finished_run, tones_folder):
 def test_transcribe_with_the_base_alone(fluent_folder, tones_folder):
     base = ["--base", fluent_folder]
     assert well("transcribe", tones_folder / "en0.wav", *base) == "the red\n"
+    options = ["--dtype", "bfloat16", "--local-files-only"]
+    assert well("transcribe", tones_folder / "en0.wav", *base, *options) == "the red\n"
+    revised = run("transcribe", tones_folder / "en0.wav", *base, "--revision", "v1")
+    assert "revision 'v1' is given with a local folder" in complaint(revised)
     spanish = run("transcribe", tones_folder / "en0.wav", *base, "--language", "es")
     assert "'es'" in complaint(spanish)
 
@@ -448,7 +453,9 @@ def test_merge_writes_a_base_that_says_what_the_run_says(finished_run, tones_fol
     out = well("transcribe", audio, "--base", tmp_path / "out", "--language", "de-en")
     assert out == "das red\n"
     assert "not empty" in complaint(run("merge", finished_run.output, tmp_path / "out"))
-    well("merge", finished_run.output, tmp_path / "out", "--overwrite")
+    well("merge", finished_run.output, tmp_path / "out", "--overwrite", "--dtype", "float16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float16"
 
 
 def test_a_missing_run_is_refused_in_one_line(tones_folder, tmp_path):

@@ -8,9 +8,11 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blora_pyro.config import COUNTS, FitConfig
+from blora_pyro import config
+from blora_pyro.config import COUNTS, FitConfig, base_of
 from blora_pyro.data import LANGUAGES
 from blora_pyro.errors import UserError
+from blora_pyro.models import POCKET
 
 quick = settings(deadline=None, max_examples=60)
 
@@ -81,6 +83,15 @@ def test_the_new_domain_is_the_first_source_or_the_test_set():
     assert FitConfig(data=("a", "b"), test="c").new_domain == "c"
 
 
+def test_a_base_is_loaded_as_the_configuration_says(monkeypatch):
+    seen = []
+    monkeypatch.setattr(config, "load_base", lambda *arguments: seen.append(arguments))
+    base_of(FitConfig())
+    base_of(FitConfig(base="b", dtype="float16", revision="v1", local_files_only=True))
+    default = (POCKET, "cpu", "float32", None, False)
+    assert seen == [default, ("b", "cpu", "float16", "v1", True)]
+
+
 def test_as_json_it_says_what_it_is():
     rows = Dataset.from_dict({"audio": ["a.wav"], "text": ["x"]})
     sources = {"data": ["a", rows], "data_weights": [3, 1], "backward": {"mine": rows}}
@@ -97,6 +108,7 @@ def test_as_json_it_says_what_it_is():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dtype": "int8"}, "dtype is 'int8'; give one of float32, bfloat16, float16"),
         ({"data": ()}, "data names no source"),
         ({"data_weights": (1, 2)}, r"data_weights is 1, 2 for 1 source\(s\)"),
         ({"data": ("a", "b"), "data_weights": (1, 0)}, "data_weights is 1, 0 for 2"),
@@ -105,7 +117,7 @@ def test_as_json_it_says_what_it_is():
         ({"backward": "de"}, "backward must be a list"),
     ],
 )
-def test_sources_that_cannot_be_are_refused(options, message):
+def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         FitConfig(**options)
 

@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,12 +104,19 @@ def test_the_adapter_holds_one_factor_a_layer_and_names_its_base(net, posterior,
     assert config["peft_type"] == "LORA"
     assert config["task_type"] is None
     assert config["base_model_name_or_path"] == "tiny"
+    assert config["revision"] is None
     assert config["r"] == 2
     assert config["lora_alpha"] == 5.0
     assert sorted(config["target_modules"]) == sorted(layers)
     assert sorted(load_file(tmp_path / "adapter_model.safetensors")) == sorted(
         f"base_model.model.{name}.lora_{factor}.weight" for name in layers for factor in "AB"
     )
+
+
+def test_the_revision_of_the_base_is_kept(posterior, tmp_path):
+    replace(posterior, revision="v1").save(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v1"
+    assert Posterior.load(tmp_path).revision == "v1"
 
 
 # ---- save and load

@@ -192,7 +192,7 @@ def test_a_posterior_that_was_half_written_is_written_again(
 def test_a_straight_is_returned(straight, tmp_path, monkeypatch):
     shutil.copytree(straight.output, tmp_path / "run")
     (tmp_path / "run" / FILE).write_bytes(b"left by a process that was killed at the very end")
-    monkeypatch.setattr(runs, "load_base", None)
+    monkeypatch.setattr(runs, "base_of", None)
     run = fit(tmp_path / "run", resume=True)
     assert (run.config, run.history) == (straight.config, straight.history)
     assert run.metrics == straight.metrics

@@ -443,6 +443,69 @@ def test_a_merged_run_is_a_base_that_says_what_the_run_says(finished_run, tones_
     assert load_base(str(tmp_path / "merged")).net.generation_config.lang_to_id
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_merged_run_is_rounded_once_to_the_dtype_asked_for(short, fluent_folder, tmp_path, dtype):
+    run = fit(tmp_path / "run", evaluate=False, **{**short, "dtype": "bfloat16"})
+    merge_run(run.output, tmp_path / "merged", dtype=dtype)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    deltas = {f"{name}.weight": delta for name, delta in run.posterior.delta_weights()}
+    for name, weight in load_file(fluent_folder / "model.safetensors").items():
+        exact = weight + deltas.get(name, 0)  # of the weights as stored, not as fitted with
+        assert torch.equal(merged[name], exact.to(getattr(torch, dtype))), name
+    config = read_json(tmp_path / "merged" / "config.json")
+    assert config["dtype"] == dtype
+
+
+def test_the_base_of_a_merge_is_left_alone(finished_run, fluent_folder):
+    before = (fluent_folder / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="own folder"):
+        merge_run(finished_run.output, fluent_folder, overwrite=True)
+    assert (fluent_folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_base_in_a_short_dtype_is_fitted_and_evaluated(fit_options, tmp_path, dtype):
+    run = fit(tmp_path, **{**fit_options, "dtype": dtype, "backward": ()})
+    assert {value.dtype for value in run.posterior.mean.values()} == {torch.float32}
+    assert run.history[-1].nll < run.history[0].nll / 4
+    assert evaluate_run(tmp_path) == run.metrics
+
+
+def test_a_base_is_loaded_as_the_run_has_it_unless_told(monkeypatch, finished_run, tmp_path):
+    shutil.copytree(finished_run.output, tmp_path / "run")
+    about = read_json(tmp_path / "run" / "run.json")
+    theirs = {"base": "someone/whisper", "revision": "v1", "dtype": "float16"}
+    about["config"] |= theirs | {"local_files_only": True}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    seen = []
+
+    def load(name, *rest):
+        seen.append((name, *rest))
+        raise UserError("seen")
+
+    monkeypatch.setattr("blora_pyro.config.load_base", load)
+    monkeypatch.setattr(blora_pyro.runs, "load_base", load)
+    run = tmp_path / "run"
+    for use in (
+        lambda: evaluate_run(run),
+        lambda: merge_run(run, tmp_path / "out"),
+        lambda: transcribe([], run),
+        lambda: transcribe([], run, base="b", dtype="float32"),
+        lambda: transcribe([], run, revision="v2"),
+        lambda: transcribe([], base="b", revision="v3", local_files_only=True),
+    ):
+        with pytest.raises(UserError, match="seen"):
+            use()
+    assert seen == [
+        ("someone/whisper", "cpu", "float16", "v1", True),
+        ("someone/whisper", "cpu", "float32", "v1", True),  # a merge adds up in float32
+        ("someone/whisper", "cpu", "float16", "v1", True),
+        ("b", "cpu", "float32", None, True),
+        ("someone/whisper", "cpu", "float16", "v2", True),
+        ("b", "cpu", "float32", "v3", True),
+    ]
+
+
 def test_merging_into_a_folder_with_content_needs_overwrite(finished_run, tmp_path):
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(UserError, match="not empty"):

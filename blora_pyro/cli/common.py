@@ -14,6 +14,11 @@ from blora_pyro.errors import Interrupted, UserError
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a fit.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over what is there.")]
+Dtype = Annotated[str, typer.Option(help="Of the base's weights: float32, bfloat16 or float16.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a base on the Hub.")]
+LocalFilesOnly = Annotated[
+    bool, typer.Option("--local-files-only", help="Look for a base in the Hub's cache alone.")
+]
 Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ...")]
 
 

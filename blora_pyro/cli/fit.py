@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from blora_pyro.cli.common import Device, Json, Overwrite, one_line_errors, print_json
+from blora_pyro.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    LocalFilesOnly,
+    Overwrite,
+    Revision,
+    one_line_errors,
+    print_json,
+)
 from blora_pyro.errors import UserError
 
 
@@ -15,6 +24,9 @@ def fit(
     base: Annotated[
         str, typer.Option(help="'pocket', a Whisper checkpoint folder, or a Hub id.")
     ] = "pocket",
+    dtype: Dtype = "float32",
+    revision: Revision = None,
+    local_files_only: LocalFilesOnly = False,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -168,6 +180,9 @@ def fit(
         folder = output or Path("runs") / f"{domain}-{Path(prior).stem}-seed{seed}"
         options: dict[str, Any] = {
             "base": base,
+            "dtype": dtype,
+            "revision": revision,
+            "local_files_only": local_files_only,
             "data": sources,
             "data_weights": None if data_weights is None else _weights(data_weights),
             "test": test,

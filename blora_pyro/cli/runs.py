@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from blora_pyro.cli.common import Device, Json, Overwrite, RunFolder, one_line_errors, print_json
+from blora_pyro.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    Overwrite,
+    RunFolder,
+    one_line_errors,
+    print_json,
+)
 
 
 def evaluate(
@@ -109,13 +117,14 @@ def prune(
 def merge(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.")],
+    dtype: Dtype = "float32",
     overwrite: Overwrite = False,
 ) -> None:
     """Write the base with the posterior mean merged in: a plain Whisper checkpoint."""
     with one_line_errors():
         from blora_pyro import runs
 
-        runs.merge_run(run, out, overwrite)
+        runs.merge_run(run, out, overwrite, dtype)
         typer.echo(f"merged checkpoint: {out}")
 
 

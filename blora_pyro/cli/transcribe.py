@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from blora_pyro.cli.common import Device, Json, one_line_errors, print_json
+from blora_pyro.cli.common import (
+    Device,
+    Json,
+    LocalFilesOnly,
+    Revision,
+    one_line_errors,
+    print_json,
+)
 
 
 def transcribe(
@@ -24,13 +31,20 @@ def transcribe(
         ),
     ] = None,
     device: Device = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the base's weights.", show_default="the adapter's")
+    ] = None,
+    revision: Revision = None,
+    local_files_only: LocalFilesOnly = False,
     as_json: Json = False,
 ) -> None:
     """Transcribe audio files, a line each."""
     with one_line_errors():
         from blora_pyro import runs
 
-        texts = runs.transcribe(audio, adapter, base, language, device)
+        texts = runs.transcribe(
+            audio, adapter, base, language, device, dtype, revision, local_files_only
+        )
         if as_json:
             rows = zip(audio, texts, strict=True)
             print_json([{"audio": str(path), "text": text} for path, text in rows])

@@ -14,7 +14,7 @@ from blora_pyro.data.mixtures import (
     named_sources,
 )
 from blora_pyro.data.pocket import DOMAINS, LANGUAGES, MODEL_DIR, POCKET_DIR, corpus_dir
-from blora_pyro.data.prompts import TASKS, Encoder, prompt_ids, text_ids
+from blora_pyro.data.prompts import TASKS, Encoder, language_codes, prompt_ids, text_ids
 from blora_pyro.data.sources import Source, describe_source, load_split, split_names
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "featurise",
     "is_language",
     "language_code",
+    "language_codes",
     "load_mixture",
     "load_split",
     "named_sources",

@@ -16,6 +16,16 @@ _ENGLISH_ONLY_END = 50256
 _MAX_CHARACTERS = 100  # a token; longer texts are not worth tokenising
 
 
+def language_codes(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Return the languages that the decoder can be told, sorted; none if it is English-only."""
+    vocabulary = tokenizer.get_vocab()
+    # OpenAI's English-only vocabularies do hold all language tokens, untrained; what tells them is
+    # GPT-2's vocabulary, whose end token is 50256 (50257 in the multilingual ones).
+    if vocabulary[END] == _ENGLISH_ONLY_END:
+        return []
+    return sorted(match[1] for match in map(_LANGUAGE.fullmatch, vocabulary) if match)
+
+
 def prompt_ids(
     tokenizer: "PreTrainedTokenizerBase", language: str, task: str = "transcribe"
 ) -> list[int]:
@@ -30,10 +40,7 @@ def prompt_ids(
     vocabulary = tokenizer.get_vocab()  # convert_tokens_to_ids would turn unknown tokens into END
     if task not in TASKS:
         raise UserError(f"no task is called {task!r}; choose from {', '.join(TASKS)}")
-    known = sorted(match[1] for match in map(_LANGUAGE.fullmatch, vocabulary) if match)
-    # OpenAI's English-only vocabularies do hold all language tokens, untrained; what tells them is
-    # GPT-2's vocabulary, whose end token is 50256 (50257 in the multilingual ones).
-    if not known or vocabulary[END] == _ENGLISH_ONLY_END:
+    if not (known := language_codes(tokenizer)):
         return [vocabulary[START], vocabulary[NO_TIMESTAMPS]]
     if not language:
         raise UserError(f"no language given; choose from {', '.join(known)}, or join two: de-en")

@@ -1,6 +1,6 @@
 """The generative side: the Pyro program, effect handlers for it, and the base models."""
 
-from blora_pyro.models.base import POCKET, Base, check_device, load_base
+from blora_pyro.models.base import DTYPES, POCKET, Base, check_device, check_dtype, load_base
 from blora_pyro.models.estimators import (
     ESTIMATORS,
     Flipout,
@@ -12,6 +12,7 @@ from blora_pyro.models.tempering import Temper
 from blora_pyro.models.whisper import BLoRA, FactorPrior, Prior
 
 __all__ = [
+    "DTYPES",
     "ESTIMATORS",
     "POCKET",
     "BLoRA",
@@ -24,5 +25,6 @@ __all__ = [
     "Temper",
     "build_estimator",
     "check_device",
+    "check_dtype",
     "load_base",
 ]

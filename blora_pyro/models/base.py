@@ -1,30 +1,71 @@
 """Base models: a Whisper with its tokenizer and feature extractor."""
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
-from blora_pyro.data import MODEL_DIR
+from blora_pyro.data import MODEL_DIR, language_codes
+from blora_pyro.data.prompts import END, NO_TIMESTAMPS, START, TASKS
 from blora_pyro.errors import UserError
+from blora_pyro.models.folders import TOKENIZER_FILES, check_folder, find_folder
 
 POCKET = "pocket"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained Whisper and what it takes to feed and read it."""
+    """A pretrained Whisper and what it takes to feed and read it.
+
+    Attributes:
+        name: As the user gave it.
+        net: The Whisper.
+        tokenizer: Its tokenizer.
+        feature_extractor: Its log-mels.
+        folder: Where it was loaded from, if it was.
+    """
 
     name: str
     net: WhisperForConditionalGeneration
     tokenizer: WhisperTokenizer
     feature_extractor: WhisperFeatureExtractor
+    folder: Path | None = None
 
     def save_pretrained(self, folder: Path) -> None:
-        """A plain checkpoint folder that transformers loads."""
+        """A plain checkpoint folder, with all that other programs read.
+
+        The tokenizer's files are those of `self.folder`, byte for byte, where it has them. Of the
+        rest transformers 5 writes tokenizer.json alone; converters, and older versions, want
+        vocab.json, merges.txt and added_tokens.json too.
+
+        Raises:
+            UserError: If `folder` is `self.folder`.
+        """
+        if self.folder is not None and folder.resolve() == self.folder.resolve():
+            raise UserError(f"output '{folder}' is the base model's own folder; give another")
         for part in (self.net, self.tokenizer, self.feature_extractor):
             part.save_pretrained(folder)
+        self.tokenizer.save_vocabulary(str(folder))
+        words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        added = self.tokenizer.get_added_vocab().items()
+        ids = dict(
+            sorted((pair for pair in added if pair[0] not in words), key=lambda pair: pair[1])
+        )
+        text = json.dumps(ids, indent=2, ensure_ascii=False) + "\n"
+        (folder / "added_tokens.json").write_text(text, encoding="utf-8")
+        for name in TOKENIZER_FILES:
+            if self.folder is not None and (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
 
 
 def check_device(device: str) -> None:
@@ -36,28 +77,108 @@ def check_device(device: str) -> None:
         raise UserError(f"device '{device}' can't be used ({reason}); try cpu") from None
 
 
-def load_base(name: str = POCKET, device: str = "cpu") -> Base:
-    """Load a Whisper in float32.
+def check_dtype(dtype: str) -> None:
+    """Raise UserError unless a base can be loaded in the dtype."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is '{dtype}'; give one of {', '.join(DTYPES)}")
+
+
+def load_base(
+    name: str = POCKET,
+    device: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Base:
+    """Load a Whisper of any size, multilingual or English-only.
+
+    Weights are read from safetensors, and no code of a checkpoint is run. What an older checkpoint
+    does not say for `generate` (its languages, tasks, timestamps) is taken from its tokenizer.
 
     Args:
         name: `"pocket"`, a local checkpoint folder, or a Hub id.
         device: A torch device.
+        dtype: Of the weights, `float32`, `bfloat16` or `float16`, whatever the checkpoint has.
+        revision: Branch, tag or commit of a Hub id.
+        local_files_only: Look for a Hub id in the Hub's local cache alone.
 
     Raises:
-        UserError: If there is no such checkpoint, it is no Whisper, or the device can't be used.
+        UserError: If there is no such checkpoint, it is no Whisper, it lacks something, or the
+            device can't be used.
     """
     check_device(device)
-    source = MODEL_DIR if name == POCKET else name
+    check_dtype(dtype)
+    if name == POCKET and revision is not None:
+        raise UserError(f"revision '{revision}' is given with the pocket base; leave it out")
+    folder = MODEL_DIR if name == POCKET else find_folder(name, revision, local_files_only)
+    check_folder(name, folder)
     try:
-        net = WhisperForConditionalGeneration.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True
+        net, report = WhisperForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-        tokenizer = WhisperTokenizer.from_pretrained(source)
-        feature_extractor = WhisperFeatureExtractor.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        tokenizer = WhisperTokenizer.from_pretrained(folder)
+        feature_extractor = WhisperFeatureExtractor.from_pretrained(folder)
+    except _BROKEN as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"base model '{name}' can't be loaded ({reason}); "
-            "give 'pocket', a folder with a Whisper checkpoint, or a Hub id within reach"
+            f"base model '{name}' can't be loaded ({reason}); download it again, or give another"
         ) from None
-    return Base(name, net.to(device).eval(), tokenizer, feature_extractor)
+    base = Base(name, net.to(device).eval(), tokenizer, feature_extractor, folder)
+    _check_parts(base, report)
+    _complete(base)
+    return base
+
+
+_BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
+
+
+def _check_parts(base: Base, report: dict[str, Any]) -> None:
+    """Refuse parts that do not belong together, which transformers would only warn of."""
+    config, mels = base.net.config, base.feature_extractor.feature_size
+    frames = base.feature_extractor.nb_max_frames
+    problem = None
+    if missing := sorted(report["missing_keys"]):
+        problem = f"its weights lack {len(missing)} tensors ({missing[0]}, ...)"
+    elif mels != config.num_mel_bins:
+        problem = (
+            f"its preprocessor makes {mels} mel bins and its encoder takes {config.num_mel_bins}"
+        )
+    elif frames != 2 * config.max_source_positions:
+        problem = (
+            f"its preprocessor makes {frames} frames and its encoder takes "
+            f"{2 * config.max_source_positions}"
+        )
+    elif absent := {START, END, NO_TIMESTAMPS} - base.tokenizer.get_vocab().keys():
+        problem = f"its tokenizer has no {' and no '.join(sorted(absent))}"
+    elif len(base.tokenizer) > config.vocab_size:
+        problem = (
+            f"its tokenizer has {len(base.tokenizer)} tokens and its decoder {config.vocab_size}"
+        )
+    if problem:
+        raise UserError(
+            f"base model '{base.name}' is not whole: {problem}; copy all files from the Whisper "
+            "that it was made from, but its weights"
+        )
+
+
+def _complete(base: Base) -> None:
+    """What `generate` wants to know and checkpoints without generation_config.json do not say."""
+    settings, ids = base.net.generation_config, base.tokenizer.get_vocab()
+    codes = language_codes(base.tokenizer)
+    known: dict[str, Any] = {
+        "is_multilingual": bool(codes),
+        "no_timestamps_token_id": ids[NO_TIMESTAMPS],
+    }
+    if codes:
+        known["lang_to_id"] = {f"<|{code}|>": ids[f"<|{code}|>"] for code in codes}
+        tasks = {task: ids.get(f"<|{task}|>") for task in TASKS}
+        known["task_to_id"] = {task: number for task, number in tasks.items() if number is not None}
+    if settings.max_new_tokens is None:
+        known["max_length"] = base.net.config.max_target_positions  # else it stops after 20 tokens
+    for name, value in known.items():
+        if getattr(settings, name, None) is None:
+            setattr(settings, name, value)
