@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     GenerationConfig,
     WhisperConfig,
@@ -19,6 +20,7 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizer,
 )
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from blora_pyro.data import IGNORED, Batch, Examples, read_manifest
 from blora_pyro.models import Base, load_base
@@ -54,6 +56,29 @@ def tiny_tokenizer() -> WhisperTokenizer:
     names = [f"<|{name}|>" for name in SPECIAL]
     tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "additional_special_tokens": names})
     return tokenizer
+
+
+def make_openai_tokenizer(size: int) -> WhisperTokenizer:
+    """OpenAI's ids for special tokens and timestamps; in place of words, letters and fillers."""
+    words = 50256 if size == 51864 else 50257
+    letters = ByteLevel.alphabet()
+    vocab = {letter: i for i, letter in enumerate(sorted(letters))}
+    vocab |= {f"filler{i}": i for i in range(len(vocab), 50256)}
+    vocab |= {"": 50256} if words == 50257 else {}  # by which CTranslate2 tells multilingual ones
+    tokenizer = WhisperTokenizer(vocab=vocab, merges=[])
+    languages = [code for code in LANGUAGES if code != "yue"] + ["yue"] * (size == 51866)
+    tasks = ["translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps"]
+    names = ["endoftext", "startoftranscript", *languages, *tasks]
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
+    tokenizer.add_tokens([f"<|{0.02 * i:.2f}|>" for i in range(1501)])
+    assert len(tokenizer) == size
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def openai_tokenizers() -> dict[int, WhisperTokenizer]:
+    """By size of the vocabulary: English-only, multilingual, multilingual with Cantonese."""
+    return {size: make_openai_tokenizer(size) for size in (51864, 51865, 51866)}
 
 
 def make_net(tokenizer: WhisperTokenizer) -> WhisperForConditionalGeneration:

@@ -179,6 +179,7 @@ def _complete(base: Base) -> None:
         known["task_to_id"] = {task: number for task, number in tasks.items() if number is not None}
     if settings.max_new_tokens is None:
         known["max_length"] = base.net.config.max_target_positions  # else it stops after 20 tokens
+    settings._from_model_config = False  # a mark that, saved, makes readers pass over the rest
     for name, value in known.items():
         if getattr(settings, name, None) is None:
             setattr(settings, name, value)

@@ -172,7 +172,9 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint):
 # ---- what older checkpoints do not say, or say otherwise
 
 
-def test_without_a_generation_config_the_tokenizer_says_what_generate_needs(checkpoint, hears):
+def test_without_a_generation_config_the_tokenizer_says_what_generate_needs(
+    checkpoint, hears, tmp_path
+):
     before = load_base(str(checkpoint)).net.generation_config
     (checkpoint / "generation_config.json").unlink()
     change(
@@ -184,6 +186,9 @@ def test_without_a_generation_config_the_tokenizer_says_what_generate_needs(chec
         assert getattr(after, name) == getattr(before, name)
     assert set(after.task_to_id) == {"transcribe", "translate"}
     assert hears(base)
+    base.save_pretrained(tmp_path / "out")  # others read it from there
+    plain = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert plain.generation_config.lang_to_id == before.lang_to_id
 
 
 @pytest.mark.parametrize("has_generation_config", [True, False])

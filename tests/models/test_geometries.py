@@ -10,9 +10,7 @@ from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
-    WhisperTokenizer,
 )
-from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from blora_pyro import fit
 from blora_pyro.adapters import find_targets, group_by_shape
@@ -45,29 +43,7 @@ SIZES = {
     "large-v3": Size(32, 32, 20, mels=128, vocabulary=51866),
     "large-v3-turbo": Size(32, 4, 20, mels=128, vocabulary=51866),
 }
-FITTED = ("tiny", "tiny.en", "large-v3-turbo")
-
-
-def make_tokenizer(size: int) -> WhisperTokenizer:
-    """OpenAI's ids for special tokens and timestamps; in place of words, letters and fillers."""
-    words = 50256 if size == 51864 else 50257
-    letters = {chr(code): code for code in range(ord("!"), ord("~") + 1)} | {"Ġ": 0}
-    used = set(letters.values())
-    fillers = (f"filler{i}" for i in range(words))
-    vocab = letters | {next(fillers): i for i in range(words) if i not in used}
-    tokenizer = WhisperTokenizer(vocab=vocab, merges=[])
-    languages = [code for code in LANGUAGES if code != "yue"] + ["yue"] * (size == 51866)
-    tasks = ["translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps"]
-    names = ["endoftext", "startoftranscript", *languages, *tasks]
-    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
-    tokenizer.add_tokens([f"<|{0.02 * i:.2f}|>" for i in range(1501)])
-    assert len(tokenizer) == size
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizers() -> dict[int, WhisperTokenizer]:
-    return {size: make_tokenizer(size) for size in (51864, 51865, 51866)}
+FITTED = ("tiny.en", "large-v3-turbo")
 
 
 def make_net(size: Size) -> WhisperForConditionalGeneration:
@@ -93,7 +69,7 @@ def make_net(size: Size) -> WhisperForConditionalGeneration:
 
 
 @pytest.fixture
-def checkpoint(request, tokenizers, tmp_path) -> Path:
+def checkpoint(request, openai_tokenizers, tmp_path) -> Path:
     """A checkpoint of the size that `request.param` names, with two heads for the sake of time.
 
     Without a generation config, as fine-tuned ones often are.
@@ -101,9 +77,9 @@ def checkpoint(request, tokenizers, tmp_path) -> Path:
     size = replace(SIZES[request.param], heads=2)
     extractor = WhisperFeatureExtractor(feature_size=size.mels)
     folder = tmp_path / request.param
-    Base(request.param, make_net(size), tokenizers[size.vocabulary], extractor).save_pretrained(
-        folder
-    )
+    Base(
+        request.param, make_net(size), openai_tokenizers[size.vocabulary], extractor
+    ).save_pretrained(folder)
     (folder / "generation_config.json").unlink()
     return folder
 
@@ -116,15 +92,15 @@ def checkpoint(request, tokenizers, tmp_path) -> Path:
         (51866, [50258, 50261, 50360, 50364]),
     ],
 )
-def test_prompts_have_openais_ids(tokenizers, size, german):
-    assert prompt_ids(tokenizers[size], "de") == german
-    assert len(language_codes(tokenizers[size])) == {51864: 0, 51865: 99, 51866: 100}[size]
+def test_prompts_have_openais_ids(openai_tokenizers, size, german):
+    assert prompt_ids(openai_tokenizers[size], "de") == german
+    assert len(language_codes(openai_tokenizers[size])) == {51864: 0, 51865: 99, 51866: 100}[size]
 
 
-def test_cantonese_is_a_language_of_the_third_version_alone(tokenizers):
-    assert prompt_ids(tokenizers[51866], "yue-en") == [50258, 50358, 50259, 50360, 50364]
+def test_cantonese_is_a_language_of_the_third_version_alone(openai_tokenizers):
+    assert prompt_ids(openai_tokenizers[51866], "yue-en") == [50258, 50358, 50259, 50360, 50364]
     with pytest.raises(UserError, match="'yue'"):
-        prompt_ids(tokenizers[51865], "yue")
+        prompt_ids(openai_tokenizers[51865], "yue")
 
 
 @pytest.mark.parametrize("name", SIZES)
