@@ -1,7 +1,7 @@
 """A run from base model to table: load, fit, evaluate, and keep it all in one folder."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,20 @@ import torch
 
 from blora_pyro.checkpoints import Checkpoints
 from blora_pyro.config import FitConfig, base_of
-from blora_pyro.data import Examples, Source
+from blora_pyro.data import Examples, Source, language_code
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.fit_folders import FitFolder
 from blora_pyro.fitting import Step, fit_guide
 from blora_pyro.guides import Guide, build_guide, build_prior
 from blora_pyro.interrupts import Interrupts
 from blora_pyro.loading import Loader, load_examples
-from blora_pyro.models import DTYPES, POCKET, Base, BLoRA, check_dtype, load_base
+from blora_pyro.models import DTYPES, Base, BLoRA, check_dtype
 from blora_pyro.outcomes import NEW_DOMAIN, compare, early_stopping, evaluation_sets, measure
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.run_folders import FINISHED, FITTING, RUN, claim, read_run, write_json
 from blora_pyro.stopping import DevError, EarlyStopping
-from blora_pyro.transcription import transcribe_files
+from blora_pyro.transcription import Transcriber, transcribe_files
+from blora_pyro.transcripts import Transcript
 
 __all__ = [
     "NEW_DOMAIN",
@@ -310,31 +311,44 @@ def transcribe(
     base: str | None = None,
     language: str | None = None,
     device: str = "cpu",
+    *,
     dtype: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
-) -> list[str]:
+    prior: str | None = None,
+    task: str | None = None,
+    on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
+    on_error: Callable[[int, UserError], None] | None = None,
+    **options: Any,
+) -> list[Transcript]:
     """Transcripts of audio files, by a base model alone or adapted by a run's posterior mean.
 
     Args:
-        audio: wav, flac, ogg/opus or mp3 files.
+        audio: wav, flac, ogg/opus or mp3 files, of any length.
         adapter: Folder of a run.
         base: Base model; None is the adapter's, or the pocket Whisper.
-        language: A Whisper code, or "de-en" for code-switched speech; None is that of the adapter's
-            training data, and without an adapter what the model detects in each file.
+        language: A Whisper code, or "de-en" for code-switched speech; "auto" is what the model
+            detects in each file. None is that of the adapter's training data, and without an
+            adapter "auto".
         device: A torch device.
         dtype: Of the base's weights; None is that of the fit, or `float32`.
         revision: Of the base, if it is a Hub id; None is that of the fit, unless a base is given.
         local_files_only: Look for a Hub id in the Hub's local cache alone.
+        prior: The file of the prior, if draws are asked for and the run has one: its code is run.
+        task: `transcribe` or `translate`; None is that of the fit, or `transcribe`.
+        on_transcript: Told each file's place and transcript, in order, as they come.
+        on_error: Told the place of a file that can't be read, and why, which is then left out; None
+            raises.
+        **options: `timestamps`, `batch_size`, `samples` and `seed`, see `Transcriber`.
 
     Raises:
-        UserError: If a file or the run can't be read, or the language is unknown to the model.
+        UserError: If a file or the run can't be read, the language is unknown to the model, or
+            draws are asked for where there are none.
     """
-    if adapter is None:
-        loaded = load_base(base or POCKET, device, dtype or "float32", revision, local_files_only)
-        return transcribe_files(loaded, audio, language)
-    posterior, about = read_run(adapter, device)
-    config = about["config"]
+    posterior, config = None, FitConfig(device=device)
+    if adapter is not None:
+        posterior, about = read_run(adapter, device, prior)
+        config, language = about["config"], language or about["language"]
     config = replace(
         config,
         base=base or config.base,
@@ -342,7 +356,6 @@ def transcribe(
         revision=revision if base or revision else config.revision,
         local_files_only=local_files_only or config.local_files_only,
     )
-    loaded = base_of(config)
-    with posterior.applied(loaded.net):
-        language, task = language or about["language"], about["config"].task
-        return transcribe_files(loaded, audio, language, task)
+    language = None if language in ("auto", None) else language_code(language)
+    transcriber = Transcriber(base_of(config), posterior, language, task or config.task, **options)
+    return transcribe_files(transcriber, audio, on_transcript, on_error)

@@ -32,7 +32,7 @@ def one_line_errors() -> Iterator[None]:
         _quiet_transformers()
         yield
     except UserError as error:
-        typer.echo(f"blora-pyro: {' '.join(str(error).split())}", err=True)
+        tell(error)
         raise typer.Exit(2) from None
     except FloatingPointError as error:
         typer.echo(f"blora-pyro: {error}; try a smaller --lr", err=True)
@@ -43,6 +43,11 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("blora-pyro: interrupted", err=True)
         raise typer.Exit(130) from None
+
+
+def tell(error: UserError) -> None:
+    """One line on stderr."""
+    typer.echo(f"blora-pyro: {' '.join(str(error).split())}", err=True)
 
 
 def _quiet_transformers() -> None:

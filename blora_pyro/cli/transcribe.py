@@ -1,22 +1,30 @@
 """`blora-pyro transcribe`."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from blora_pyro.cli.common import (
     Device,
-    Json,
     LocalFilesOnly,
+    Overwrite,
     Revision,
     one_line_errors,
     print_json,
+    tell,
 )
+from blora_pyro.errors import UserError
+
+if TYPE_CHECKING:
+    from blora_pyro.transcripts import Transcript
 
 
 def transcribe(
-    audio: Annotated[list[Path], typer.Argument(help="wav, flac, ogg/opus or mp3 files.")],
+    audio: Annotated[
+        list[Path], typer.Argument(help="wav, flac, ogg/opus or mp3 files, or folders of them.")
+    ],
     adapter: Annotated[
         Path | None, typer.Option(help="Folder of a fit.", show_default="the base model alone")
     ] = None,
@@ -26,28 +34,129 @@ def transcribe(
     language: Annotated[
         str | None,
         typer.Option(
-            help="en, or de-en for code-switched speech.",
-            show_default="the adapter's data; without adapter, detected",
+            help="en, de-en for code-switched speech, or auto: as detected in each file.",
+            show_default="the adapter's data; without adapter, auto",
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="transcribe, or translate to English.", show_default="the adapter's, or transcribe"
+        ),
+    ] = None,
+    form: Annotated[str, typer.Option("--format", help="text, json, srt or vtt.")] = "text",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a file an input.", show_default="standard output"),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(metavar="K", help="Posterior draws for word confidences, in JSON; 0: none."),
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(help="Windows heard at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    prior: Annotated[
+        str | None,
+        typer.Option(help="The .py file of the prior, if --samples needs one: its code is run."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out what is in --output already.")
+    ] = False,
+    overwrite: Overwrite = False,
     device: Device = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="Of the base's weights.", show_default="the adapter's")
     ] = None,
     revision: Revision = None,
     local_files_only: LocalFilesOnly = False,
-    as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
-    """Transcribe audio files, a line each."""
+    """Transcribe audio files of any length.
+
+    A file that can't be read is told on standard error, the others are transcribed, and the exit
+    code is 2.
+    """
     with one_line_errors():
         from blora_pyro import runs
+        from blora_pyro.transcript_files import Output, check_format, find_audio, render
 
-        texts = runs.transcribe(
-            audio, adapter, base, language, device, dtype, revision, local_files_only
-        )
-        if as_json:
-            rows = zip(audio, texts, strict=True)
-            print_json([{"audio": str(path), "text": text} for path, text in rows])
-        else:
-            for path, text in zip(audio, texts, strict=True):
-                typer.echo(text if len(audio) == 1 else f"{path}: {text}")
+        if as_json and form not in ("json", "text"):
+            raise UserError(f"--json and --format {form} are given; give one")
+        form = "json" if as_json else form
+        check_format(form)
+        if samples and form != "json":
+            raise UserError(f"samples is {samples}, but {form} has no room for it; add --json")
+        files, written = find_audio(audio), None
+        if output is not None:
+            written = Output.plan(files, output, form, overwrite, resume)
+            files = written.files
+        elif resume or overwrite:
+            raise UserError("--resume and --overwrite are about files; give --output")
+        elif form in ("srt", "vtt") and len(files) > 1:
+            raise UserError(f"{form} is a file an input, and there are {len(files)}; give --output")
+
+        def show(place: int, transcript: "Transcript") -> None:
+            bar.step()
+            if written is not None:
+                written.write(place, transcript)
+            elif form == "text" and len(files) > 1:
+                typer.echo(f"{transcript.audio}: {transcript.text}")
+            elif form != "json":
+                typer.echo(render(transcript, form), nl=False)
+
+        with _Bar(len(files), shown=output is not None or not sys.stdout.isatty()) as bar:
+            done = runs.transcribe(
+                [file.path for file in files],
+                adapter,
+                base,
+                language,
+                device,
+                dtype=dtype,
+                revision=revision,
+                local_files_only=local_files_only,
+                prior=prior,
+                on_transcript=show,
+                on_error=bar.fail,
+                task=task,
+                timestamps=form in ("srt", "vtt"),
+                batch_size=batch_size,
+                samples=samples,
+                seed=seed,
+            )
+        if output is not None:
+            typer.echo(f"{len(done)} written to {output}")
+        elif form == "json" and done:
+            print_json([transcript.to_json() for transcript in done])
+        if bar.failed:
+            raise typer.Exit(2)
+
+
+class _Bar:
+    """Files done, on a terminal's stderr where nothing else is printed; and those that failed."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        shown = shown and total > 1 and console.is_terminal
+        self._progress = Progress(console=console, disable=not shown)
+        self._task = self._progress.add_task("transcribing", total=total)
+        self.failed = 0
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def step(self) -> None:
+        """A file is done with."""
+        self._progress.advance(self._task)
+
+    def fail(self, _: int, error: UserError) -> None:
+        """A file could not be read: told above the bar."""
+        self.failed += 1
+        self.step()
+        tell(error)
