@@ -15,9 +15,11 @@ COLUMNS = 42  # of a line; a Han character takes two
 LINES = 2  # of a cue
 LEAST = 1  # milliseconds that a cue is shown
 
-# Where a line may end: at white space, and on either side of a character of a script without any.
+# Where a line may end: at white space, and on either side of a character of a script without any,
+# but not before a mark that closes something.
 _WIDE = r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U0001b000-\U0003fffd]"
-_PART = re.compile(rf"\s*(?:{_WIDE}|(?:(?!{_WIDE})\S)+)")
+_CLOSING = r"[、。，．：；！？」』）】》\u0300-\u036f]"
+_PART = re.compile(rf"\s*(?:{_WIDE}|(?:(?!{_WIDE})\S)+){_CLOSING}*")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def cues(segments: Iterable[Segment]) -> Iterator[Cue]:
     for segment in segments:
         lines = _wrap(segment.text)
         groups = [tuple(lines[i : i + LINES]) for i in range(0, len(lines), LINES)]
-        widths = [sum(map(_width, group)) for group in groups]
+        widths = [max(1, sum(map(_width, group))) for group in groups]
         start, end = (round(1000 * time) for time in (segment.start, segment.end))
         start = max(start, shown)
         end = max(end, start + LEAST * len(groups))

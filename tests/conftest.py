@@ -47,15 +47,19 @@ def cache_dir(monkeypatch, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> WhisperTokenizer:
+def make_tokenizer(special: tuple[str, ...]) -> WhisperTokenizer:
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator([" the red bicycle", " das rote fahrrad"] * 5, vocab_size=280)
     vocab = bpe.get_vocab()
     tokenizer = WhisperTokenizer(vocab=vocab, merges=[])
-    names = [f"<|{name}|>" for name in SPECIAL]
+    names = [f"<|{name}|>" for name in special]
     tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "additional_special_tokens": names})
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> WhisperTokenizer:
+    return make_tokenizer(SPECIAL)
 
 
 def make_openai_tokenizer(size: int) -> WhisperTokenizer:
@@ -129,6 +133,28 @@ def net(tiny_tokenizer) -> WhisperForConditionalGeneration:
 def tiny_base(net, tiny_tokenizer) -> Base:
     return Base(
         "tiny", net, tiny_tokenizer, WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    )
+
+
+@pytest.fixture(scope="session")
+def timed_tokenizer() -> WhisperTokenizer:
+    """With a token for no speech, and timestamps for a window of one second."""
+    tokenizer = make_tokenizer((*SPECIAL[:-1], "nospeech", "notimestamps"))
+    tokenizer.add_tokens([f"<|{place / 50:.2f}|>" for place in range(51)])
+    return tokenizer
+
+
+@pytest.fixture
+def timed_base(timed_tokenizer) -> Base:
+    """As `tiny_base`, with timestamps, and so wild that it speaks in pieces of all kinds."""
+    net = make_net(timed_tokenizer)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.4)
+    return Base(
+        "timed", net, timed_tokenizer, WhisperFeatureExtractor(feature_size=8, chunk_length=1)
     )
 
 

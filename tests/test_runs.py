@@ -439,7 +439,8 @@ def test_a_merged_run_is_a_base_that_says_what_the_run_says(finished_run, tones_
     merge_run(finished_run.output, tmp_path / "merged")
     audio = [tones_folder / "test4.wav", tones_folder / "test5.wav"]
     merged = transcribe(audio, base=str(tmp_path / "merged"), language="de-en")
-    assert merged == transcribe(audio, finished_run.output) == ["das red", "ein bicycle"]
+    assert merged == transcribe(audio, finished_run.output)
+    assert [one.text for one in merged] == ["das red", "ein bicycle"]
     assert load_base(str(tmp_path / "merged")).net.generation_config.lang_to_id
 
 
@@ -517,19 +518,35 @@ def test_merging_into_a_folder_with_content_needs_overwrite(finished_run, tmp_pa
 def test_transcribing_with_and_without_an_adapter(finished_run, fluent_folder, tones_folder):
     audio = [str(tones_folder / "test5.wav"), str(tones_folder / "test4.wav")]
     adapted = transcribe(audio, str(finished_run.output))
-    assert adapted == ["ein bicycle", "das red"]
+    assert [one.text for one in adapted] == ["ein bicycle", "das red"]
+    assert [one.language for one in adapted] == ["de-en", "de-en"]
     base = transcribe(audio, base=str(fluent_folder), language="de-en")
-    assert base != adapted
-    detected = transcribe([tones_folder / "de3.wav"], base=str(fluent_folder))
-    assert detected == ["ein rad"]
+    assert [one.text for one in base] != ["ein bicycle", "das red"]
+    (detected,) = transcribe([tones_folder / "de3.wav"], base=str(fluent_folder))
+    assert (detected.text, detected.language) == ("ein rad", "de")
 
 
 def test_an_adapters_language_is_that_of_its_data_unless_given(finished_run, tones_folder):
     audio = [tones_folder / "test4.wav"]
     default = transcribe(audio, finished_run.output)
     assert transcribe(audio, finished_run.output, language="de-en") == default
+    (detected,) = transcribe(audio, finished_run.output, language="auto")
+    assert detected.language in ("de", "en")
     with pytest.raises(UserError, match="'xx'"):
         transcribe(audio, finished_run.output, language="xx")
+
+
+def test_transcribing_with_draws(finished_run, tones_folder):
+    audio = [tones_folder / "test4.wav"]
+    (plain,) = transcribe(audio, finished_run.output)
+    (found,) = transcribe(audio, finished_run.output, samples=3, seed=1)
+    assert found.text == plain.text == "das red"
+    words = found.segments[0].words
+    assert [word.text for word in words] == ["das", "red"]
+    assert all(word.agreement in (0, 1 / 3, 2 / 3, 1) and word.log_prob < 0 for word in words)
+    assert transcribe(audio, finished_run.output, samples=3, seed=1) == [found]
+    with pytest.raises(UserError, match="no adapter"):
+        transcribe(audio, base=finished_run.config.base, samples=3)
 
 
 def test_an_adapter_does_not_go_on_a_base_of_another_geometry(
