@@ -10,8 +10,8 @@ import jiwer
 import numpy as np
 import numpy.typing as npt
 
-from blora_pyro.confidence import word_key
-from blora_pyro.metrics import normalize, words
+from blora_pyro.confidence import BASIC, word_key
+from blora_pyro.metrics import words
 
 Floats = npt.NDArray[np.float64]
 Marks = npt.NDArray[np.bool_]
@@ -36,7 +36,7 @@ def right_words(reference: str, hypothesis: Sequence[str]) -> list[bool]:
     """Which words of a hypothesis the reference has at their place, case and punctuation aside."""
     right = [False] * len(hypothesis)
     keys = " ".join(word_key(word) for word in hypothesis)
-    output = jiwer.process_words(" ".join(words(normalize(reference))), keys)
+    output = jiwer.process_words(" ".join(words(BASIC(reference))), keys)
     for chunk in output.alignments[0]:
         if chunk.type == "equal":
             for place in range(chunk.hyp_start_idx, chunk.hyp_end_idx):

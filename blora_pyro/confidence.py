@@ -27,11 +27,13 @@ from torch import Tensor
 from transformers import WhisperTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from blora_pyro.metrics import normalize, words
+from blora_pyro.metrics import words
+from blora_pyro.normalizers import Normalizer
 from blora_pyro.transcripts import Word
 
 _TIMESTAMP = re.compile(r"<\|\d+\.\d+\|>")
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
+BASIC = Normalizer("basic")
 
 
 @dataclass(frozen=True)
@@ -133,4 +135,4 @@ class Tally:
 
 def word_key(word: str) -> str:
     """A word as it is compared: without case and punctuation, if anything is left then."""
-    return normalize(word).replace(" ", "") or word
+    return BASIC(word).replace(" ", "") or word

@@ -20,6 +20,7 @@ from blora_pyro.data import (
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.guides import prior_arguments
 from blora_pyro.models import POCKET, Base, build_estimator, check_device, check_dtype, load_base
+from blora_pyro.normalizers import check_normalizer
 from blora_pyro.schedules import SCHEDULES, Schedule, default_warmup_steps
 
 COUNTS = ("rank", "steps", "batch_size", "gradient_accumulation", "eval_every", "patience")
@@ -71,6 +72,8 @@ class FitConfig:
         eval_every: Steps between two measurements of the dev error of the posterior mean; the best
             of those posteriors is the fit's. None measures nothing and takes the last.
         patience: End the fit after so many measurements without a new lowest error; None does not.
+        normalizer: Of texts before they are scored: `whisper`, `basic` or `none` (see
+            `blora_pyro.normalizers`).
         seed: Of the start, the data order and the noise.
         device: A torch device.
     """
@@ -109,6 +112,7 @@ class FitConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     eval_every: int | None = None
     patience: int | None = None
+    normalizer: str = "whisper"
     seed: int = 0
     device: str = "cpu"
 
@@ -147,6 +151,7 @@ class FitConfig:
             raise UserError(f"precision is '{self.precision}'; give fp32 or bf16")
         check_dtype(self.dtype)
         build_estimator(self.estimator)
+        check_normalizer(self.normalizer)
         check_device(self.device)
         self._check_training()
 

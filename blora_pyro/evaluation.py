@@ -1,26 +1,31 @@
-"""Error rates of a Whisper on the new domain and on the backward sets, before and after a fit."""
+"""Error rates of a Whisper on one set: texts as they are, and normalised."""
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+from blora_pyro.bootstrap import macro_bootstrap_interval, macro_rate, paired_macro_bootstrap
 from blora_pyro.data import Examples
 from blora_pyro.errors import UserError
 from blora_pyro.metrics import (
+    WITHOUT_SPACES,
     Counts,
-    bootstrap_interval,
     cer_counts,
-    macro_bootstrap_interval,
-    macro_rate,
+    is_unspaced,
     mer_counts,
-    normalize,
     pier_counts,
+    points_of_interest,
+    spans,
     wer_counts,
-    words,
 )
 from blora_pyro.models import Base
+from blora_pyro.normalizers import Normalizer
 from blora_pyro.transcription import transcribe_features
 
-WITHOUT_SPACES = {"zh", "ja", "yue", "th", "lo", "my"}  # languages scored by CER
+COUNTERS = {"wer": wer_counts, "mer": mer_counts, "cer": cer_counts}
 
 
 @dataclass(frozen=True)
@@ -28,16 +33,20 @@ class Evaluation:
     """One set's hypotheses and edit counts.
 
     Attributes:
-        metric: The main measure: `wer`, `mer` (code-switched with Chinese) or `cer` (Chinese).
+        metric: The main measure: `wer`, `mer` or `cer`, see `main_measure`.
         counts: Measure -> edit counts per utterance; `cer` always, `pier` if code-switched.
-        references: Normalised transcripts.
-        hypotheses: Normalised output.
+        references: Transcripts, normalised.
+        hypotheses: Output, normalised.
+        points: Per utterance which tokens of the reference PIER counts; [] where it counts none.
+        raw: The same of the texts as they are; None in that itself.
     """
 
     metric: str
     counts: Mapping[str, Counts]
     references: list[str]
     hypotheses: list[str]
+    points: list[list[bool]]
+    raw: "Evaluation | None" = None
 
     @property
     def main(self) -> Counts:
@@ -46,57 +55,156 @@ class Evaluation:
 
     def summary(self) -> dict[str, object]:
         """Rates as fractions with 95% bootstrap intervals over utterances, for JSON."""
-        rates = {
-            name: {"rate": counts.rate, "interval": list(bootstrap_interval(counts))}
-            for name, counts in self.counts.items()
-        }
+        rates = {name: rate_summary([self], name) for name in self.counts}
         return {"metric": self.metric, "utterances": len(self.references), **rates}
 
 
-def _tagged(text: str, languages: list[str]) -> tuple[str, list[str]]:
-    """A normalised transcript, and the language of each of *its* tokens."""
-    if len(tokens := words(text)) != len(languages):
+def rate_summary(sets: Sequence[Evaluation], measure: str | None = None) -> dict[str, Any]:
+    """The sets' rate, macro-averaged, with its 95% interval, and under `raw` the same raw.
+
+    Args:
+        sets: One or more.
+        measure: None is the main measure of each.
+    """
+    counts = [one.counts[measure or one.metric] for one in sets]
+    rate, (low, high) = macro_rate(counts), macro_bootstrap_interval(counts)
+    summary = {"rate": _number(rate), "interval": [_number(low), _number(high)]}
+    raw = _raws(sets, measure)
+    return summary | ({"raw": rate_summary(raw, measure)} if raw else {})
+
+
+def change_summary(
+    before: Sequence[Evaluation], after: Sequence[Evaluation], measure: str | None = None
+) -> dict[str, Any]:
+    """The rate after minus that before, with its paired interval; otherwise as `rate_summary`."""
+    counts, others = (
+        [one.counts[measure or one.metric] for one in side] for side in (before, after)
+    )
+    difference, low, high = paired_macro_bootstrap(counts, others)
+    summary = {"difference": _number(difference), "interval": [_number(low), _number(high)]}
+    raw, other = _raws(before, measure), _raws(after, measure)
+    return summary | ({"raw": change_summary(raw, other, measure)} if raw else {})
+
+
+def _raws(sets: Sequence[Evaluation], measure: str | None) -> list[Evaluation]:
+    """Of the sets' raw evaluations those with the measure: all, or what is there to be PIER of."""
+    raw = [one.raw for one in sets if one.raw is not None]
+    return [one for one in raw if (measure or one.metric) in one.counts]
+
+
+def _number(value: float) -> float | None:
+    """None for the rate of references without a token, since JSON has no nan."""
+    return None if math.isnan(value) else value
+
+
+def main_measure(texts: Sequence[str], languages: Sequence[str]) -> str:
+    """By what a set is scored: its languages decide, where one is not told the text.
+
+    `cer` if all of it is in languages written without spaces, `mer` if some of it is, else `wer`.
+    """
+    unspaced = []
+    for text, language in zip(texts, languages, strict=True):
+        codes = language.split("-")
+        unspaced += [code in WITHOUT_SPACES if code else is_unspaced(text) for code in codes]
+    return "cer" if all(unspaced) else "mer" if any(unspaced) else "wer"
+
+
+def score(
+    examples: Examples, hypotheses: list[str], normalizer: Normalizer | None = None
+) -> Evaluation:
+    """Edit counts of `hypotheses`, both sides as they are and normalised.
+
+    Args:
+        examples: The set.
+        hypotheses: In its order.
+        normalizer: None is Whisper's normalisers.
+
+    Raises:
+        UserError: If an utterance's words and word_languages differ in number.
+    """
+    metric = main_measure(examples.texts, examples.languages)
+    raw = _score(metric, examples, hypotheses, Normalizer("none"))
+    return _score(metric, examples, hypotheses, normalizer or Normalizer(), raw)
+
+
+def _score(
+    metric: str,
+    examples: Examples,
+    hypotheses: list[str],
+    normalizer: Normalizer,
+    raw: Evaluation | None = None,
+) -> Evaluation:
+    references, guesses = (
+        [normalizer(text, code) for text, code in zip(texts, examples.languages, strict=True)]
+        for texts in (examples.texts, hypotheses)
+    )
+    spoken = [row for row, text in enumerate(examples.texts) if text.strip()]
+    switched = [row for row in spoken if "-" in examples.languages[row]]
+    tags: dict[int, list[str]] = {}
+    for row in switched if all(examples.word_languages[row] for row in switched) else []:
+        normalize = partial(normalizer, language=examples.languages[row])
+        given = examples.texts[row], examples.word_languages[row]
+        references[row], tags[row] = _carry(metric, *given, normalize)
+    counts = {name: COUNTERS[name](references, guesses) for name in dict.fromkeys((metric, "cer"))}
+    embedded = {row: examples.languages[row].split("-")[1] for row in tags}
+    pier = pier_counts(
+        [references[row] for row in tags],
+        [guesses[row] for row in tags],
+        [*tags.values()],
+        [*embedded.values()],
+        metric,
+    )
+    if len(pier.lengths):  # else no utterance mixes the languages
+        counts["pier"] = pier
+    points = [
+        points_of_interest(tags[row], embedded[row]) if row in tags else []
+        for row in range(len(references))
+    ]
+    return Evaluation(metric, counts, references, guesses, points, raw)
+
+
+def _carry(
+    measure: str, text: str, languages: Sequence[str], normalize: Callable[[str], str]
+) -> tuple[str, list[str]]:
+    """The normalised transcript, and the language of each of *its* tokens, given those of the raw.
+
+    A normaliser may split a word, drop it, or drop several at once (what is in brackets). So each
+    word gets a mark before it, a character without meaning that normalisers let through, and what
+    is left between two marks has the language of the first.
+    """
+    text = " ".join(text.split())
+    starts = [start for start, _ in spans("mer", text)]
+    if len(starts) != len(languages):
         raise UserError(
-            f"{text[:40]!r} has {len(tokens)} words but {len(languages)} word_languages; "
+            f"{text[:40]!r} has {len(starts)} words but {len(languages)} word_languages; "
             "give one for each word"
         )
-    kept = [
-        (part, language)
-        for token, language in zip(tokens, languages, strict=True)
-        for part in words(normalize(token))
-    ]
-    return " ".join(part for part, _ in kept), [language for _, language in kept]
+    free = (mark for mark in map(chr, itertools.count(0xF0000)) if mark not in text)
+    marks = dict(zip(dict.fromkeys(languages), free, strict=False))
+    parts = [text[start:end] for start, end in itertools.pairwise([*starts, len(text)])]
+    marked = "".join(marks[code] + part for code, part in zip(languages, parts, strict=True))
+    codes = {mark: code for code, mark in marks.items()}
+    spelled, owners, owner = "", [], ""
+    for char in normalize(marked):
+        if char in codes:
+            owner = codes[char]
+        else:
+            spelled += char
+            owners.append(owner)
+    found = [owners[start] for start, _ in spans(measure, spelled)]
+    return " ".join(spelled.split()), found
 
 
-def score(examples: Examples, hypotheses: list[str]) -> Evaluation:
-    """Edit counts of `hypotheses`, after basic normalisation of both sides."""
-    codes = examples.main_language.split("-")
-    references = [normalize(text) for text in examples.texts]
-    guesses = [normalize(text) for text in hypotheses]
-    counts = {"cer": cer_counts(references, guesses)}
-    if len(codes) == 1 and codes[0] in WITHOUT_SPACES:
-        return Evaluation("cer", counts, references, guesses)
-    metric = "mer" if WITHOUT_SPACES & set(codes) else "wer"
-    count = mer_counts if metric == "mer" else wer_counts
-    counts = {metric: count(references, guesses)} | counts
-    if len(codes) > 1 and all(examples.word_languages):
-        tagged = [
-            _tagged(text, tags)
-            for text, tags in zip(examples.texts, examples.word_languages, strict=True)
-        ]
-        texts, tags = [text for text, _ in tagged], [tags for _, tags in tagged]
-        pier = pier_counts(texts, guesses, tags, codes[1])
-        if len(pier.lengths):  # else no utterance mixes the languages
-            counts["pier"] = pier
-    return Evaluation(metric, counts, references, guesses)
+def normalizer_for(base: Base, name: str) -> Normalizer:
+    """A normaliser that spells as the base's checkpoint says.
+
+    Raises:
+        UserError: See `Normalizer`.
+    """
+    return Normalizer(name, base.tokenizer.english_spelling_normalizer)
 
 
-def evaluate(base: Base, examples: Examples) -> Evaluation:
+def evaluate(base: Base, examples: Examples, normalizer: str = "whisper") -> Evaluation:
     """Transcribe and score one set."""
-    return score(examples, transcribe_features(base, examples.features, examples.prompts))
-
-
-def macro_summary(sets: list[Evaluation]) -> dict[str, object]:
-    """The backward error: macro-average of the sets' main rates, with its 95% interval."""
-    counts = [one.main for one in sets]
-    return {"rate": macro_rate(counts), "interval": list(macro_bootstrap_interval(counts))}
+    hypotheses = transcribe_features(base, examples.features, examples.prompts)
+    return score(examples, hypotheses, normalizer_for(base, normalizer))

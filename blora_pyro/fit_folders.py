@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import platform
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,12 +28,14 @@ from blora_pyro.run_folders import (
     RUN,
     TRANSCRIPTS,
     UNFINISHED,
+    UTTERANCES,
     claim,
     remove_files,
     save_posterior,
     write_json,
 )
 from blora_pyro.stopping import EarlyStopping
+from blora_pyro.utterances import write_utterances
 
 PACKAGES = ("blora-pyro", "torch", "pyro-ppl", "transformers", "datasets", "peft", "jiwer")
 
@@ -178,10 +180,13 @@ class FitFolder:
         if self.path is not None:
             remove_files(self.path, CHECKPOINT)
 
-    def finish(self, metrics: Mapping[str, Any], seconds: float) -> None:
-        """All is measured: keep it, and `tidy`."""
+    def finish(
+        self, metrics: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], seconds: float
+    ) -> None:
+        """All is measured: keep it, the figures and the rows of all utterances, and `tidy`."""
         if self.path is None:
             return
+        write_utterances(self.path / UTTERANCES, rows)
         write_json(self.path / METRICS, metrics)
         self._write(state=FINISHED, seconds={**self.about["seconds"], "total": round(seconds, 1)})
         self.tidy()

@@ -1,31 +1,28 @@
-"""Error rates for code-switched speech, their bootstrap intervals, and what an adapter cost.
+"""Error rates for code-switched speech, the alignments behind them, and what an adapter cost.
 
 Every error rate here is kept as per-utterance counts (`Counts`), so that it pools over a corpus and
 bootstraps over utterances. All alignments are jiwer's. Rates are fractions: 0.12 is 12%.
 """
 
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jiwer
 import numpy as np
 import numpy.typing as npt
+import regex
 
 IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
-# The Unicode script Han: radicals, 々 〇 and the Hangzhou numerals, Extension A, the unified block,
-# compatibility ideographs, and planes 2 and 3, which Unicode keeps for Han (Extensions B onwards).
-_HAN = (
-    r"\u2e80-\u2e99\u2e9b-\u2ef3\u2f00-\u2fd5\u3005\u3007\u3021-\u3029\u3038-\u303b"
-    r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufa6d\ufa70-\ufad9"
-    r"\U00016fe2-\U00016fe3\U00016ff0-\U00016ff6\U00020000-\U0003fffd"
-)
-_HAN_CHARACTER = re.compile(f"[{_HAN}]")
-_TOKEN = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
+# Languages without spaces between words, scored by character as Whisper's authors do, and their
+# scripts. The sound marks of kana are of no script.
+WITHOUT_SPACES = {"zh", "ja", "yue", "th", "lo", "my"}
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ーｰ\p{Thai}\p{Lao}\p{Myanmar}"
+_CHARACTER = regex.compile(rf"[{_UNSPACED}]")
+_TOKEN = regex.compile(rf"[{_UNSPACED}][\p{{M}}ﾞﾟ]*|[^\s{_UNSPACED}]+")
+_WORD = regex.compile(r"\S+")
+_OPERATIONS = {"equal": "=", "substitute": "S", "delete": "D", "insert": "I"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,35 +42,40 @@ class Counts:
         return int(self.edits.sum()) / total if total else float("nan")
 
 
+class Aligned(NamedTuple):
+    """A step of an alignment: tokens of reference and hypothesis side by side.
+
+    Attributes:
+        operation: `=`, or an edit: `S` (substitution), `D` (deletion) or `I` (insertion).
+        reference: The token, empty for an insertion.
+        hypothesis: The token, empty for a deletion.
+        place: Of the reference token that an edit counts for; an insertion's is the one that it
+            stands before, or the last (-1 where there is none).
+    """
+
+    operation: str
+    reference: str
+    hypothesis: str
+    place: int
+
+
 def words(text: str) -> list[str]:
-    """Split mixed-script text: each Han character alone, everything else at white space.
+    """Split mixed-script text: each character of a script without spaces alone, the rest at spaces.
 
-    Text without Han gives `text.split()`. "我喜欢red bicycle" gives 我, 喜, 欢, red, bicycle.
+    Those scripts are Han, the two kana, Thai, Lao and Burmese; combining marks stay with their
+    character. Other text gives `text.split()`. "我喜欢red bicycle" gives 我, 喜, 欢, red, bicycle.
     """
-    return _TOKEN.findall(text)
+    return _TOKEN.findall(" ".join(text.split()))
 
 
-def normalize(text: str) -> str:
-    """Return the text in NFKC, lower case, without punctuation and symbols, white space collapsed.
-
-    Apostrophes inside words stay (as "'"), but not beside Han, where they are quotation marks.
-    Other punctuation becomes a space: "e-mail" is two words afterwards. Combining marks stay, since
-    many scripts spell with them. Whisper's own normalisers (numbers, spelling, contractions) are
-    not this function; they come by another way later.
-    """
-    # Lower-casing can undo the composition ("H̱" has no single character, "ẖ" has): compose again.
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
-    text = text.replace("\u2019", "'").replace("\u02bc", "'")  # the typographic apostrophes
-    kept = (char if _spells(text, place) else " " for place, char in enumerate(text))
-    return " ".join("".join(kept).split())
+def is_unspaced(text: str) -> bool:
+    """Whether the text has a character of a script without spaces, see `words`."""
+    return _CHARACTER.search(text) is not None
 
 
-def _spells(text: str, place: int) -> bool:
-    if text[place] != "'":
-        return unicodedata.category(text[place])[0] not in "PS"
-    around = text[max(place - 1, 0) : place] + text[place + 1 : place + 2]
-    letters = [c for c in around if unicodedata.category(c)[0] in "LMN"]
-    return len(letters) == 2 and not _HAN_CHARACTER.search(around)
+def spans(measure: str, text: str) -> list[tuple[int, int]]:
+    """Start and end of each token by which `wer` or `mer` aligns a text without odd white space."""
+    return [match.span() for match in (_WORD if measure == "wer" else _TOKEN).finditer(text)]
 
 
 def wer_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
@@ -85,35 +87,56 @@ def wer_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
     Raises:
         ValueError: if the numbers of texts differ, or a text is given where a list is wanted.
     """
-    _check_sizes(references=references, hypotheses=hypotheses)
-    output = _align([r.split() for r in references], [h.split() for h in hypotheses])
-    return _count(output, len(references))
+    return _count("wer", references, hypotheses)
 
 
 def mer_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
-    """Count mixed errors: one alignment over Han characters and whole words of other scripts.
+    """Count mixed errors: one alignment over the tokens of `words`.
 
     The mixed error rate (MER) of code-switching work, not `jiwer.mer`, the match error rate.
-    Without Han it equals WER. Otherwise as `wer_counts`.
+    Without Han and the like it equals WER. Otherwise as `wer_counts`.
     """
-    _check_sizes(references=references, hypotheses=hypotheses)
-    output = _align([words(r) for r in references], [words(h) for h in hypotheses])
-    return _count(output, len(references))
+    return _count("mer", references, hypotheses)
 
 
 def cer_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
     """Count character errors as jiwer does, inner spaces being characters.
 
-    Where a reference has Han characters, white space is dropped from it and its hypothesis; the
-    reference alone decides, so that every system is counted alike. Otherwise as `wer_counts`.
+    Where a reference has a script without spaces (see `words`), white space is dropped from it and
+    its hypothesis; the reference alone decides, so that every system is counted alike. Otherwise as
+    `wer_counts`.
     """
-    _check_sizes(references=references, hypotheses=hypotheses)
-    pairs = [
-        ("".join(r.split()), "".join(h.split())) if _HAN_CHARACTER.search(r) else (r, h)
-        for r, h in zip(references, hypotheses, strict=True)
-    ]
-    output = jiwer.process_characters([r for r, _ in pairs], [h for _, h in pairs])
-    return _count(output, len(references))
+    return _count("cer", references, hypotheses)
+
+
+def align(measure: str, reference: str, hypothesis: str) -> list[Aligned]:
+    """The alignment of two texts by which `wer`, `mer` or `cer` counts their edits."""
+    output = _output(measure, [reference], [hypothesis])
+    wanted, got = list(output.references[0]), list(output.hypotheses[0])
+    steps = []
+    for chunk in output.alignments[0]:
+        places = range(chunk.ref_start_idx, chunk.ref_end_idx)
+        others = range(chunk.hyp_start_idx, chunk.hyp_end_idx)
+        for step in range(max(len(places), len(others))):
+            place = places[step] if places else min(chunk.ref_start_idx, len(wanted) - 1)
+            steps.append(
+                Aligned(
+                    _OPERATIONS[chunk.type],
+                    wanted[place] if places else "",
+                    got[others[step]] if others else "",
+                    place,
+                )
+            )
+    return steps
+
+
+def points_of_interest(word_languages: Sequence[str], embedded: str) -> list[bool]:
+    """Which tokens of a reference PIER counts; [] for an utterance that it leaves out.
+
+    PIER leaves out what has no points of interest, or nothing else.
+    """
+    points = [code == embedded for code in word_languages]
+    return points if any(points) and not all(points) else []
 
 
 def pier_counts(
@@ -121,16 +144,18 @@ def pier_counts(
     hypotheses: Sequence[str],
     word_languages: Sequence[Sequence[str]],
     embedded: str | Sequence[str],
+    measure: str = "mer",
 ) -> Counts:
     """Count the errors at points of interest: the words of the embedded language.
 
-    PIER (arXiv 2501.09512): in the word alignment (over `words`), count the edits whose reference
-    word is a point of interest, divided by the number of such words. An insertion counts for the
-    reference word that it stands before, trailing ones for the last word, so PIER may exceed 100%.
+    PIER (arXiv 2501.09512): in the alignment of `measure`, count the edits whose reference word is
+    a point of interest, divided by the number of such words. An insertion counts for the reference
+    word that it stands before, trailing ones for the last word, so PIER may exceed 100%.
 
-    `word_languages` holds, for each of n utterances, a code for each token of `words(reference)`;
-    `embedded` is one code for the corpus or one per utterance. Returns Counts of the m <= n
-    utterances with both points of interest and other words: those of two systems stay paired.
+    `word_languages` holds, for each of n utterances, a code for each token of the reference
+    (`words` for "mer", `str.split` for "wer"); `embedded` is one code for the corpus or one per
+    utterance. Returns Counts of the m <= n utterances with both points of interest and other words:
+    those of two systems stay paired.
 
     Raises:
         ValueError: if numbers of utterances differ, or an utterance's words and languages do.
@@ -138,7 +163,7 @@ def pier_counts(
     languages = [embedded] * len(references) if isinstance(embedded, str) else embedded
     columns = {"word_languages": word_languages, "embedded": languages}
     _check_sizes(references=references, hypotheses=hypotheses, **columns)
-    output = _align([words(r) for r in references], [words(h) for h in hypotheses])
+    output = _output(measure, references, hypotheses)
     rows = []
     for index, codes in enumerate(word_languages):
         length = len(output.references[index])
@@ -147,11 +172,10 @@ def pier_counts(
                 f"utterance {index}: {len(codes)} word languages for {length} reference words; "
                 "give one language code for each token of words(reference)"
             )
-        points = np.array([code == languages[index] for code in codes], dtype=bool)
-        if points.any() and not points.all():
+        if points := points_of_interest(codes, languages[index]):
             charged = _charge(output.alignments[index], length)
             charged[-2] += charged[-1]  # trailing insertions count for the last word
-            rows.append((charged[:-1][points].sum(), points.sum()))
+            rows.append((charged[:-1][points].sum(), sum(points)))
     table = np.array(rows, dtype=np.int64).reshape(-1, 2)
     return Counts(table[:, 0], table[:, 1])
 
@@ -165,16 +189,29 @@ def _check_sizes(**columns: Sequence[Any]) -> None:
         raise ValueError(f"got {sizes}; give one of each per utterance")
 
 
-def _align(references: list[list[str]], hypotheses: list[list[str]]) -> jiwer.WordOutput:
+def _output(
+    measure: str, references: Sequence[str], hypotheses: Sequence[str]
+) -> jiwer.WordOutput | jiwer.CharacterOutput:
+    """What jiwer makes of n utterances each."""
+    _check_sizes(references=references, hypotheses=hypotheses)
+    if measure == "cer":
+        pairs = [
+            ("".join(r.split()), "".join(h.split())) if is_unspaced(r) else (r, h)
+            for r, h in zip(references, hypotheses, strict=True)
+        ]
+        return jiwer.process_characters([r for r, _ in pairs], [h for _, h in pairs])
+    split = words if measure == "mer" else str.split
     # Joined by single spaces, since jiwer would not split at a lone tab or no-break space.
-    return jiwer.process_words([" ".join(r) for r in references], [" ".join(h) for h in hypotheses])
+    sides = [[" ".join(split(text)) for text in texts] for texts in (references, hypotheses)]
+    return jiwer.process_words(*sides)
 
 
-def _count(output: jiwer.WordOutput | jiwer.CharacterOutput, n: int) -> Counts:
+def _count(measure: str, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
+    output = _output(measure, references, hypotheses)
     # Only the first n, since jiwer makes one empty utterance out of none.
-    lengths = np.array([len(reference) for reference in output.references[:n]], dtype=np.int64)
+    lengths = [len(reference) for reference in output.references[: len(references)]]
     edits = [_charge(output.alignments[i], length).sum() for i, length in enumerate(lengths)]
-    return Counts(np.array(edits, dtype=np.int64), lengths)
+    return Counts(np.array(edits, dtype=np.int64), np.array(lengths, dtype=np.int64))
 
 
 def _charge(chunks: list[jiwer.AlignmentChunk], length: int) -> IntArray:
@@ -186,101 +223,6 @@ def _charge(chunks: list[jiwer.AlignmentChunk], length: int) -> IntArray:
         elif chunk.type != "equal":
             charged[chunk.ref_start_idx : chunk.ref_end_idx] += 1
     return charged
-
-
-def macro_rate(sets: Sequence[Counts]) -> float:
-    """Return the mean of the sets' pooled rates; of the held-out sets it is the backward error."""
-    return sum(counts.rate for counts in sets) / len(sets) if sets else float("nan")
-
-
-def bootstrap_interval(
-    counts: Counts, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile-bootstrap interval of the pooled rate, resampling utterances.
-
-    Draws in which no reference has a token are dropped; (nan, nan) where none is left.
-
-    Raises:
-        ValueError: if `level` is not between 0 and 1, or `draws` is below 1.
-    """
-    return macro_bootstrap_interval([counts], level, draws, seed)
-
-
-def macro_bootstrap_interval(
-    sets: Sequence[Counts], level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the interval of `macro_rate`, each set's utterances resampled on their own.
-
-    As `bootstrap_interval`; also raises ValueError if there is no set.
-    """
-    if not sets:
-        raise ValueError("got no set of counts; give at least one to average over")
-    rng = np.random.default_rng(seed)
-    rates = [_resampled_rates([counts], draws, rng)[0] for counts in sets]
-    return _interval(np.mean(rates, axis=0), level)
-
-
-def paired_bootstrap(
-    counts_a: Counts, counts_b: Counts, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Compare two systems on the same utterances.
-
-    Returns (difference, low, high): rate(b) - rate(a), and its percentile interval over draws in
-    which both systems are seen on the same resampled utterances.
-
-    Raises:
-        ValueError: if the numbers of utterances differ, and as `bootstrap_interval` does.
-    """
-    return paired_macro_bootstrap([counts_a], [counts_b], level, draws, seed)
-
-
-def paired_macro_bootstrap(
-    sets_a: Sequence[Counts],
-    sets_b: Sequence[Counts],
-    level: float = 0.95,
-    draws: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Compare the macro-averages of two systems over the same sets, such as backward errors.
-
-    Returns (difference, low, high): macro_rate(b) - macro_rate(a) and its percentile interval, each
-    set's utterances resampled on their own, for both systems alike. With a = base it is forgetting.
-
-    Raises:
-        ValueError: as `paired_bootstrap`, or if there is no set.
-    """
-    sizes_a, sizes_b = ([len(counts.edits) for counts in sets] for sets in (sets_a, sets_b))
-    if sizes_a != sizes_b or not sizes_a:
-        raise ValueError(f"got sets of {sizes_a} and {sizes_b} utterances; give the same ones")
-    rng = np.random.default_rng(seed)
-    pairs = [_resampled_rates([a, b], draws, rng) for a, b in zip(sets_a, sets_b, strict=True)]
-    rates = np.mean(pairs, axis=0)
-    return macro_rate(sets_b) - macro_rate(sets_a), *_interval(rates[1] - rates[0], level)
-
-
-def _resampled_rates(systems: list[Counts], draws: int, rng: np.random.Generator) -> FloatArray:
-    """Return pooled rates, shape (systems, draws), all systems on the same resampled utterances."""
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
-    table = np.stack([[counts.edits, counts.lengths] for counts in systems])  # (systems, 2, n)
-    n = table.shape[-1]
-    totals = np.zeros((len(systems), 2, draws))
-    # One draw at a time: all at once would hold draws x n indices, gigabytes for a large corpus.
-    for draw in range(draws):
-        weights = np.bincount(rng.integers(n, size=n), minlength=n)
-        totals[:, :, draw] = table @ weights
-    edits, lengths = totals[:, 0], totals[:, 1]
-    return np.divide(edits, lengths, out=np.full_like(edits, np.nan), where=lengths > 0)
-
-
-def _interval(values: FloatArray, level: float) -> tuple[float, float]:
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level}; 0.95 is usual")
-    values = values[~np.isnan(values)]
-    if not values.size:
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def backward_gain(lora: float, blora: float) -> float:

@@ -8,9 +8,15 @@ from typing import Any
 from blora_pyro.config import FitConfig
 from blora_pyro.data import Examples, Source, describe_source, is_language, split_names
 from blora_pyro.errors import UserError
-from blora_pyro.evaluation import Evaluation, evaluate, macro_summary, score
+from blora_pyro.evaluation import (
+    Evaluation,
+    change_summary,
+    evaluate,
+    normalizer_for,
+    rate_summary,
+    score,
+)
 from blora_pyro.loading import Loader
-from blora_pyro.metrics import Counts, paired_macro_bootstrap
 from blora_pyro.models import Base
 from blora_pyro.posterior import Posterior
 from blora_pyro.run_folders import write_json
@@ -54,7 +60,7 @@ def early_stopping(
     examples = loader.load(source, split)
 
     def dev_error() -> float:
-        return evaluate(loader.base, examples).main.rate
+        return evaluate(loader.base, examples, config.normalizer).main.rate
 
     return EarlyStopping(dev_error, config.eval_every, config.patience, on_error)
 
@@ -76,6 +82,7 @@ def measure(
     sets: dict[str, Examples],
     on_set: Callable[[str], None],
     keep: Path | None = None,
+    normalizer: str = "whisper",
 ) -> dict[str, Evaluation]:
     """Evaluate the net, as it is, on every set.
 
@@ -84,7 +91,9 @@ def measure(
         sets: By name.
         on_set: Told what is transcribed.
         keep: A JSON file for the transcripts; sets that are in it already are only scored.
+        normalizer: One of `normalizers.NORMALIZERS`.
     """
+    normalize = normalizer_for(base, normalizer)
     known = _read_transcripts(keep)
     results = {}
     for name, examples in sets.items():
@@ -93,7 +102,7 @@ def measure(
             known[name] = transcribe_features(base, examples.features, examples.prompts)
             if keep:
                 write_json(keep, known)
-        results[name] = score(examples, known[name])
+        results[name] = score(examples, known[name], normalize)
     return results
 
 
@@ -110,10 +119,14 @@ def compare(
     posterior: Posterior,
     before: dict[str, Evaluation],
     after: dict[str, Evaluation],
-    domain: Source,
+    config: FitConfig,
 ) -> dict[str, Any]:
     """The content of `metrics.json`: rates before and after, forgetting, sparsity."""
-    metrics: dict[str, Any] = {"backward": {}, "sparsity": posterior.sparsity()}
+    metrics: dict[str, Any] = {
+        "normalizer": config.normalizer,
+        "backward": {},
+        "sparsity": posterior.sparsity(),
+    }
     backward = [name for name in before if name != NEW_DOMAIN]
     for name, base in before.items():
         adapted = after[name]
@@ -121,26 +134,18 @@ def compare(
             "base": base.summary(),
             "adapted": adapted.summary(),
             "change": {
-                measure: _change([base.counts[measure]], [adapted.counts[measure]])
-                for measure in base.counts
+                measure: change_summary([base], [adapted], measure) for measure in base.counts
             },
         }
         if name == NEW_DOMAIN:
-            metrics[NEW_DOMAIN] = {"name": describe_source(domain), **both}
+            metrics[NEW_DOMAIN] = {"name": describe_source(config.new_domain), **both}
         else:
             metrics["backward"][name] = both
     if backward:
         sets = [before[name] for name in backward], [after[name] for name in backward]
-        counts = [[one.main for one in evaluations] for evaluations in sets]
         metrics["backward_error"] = {
-            "base": macro_summary(sets[0]),
-            "adapted": macro_summary(sets[1]),
-            "change": _change(*counts),  # this is the forgetting
+            "base": rate_summary(sets[0]),
+            "adapted": rate_summary(sets[1]),
+            "change": change_summary(*sets),  # this is the forgetting
         }
     return metrics
-
-
-def _change(base: list[Counts], adapted: list[Counts]) -> dict[str, Any]:
-    """Adapted minus base (macro-averaged) error with its paired bootstrap interval."""
-    difference, low, high = paired_macro_bootstrap(base, adapted)
-    return {"difference": difference, "interval": [low, high]}

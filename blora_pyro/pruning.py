@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +158,12 @@ def prune_run(
         config = about["config"]
         base = base_of(config)
         sets = evaluation_sets(base, config)
+        scored = partial(measure, base, sets, normalizer=config.normalizer)
         with posterior.applied(base.net):
-            full = measure(base, sets, lambda name: progress.stage(f"full adapter on {name}"))
+            full = scored(lambda name: progress.stage(f"full adapter on {name}"))
         with pruned.applied(base.net):
-            fewer = measure(base, sets, lambda name: progress.stage(f"pruned adapter on {name}"))
-        metrics |= compare(pruned, full, fewer, config.new_domain)
+            fewer = scored(lambda name: progress.stage(f"pruned adapter on {name}"))
+        metrics |= compare(pruned, full, fewer, config)
     pruned.save(target)
     write_json(target / "metrics.json", metrics)
     _write_about(Path(folder), target, {"from": str(folder), "rank": rank, "snr": snr, **size})

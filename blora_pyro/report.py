@@ -180,7 +180,9 @@ def _rate_tables(metrics: dict[str, Any], states: tuple[str, str]) -> list[Table
         _add_row(table, f"backward {name}", measure, _only(both, measure))
     if average := metrics.get("backward_error"):
         _add_row(table, "backward average", "", average)
-    return [table]
+    if not (normalizer := metrics.get("normalizer")):  # of a run from before there was a choice
+        return [table]
+    return [table, f"normalizer: {normalizer}; raw is without it, shown where that differs"]
 
 
 def print_tables(lines: Sequence[RenderableType], *more: str) -> None:
@@ -198,21 +200,30 @@ def _only(both: dict[str, Any], measure: str) -> dict[str, Any]:
 
 
 def _add_row(table: Table, name: str, measure: str, rates: dict[str, Any]) -> None:
-    cells = [
-        f"{100 * rates[state]['rate']:.1f} {_interval(rates[state])}"
-        for state in ("base", "adapted")
-    ]
-    change = f"{_signed(rates['change']['difference'])} {_interval(rates['change'])}"
-    table.add_row(escape(name), measure.upper(), *cells, change)
+    """A row of normalised rates, and below it one of the raw ones, if they are others."""
+    table.add_row(escape(name), measure.upper(), *_cells(rates))
+    raw = {state: rate["raw"] for state, rate in rates.items() if "raw" in rate}
+    if raw and _cells(raw) != _cells(rates):
+        table.add_row("", f"raw {measure.upper()}".strip(), *_cells(raw), style="dim")
 
 
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}"
+def _cells(rates: dict[str, Any]) -> list[str]:
+    base, adapted, change = (rates[state] for state in ("base", "adapted", "change"))
+    states = [f"{_percent(rate['rate'])} {_interval(rate)}" for rate in (base, adapted)]
+    return [*states, f"{_signed(change['difference'])} {_interval(change)}"]
+
+
+def _percent(share: float | None, form: str = ".1f") -> str:
+    return _form(None if share is None else 100 * share, form)
+
+
+def _signed(share: float | None) -> str:
+    return _percent(share, "+.1f")
 
 
 def _interval(rate: dict[str, Any]) -> str:
-    low, high = rate["interval"]
-    return f"\\[{100 * low:.1f}, {100 * high:.1f}]"
+    low, high = map(_percent, rate["interval"])
+    return f"\\[{low}, {high}]"
 
 
 def prior_tables(families: Mapping[str, tuple[str, tuple[Argument, ...]]]) -> list[RenderableType]:

@@ -18,8 +18,10 @@ from blora_pyro.loading import SKIPPED
 from blora_pyro.posterior import Posterior
 
 RUN, METRICS, CHECKPOINT = "run.json", "metrics.json", checkpoints.FILE
+UTTERANCES = "utterances.jsonl"
 TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
-RESULTS = (posterior.FILE, "adapter_config.json", "adapter_model.safetensors", METRICS, SKIPPED)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+RESULTS = (posterior.FILE, *ADAPTER, METRICS, UTTERANCES, SKIPPED)
 HALF_WRITTEN = "posterior.new"
 UNFINISHED = (CHECKPOINT, *TRANSCRIPTS.values())
 
@@ -86,6 +88,18 @@ def claim(folder: Path, overwrite: bool) -> Path:
     if left and not overwrite:
         raise UserError(f"output '{folder}' is not empty; give another, or --overwrite")
     return folder
+
+
+def claim_file(file: Path, overwrite: bool) -> None:
+    """Check that a file may be written, before there is anything to write.
+
+    Raises:
+        UserError: If it can't be, or is there and `overwrite` is off.
+    """
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"output '{file}' can't be written; give a file in a folder that you own")
+    if file.exists() and not overwrite:
+        raise UserError(f"output '{file}' is there already; give another, or --overwrite")
 
 
 def state_of(folder: Path) -> str | None:

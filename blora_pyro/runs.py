@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,19 @@ from blora_pyro.loading import Loader, load_examples
 from blora_pyro.models import DTYPES, Base, BLoRA, check_dtype
 from blora_pyro.outcomes import NEW_DOMAIN, compare, early_stopping, evaluation_sets, measure
 from blora_pyro.posterior import Family, Posterior
-from blora_pyro.run_folders import FINISHED, FITTING, RUN, claim, read_run, write_json
+from blora_pyro.run_folders import (
+    FINISHED,
+    FITTING,
+    RUN,
+    claim,
+    claim_file,
+    read_run,
+    write_json,
+)
 from blora_pyro.stopping import DevError, EarlyStopping
 from blora_pyro.transcription import Transcriber, transcribe_files
 from blora_pyro.transcripts import Transcript
+from blora_pyro.utterances import utterance_rows, write_utterances
 
 __all__ = [
     "NEW_DOMAIN",
@@ -180,7 +190,8 @@ def _fit(
     folder.begin(config, train.main_language, train.num_tokens, model.num_weights)
     loader.tell(folder.list_skipped(loader.skipped))
     kept = folder.transcripts("base")
-    before = measure(base, sets, lambda name: progress.stage(f"base on {name}"), kept)
+    scored = partial(measure, base, sets, normalizer=config.normalizer)
+    before = scored(lambda name: progress.stage(f"base on {name}"), kept)
     if fitting:
         about = {**config.to_json(), "tokens": train.num_tokens, "utterances": len(train)}
         about["training_data"] = train.fingerprint
@@ -199,9 +210,10 @@ def _fit(
         posterior, history = folder.fitted()
     kept = folder.transcripts("adapted")
     with posterior.applied(base.net):
-        after = measure(base, sets, lambda name: progress.stage(f"adapted on {name}"), kept)
-    metrics = compare(posterior, before, after, config.new_domain)
-    folder.finish(metrics, time.monotonic() - started)
+        after = scored(lambda name: progress.stage(f"adapted on {name}"), kept)
+    metrics = compare(posterior, before, after, config)
+    rows = utterance_rows(sets, {"base": before, "adapted": after})
+    folder.finish(metrics, rows, time.monotonic() - started)
     return Run(config, posterior, history, metrics, folder.path, folder.dev)
 
 
@@ -256,28 +268,53 @@ def evaluate_run(
     data: Source | None = None,
     progress: Listener | None = None,
     device: str = "cpu",
+    *,
+    normalizer: str | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Score a run, base and adapted, on its own test sets or on the test split of `data`.
+
+    Args:
+        folder: Of the run.
+        data: None is the run's own test sets.
+        progress: Told of stages.
+        device: A torch device.
+        normalizer: None is that of the fit; see `FitConfig`.
+        output: File for the results of every utterance, see `utterance_rows`; None keeps none.
+        overwrite: Write over what is there.
 
     Returns:
         What `metrics.json` holds.
 
     Raises:
-        UserError: If the run or the data can't be read.
+        UserError: If the run or the data can't be read, the file can't be written, or there is no
+            such normaliser.
     """
     progress = progress or Listener()
+    if output is not None:
+        claim_file(Path(output), overwrite)
     posterior, about = read_run(folder, device)
     config = about["config"]
     base = base_of(config)
     if data is not None:
         config = replace(config, test=data, backward={})
+    if normalizer is not None:
+        config = replace(config, normalizer=normalizer)
     loader = Loader(base, config, progress.features, progress.note)
     sets = evaluation_sets(base, config, loader)
     loader.tell()
-    before = measure(base, sets, lambda name: progress.stage(f"base on {name}"))
+    scored = partial(measure, base, sets, normalizer=config.normalizer)
+    before = scored(lambda name: progress.stage(f"base on {name}"))
     with posterior.applied(base.net):
-        after = measure(base, sets, lambda name: progress.stage(f"adapted on {name}"))
-    return compare(posterior, before, after, config.new_domain)
+        after = scored(lambda name: progress.stage(f"adapted on {name}"))
+    if output is not None:
+        rows = utterance_rows(sets, {"base": before, "adapted": after})
+        try:
+            write_utterances(Path(output), rows)
+        except OSError as error:
+            raise UserError(f"{output} can't be written ({error.strerror}); give another") from None
+    return compare(posterior, before, after, config)
 
 
 def merge_run(

@@ -124,6 +124,7 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "patience": 4,
         "estimator": "local",
         "precision": "bf16",
+        "normalizer": "basic",
         "seed": 9,
         "device": "cuda:1",
         "output": tmp_path,
@@ -423,6 +424,39 @@ def test_evaluate_takes_other_data(finished_run, tones_folder):
     metrics = parsed(well("evaluate", finished_run.output, "--data", data, "--json"))
     assert metrics["new_domain"]["name"] == str(data)
     assert metrics["backward"] == {}
+
+
+def test_evaluate_takes_another_normalizer_and_writes_utterances(
+    finished_run, tones_folder, tmp_path
+):
+    shutil.copytree(tones_folder, tmp_path / "data")
+    lines = (tones_folder / "de.jsonl").read_text(encoding="utf-8")
+    manifest = tmp_path / "data" / "upper.jsonl"
+    manifest.write_text(lines.replace("das rote", "Das Rote!"), encoding="utf-8")
+    file = tmp_path / "u.jsonl"
+    command = ("evaluate", finished_run.output, "--data", manifest, "--output", file)
+    out = well(*command, "--normalizer", "none")
+    assert "normalizer: none" in out
+    assert f"utterances: {file}" in out
+    assert parsed(file.read_text().splitlines()[0])["reference"] == "Das Rote!"
+    assert "there already" in complaint(run(*command))
+    found = parsed(well(*command, "--overwrite", "--json"))
+    assert found["normalizer"] == "whisper"
+    rates = found["new_domain"]["base"]["wer"]
+    assert (rates["rate"], rates["raw"]["rate"]) == (0, 0.5)
+    assert parsed(file.read_text().splitlines()[0])["reference"] == "das rote"
+
+
+@pytest.mark.parametrize("place", ["", "nowhere/u.jsonl"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything(finished_run, tmp_path, place):
+    result = run("evaluate", finished_run.output, "--output", tmp_path / place)
+    assert "can't be written" in complaint(result)
+    assert "..." not in result.stderr
+
+
+def test_an_unknown_normalizer_is_refused(finished_run, short):
+    for command in (["evaluate", finished_run.output], short):
+        assert "give one of whisper, basic" in complaint(run(*command, "--normalizer", "english"))
 
 
 def test_transcribe_prints_a_line_a_file(finished_run, tones_folder):

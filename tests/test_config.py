@@ -110,6 +110,7 @@ def test_as_json_it_says_what_it_is():
     [
         ({"dtype": "int8"}, "dtype is 'int8'; give one of float32, bfloat16, float16"),
         ({"data": ()}, "data names no source"),
+        ({"normalizer": "english"}, "normalizer is 'english'; give one of whisper, basic, none"),
         ({"data_weights": (1, 2)}, r"data_weights is 1, 2 for 1 source\(s\)"),
         ({"data": ("a", "b"), "data_weights": (1, 0)}, "data_weights is 1, 0 for 2"),
         ({"data": ("a", "b"), "data_weights": (1, math.nan)}, "data_weights is 1, nan"),

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blora_pyro.data import Examples, read_manifest
-from blora_pyro.evaluation import Evaluation, evaluate, macro_summary, score
+from blora_pyro.evaluation import Evaluation, change_summary, evaluate, rate_summary, score
 from blora_pyro.metrics import Counts, words
+from blora_pyro.normalizers import Normalizer
 
 quick = settings(deadline=None, max_examples=60)
 
@@ -23,7 +24,8 @@ def texts_of(texts, languages, word_languages=None) -> Examples:
 
 def made(edits, lengths) -> Evaluation:
     counts = Counts(np.array(edits), np.array(lengths))
-    return Evaluation("wer", {"wer": counts, "cer": counts}, ["a"] * len(edits), ["b"] * len(edits))
+    texts, points = ["a"] * len(edits), [[] for _ in edits]
+    return Evaluation("wer", {"wer": counts, "cer": counts}, texts, texts, points)
 
 
 @pytest.mark.parametrize(
@@ -46,9 +48,35 @@ def test_the_measure_is_chosen_by_the_language(language, metric, measures):
     assert result.main is result.counts[metric]
 
 
-def test_the_measure_is_chosen_by_the_most_frequent_language():
-    languages = ["zh", "zh", "en"]
-    assert score(texts_of(["我", "红", "red"], languages), ["", "", ""]).metric == "cer"
+@pytest.mark.parametrize(
+    ("languages", "metric"),
+    [
+        (["zh", "ja"], "cer"),
+        (["zh", "zh", "en"], "mer"),
+        (["en", "en", "zh"], "mer"),
+        (["de", "de-en"], "wer"),
+        (["zh-en", "zh"], "mer"),
+    ],
+)
+def test_the_measure_of_mixed_sets_is_one_for_all_of_them(languages, metric):
+    texts = {"zh": "我 红", "ja": "こ れ", "en": "red car", "de": "rot", "de-en": "das car"}
+    given = [texts.get(language, "我car") for language in languages]
+    result = score(texts_of(given, languages), given)
+    assert result.metric == metric
+    assert result.main.rate == 0
+
+
+def test_a_set_of_english_and_chinese_counts_words_and_characters():
+    examples = texts_of(["the red car", "我喜欢红"], ["en", "zh"])
+    result = score(examples, ["the rad car", "我喜 黄"])
+    assert result.main.lengths.tolist() == [3, 4]
+    assert result.main.edits.tolist() == [1, 2]
+
+
+def test_without_a_language_the_text_decides():
+    assert score(texts_of(["red", "我"], ["", "zh"]), ["", ""]).metric == "mer"
+    assert score(texts_of(["红", "我"], ["", "zh"]), ["", ""]).metric == "cer"
+    assert score(texts_of(["red"], [""]), [""]).metric == "wer"
 
 
 def test_rates_by_hand():
@@ -108,7 +136,53 @@ def test_pier_of_chinese_and_english_takes_a_code_a_character():
     assert (pier.edits.tolist(), pier.lengths.tolist()) == ([1], [1])
 
 
-messy = st.text(alphabet="aBß我欢e\u0301 '-.,\u3000–½ﬁ㈱", min_size=1, max_size=12)
+def test_pier_of_a_mixed_set_is_that_of_its_code_switched_utterances():
+    texts = ["ein rad", "das red rad", "el red rosso", "ja"]
+    languages = ["de", "de-en", "es-it", "de"]
+    tags = [[], ["de", "en", "de"], ["es", "es", "it"], []]
+    result = score(texts_of(texts, languages, tags), ["", "das rad rad", "el red rosa", "ja"])
+    assert result.counts["pier"].edits.tolist() == [1, 1]
+    assert result.points == [[], [False, True, False], [False, False, True], []]
+
+
+def test_pier_goes_without_code_switched_utterances_that_say_nothing():
+    examples = texts_of(["das red", ""], ["de-en", "de-en"], [["de", "en"], []])
+    assert score(examples, ["das red", "oh"]).counts["pier"].lengths.tolist() == [1]
+
+
+def test_a_transcript_without_word_languages_leaves_no_pier_raw_or_normalised():
+    examples = texts_of(["das red", "[laughs]"], ["de-en", "de-en"], [["de", "en"], []])
+    result = score(examples, ["das red", ""])
+    assert "pier" not in result.counts
+    assert "pier" not in result.raw.counts
+
+
+def test_pier_may_be_of_the_normalised_text_alone():
+    # Raw, "red-我" is one word, of which the first part tells the language.
+    result = score(texts_of(["red-我"], ["de-en"], [["en", "de"]]), ["red 我"])
+    assert "raw" not in result.summary()["pier"]
+    assert "raw" not in change_summary([result], [result], "pier")
+
+
+def test_words_in_brackets_go_with_their_languages():
+    text, tags = "das (loud noise) red [x]rad", ["de", "en", "en", "en", "de"]
+    result = score(texts_of([text], ["de-en"], [tags]), ["das rad rad"])
+    assert result.references == ["das red rad"]
+    assert result.points == [[False, True, False]]
+    assert result.raw.points == [[code == "en" for code in tags]]
+    assert result.counts["pier"].edits.tolist() == [1]
+
+
+def test_pier_and_wer_are_counted_on_one_alignment():
+    # Han that a model made up is one word to both.
+    examples = texts_of(["das red rad"], ["de-en"], [["de", "en", "de"]])
+    result = score(examples, ["das 我喜欢 rad"])
+    assert result.counts["pier"].edits.tolist() == result.counts["wer"].edits.tolist() == [1]
+
+
+messy = st.text(
+    alphabet="aBßΣ我欢がｶﾞ\u3099ทิe\u0301 '-.,()[]\u3000–½ﬁ㈱\U000f0000", min_size=1, max_size=12
+)
 
 
 @quick
@@ -121,7 +195,10 @@ def test_whoever_says_the_reference_makes_no_error(texts, data):
     examples = texts_of(texts, ["zh-en"] * len(texts), tags)
     result = score(examples, texts)
     assert all(int(counts.edits.sum()) == 0 for counts in result.counts.values())
-    assert ("pier" in result.counts) <= all(tags)
+    for one, normalise in ((result, Normalizer("basic")), (result.raw, Normalizer("none"))):
+        assert one.references == one.hypotheses == [normalise(text) for text in texts]
+        for reference, points in zip(one.references, one.points, strict=True):
+            assert len(points) in (0, len(words(reference)))
 
 
 def test_summary_has_rates_as_fractions_within_their_intervals():
@@ -147,13 +224,56 @@ def test_summary_is_json_also_where_no_utterance_has_points_of_interest():
     json.loads(json.dumps(summary), parse_constant=refuse)
 
 
-def test_the_macro_summary_weighs_sets_alike():
+def test_the_macro_average_weighs_sets_alike():
     small, large = made([1, 1], [2, 2]), made([0] * 50, [9] * 50)
-    summary = macro_summary([small, large])
-    assert summary["rate"] == 0.25
-    assert summary["interval"] == [0.25, 0.25]
-    low, high = macro_summary([made([0, 4] * 20, [4] * 40), large])["interval"]
+    assert rate_summary([small, large]) == {"rate": 0.25, "interval": [0.25, 0.25]}
+    low, high = rate_summary([made([0, 4] * 20, [4] * 40), large])["interval"]
     assert 0 < low < 0.25 < high < 0.5
+
+
+def test_raw_and_normalised_rates_stand_side_by_side():
+    examples = texts_of(["Hallo, Welt!", "ja"] * 10, ["de"] * 20)
+    before, after = score(examples, ["hallo welt", "nein"] * 10), score(examples, examples.texts)
+    summary = before.summary()["wer"]
+    assert (summary["rate"], summary["raw"]["rate"]) == (1 / 3, 1)
+    assert summary["raw"]["interval"] == [1, 1]
+    change = change_summary([before], [after], "wer")
+    assert (change["difference"], change["raw"]["difference"]) == (-1 / 3, -1)
+    assert change["interval"][0] < -1 / 3 < change["interval"][1]
+    average = rate_summary([before, after])
+    assert (average["rate"], average["raw"]["rate"]) == (1 / 6, 1 / 2)
+
+
+def test_the_normaliser_none_leaves_both_alike():
+    result = score(texts_of(["Hallo  Welt!"], ["de"]), ["hallo welt"], Normalizer("none"))
+    assert result.references == ["Hallo Welt!"]
+    assert result.counts["wer"].edits.tolist() == result.raw.counts["wer"].edits.tolist() == [2]
+
+
+def test_english_utterances_are_normalised_as_english_and_others_not():
+    texts, languages = ["I can't, uh, see 5"] * 3, ["en", "de", "de-en"]
+    hypotheses = ["i can not see five"] * 3
+    assert score(texts_of(texts, languages), hypotheses).main.edits.tolist() == [0, 3, 3]
+    basic = score(texts_of(texts, languages), hypotheses, Normalizer("basic"))
+    assert basic.main.edits.tolist() == [3, 3, 3]
+
+
+def test_empty_references_and_hypotheses_are_counted():
+    examples = texts_of(["", "[laughs]", "a b"], ["de"] * 3)
+    result = score(examples, ["x y", "z", ""])
+    assert result.main.edits.tolist() == [2, 1, 2]
+    assert result.main.lengths.tolist() == [0, 0, 2]
+
+
+def test_rates_of_nothing_are_null_in_json():
+    empty = score(texts_of(["[laughs]", ""], ["de", "de"]), ["a", "b"])
+    summary = empty.summary()
+    assert summary["wer"]["rate"] is None
+    assert summary["wer"]["interval"] == [None, None]
+    assert summary["wer"]["raw"]["rate"] == 2
+    change = change_summary([empty], [empty], "wer")
+    assert (change["difference"], change["interval"]) == (None, [None, None])
+    json.dumps([summary, change], allow_nan=False)
 
 
 def test_evaluate_transcribes_and_scores(fluent_base, tones_folder):
@@ -167,4 +287,4 @@ def test_evaluate_transcribes_and_scores(fluent_base, tones_folder):
     unknown = evaluate(fluent_base, read("test.jsonl"))
     assert unknown.references == ["das red", "ein bicycle"]
     assert unknown.main.rate > 0
-    assert set(unknown.counts) == {"wer", "cer", "pier"}
+    assert set(unknown.counts) == set(unknown.raw.counts) == {"wer", "cer", "pier"}

@@ -7,20 +7,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from blora_pyro.metrics import (
-    Counts,
+    align,
     backward_gain,
-    bootstrap_interval,
     cer_counts,
     forgetting,
     forgetting_removed,
-    macro_bootstrap_interval,
-    macro_rate,
+    is_unspaced,
     mer_counts,
     new_domain_drop,
-    normalize,
-    paired_bootstrap,
-    paired_macro_bootstrap,
     pier_counts,
+    points_of_interest,
+    spans,
     sparsity,
     wer_counts,
     words,
@@ -36,15 +33,6 @@ mixed = st.text(alphabet="我喜欢ab \u3000\U00020001", max_size=12)
 def texts(of):
     """Lists of (reference, hypothesis)."""
     return st.lists(st.tuples(of, of), min_size=1, max_size=6)
-
-
-def counts(edits, lengths):
-    return Counts(np.array(edits, dtype=np.int64), np.array(lengths, dtype=np.int64))
-
-
-utterances = st.lists(
-    st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=20, max_size=60
-).map(lambda rows: counts(*zip(*rows, strict=True)))
 
 
 def levenshtein(reference, hypothesis):
@@ -93,9 +81,26 @@ def test_words_knows_extensions(han):
     assert words(f"x{han}{han}y") == ["x", han, han, "y"]
 
 
-@pytest.mark.parametrize("other", ["ひらがな", "カタカナ", "한국어", "ไทย", "。", "䷀䷁", "ㄅㄆ"])
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("私はredが好き", "私 は red が 好 き"),
+        ("スーパーで", "ス ー パ ー で"),
+        ("\u30ab\u3099 ﾊﾟﾝ", "\u30ab\u3099 ﾊﾟ ﾝ"),  # sound marks stay with their kana
+        ("ที่ไหน free", "ที่ ไ ห น free"),
+        ("ບໍ່ມີ", "ບໍ່ ມີ"),
+        ("မြန်မာ", "မြ န် မာ"),
+    ],
+)
+def test_words_splits_scripts_without_spaces(text, tokens):
+    assert words(text) == tokens.split()
+    assert is_unspaced(text)
+
+
+@pytest.mark.parametrize("other", ["한국어", "हिन्दी", "。", "䷀䷁", "ㄅㄆ", "é"])
 def test_words_leaves_other_scripts_whole(other):
     assert words(other) == [other]
+    assert not is_unspaced(other)
 
 
 @quick
@@ -105,33 +110,9 @@ def test_words_keeps_every_character_but_white_space(text):
 
 
 @quick
-@given(st.text(alphabet=st.characters(max_codepoint=0x2E7F)))
-def test_words_without_han_is_split(text):
+@given(st.text(alphabet=st.characters(max_codepoint=0xDFF)))
+def test_words_of_scripts_with_spaces_are_split(text):
     assert words(text) == text.split()
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("  Das  ist, «so»!\n", "das ist so"),
-        ("Don\u2019t stop rock 'n' roll 'now'", "don't stop rock n roll now"),
-        ("Ｆｕｌｌ　ｗｉｄｔｈ", "full width"),
-        ("E-Mail a+b 5€", "e mail a b 5"),
-        ("他说\u2018好\u2019了。", "他说 好 了"),
-        ("हिन्दी", "हिन्दी"),
-        ("П\u02bcЯТЬ 1980's e\u0323\u0301'o", "п'ять 1980's \u1eb9\u0301'o"),
-        ("H\u0331", "\u1e96"),
-        ("'", ""),
-    ],
-)
-def test_normalize(text, expected):
-    assert normalize(text) == expected
-
-
-@quick
-@given(st.text() | st.text(alphabet="aB我'\u2019 -\u0301_ʼn"))
-def test_normalize_twice_is_once(text):
-    assert normalize(normalize(text)) == normalize(text)
 
 
 # --- WER, CER, MER
@@ -239,6 +220,68 @@ def test_sizes_must_agree(measure):
         measure(["a", "b"], "ab")
 
 
+# --- alignments
+
+
+def told(measure, reference, hypothesis):
+    return [tuple(step) for step in align(measure, reference, hypothesis)]
+
+
+def test_an_alignment_by_hand():
+    assert told("wer", "das rote  rad ist da", "oh das rot ist da nun") == [
+        ("I", "", "oh", 0),
+        ("=", "das", "das", 0),
+        ("S", "rote", "rot", 1),
+        ("D", "rad", "", 2),
+        ("=", "ist", "ist", 3),
+        ("=", "da", "da", 4),
+        ("I", "", "nun", 4),
+    ]
+    assert told("wer", "", "a b") == [("I", "", "a", -1), ("I", "", "b", -1)]
+    assert told("wer", "a", " ") == [("D", "a", "", 0)]
+    assert told("cer", "", "") == []
+
+
+def test_an_alignment_has_the_tokens_of_its_measure():
+    texts = "我喜 red", "我red"
+    assert [step[1] for step in told("mer", *texts)] == ["我", "喜", "red"]
+    assert [step[1] for step in told("wer", *texts)] == ["我喜", "red"]
+    assert [step[1] for step in told("cer", *texts)] == ["我", "喜", "r", "e", "d"]
+
+
+@quick
+@given(texts(mixed | latin))
+def test_counts_can_be_counted_from_the_alignments(pairs):
+    references, hypotheses = zip(*pairs, strict=True)
+    for name, measure in {"wer": wer_counts, "mer": mer_counts, "cer": cer_counts}.items():
+        result = measure(references, hypotheses)
+        for index, pair in enumerate(pairs):
+            steps = align(name, *pair)
+            assert sum(step.operation != "=" for step in steps) == result.edits[index]
+            assert sum(step.operation != "I" for step in steps) == result.lengths[index]
+            places = [step.place for step in steps if step.operation != "I"]
+            assert places == list(range(len(places)))
+            assert all((step.reference == step.hypothesis) == (step[0] == "=") for step in steps)
+
+
+@quick
+@given(texts(mixed | latin))
+def test_an_alignment_spells_both_texts(pairs):
+    for reference, hypothesis in pairs:
+        for measure, split in {"wer": str.split, "mer": words}.items():
+            steps = align(measure, reference, hypothesis)
+            assert [step[1] for step in steps if step[1]] == split(reference)
+            assert [step[2] for step in steps if step[2]] == split(hypothesis)
+
+
+@quick
+@given(mixed | latin)
+def test_spans_are_those_of_the_tokens(text):
+    text = " ".join(text.split())
+    for measure, split in {"wer": str.split, "mer": words}.items():
+        assert [text[start:end] for start, end in spans(measure, text)] == split(text)
+
+
 # --- PIER
 
 REFERENCE = "hast du das file gedownloadet"
@@ -320,6 +363,24 @@ def test_pier_lies_within_all_optimal_alignments(case):
             assert fewest_point_edits(*split, 1) <= edits <= fewest_point_edits(*split, -1)
 
 
+@quick
+@given(switched())
+def test_pier_can_be_counted_from_the_alignments(case):
+    result = pier_counts(*case, "en")
+    rows = []
+    for reference, hypothesis, codes in zip(*case, strict=True):
+        if points := points_of_interest(codes, "en"):
+            steps = [step for step in align("mer", reference, hypothesis) if points[step.place]]
+            rows.append([sum(step[0] != "=" for step in steps), sum(points)])
+    assert [list(pair) for pair in zip(result.edits, result.lengths, strict=True)] == rows
+
+
+def test_pier_is_counted_on_the_alignment_of_its_measure():
+    case = ["das red"], ["das 我喜"], [["de", "en"]], "en"
+    assert pier_counts(*case, "wer").edits.tolist() == [1]
+    assert pier_counts(*case, "mer").edits.tolist() == [2]
+
+
 def test_pier_names_the_utterance_whose_languages_do_not_fit():
     with pytest.raises(ValueError, match="utterance 1: 2 word languages for 3 reference words"):
         pier_counts(["a b", "a b c"], ["a b", "a"], [["de", "en"], ["de", "en"]], "en")
@@ -332,101 +393,6 @@ def test_pier_sizes_must_agree():
         pier_counts(["a", "b"], ["a", "b"], [["de"], ["de"]], ["en", "en", "en"])
     with pytest.raises(ValueError, match="references must be a list"):
         pier_counts("a", ["a"], [["de"]], "en")
-
-
-# --- bootstrap
-
-
-@quick
-@given(utterances, st.integers(0, 1000))
-def test_interval_holds_the_point_estimate_and_depends_on_the_seed_alone(corpus, seed):
-    low, high = bootstrap_interval(corpus, seed=seed)
-    # The slack is for rounding where all utterances have the same rate.
-    assert low - 1e-12 <= corpus.rate <= high + 1e-12
-    assert bootstrap_interval(corpus, seed=seed) == (low, high)
-
-
-def some_corpus(n=400, seed=1):
-    return counts(np.random.default_rng(seed).integers(0, 10, size=n), [10] * n)
-
-
-def test_interval_is_the_normal_one_for_many_equal_utterances():
-    corpus = some_corpus()
-    error = (corpus.edits / 10).std() / math.sqrt(400)
-    low, high = bootstrap_interval(corpus, draws=4000)
-    assert corpus.rate - low == pytest.approx(1.96 * error, rel=0.1)
-    assert high - corpus.rate == pytest.approx(1.96 * error, rel=0.1)
-    low, high = bootstrap_interval(corpus, level=0.5, draws=4000)
-    assert high - low == pytest.approx(2 * 0.674 * error, rel=0.1)
-    assert bootstrap_interval(corpus, seed=1) != bootstrap_interval(corpus, seed=2)
-
-
-def test_interval_weighs_utterances_by_length():
-    # Both utterances wrong throughout: pooled 1 in each draw, whatever is drawn.
-    assert bootstrap_interval(counts([1, 50], [1, 50])) == (1.0, 1.0)
-    # Half of the draws hold one of each: 99 of 100 words, where a mean of rates would be 1/2.
-    assert bootstrap_interval(counts([0, 99], [1, 99]), level=0.4) == (0.99, 0.99)
-
-
-def test_macro_rate_and_interval():
-    one, two = counts([1], [4]), counts([30], [40])
-    assert macro_rate([one, two]) == 0.5
-    assert macro_bootstrap_interval([one, two]) == (0.5, 0.5)
-    assert math.isnan(macro_rate([]))
-
-
-def test_macro_interval_of_one_set_is_its_own():
-    assert macro_bootstrap_interval([some_corpus()]) == bootstrap_interval(some_corpus())
-
-
-def test_macro_interval_resamples_each_set_on_its_own():
-    single = np.diff(bootstrap_interval(some_corpus(), draws=4000)).item()
-    double = np.diff(macro_bootstrap_interval([some_corpus()] * 2, draws=4000)).item()
-    assert double == pytest.approx(single / math.sqrt(2), rel=0.1)
-
-
-def test_paired_bootstrap_is_paired():
-    # One more edit in each utterance: the same difference in each draw, only if truly paired.
-    better = some_corpus()
-    worse = Counts(better.edits + 1, better.lengths)
-    assert paired_bootstrap(better, worse) == pytest.approx((0.1, 0.1, 0.1))
-    assert paired_bootstrap(worse, better) == pytest.approx((-0.1, -0.1, -0.1))
-
-
-def test_paired_bootstrap_of_unrelated_systems():
-    a, b = some_corpus(seed=1), some_corpus(seed=2)
-    difference, low, high = paired_bootstrap(a, b, draws=4000)
-    assert difference == b.rate - a.rate
-    error = ((b.edits - a.edits) / 10).std() / math.sqrt(400)
-    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
-
-
-def test_intervals_without_tokens_are_nan():
-    empty, silent = counts([], []), counts([2, 0], [0, 0])
-    for corpus in (empty, silent):
-        assert np.isnan(bootstrap_interval(corpus)).all()
-        assert np.isnan(paired_bootstrap(corpus, corpus)).all()
-    assert np.isnan(macro_bootstrap_interval([some_corpus(), empty])).all()
-
-
-def test_intervals_drop_draws_without_tokens():
-    # A quarter of the draws holds the silent utterance alone: no rate, and no nan in the interval.
-    assert bootstrap_interval(counts([0, 1], [0, 2])) == (0.5, 0.5)
-
-
-def test_bootstrap_errors():
-    corpus = some_corpus(n=3)
-    for level in (0.0, 1.0, 95.0):
-        with pytest.raises(ValueError, match="level must be between 0 and 1"):
-            bootstrap_interval(corpus, level=level)
-        with pytest.raises(ValueError, match="level must be between 0 and 1"):
-            paired_bootstrap(corpus, corpus, level=level)
-    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
-        macro_bootstrap_interval([corpus], draws=0)
-    with pytest.raises(ValueError, match="no set of counts"):
-        macro_bootstrap_interval([])
-    with pytest.raises(ValueError, match=r"got sets of \[3\] and \[4\] utterances"):
-        paired_bootstrap(corpus, some_corpus(n=4))
 
 
 # --- what an adapter cost
@@ -465,16 +431,3 @@ def test_sparsity_pools_over_elements():
 def test_sparsity_takes_torch_tensors():
     torch = pytest.importorskip("torch")
     assert sparsity([torch.tensor([0.0, 1.0]), torch.zeros(2, 3)]) == pytest.approx(7 / 8)
-
-
-def test_paired_macro_bootstrap_is_the_change_of_the_macro_average():
-    base = [some_corpus(n=60), some_corpus(n=40)]
-    worse = [Counts(counts.edits + 1, counts.lengths) for counts in base]
-    difference, low, high = paired_macro_bootstrap(base, worse)
-    assert difference == pytest.approx(macro_rate(worse) - macro_rate(base))
-    assert low <= difference <= high
-    assert paired_macro_bootstrap(base, base) == (0.0, 0.0, 0.0)
-    with pytest.raises(ValueError, match="give the same ones"):
-        paired_macro_bootstrap(base, base[:1])
-    with pytest.raises(ValueError, match="give the same ones"):
-        paired_macro_bootstrap([], [])

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import io
 from pathlib import Path
@@ -103,6 +104,35 @@ def test_every_backward_set_has_a_row_of_its_main_measure():
     )
     assert row(lines, "backward fr") == (
         "backward fr WER 15.0 [10.0, 20.0] 16.2 [11.0, 21.0] +1.2 [-0.4, 2.9]"
+    )
+
+
+def test_raw_rates_have_a_row_where_they_differ():
+    metrics = copy.deepcopy(METRICS)
+    metrics["normalizer"] = "basic"
+    for name, value in (("de", 0.2), ("fr", 0.15)):
+        raw = {"base": rate(value, 0.1, 0.2), "adapted": rate(0.1623, 0.11, 0.21)}
+        raw["change"] = change(0.0123, -0.004, 0.0289)
+        for state, one in raw.items():
+            metrics["backward"][name][state]["wer"]["raw"] = one
+    lines = rendered(metrics)
+    raws = [line for line in lines if "│ raw" in line]
+    assert [" ".join(line.replace("│", " ").split()) for line in raws] == [
+        "raw WER 20.0 [10.0, 20.0] 16.2 [11.0, 21.0] +1.2 [-0.4, 2.9]"
+    ]
+    assert "normalizer: basic; raw is without it, shown where that differs" in lines
+
+
+def test_the_table_fits_a_hundred_columns():
+    assert max(map(len, rendered(METRICS)[:-1])) <= 100
+
+
+def test_a_rate_of_nothing_is_a_dash():
+    metrics = copy.deepcopy(METRICS)
+    metrics["backward_error"]["base"] = rate(None, None, None)
+    metrics["backward_error"]["change"] = change(None, None, None)
+    assert row(rendered(metrics), "│ backward average") == (
+        "backward average – [–, –] 11.8 [9.0, 14.0] – [–, –]"
     )
 
 

@@ -34,6 +34,7 @@ FINISHED_FILES = {
     "posterior.safetensors",
     "run.json",
     "metrics.json",
+    "utterances.jsonl",
 }
 
 
@@ -70,7 +71,8 @@ def assert_same_run(folder, other):
         one, two = load_file(folder / name), load_file(other / name)
         assert one.keys() == two.keys()
         assert all(torch.equal(value, two[key]) for key, value in one.items())
-    assert read_json(folder / "metrics.json") == read_json(other / "metrics.json")
+    for name in ("metrics.json", "utterances.jsonl"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
     one, two = read_json(folder / "run.json"), read_json(other / "run.json")
     assert one.pop("seconds").keys() == two.pop("seconds").keys()
     assert one == two

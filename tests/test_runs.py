@@ -33,6 +33,7 @@ FILES = {
     "posterior.safetensors",
     "run.json",
     "metrics.json",
+    "utterances.jsonl",
 }
 
 
@@ -199,6 +200,24 @@ def test_the_seed_orders_the_data_too(short):
 
 def test_evaluating_a_run_again_gives_its_metrics_to_the_last_digit(finished_run):
     assert evaluate_run(finished_run.output) == read_json(finished_run.output / "metrics.json")
+
+
+def test_evaluating_a_run_again_writes_its_utterances_to_the_last_byte(finished_run, tmp_path):
+    evaluate_run(finished_run.output, output=tmp_path / "u.jsonl")
+    assert (tmp_path / "u.jsonl").read_bytes() == (
+        finished_run.output / "utterances.jsonl"
+    ).read_bytes()
+    with pytest.raises(UserError, match="there already"):
+        evaluate_run(finished_run.output, output=tmp_path / "u.jsonl")
+
+
+def test_a_run_keeps_its_normalizer_and_may_be_scored_by_another(short, tmp_path):
+    run = fit(tmp_path / "run", **short, normalizer="none")
+    assert run.metrics["normalizer"] == "none"
+    assert evaluate_run(run.output) == run.metrics
+    assert evaluate_run(run.output, normalizer="basic")["normalizer"] == "basic"
+    rates = run.metrics["new_domain"]["base"]["wer"]
+    assert rates["raw"] == {"rate": rates["rate"], "interval": rates["interval"]}
 
 
 def test_a_run_can_be_evaluated_on_other_data(finished_run, tones_folder):

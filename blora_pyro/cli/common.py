@@ -19,6 +19,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a b
 LocalFilesOnly = Annotated[
     bool, typer.Option("--local-files-only", help="Look for a base in the Hub's cache alone.")
 ]
+NORMALIZER_HELP = "Of texts before scoring: whisper (its own, by language), basic or none."
 Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ...")]
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from blora_pyro.cli.common import (
+    NORMALIZER_HELP,
     Device,
     Dtype,
     Json,
@@ -149,6 +150,7 @@ def fit(
             help="Stop after so many measurements without a new best.", show_default="never"
         ),
     ] = None,
+    normalizer: Annotated[str, typer.Option(help=NORMALIZER_HELP)] = "whisper",
     seed: Annotated[int, typer.Option(help="Of start, data order and noise.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="Run folder.", show_default="runs/DATA-PRIOR-seedSEED")
@@ -213,6 +215,7 @@ def fit(
             "precision": precision,
             "eval_every": eval_every,
             "patience": patience,
+            "normalizer": normalizer,
             "seed": seed,
             "device": device,
         }

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from blora_pyro.cli.common import (
+    NORMALIZER_HELP,
     Device,
     Dtype,
     Json,
@@ -22,6 +23,14 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Set to score.", show_default="the fit's test sets")
     ] = None,
+    normalizer: Annotated[
+        str | None, typer.Option(help=NORMALIZER_HELP, show_default="the fit's")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSONL file for the results of every utterance."),
+    ] = None,
+    overwrite: Overwrite = False,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -31,11 +40,19 @@ def evaluate(
         from blora_pyro.report import TerminalProgress, fit_tables, print_tables
 
         with TerminalProgress() as progress:
-            metrics = runs.evaluate_run(run, data, progress, device)
+            metrics = runs.evaluate_run(
+                run,
+                data,
+                progress,
+                device,
+                normalizer=normalizer,
+                output=output,
+                overwrite=overwrite,
+            )
         if as_json:
             print_json(metrics)
         else:
-            print_tables(fit_tables(metrics))
+            print_tables(fit_tables(metrics), *([f"utterances: {output}"] if output else []))
 
 
 def diagnose(

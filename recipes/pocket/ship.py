@@ -11,7 +11,7 @@ import corpora
 import torch
 
 from blora_pyro.data import DOMAINS, LANGUAGES, POCKET_DIR
-from blora_pyro.evaluation import evaluate, macro_summary
+from blora_pyro.evaluation import evaluate, rate_summary
 from blora_pyro.models import load_base
 from blora_pyro.runs import load_examples, write_json
 
@@ -48,7 +48,7 @@ def measure() -> None:
     for corpus in (*LANGUAGES, *DOMAINS):
         results[corpus] = evaluate(base, load_examples(base, corpus, "test"))
         log.info("%s: %s", corpus, results[corpus].summary())
-    average = macro_summary([results[code] for code in LANGUAGES])
+    average = rate_summary([results[code] for code in LANGUAGES])
     log.info("backward error: %s", average)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     describe = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
