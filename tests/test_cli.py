@@ -16,7 +16,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.findings import DataCheck
 from blora_pyro.guides import FAMILIES
 
-COMMANDS = ("fit", "evaluate", "diagnose", "priors", "transcribe", "merge", "data")
+COMMANDS = ("fit", "evaluate", "errors", "diagnose", "priors", "transcribe", "merge", "data")
 
 
 def run(*arguments):
@@ -457,6 +457,28 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything(finished_ru
 def test_an_unknown_normalizer_is_refused(finished_run, short):
     for command in (["evaluate", finished_run.output], short):
         assert "give one of whisper, basic" in complaint(run(*command, "--normalizer", "english"))
+
+
+def test_errors_shows_the_worst_utterances(finished_run, tmp_path):
+    out = well("errors", finished_run.output, "--state", "base", "--set", "new_domain", "--top", 1)
+    assert "base: errors in 2 of 2 utterances; the worst 1:" in out
+    assert "REF" in out
+    assert "PIER" in out
+    assert well("errors", finished_run.output, "--set", "new_domain") == (
+        "no errors in 2 utterances\n"
+    )
+    rows = parsed(well("errors", finished_run.output, "--state", "base", "--json"))
+    assert [row["set"] for row in rows] == ["new_domain"] * 2
+    assert rows[0]["edits"] >= rows[1]["edits"] > 0
+    file = tmp_path / "u.jsonl"
+    shutil.copy(finished_run.output / "utterances.jsonl", file)
+    assert parsed(well("errors", file, "--state", "base", "--json")) == rows
+
+
+def test_errors_of_what_is_not_there(finished_run, tmp_path):
+    assert "can't be read" in complaint(run("errors", tmp_path))
+    assert "no set 'x'" in complaint(run("errors", finished_run.output, "--set", "x"))
+    assert "top is 0" in complaint(run("errors", finished_run.output, "--top", 0))
 
 
 def test_transcribe_prints_a_line_a_file(finished_run, tones_folder):

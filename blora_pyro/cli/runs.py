@@ -1,4 +1,4 @@
-"""What is done with a fit: `evaluate`, `diagnose`, `prune`, `merge`; and `priors`."""
+"""What is done with a fit: `evaluate`, `errors`, `diagnose`, `prune`, `merge`; and `priors`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -53,6 +53,35 @@ def evaluate(
             print_json(metrics)
         else:
             print_tables(fit_tables(metrics), *([f"utterances: {output}"] if output else []))
+
+
+def errors(
+    results: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="Folder of a fit, or what 'evaluate --output' has written."
+        ),
+    ],
+    top: Annotated[int, typer.Option(help="How many utterances.")] = 10,
+    test_set: Annotated[
+        str | None,
+        typer.Option("--set", help="new_domain or a backward set.", show_default="all"),
+    ] = None,
+    state: Annotated[str, typer.Option(help="Of the model: base or adapted.")] = "adapted",
+    as_json: Json = False,
+) -> None:
+    """Show the utterances with the most errors, word by word."""
+    with one_line_errors():
+        from blora_pyro.error_view import error_view
+        from blora_pyro.utterances import choose, read_utterances, worst
+
+        rows = choose(read_utterances(results), test_set, state)
+        if as_json:
+            print_json(worst(rows, top))
+        else:
+            from blora_pyro.report import print_tables
+
+            print_tables(error_view(rows, top))
 
 
 def diagnose(
