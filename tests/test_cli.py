@@ -594,10 +594,14 @@ def test_transcribe_hands_every_option_on(monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "transcribe", transcribe)
     flags = ["--adapter", "run", "--base", "b", "--language", "de-en", "--device", "cuda:1"]
     flags += ["--task", "translate", "--samples", 4, "--batch-size", 5, "--seed", 6, "--json"]
+    flags += ["--dtype", "bfloat16", "--revision", "v1", "--local-files-only"]
     assert well("transcribe", "a.wav", *flags, "--prior", "mine.py") == ""
     assert seen == {
         "audio": [Path("a.wav")],
         "given": (Path("run"), "b", "de-en", "cuda:1"),
+        "dtype": "bfloat16",
+        "revision": "v1",
+        "local_files_only": True,
         "prior": "mine.py",
         "task": "translate",
         "timestamps": False,

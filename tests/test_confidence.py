@@ -95,7 +95,7 @@ def test_agreement_is_the_share_of_draws_with_the_word_at_its_place(mean, draws,
 
 
 @pytest.mark.parametrize(
-    ("word", "key"), [("Rad,", "rad"), ("E-Mail", "email"), ("–", "–"), ("don't", "don't")]
+    ("word", "key"), [("Rad,", "rad"), ("E-Mail", "email"), ("–", "–"), ("don't", "dont")]
 )
 def test_words_are_compared_without_case_and_punctuation(word, key):
     assert word_key(word) == key

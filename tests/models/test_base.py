@@ -16,7 +16,7 @@ from transformers import (
 from blora_pyro.data import prompt_ids
 from blora_pyro.errors import UserError
 from blora_pyro.models import Base, load_base
-from blora_pyro.transcription import transcribe_files
+from blora_pyro.transcription import Transcriber, transcribe_files
 
 SLOW_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
 
@@ -38,11 +38,13 @@ def hears(tones_folder):
     """Whether a base transcribes as it was taught to: in languages given, and in those detected."""
 
     def hears(base: Base) -> bool:
-        english, german = [tones_folder / "en1.wav"], [tones_folder / "de3.wav"]
-        known = transcribe_files(base, english, "en"), transcribe_files(base, german, "de")
-        return known == (["a bicycle"], ["ein rad"]) and transcribe_files(
-            base, english + german
-        ) == ["a bicycle", "ein rad"]
+        files = [tones_folder / "en1.wav", tones_folder / "de3.wav"]
+        known = [
+            transcribe_files(Transcriber(base, language=code), [file])[0].text
+            for code, file in zip(("en", "de"), files, strict=True)
+        ]
+        detected = [one.text for one in transcribe_files(Transcriber(base), files)]
+        return known == detected == ["a bicycle", "ein rad"]
 
     return hears
 
