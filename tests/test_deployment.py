@@ -1,6 +1,8 @@
 """What `merge` writes goes on to other programs and says the same there; see docs/deployment.md."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import soundfile
 import torch
 from ctranslate2.converters import TransformersConverter
+from ctranslate2.converters.transformers import main as convert
 from faster_whisper import WhisperModel
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -20,8 +23,9 @@ from transformers import (
 
 from blora_pyro import fit
 from blora_pyro.data import IGNORED, featurise, prompt_ids, text_ids
-from blora_pyro.models import Base
-from blora_pyro.runs import merge_run
+from blora_pyro.models import Base, load_base
+from blora_pyro.runs import load_examples, merge_run
+from blora_pyro.transcription import transcribe_features
 
 WINDOW = 30 * 16_000  # samples
 
@@ -160,3 +164,32 @@ def test_the_merged_weights_are_not_those_of_the_base(base, merged):
 def test_what_is_converted_knows_the_languages(converted):
     assert converted.model.is_multilingual
     assert converted.model.num_languages == 99
+
+
+# ---- the page
+
+
+def test_the_code_of_the_page_runs(base, merged, converted, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "deployment.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 5
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("runs/mine", "run"), ("merged", "merged"), ("merged-ct2", "ct2")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(merged.parent / folder)
+    soundfile.write("talk.wav", SOUNDS["a bicycle"], 16_000)
+    load_base("pocket").save_pretrained(tmp_path / "pocket")
+    line = next(line for line in text.splitlines() if "ct2-transformers-converter" in line)
+    monkeypatch.setattr(sys, "argv", line.replace("merged", "pocket").split())
+    convert()
+    scope: dict = {}
+    greedy = 'language="en", beam_size=1, suppress_tokens=[]'  # see `by_faster_whisper`
+    for block in blocks:
+        block = block.replace("openai/whisper-small", str(base))
+        exec(block.replace('language="en"', greedy), scope)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in printed[:2]] == ["a bicycle", "a bicycle"]
+    pocket = scope["pocket"]
+    examples = load_examples(pocket, "de-en", "test")
+    expected = transcribe_features(pocket, examples.features[:4], examples.prompts[:4])
+    assert [line.strip() for line in printed[2:]] == expected
