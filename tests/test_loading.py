@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from blora_pyro import outcomes, runs
+from blora_pyro import finished_runs, outcomes, runs
 from blora_pyro.config import FitConfig
 from blora_pyro.data import BadRow, load_mixture
 from blora_pyro.diagnosis import measure_khat
@@ -193,10 +193,15 @@ def test_the_task_is_in_every_prompt(fluent_base, options, fit_options, monkeypa
 
 def test_an_adapter_transcribes_by_its_task(fit_options, tones_folder, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(runs, "transcribe_files", lambda *given: seen.append(given[1:]) or ["x"])
+
+    def transcribe_files(transcriber, *_):
+        seen.append((transcriber.language, transcriber.task))
+        return []
+
+    monkeypatch.setattr(finished_runs, "transcribe_files", transcribe_files)
     fit(tmp_path / "run", evaluate=False, **{**fit_options, "steps": 1, "task": "translate"})
     runs.transcribe(["a.wav"], tmp_path / "run")
-    assert seen == [(["a.wav"], "de-en", "translate")]
+    assert seen == [("de-en", "translate")]
 
 
 # ---- features

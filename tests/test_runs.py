@@ -504,7 +504,6 @@ def test_a_base_is_loaded_as_the_run_has_it_unless_told(monkeypatch, finished_ru
         raise UserError("seen")
 
     monkeypatch.setattr("blora_pyro.config.load_base", load)
-    monkeypatch.setattr(blora_pyro.runs, "load_base", load)
     run = tmp_path / "run"
     for use in (
         lambda: evaluate_run(run),

@@ -1,0 +1,154 @@
+"""What is done with a finished run: score it again, merge it, transcribe with it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from blora_pyro.config import FitConfig, base_of
+from blora_pyro.data import Source, language_code
+from blora_pyro.errors import UserError
+from blora_pyro.listeners import Listener
+from blora_pyro.loading import Loader
+from blora_pyro.models import DTYPES, check_dtype
+from blora_pyro.outcomes import compare, evaluation_sets, measure
+from blora_pyro.run_folders import claim, claim_file, read_run
+from blora_pyro.transcription import Transcriber, transcribe_files
+from blora_pyro.transcripts import Transcript
+from blora_pyro.utterances import utterance_rows, write_utterances
+
+
+def evaluate_run(
+    folder: str | Path,
+    data: Source | None = None,
+    progress: Listener | None = None,
+    device: str = "cpu",
+    *,
+    normalizer: str | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Score a run, base and adapted, on its own test sets or on the test split of `data`.
+
+    Args:
+        folder: Of the run.
+        data: None is the run's own test sets.
+        progress: Told of stages.
+        device: A torch device.
+        normalizer: None is that of the fit; see `FitConfig`.
+        output: File for the results of every utterance, see `utterance_rows`; None keeps none.
+        overwrite: Write over what is there.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        UserError: If the run or the data can't be read, the file can't be written, or there is no
+            such normaliser.
+    """
+    progress = progress or Listener()
+    if output is not None:
+        claim_file(Path(output), overwrite)
+    posterior, about = read_run(folder, device)
+    config = about["config"]
+    base = base_of(config)
+    if data is not None:
+        config = replace(config, test=data, backward={})
+    if normalizer is not None:
+        config = replace(config, normalizer=normalizer)
+    loader = Loader(base, config, progress.features, progress.note)
+    sets = evaluation_sets(base, config, loader)
+    loader.tell()
+    scored = partial(measure, base, sets, normalizer=config.normalizer)
+    before = scored(lambda name: progress.stage(f"base on {name}"))
+    with posterior.applied(base.net):
+        after = scored(lambda name: progress.stage(f"adapted on {name}"))
+    if output is not None:
+        rows = utterance_rows(sets, {"base": before, "adapted": after})
+        try:
+            write_utterances(Path(output), rows)
+        except OSError as error:
+            raise UserError(f"{output} can't be written ({error.strerror}); give another") from None
+    return compare(posterior, before, after, config)
+
+
+def merge_run(
+    folder: str | Path, out: Path, overwrite: bool = False, dtype: str = "float32"
+) -> None:
+    """Write the base model with the posterior mean merged in: a plain Whisper checkpoint.
+
+    The update is added to the checkpoint's own weights in float32, whatever dtype the fit ran in,
+    and the sum is rounded to `dtype` once.
+
+    Args:
+        folder: A run folder.
+        out: Folder for the checkpoint.
+        overwrite: Write into a folder that holds something.
+        dtype: Of the checkpoint. An update below the rounding step of a short one is lost.
+
+    Raises:
+        UserError: If the run can't be read or `out` can't be written.
+    """
+    check_dtype(dtype)
+    posterior, about = read_run(folder)
+    base = base_of(replace(about["config"], dtype="float32"))
+    posterior.merge(base.net)
+    base.net.to(DTYPES[dtype])
+    base.save_pretrained(claim(out, overwrite))
+
+
+def transcribe(
+    audio: Sequence[str | Path],
+    adapter: str | Path | None = None,
+    base: str | None = None,
+    language: str | None = None,
+    device: str = "cpu",
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    prior: str | None = None,
+    task: str | None = None,
+    on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
+    on_error: Callable[[int, UserError], None] | None = None,
+    **options: Any,
+) -> list[Transcript]:
+    """Transcripts of audio files, by a base model alone or adapted by a run's posterior mean.
+
+    Args:
+        audio: wav, flac, ogg/opus or mp3 files, of any length.
+        adapter: Folder of a run.
+        base: Base model; None is the adapter's, or the pocket Whisper.
+        language: A Whisper code, or "de-en" for code-switched speech; "auto" is what the model
+            detects in each file. None is that of the adapter's training data, and without an
+            adapter "auto".
+        device: A torch device.
+        dtype: Of the base's weights; None is that of the fit, or `float32`.
+        revision: Of the base, if it is a Hub id; None is that of the fit, unless a base is given.
+        local_files_only: Look for a Hub id in the Hub's local cache alone.
+        prior: The file of the prior, if draws are asked for and the run has one: its code is run.
+        task: `transcribe` or `translate`; None is that of the fit, or `transcribe`.
+        on_transcript: Told each file's place and transcript, in order, as they come.
+        on_error: Told the place of a file that can't be read, and why, which is then left out; None
+            raises.
+        **options: `timestamps`, `batch_size`, `samples` and `seed`, see `Transcriber`.
+
+    Raises:
+        UserError: If a file or the run can't be read, the language is unknown to the model, or
+            draws are asked for where there are none.
+    """
+    posterior, config = None, FitConfig(device=device)
+    if adapter is not None:
+        posterior, about = read_run(adapter, device, prior)
+        config, language = about["config"], language or about["language"]
+    config = replace(
+        config,
+        base=base or config.base,
+        dtype=dtype or config.dtype,
+        revision=revision if base or revision else config.revision,
+        local_files_only=local_files_only or config.local_files_only,
+    )
+    language = None if language in ("auto", None) else language_code(language)
+    transcriber = Transcriber(base_of(config), posterior, language, task or config.task, **options)
+    return transcribe_files(transcriber, audio, on_transcript, on_error)
