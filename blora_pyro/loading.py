@@ -1,9 +1,9 @@
 """The sets of a fit as it reads them: in which language, for which task, without which rows."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -69,7 +69,8 @@ class Loader:
             on_note: Told what is worth knowing.
         """
         self.base, self.config = base, config
-        self.on_progress, self.on_note = on_progress, on_note
+        self.on_progress = on_progress
+        self.on_note = functools.cache(on_note)  # every set says the same of the cache
         self.skipped: list[SkippedRow] = []
 
     def load(
@@ -105,7 +106,7 @@ class Loader:
             self.base.net.config.max_target_positions,
             language=language or self.config.language,
             on_bad=on_bad,
-            on_progress=partial(self.on_progress, f"{', '.join(sources)} {split}"),
+            on_progress=functools.partial(self.on_progress, f"{', '.join(sources)} {split}"),
             on_note=self.on_note,
         )
 

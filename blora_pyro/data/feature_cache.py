@@ -26,7 +26,7 @@ from blora_pyro.data.messages import printable, reason
 from blora_pyro.data.pocket import cache_dir
 
 SUFFIX, HALF_WRITTEN = ".safetensors", ".new"
-_NAME = "features"
+_NAME, _ROWS = "features", "keys_and_crc32"  # a tensor; what a shard says of its rows
 _HOUR = 3600.0
 _DAMAGED = (SafetensorError, LookupError, TypeError, ValueError, RecursionError)
 
@@ -93,9 +93,8 @@ class FeatureCache:
 
     def _read_keys(self, shard: Path) -> None:
         with self._distrusted(shard), safe_open(shard, framework="pt") as file:
-            about = file.metadata()
-            both = zip(json.loads(about["keys"]), json.loads(about["crc32"]), strict=True)
-            self._index |= {str(key): (shard, row, sum) for row, (key, sum) in enumerate(both)}
+            rows = enumerate(json.loads(file.metadata()[_ROWS]))
+            self._index |= {str(key): (shard, row, total) for row, (key, total) in rows}
 
     def _find(self, key: str) -> Place | None:
         if key not in self._index:
@@ -124,8 +123,8 @@ class FeatureCache:
 
     def _write(self, path: Path, keys: list[str], block: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sums = [check_sum(key, row) for key, row in zip(keys, block, strict=True)]
-        content = save({_NAME: block}, {"keys": json.dumps(keys), "crc32": json.dumps(sums)})
+        rows = [(key, check_sum(key, row)) for key, row in zip(keys, block, strict=True)]
+        content = save({_NAME: block}, {_ROWS: json.dumps(rows)})
         fresh = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{HALF_WRITTEN}")
         try:
             fresh.write_bytes(content)

@@ -54,7 +54,7 @@ class Features:
         """Return (mels, frames) for an index; for several (chosen, mels, frames), a copy."""
         if isinstance(chosen, slice):
             return self[range(len(self))[chosen]]
-        if isinstance(chosen, int):
+        if isinstance(chosen, int | np.integer):
             block, row = self._places[chosen]
             return block[row]
         rows = [self[int(index)] for index in chosen]

@@ -66,7 +66,8 @@ def test_indexing_is_that_of_a_tensor():
     whole = torch.stack([block[row] for block, row in places])
     features = Features(places, (2, 4))
     assert features.shape == whole.shape and len(features) == 4
-    for chosen in (0, -1, [3, 0, 0], [-1], (1, 2), range(1, 3), slice(None), slice(1, 9), slice(0)):
+    slices = slice(None), slice(1, 9), slice(0)
+    for chosen in (0, -1, np.int64(2), [3, 0, 0], [-1], (1, 2), range(1, 3), *slices):
         expected = whole[list(chosen) if isinstance(chosen, range | tuple) else chosen]
         assert torch.equal(features[chosen], expected)
     assert features[[]].shape == (0, 2, 4) and features[[]].dtype == torch.float16
