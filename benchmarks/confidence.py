@@ -45,6 +45,7 @@ MEASURES: dict[str, Callable[..., float]] = {
     "auroc": auroc,
 }
 RESAMPLES = 1000
+DIGITS = 4
 EDGE = 1e-3  # confidences are this far from 0 and 1 before their logits are taken
 
 
@@ -164,9 +165,10 @@ def rows(scored: Scored) -> dict[str, Any]:
             [MEASURES[name](values[one], scored.right[one]) for one in (everything, *samples)]
         )
 
-    found: dict[str, Any] = {"words": len(scored.right), "accuracy": float(scored.right.mean())}
+    accuracy = round(float(scored.right.mean()), DIGITS)
+    found: dict[str, Any] = {"words": len(scored.right), "accuracy": accuracy}
     for kind, values in scored.kinds.items():
-        found[kind] = {"mean": float(values.mean())}
+        found[kind] = {"mean": round(float(values.mean()), DIGITS)}
         for name in MEASURES:
             mine, other = measured(name, kind), measured(name, SOFTMAX)
             found[kind][name] = with_interval(mine)
@@ -178,7 +180,10 @@ def rows(scored: Scored) -> dict[str, Any]:
 def with_interval(values: np.ndarray) -> dict[str, Any]:
     """The first value, and the interval of the others."""
     low, high = np.quantile(values[1:], (0.025, 0.975))
-    return {"value": float(values[0]), "interval": [float(low), float(high)]}
+    return {
+        "value": round(float(values[0]), DIGITS),
+        "interval": [round(float(one), DIGITS) for one in (low, high)],
+    }
 
 
 def print_table(domain: str, found: dict[str, Any]) -> None:
@@ -207,13 +212,13 @@ def write(arguments: argparse.Namespace, domains: dict[str, Any], tests: dict[st
     }
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     arguments.output.write_text(text, encoding="utf-8")
-    plot(tests, arguments.samples).savefig(arguments.output.with_suffix(".png"), dpi=120)
+    plot(tests, arguments.samples).savefig(arguments.output.with_suffix(".png"), dpi=100)
 
 
 def plot(tests: dict[str, Scored], samples: int) -> Figure:
     """Reliability diagrams of the test sets, a panel a domain."""
     title = "Are words as often right as their confidence says? Pocket test sets"
-    figure, axes = new_figure(title, 3.0, 1, len(tests), sharey=True)
+    figure, axes = new_figure(title, 3.4, 1, len(tests), sharey=True)
     looks = {
         SOFTMAX: (GREY, "s", "softmax of the posterior mean"),
         CONFIDENCE: (BLUE, "o", f"confidence from {samples} draws"),
@@ -234,10 +239,10 @@ def plot(tests: dict[str, Scored], samples: int) -> Figure:
                 elinewidth=0.8,
                 label=label,
             )
-        dress(panel, domain, "confidence")
+        dress(panel, domain, "confidence" if panel is axes[0][len(tests) // 2] else "")
         panel.set_xlim(0, 1.02)
         panel.set_ylim(0, 1.02)
-        panel.set_aspect("equal")
+        panel.set_box_aspect(1)
     axes[0][0].set_ylabel("share of words that are right", fontsize=TEXT)
     handles, labels = axes[0][0].get_legend_handles_labels()
     place = {"loc": "outside lower center", "ncols": 2, "fontsize": SMALL, "frameon": False}

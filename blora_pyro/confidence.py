@@ -9,9 +9,9 @@ word w of tokens w_1 ... w_n that follows the tokens h in its window,
                  place, aligned to the mean's with the fewest edits (case and punctuation aside)
     confidence = (agreement + exp(log_prob)) / 2
 
-The first half alone is too sure, the second alone tells right words from wrong ones less well; what
-is gained by their mean, and that a map fitted to held-out data would add nothing, is measured by
-`benchmarks/confidence.py`.
+The first half alone is too sure, the second alone tells right words from wrong ones less well.
+`benchmarks/confidence.py` measures what their mean is worth, and that a map fitted to held-out data
+adds little to it: there is none.
 
 A token that two words share, as two Han characters may, counts for both.
 """

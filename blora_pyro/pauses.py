@@ -27,7 +27,7 @@ def cut_at_pauses(wave: Wave, window: float) -> list[tuple[int, int]]:
         window: In seconds.
 
     Returns:
-        First sample and end of every part, in order; none if nothing is ever loud.
+        First sample and end of every part, in order.
     """
     levels = _levels(wave)
     parts = []

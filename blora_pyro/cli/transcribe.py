@@ -73,8 +73,7 @@ def transcribe(
 ) -> None:
     """Transcribe audio files of any length.
 
-    A file that can't be read is told on standard error, the others are transcribed, and the exit
-    code is 2.
+    A file that can't be read is told, the others are transcribed: exit code 2.
     """
     with one_line_errors():
         from blora_pyro import runs
