@@ -115,6 +115,19 @@ def check_array(audio: Mapping[str, Any]) -> tuple[Wave, int]:
         return wave.astype(np.float32), int(rate)
 
 
+class _Sound(soundfile.SoundFile):
+    """A file that is read on where it was read to.
+
+    soundfile seeks after every read, which in mp3 and ogg/vorbis is not exact (libsndfile issue
+    885): blocks would not fit together.
+    """
+
+    def seekable(self) -> bool:
+        """Tell whether seeking is possible and exact."""
+        inexact = self.format == "MP3" or self.subtype == "VORBIS"
+        return not inexact and super().seekable()
+
+
 def _decode(
     audio: Mapping[str, Any],
     name: str,
@@ -148,7 +161,7 @@ def _opened(audio: Mapping[str, Any]) -> Iterator[soundfile.SoundFile]:
         # Opened here, since soundfile would ask for a rate where a name ends in .raw.
         with (
             io.BytesIO(data) if data is not None else open(path, "rb") as file,
-            soundfile.SoundFile(file) as sound,
+            _Sound(file) as sound,
         ):
             yield sound
     # RuntimeError is libsndfile's; the others: a path that cannot be.
@@ -183,8 +196,7 @@ def _segment(
 
 def _read_frames(sound: soundfile.SoundFile, first: int, count: int) -> Wave:
     """Return (count,) frames from the first, the channels averaged; fewer if there are no more."""
-    inexact = sound.format == "MP3" or sound.subtype == "VORBIS"  # libsndfile issue 885
-    if first and not inexact and sound.seekable():
+    if first and sound.seekable():
         sound.seek(first)
         first = 0
     blocks = []

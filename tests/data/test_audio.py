@@ -8,7 +8,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blora_pyro.data.audio import read_audio, read_header
+from blora_pyro.data.audio import BLOCK, read_audio, read_header
 from blora_pyro.errors import UserError
 
 
@@ -93,6 +93,17 @@ def test_a_segment_is_that_part_of_the_whole(kind):
         part = read_audio(audio, rate, start, end)
         first, last = round((start or 0) * rate), round(min(end or 6.0, 6.0) * rate)
         np.testing.assert_allclose(part, whole[first:last], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_blocks_fit_together(kind):
+    rng, count = np.random.default_rng(1), 3 * BLOCK
+    bursts = np.repeat(rng.uniform(0, 1, count // 2048), 2048) ** 4  # frames of very unlike size
+    file = io.BytesIO()
+    soundfile.write(file, 0.3 * bursts * rng.standard_normal(count), 16_000, **FORMATS[kind])
+    file.seek(0)
+    whole, rate = soundfile.read(file, dtype="float32")
+    np.testing.assert_allclose(read_audio({"bytes": file.getvalue()}, rate), whole, atol=1e-6)
 
 
 def test_a_segment_of_an_array():
