@@ -19,7 +19,7 @@ def check(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...", help="What fit takes as --data: a folder, a manifest, de-en, ..."
+            metavar="SOURCE", help="What fit takes as --data: a folder, a manifest, de-en, ..."
         ),
     ],
     base: Annotated[

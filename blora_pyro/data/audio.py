@@ -166,7 +166,8 @@ def _opened(audio: Mapping[str, Any]) -> Iterator[soundfile.SoundFile]:
             yield sound
     # RuntimeError is libsndfile's; the others: a path that cannot be.
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"cannot read {name} as wav, flac, ogg or mp3: {reason(error)}") from error
+        why = getattr(error, "error_string", None) or reason(error)
+        raise UserError(f"cannot read {name} as wav, flac, ogg or mp3: {why}") from error
 
 
 def _segment(
