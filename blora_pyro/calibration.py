@@ -10,7 +10,7 @@ import jiwer
 import numpy as np
 import numpy.typing as npt
 
-from blora_pyro.confidence import BASIC, word_key
+from blora_pyro.confidence import word_key
 from blora_pyro.metrics import words
 
 Floats = npt.NDArray[np.float64]
@@ -35,8 +35,10 @@ class Bins:
 def right_words(reference: str, hypothesis: Sequence[str]) -> list[bool]:
     """Which words of a hypothesis the reference has at their place, case and punctuation aside."""
     right = [False] * len(hypothesis)
-    keys = " ".join(word_key(word) for word in hypothesis)
-    output = jiwer.process_words(" ".join(words(BASIC(reference))), keys)
+    keys, expected = (
+        " ".join(word_key(word) for word in row) for row in (hypothesis, words(reference))
+    )
+    output = jiwer.process_words(expected, keys)
     for chunk in output.alignments[0]:
         if chunk.type == "equal":
             for place in range(chunk.hyp_start_idx, chunk.hyp_end_idx):

@@ -12,6 +12,7 @@ from blora_pyro.calibration import auroc, brier_score, calibration_error, reliab
         ("Das rote Rad!", ["das", "rad"], [True, True]),
         ("das rote rad", ["das", "tote", "rad", "ab"], [True, False, True, False]),
         ("我喜欢 red", ["我", "喜", "花", "Red."], [True, True, False, True]),
+        ("Don't e-mail him", ["don't", "E-Mail,", "him."], [True, True, True]),
         ("", ["das"], [False]),
         ("das", [], []),
     ],
