@@ -75,6 +75,9 @@ def _title(row: Row) -> list[Text]:
     if pier := row.get("pier"):
         rate += f", PIER {pier['edits']} of {pier['length']}"
     place = printable(row["audio"] or row["origin"])
+    start, end = row.get("start"), row.get("end")
+    if start is not None or end is not None:
+        place += f", {start or 0:g} s to " + ("its end" if end is None else f"{end:g} s")
     return [Text(f"{rate}  {printable(row['set'])}"), Text(place, "dim", overflow="fold")]
 
 

@@ -28,13 +28,15 @@ def utterance_rows(
     """
     for name, examples in sets.items():
         for state, results in states.items():
-            for index in range(len(examples)):
+            for index, (start, end) in enumerate(examples.segments):
                 yield {
                     "set": name,
                     "state": state,
                     "utterance": index,
                     "origin": examples.origins[index],
                     "audio": examples.audio_paths[index],
+                    "start": start,
+                    "end": end,
                     "language": examples.languages[index],
                     **_row(results[name], index),
                 }
@@ -115,6 +117,7 @@ def _is_row(row: Any) -> bool:
         isinstance(row, dict)
         and all(isinstance(row.get(name), str) for name in ("set", "state", "metric", "origin"))
         and isinstance(row.get("audio", 0), str | None)
+        and all(isinstance(row.get(name), float | int | None) for name in ("start", "end"))
         and all(_is_figures(figures) for figures in (row, row.get("pier", row)))
         and isinstance(row.get("alignment"), list)
         and all(_is_step(step) for step in row["alignment"])

@@ -77,6 +77,20 @@ def test_wide_characters_stay_aligned():
     assert cell_len(above[: above.index("车")]) == cell_len(below[: below.index("x")])
 
 
+@pytest.mark.parametrize(
+    ("segment", "place"),
+    [
+        ({}, "clips/3.wav"),
+        ({"start": None, "end": None}, "clips/3.wav"),
+        ({"start": 12.5, "end": 14.25}, "clips/3.wav, 12.5 s to 14.25 s"),
+        ({"start": None, "end": 2}, "clips/3.wav, 0 s to 2 s"),
+        ({"start": 3.0, "end": None}, "clips/3.wav, 3 s to its end"),
+    ],
+)
+def test_it_says_where_to_listen(segment, place):
+    assert shown([row([["S", "a", "b"]], **segment)])[3] == place
+
+
 def test_a_text_is_no_markup_and_no_control_sequence():
     lines = shown([row([["S", "[red]", "\x1b[31m"]], audio=None, origin="[bold] line 1")])
     assert "[bold] line 1" in lines

@@ -21,6 +21,7 @@ def examples_of(texts, languages, word_languages=None) -> Examples:
     examples.word_languages = word_languages or [[] for _ in texts]
     examples.origins = [f"test.jsonl, line {index + 1}" for index in range(len(texts))]
     examples.audio_paths = [f"{index}.wav" for index in range(len(texts))]
+    examples.segments = [(None, 1.5)] * len(texts)
     return examples
 
 
@@ -47,6 +48,8 @@ def test_a_row_by_hand(rows):
         "utterance": 0,
         "origin": "test.jsonl, line 1",
         "audio": "0.wav",
+        "start": None,
+        "end": 1.5,
         "language": "de-en",
         "metric": "wer",
         "reference": "das red rad",

@@ -56,6 +56,7 @@ class Examples:
         word_languages: n lists of language codes, one for each token of the text, or empty.
         origins: n places in what was read, such as "corpus/test.csv, line 7".
         audio_paths: n paths of audio files, None where a row's audio has none.
+        segments: n pairs of seconds, where a row is from and to in its audio; None is either end.
         sources: n places, each of the row's source in a mixture; 0 without one.
         prompts: n lists of token ids, the decoder's prompts.
         targets: n lists of token ids, text and end token; the prompts are never targets.
@@ -121,6 +122,7 @@ class Examples:
         self.word_languages: list[list[str]] = [row.word_languages for row in rows]
         self.origins: list[str] = [row.origin for row in rows]
         self.audio_paths: list[str | None] = [row.audio_path for row in rows]
+        self.segments: list[tuple[float | None, float | None]] = [row.segment for row in rows]
         self.sources: list[int] = [row.source for row in rows]
         self.prompts: list[list[int]] = [row.prompt for row in rows]
         self.targets: list[list[int]] = [row.target for row in rows]
@@ -163,6 +165,7 @@ class _Encoded:
     word_languages: list[str]
     origin: str
     audio_path: str | None
+    segment: tuple[float | None, float | None]
     source: int
     prompt: list[int]
     target: list[int]
@@ -182,8 +185,10 @@ def _encode(dataset: Dataset, encoder: Encoder, on_bad: OnBadRow) -> dict[int, _
             error.source = place
             on_bad(error)
         else:
-            one = _Encoded(text, language, tags, origin, path, place, prompt, target)
-            encoded[number] = one
+            segment = row["start"], row["end"]
+            encoded[number] = _Encoded(
+                text, language, tags, origin, path, segment, place, prompt, target
+            )
     return encoded
 
 

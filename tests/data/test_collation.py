@@ -123,7 +123,9 @@ def test_segments(speak, manifest, extractor, tokenizer):
     rows = [{"audio": speak("long.wav", 10.0).name, "text": "x", "language": "de"}] * 3
     segments = [{"start": 1.0, "end": 3.5}, {"start": 9.0}, {"end": 2.0}]
     dataset = read_manifest(manifest(*({**r, **s} for r, s in zip(rows, segments, strict=True))))
-    features = Examples(dataset, extractor, tokenizer).features[:]
+    examples = Examples(dataset, extractor, tokenizer)
+    assert examples.segments == [(1.0, 3.5), (9.0, None), (None, 2.0)]
+    features = examples.features[:]
     speech = (features > features.amin(dim=(1, 2), keepdim=True)).any(1).sum(1)
     assert speech.tolist() == pytest.approx([250, 100, 200], abs=5)
 
