@@ -32,7 +32,7 @@ from blora_pyro.data import (
 from blora_pyro.errors import UserError
 from blora_pyro.findings import DataCheck, Finding, SetCheck
 from blora_pyro.loading import check_tags
-from blora_pyro.models import POCKET
+from blora_pyro.models import POCKET, find_folder
 
 CHUNK = 64  # recordings heard at a time
 TOLERANCE = 0.1  # seconds by which a duration may be another than is said
@@ -44,6 +44,8 @@ def check_data(
     split: str | None = None,
     language: str | None = None,
     on_progress: Callable[[str, int, int], object] = lambda name, done, total: None,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> DataCheck:
     """Look through data, every recording decoded, as a fit would read them.
 
@@ -53,11 +55,13 @@ def check_data(
         split: Look through that alone; None is all that a source has.
         language: Of rows that name none.
         on_progress: Told a set's name, how many of its recordings are heard, and of how many.
+        revision: Branch, tag or commit of a base on the Hub.
+        local_files_only: Look for a base in the Hub's local cache alone.
 
     Raises:
         UserError: If a source or the base can't be read at all.
     """
-    tokenizer, feature_extractor, max_tokens = load_processor(base)
+    tokenizer, feature_extractor, max_tokens = load_processor(base, revision, local_files_only)
     encoder = Encoder(tokenizer, language, max_tokens=max_tokens)
     window = feature_extractor.chunk_length
     known = _Known()
@@ -69,17 +73,21 @@ def check_data(
     return DataCheck(base, window, sets)
 
 
-def load_processor(base: str) -> tuple[WhisperTokenizer, WhisperFeatureExtractor, int]:
+def load_processor(
+    base: str, revision: str | None = None, local_files_only: bool = False
+) -> tuple[WhisperTokenizer, WhisperFeatureExtractor, int]:
     """A base's tokenizer, feature extractor and decoder length, without its weights.
 
     Raises:
         UserError: If they can't be loaded.
     """
-    source = MODEL_DIR if base == POCKET else base
+    folder = MODEL_DIR
+    if base != POCKET:
+        folder = find_folder(base, revision, local_files_only, weights=False)
     try:
-        tokenizer = WhisperTokenizer.from_pretrained(source)
-        extractor = WhisperFeatureExtractor.from_pretrained(source)
-        return tokenizer, extractor, WhisperConfig.from_pretrained(source).max_target_positions
+        tokenizer = WhisperTokenizer.from_pretrained(folder)
+        extractor = WhisperFeatureExtractor.from_pretrained(folder)
+        return tokenizer, extractor, WhisperConfig.from_pretrained(folder).max_target_positions
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

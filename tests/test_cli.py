@@ -686,8 +686,10 @@ def test_data_check_hands_every_option_on(monkeypatch):
         return DataCheck("b", 30, [])
 
     monkeypatch.setattr(checking, "check_data", check)
-    well("data", "check", "x", "y", "--base", "b", "--split", "s", "--language", "German")
+    options = ["--base", "b", "--split", "s", "--language", "German", "--revision", "v1"]
+    well("data", "check", "x", "y", *options, "--local-files-only")
     assert seen[0][:4] == (["x", "y"], "b", "s", "German")
+    assert seen[0][5:] == ("v1", True)
 
 
 @pytest.mark.parametrize("command", [[], ["data", "check"], *([name] for name in COMMANDS)])

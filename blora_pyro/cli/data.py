@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from blora_pyro.cli.common import Json, one_line_errors, print_json
+from blora_pyro.cli.common import Json, LocalFilesOnly, Revision, one_line_errors, print_json
 
 data = typer.Typer(help="Look at data.", no_args_is_help=True)
 
@@ -31,6 +31,8 @@ def check(
     language: Annotated[
         str | None, typer.Option(help="Of rows that name none.", show_default="none")
     ] = None,
+    revision: Revision = None,
+    local_files_only: LocalFilesOnly = False,
     as_json: Json = False,
 ) -> None:
     """Look through data before a fit: lengths, languages, bad rows, duplicates.
@@ -43,7 +45,9 @@ def check(
         from blora_pyro.report import TerminalProgress, print_tables
 
         with TerminalProgress() as progress:
-            found = check_data(sources, base, split, language, progress.heard)
+            found = check_data(
+                sources, base, split, language, progress.heard, revision, local_files_only
+            )
         if as_json:
             print_json(found.to_json())
         else:

@@ -8,6 +8,7 @@ from blora_pyro.models.estimators import (
     Shared,
     build_estimator,
 )
+from blora_pyro.models.folders import find_folder
 from blora_pyro.models.tempering import Temper
 from blora_pyro.models.whisper import BLoRA, FactorPrior, Prior
 
@@ -26,5 +27,6 @@ __all__ = [
     "build_estimator",
     "check_device",
     "check_dtype",
+    "find_folder",
     "load_base",
 ]

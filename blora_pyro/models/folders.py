@@ -40,7 +40,12 @@ HUB_FILES = (
 )
 
 
-def find_folder(name: str, revision: str | None = None, local_files_only: bool = False) -> Path:
+def find_folder(
+    name: str,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    weights: bool = True,
+) -> Path:
     """The folder of a checkpoint: a local one, or that of a Hub id in the Hub's cache.
 
     What the cache lacks is downloaded, unless `local_files_only`. One request tells whether the Hub
@@ -50,6 +55,7 @@ def find_folder(name: str, revision: str | None = None, local_files_only: bool =
         name: A local folder, or a Hub id.
         revision: Branch, tag or commit of a Hub id; None is its main branch.
         local_files_only: Ask nothing of the Hub.
+        weights: Whether the weights are wanted, too.
 
     Raises:
         UserError: If there is none, or it can't be reached.
@@ -69,7 +75,7 @@ def find_folder(name: str, revision: str | None = None, local_files_only: bool =
                 name,
                 revision=revision,
                 local_files_only=local_files_only,
-                allow_patterns=list(HUB_FILES),
+                allow_patterns=[file for file in HUB_FILES if weights or "model" not in file],
             )
         )
     except LocalEntryNotFoundError as error:

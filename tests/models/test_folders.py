@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from blora_pyro.checking import load_processor
 from blora_pyro.errors import UserError
 from blora_pyro.models import load_base
 from blora_pyro.models.folders import check_folder, find_folder
@@ -104,6 +105,15 @@ def test_a_hub_id_is_downloaded_with_what_is_needed_and_no_more(hub, repository)
     for name in wanted:
         assert (folder / name).read_bytes() == (repository / name).read_bytes()
     assert load_base("someone/whisper").folder == folder
+
+
+def test_weights_are_left_where_they_are_not_wanted(hub):
+    _, extractor, max_tokens = load_processor("someone/whisper")
+    assert (extractor.feature_size, max_tokens) == (8, 24)
+    folder = find_folder("someone/whisper", local_files_only=True)
+    assert "config.json" in {path.name for path in folder.iterdir()}
+    assert not list(folder.glob("*.safetensors*"))
+    assert load_base("someone/whisper").folder == folder  # what lacked has come
 
 
 def test_a_downloaded_base_is_there_when_the_hub_is_not(hub, monkeypatch):
