@@ -297,7 +297,7 @@ def test_a_fit_that_diverges_ends_in_one_line(short, tmp_path):
 
 def test_a_stopped_fit_goes_on_with_resume_and_nothing_else(short, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("blora_pyro.report.TerminalProgress.step", interrupt)
+        patch.setattr("blora_pyro.progress.TerminalProgress.step", interrupt)
         line = complaint_at_the_end(run(*short, "--output", tmp_path / "run"), 143)
     assert line == (
         f"blora-pyro: interrupted; the checkpoint of step 1 is safe in {tmp_path / 'run'}; go on "

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -42,9 +43,10 @@ def test_words_and_their_tokens(tokenizer):
 
 
 def test_a_token_of_two_characters_counts_for_both(timed_tokenizer):
-    timed_tokenizer.add_tokens(["我们"])
-    ids = timed_tokenizer.convert_tokens_to_ids(["我们", "Ġ", "r"])
-    found = Speller(timed_tokenizer).spell(ids)
+    tokenizer = copy.deepcopy(timed_tokenizer)
+    tokenizer.add_tokens(["我们"])
+    ids = tokenizer.convert_tokens_to_ids(["我们", "Ġ", "r"])
+    found = Speller(tokenizer).spell(ids)
     assert found == [Spelling("我", [0]), Spelling("们", [0]), Spelling("r", [1, 2])]
 
 

@@ -6,21 +6,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from blora_pyro.config import FitConfig
 from blora_pyro.diagnosis import Diagnosis, Khat, KindSummary
 from blora_pyro.diagnostics import FactorSummary, Summary, UpdateSummary
 from blora_pyro.explanations import Shrinkage
-from blora_pyro.fitting import Step
 from blora_pyro.guides import FAMILIES, describe_prior
 from blora_pyro.report import (
-    TerminalProgress,
     dev_line,
     diagnosis_tables,
     fit_tables,
     print_tables,
     prior_tables,
 )
-from blora_pyro.stopping import DevError
 
 
 def rate(value, low, high):
@@ -172,14 +168,12 @@ def test_without_a_new_domain_there_are_backward_rows_only():
 
 
 @pytest.mark.parametrize("name", ["[bold]set", "[/] of /[x]", "sets/[de].jsonl"])
-def test_brackets_in_a_name_are_shown_as_they_are(name, capsys):
+def test_brackets_in_a_name_are_shown_as_they_are(name):
     metrics = {**METRICS, "new_domain": {**METRICS["new_domain"], "name": name}}
     metrics["backward"] = {name: METRICS["backward"]["de"]}
     lines = rendered(metrics)
     assert row(lines, f"new domain {name}")
     assert row(lines, f"backward {name}")
-    TerminalProgress().stage(f"base on {name}")
-    assert capsys.readouterr().err.strip() == f"base on {name} ..."
 
 
 def test_a_long_name_costs_no_digit():
@@ -198,69 +192,12 @@ def test_tables_are_printed_to_stdout_and_further_lines_as_they_are(capsys):
     assert "65.4 [60.1, 70.9]" in out
 
 
-def test_progress_goes_to_stderr_and_names_the_temperature(capsys):
-    config = FitConfig(beta=2e-4, steps=2)
-    with TerminalProgress() as progress:
-        progress.stage("loading")
-        progress.ready(config, num_tokens=10_000, num_weights=1234)
-        progress.step(Step(1, 3.5, 3.0, 2500.0, 1e-3, 40))
-        progress.step(Step(2, 3.5, 3.0, 2500.0, 1e-3, 40))
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "loading ..." in err
-    text = " ".join(err.split())
-    assert "1,234 adapter weights" in text
-    assert "N = 10,000 target tokens" in text
-    assert "beta 0.0002" in text
-    assert "T = beta · N = 2" in text
-
-
-@pytest.mark.parametrize(("beta", "kl"), [(0.0, None), (1e-4, 2500.0)])
-def test_the_figures_beside_the_bar_are_running_means(beta, kl):
-    progress = TerminalProgress()
-    progress.ready(FitConfig(beta=beta, steps=3), num_tokens=100, num_weights=10)
-    progress.step(Step(1, 3.0, 3.0, kl, 1e-3, 40))
-    progress.step(Step(2, 2.0, 2.0, kl, 1e-3, 40))
-    (task,) = progress.bar.tasks
-    assert (task.completed, task.total) == (2, 3)
-    assert "NLL 2.900" in task.fields["figures"]
-    assert ("beta·KL 0.250" in task.fields["figures"]) == (kl is not None)
-    assert ("KL" in task.fields["figures"]) == (kl is not None)
-
-
-def test_dev_errors_are_told_one_a_line_and_the_best_at_the_end(capsys):
-    progress = TerminalProgress()
-    best = DevError(50, 0.1234)
-    progress.evaluated(best, best)
-    progress.evaluated(DevError(100, 0.2), best)
-    assert capsys.readouterr().err.splitlines() == [
-        "step 50: dev error 12.3% (the best so far)",
-        "step 100: dev error 20.0% (12.3% at step 50)",
-    ]
+def test_the_best_dev_error_is_told_at_the_end():
     errors = [{"step": 50, "error": 0.1234}, {"step": 100, "error": 0.2}]
     dev = {"errors": errors, "best_step": 50, "ended_by": "steps"}
     assert dev_line(dev) == "dev error 12.3% after step 50, the best; of 100 steps"
     early = dev_line({**dev, "ended_by": "patience"})
     assert early == "dev error 12.3% after step 50, the best; stopped early, after 100 steps"
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_sets_are_counted_in_a_terminal_only(terminal):
-    text = io.StringIO()
-    with TerminalProgress() as progress:
-        progress.console = Console(file=text, force_terminal=terminal, width=80)
-        progress.features("[red] train", 0, 9)
-        progress.features("[red] train", 9, 9)
-        progress.heard("mine test", 1, 2)
-        assert (progress.counting is not None) == terminal
-    shown = text.getvalue()
-    for part in ("features of [red] train", "9/9", "listening to mine test", "1/2"):
-        assert (part in shown) == terminal
-
-
-def test_a_note_is_one_line_whatever_is_in_it(capsys):
-    TerminalProgress().note("bad rows [bold] left out: " + "x" * 200)
-    assert capsys.readouterr().err == "bad rows [bold] left out: " + "x" * 200 + "\n"
 
 
 # ---- diagnose and priors

@@ -518,10 +518,10 @@ def test_skipped_steps_are_counted(options, tmp_path, monkeypatch):
 SERVER = """
 import json, os, signal, sys
 import torch
-from blora_pyro import cli, report
+from blora_pyro import cli, progress
 from blora_pyro.runs import fit
 
-step = report.TerminalProgress.step
+step = progress.TerminalProgress.step
 
 def run(folder=None, options=None, line=None, signum=None):
     if line is None:
@@ -533,7 +533,7 @@ def run(folder=None, options=None, line=None, signum=None):
         if one.step == 7:
             os.kill(os.getpid(), signum)
 
-    report.TerminalProgress.step = send
+    progress.TerminalProgress.step = send
     cli.app(line)
 
 torch.set_num_threads(1)

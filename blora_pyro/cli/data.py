@@ -42,7 +42,8 @@ def check(
     with one_line_errors():
         from blora_pyro.check_report import check_tables
         from blora_pyro.checking import check_data
-        from blora_pyro.report import TerminalProgress, print_tables
+        from blora_pyro.progress import TerminalProgress
+        from blora_pyro.report import print_tables
 
         with TerminalProgress() as progress:
             found = check_data(

@@ -175,7 +175,8 @@ def fit(
     """
     with one_line_errors():
         from blora_pyro import runs
-        from blora_pyro.report import TerminalProgress, dev_line, fit_tables, print_tables
+        from blora_pyro.progress import TerminalProgress
+        from blora_pyro.report import dev_line, fit_tables, print_tables
 
         sources = tuple(data or ["de-en"])
         domain = "+".join(Path(source).stem for source in sources)

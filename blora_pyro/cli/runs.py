@@ -37,7 +37,8 @@ def evaluate(
     """Score a run again, base and adapted, on its own test sets or on another set."""
     with one_line_errors():
         from blora_pyro import runs
-        from blora_pyro.report import TerminalProgress, fit_tables, print_tables
+        from blora_pyro.progress import TerminalProgress
+        from blora_pyro.report import fit_tables, print_tables
 
         with TerminalProgress() as progress:
             metrics = runs.evaluate_run(
@@ -103,7 +104,8 @@ def diagnose(
     """Show where a fit adapted Whisper and how its prior shrank it; plot it."""
     with one_line_errors():
         from blora_pyro import diagnosis
-        from blora_pyro.report import TerminalProgress, diagnosis_tables, print_tables
+        from blora_pyro.progress import TerminalProgress
+        from blora_pyro.report import diagnosis_tables, print_tables
 
         with TerminalProgress() as progress:
             found = diagnosis.diagnose(
@@ -140,8 +142,9 @@ def prune(
 ) -> None:
     """Write a smaller adapter: what the posterior is sure of; show what that costs."""
     with one_line_errors():
+        from blora_pyro.progress import TerminalProgress
         from blora_pyro.pruning import prune_run
-        from blora_pyro.report import TerminalProgress, print_tables, prune_tables
+        from blora_pyro.report import print_tables, prune_tables
 
         with TerminalProgress() as progress:
             metrics = prune_run(
