@@ -23,6 +23,7 @@ from blora_pyro.data import (
     describe_source,
     language_code,
     load_split,
+    prompt_ids,
     read_audio,
     read_header,
     split_names,
@@ -62,6 +63,8 @@ def check_data(
         UserError: If a source or the base can't be read at all.
     """
     tokenizer, feature_extractor, max_tokens = load_processor(base, revision, local_files_only)
+    if language:
+        prompt_ids(tokenizer, language_code(language))  # refuses what no row could be told in
     encoder = Encoder(tokenizer, language, max_tokens=max_tokens)
     window = feature_extractor.chunk_length
     known = _Known()

@@ -19,6 +19,7 @@ from blora_pyro.data import (
     as_sources,
     describe_source,
     load_mixture,
+    prompt_ids,
 )
 from blora_pyro.errors import UserError
 from blora_pyro.metrics import words
@@ -67,7 +68,12 @@ class Loader:
             config: Its language, its task, and what it does at a bad row.
             on_progress: Told of the utterances that are featurised.
             on_note: Told what is worth knowing.
+
+        Raises:
+            UserError: If the base does not know the configuration's language.
         """
+        if config.language:
+            prompt_ids(base.tokenizer, config.language, config.task)
         self.base, self.config = base, config
         self.on_progress = on_progress
         self.on_note = functools.cache(on_note)  # every set says the same of the cache

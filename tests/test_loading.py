@@ -3,6 +3,7 @@ import json
 import pytest
 
 from blora_pyro import finished_runs, outcomes, runs
+from blora_pyro.checking import check_data
 from blora_pyro.config import FitConfig
 from blora_pyro.data import BadRow, load_mixture
 from blora_pyro.diagnosis import measure_khat
@@ -189,6 +190,13 @@ def test_the_task_is_in_every_prompt(fluent_base, options, fit_options, monkeypa
     run = fit(**{**fit_options, "steps": 1, "task": "translate"})
     assert run.config.task == "translate"
     assert len(prompts) == 12 and all(prompt[-2] == translate for prompt in prompts)
+
+
+def test_a_language_unknown_to_the_base_is_refused(fit_options, tones_folder, fluent_folder):
+    with pytest.raises(UserError, match="does not know the language 'klingon'"):
+        fit(evaluate=False, **{**fit_options, "language": "klingon"})
+    with pytest.raises(UserError, match="does not know the language 'fr'"):
+        check_data(str(tones_folder), str(fluent_folder), language="French")
 
 
 def test_an_adapter_transcribes_by_its_task(fit_options, tmp_path, monkeypatch):
