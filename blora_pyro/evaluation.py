@@ -9,7 +9,7 @@ from typing import Any
 
 from blora_pyro.bootstrap import macro_bootstrap_interval, macro_rate, paired_macro_bootstrap
 from blora_pyro.data import Examples
-from blora_pyro.errors import UserError
+from blora_pyro.loading import check_tags
 from blora_pyro.metrics import (
     WITHOUT_SPACES,
     Counts,
@@ -172,13 +172,9 @@ def _carry(
     word gets a mark before it, a character without meaning that normalisers let through, and what
     is left between two marks has the language of the first.
     """
+    check_tags(text, languages)
     text = " ".join(text.split())
     starts = [start for start, _ in spans("mer", text)]
-    if len(starts) != len(languages):
-        raise UserError(
-            f"{text[:40]!r} has {len(starts)} words but {len(languages)} word_languages; "
-            "give one for each word"
-        )
     free = (mark for mark in map(chr, itertools.count(0xF0000)) if mark not in text)
     marks = dict(zip(dict.fromkeys(languages), free, strict=False))
     parts = [text[start:end] for start, end in itertools.pairwise([*starts, len(text)])]

@@ -97,7 +97,8 @@ class FitFolder:
             raise UserError(
                 f"{path / RUN} is damaged ({error}); start again with --overwrite"
             ) from None
-        wanted = json.loads(json.dumps(FitConfig(**{**stored, **given}).to_json()))
+        config = replace(config, **given)  # the same, but what were objects in Python are so again
+        wanted = json.loads(json.dumps(config.to_json()))
         for name in given:
             value, known = wanted[name], [stored.get(name), about.get("config", {}).get(name)]
             if value not in known:
@@ -105,7 +106,6 @@ class FitFolder:
                     f"the fit in {path} has {name} = {known[0]}, not {value}; leave the option "
                     "out, or start another fit in another output"
                 )
-        config = replace(config, **given)  # the same, but what were objects in Python are so again
         for name in ("prior", "guide"):
             if str(stored.get(name)).endswith(".py") and name not in given:
                 raise UserError(

@@ -23,14 +23,7 @@ from blora_pyro.loading import Loader, load_examples
 from blora_pyro.models import Base, BLoRA
 from blora_pyro.outcomes import NEW_DOMAIN, compare, early_stopping, evaluation_sets, measure
 from blora_pyro.posterior import Family, Posterior
-from blora_pyro.run_folders import (
-    FINISHED,
-    FITTING,
-    RUN,
-    claim,
-    read_run,
-    write_json,
-)
+from blora_pyro.run_folders import FINISHED, FITTING, RUN, claim, read_run, write_json
 from blora_pyro.stopping import EarlyStopping
 from blora_pyro.utterances import utterance_rows
 

@@ -30,17 +30,16 @@ def transcribe_features(
     base: Base,
     features: Tensor | Features,
     prompts: Sequence[Sequence[int]],
-    batch_size: int | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> list[str]:
     """Greedy transcripts of log-mels (n, mels, frames), in order, each after its own prompt."""
     texts = [""] * len(prompts)
-    size = batch_size or BATCH_SIZE
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(index)
     for indices in by_length.values():
-        for start in range(0, len(indices), size):
-            chosen = indices[start : start + size]
+        for start in range(0, len(indices), batch_size):
+            chosen = indices[start : start + batch_size]
             encoded = encode(base, features[chosen])
             said = decode(base, encoded, [prompts[index] for index in chosen])
             for index, tokens in zip(chosen, said, strict=True):

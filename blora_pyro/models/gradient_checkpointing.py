@@ -26,9 +26,7 @@ def checkpointed(net: WhisperForConditionalGeneration) -> Iterator[None]:
     """
     layers = [one for one in net.modules() if isinstance(one, GradientCheckpointingLayer)]
     before = [(one, name, getattr(one, name)) for one in layers for name in ("training", *DROPOUTS)]
-    before.append(
-        (net.config, "use_cache", net.config.use_cache)
-    )  # the encoder takes it from there
+    before.append((net.config, "use_cache", net.config.use_cache))  # where the encoder has it from
     try:
         net.config.use_cache = False
         for layer in layers:
