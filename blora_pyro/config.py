@@ -14,6 +14,7 @@ from blora_pyro.data import (
     as_sources,
     check_weights,
     describe_source,
+    is_language,
     language_code,
     named_sources,
 )
@@ -23,7 +24,15 @@ from blora_pyro.models import POCKET, Base, build_estimator, check_device, check
 from blora_pyro.normalizers import check_normalizer
 from blora_pyro.schedules import SCHEDULES, Schedule, default_warmup_steps
 
-COUNTS = ("rank", "steps", "batch_size", "gradient_accumulation", "eval_every", "patience")
+COUNTS = (
+    "max_utterances",
+    "rank",
+    "steps",
+    "batch_size",
+    "gradient_accumulation",
+    "eval_every",
+    "patience",
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class FitConfig:
             `data.load_split` for what a source may be.
         data_weights: How often each source is drawn from, in proportion; None takes every
             utterance once an epoch.
+        max_utterances: Use at most so many utterances of the new domain's training data, drawn at
+            random by `seed`; None uses all.
         test: The new domain's test set; None is the test split of its source, if it has one.
         dev: The new domain's dev set, for `eval_every`; None is the dev split of its source.
         backward: Held-out sets of what the base already knows: a mapping of names to sources, or
@@ -69,6 +80,13 @@ class FitConfig:
         spec_augment: Mask the features of the training data (see `augmentation`).
         estimator: `shared`, `flipout`, `flipout-token` or `local` (see `models.estimators`).
         precision: `fp32`, or `bf16` for Whisper under autocast with float32 factors.
+        distillation: Weight of the divergence from the frozen base where the new domain's audio is
+            prompted in other languages (see `Distillation`); 0 is none.
+        distillation_languages: Those languages; None is those that backward sets are called by.
+        ewc: Strength of elastic weight consolidation, with the Fisher information of the backward
+            sets' train splits (see `ElasticPenalty`); 0 is none.
+        average_from: Share of the steps after which the guide's parameters are averaged over the
+            steps, and the average is the fit's; None takes the last ones.
         eval_every: Steps between two measurements of the dev error of the posterior mean; the best
             of those posteriors is the fit's. None measures nothing and takes the last.
         patience: End the fit after so many measurements without a new lowest error; None does not.
@@ -84,6 +102,7 @@ class FitConfig:
     local_files_only: bool = False
     data: Source | Sequence[Source] = "de-en"
     data_weights: Sequence[float] | None = None
+    max_utterances: int | None = None
     test: Source | None = None
     dev: Source | None = None
     backward: Mapping[str, Source] | Sequence[str] | None = None
@@ -110,6 +129,10 @@ class FitConfig:
     spec_augment: bool = False
     estimator: str = "shared"
     precision: Literal["fp32", "bf16"] = "fp32"
+    distillation: float = 0.0
+    distillation_languages: Sequence[str] | None = None
+    ewc: float = 0.0
+    average_from: float | None = None
     eval_every: int | None = None
     patience: int | None = None
     normalizer: str = "whisper"
@@ -157,6 +180,7 @@ class FitConfig:
 
     def _check_training(self) -> None:
         """Refuse what the loop can't do; see `__post_init__`."""
+        self._check_regularizers()
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule is '{self.schedule}'; give one of {', '.join(SCHEDULES)}")
         if self.epochs is None:
@@ -169,6 +193,28 @@ class FitConfig:
         for name in ("dev", "patience"):
             if self.eval_every is None and getattr(self, name) is not None:
                 raise UserError(f"{name} is given, but no eval_every; give both")
+
+    def _check_regularizers(self) -> None:
+        for name in ("distillation", "ewc"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{name} is {value}; give a number >= 0")
+        if self.ewc and not self.backward_sets:
+            raise UserError("ewc is given, but no backward set to take the Fisher information from")
+        if self.distillation_languages is not None:
+            codes = tuple(map(language_code, self.distillation_languages))
+            object.__setattr__(self, "distillation_languages", codes)
+        if self.distillation and not self.taught_languages:
+            raise UserError(
+                "distillation is given, and no backward set is called by a language; name the "
+                "languages in distillation_languages"
+            )
+        if self.average_from is not None and not 0 <= self.average_from < 1:
+            raise UserError(
+                f"average_from is {self.average_from}; give a share of the steps below 1"
+            )
+        if self.average_from is not None and self.eval_every is not None:
+            raise UserError("average_from and eval_every both choose the posterior; give one")
 
     def _check_warm_up(self) -> None:
         """Refuse a warm-up that does not fit; the steps must have been worked out."""
@@ -219,6 +265,13 @@ class FitConfig:
         if self.backward is None:
             return named_sources(LANGUAGES if self.base == POCKET else ())
         return named_sources(self.backward)
+
+    @property
+    def taught_languages(self) -> tuple[str, ...]:
+        """The languages of distillation, the default worked out."""
+        if self.distillation_languages is not None:
+            return tuple(self.distillation_languages)
+        return tuple(language_code(name) for name in self.backward_sets if is_language(name))
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -185,7 +185,7 @@ def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draw
     try:
         base = base_of(config)
         on_bad: OnBadRow = stop if config.on_bad_row == "stop" else lambda error: None
-        dataset = load_mixture(config.data, "train", on_bad)
+        dataset = load_mixture(config.data, "train", on_bad, config.max_utterances, config.seed)
         count = min(KHAT_UTTERANCES, len(dataset))
         chosen = dataset.select(np.linspace(0, len(dataset) - 1, count).round().astype(int))
         examples = Examples(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blora_pyro.augmentation import SpecAugment
+from blora_pyro.averaging import Average
 from blora_pyro.checkpoints import Checkpoint, Checkpoints, RandomState
 from blora_pyro.data import Batch, Examples, batch_indices
 from blora_pyro.errors import UserError
@@ -23,6 +24,9 @@ from blora_pyro.schedules import Schedule, learning_rate
 from blora_pyro.stopping import EarlyStopping
 
 MAX_SKIPPED = 10  # steps in a row
+
+# Gives a batch, of these utterances, the batch of this number, its soft targets.
+Teacher = Callable[[Batch, Sequence[int], int], Batch]
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class SviOptions:
         spec_augment: Mask the features; see `SpecAugment`.
         seed: Order of the data.
         weights: Of the sources of the examples, see `batch_indices`.
+        average_from: Share of the steps after which the guide's parameters are averaged over the
+            steps, see `Average`; None takes those of the last step.
     """
 
     beta: float
@@ -56,6 +62,7 @@ class SviOptions:
     spec_augment: bool = False
     seed: int = 0
     weights: Sequence[float] | None = None
+    average_from: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,14 @@ class Step:
 
     Attributes:
         step: Counted from 1.
-        loss: nll + beta · kl.
+        loss: nll + beta · kl + regularizer.
         nll: Mean negative log-likelihood of the batch's target tokens, nats.
         kl: KL(q || p) summed over every adapter weight, nats, to the rounding of loss / beta (for
             `point`: -log p; for `auto-normal`: a one-draw estimate). None with beta = 0, where the
             loss has no such part.
         lr: Learning rate of the step.
         tokens: Target tokens in the batch.
+        regularizer: The weighted terms of distillation and EWC, nats; 0 without them.
     """
 
     step: int
@@ -79,6 +87,7 @@ class Step:
     kl: float | None
     lr: float
     tokens: int
+    regularizer: float = 0.0
 
 
 def batches(
@@ -87,13 +96,16 @@ def batches(
     seed: int,
     start: int = 0,
     weights: Sequence[float] | None = None,
+    teacher: Teacher | None = None,
 ) -> Iterator[Batch]:
     """Endless batches, in the order of `batch_indices`.
 
     The order depends on `seed` alone; `start` leaves out the first batches without making them.
     """
     order = batch_indices(examples.sources, batch_size, seed, weights)
-    return map(examples.batch, islice(order, start, None))
+    for number, indices in islice(enumerate(order), start, None):
+        batch = examples.batch(indices)
+        yield batch if teacher is None else teacher(batch, indices, number)
 
 
 def fit_guide(
@@ -104,6 +116,7 @@ def fit_guide(
     on_step: Callable[[Step], None] = lambda step: None,
     checkpoints: Checkpoints | None = None,
     early_stopping: EarlyStopping | None = None,
+    teacher: Teacher | None = None,
     **options: Any,
 ) -> list[Step]:
     """Fit `guide` to `model` by SVI on `mean token NLL + beta · KL`, one weight draw a step.
@@ -126,6 +139,7 @@ def fit_guide(
         checkpoints: Where to go on from, and what to write on the way.
         early_stopping: Measures the posterior mean on the way, may end the fit before its last
             step, and has the guide end with the best parameters. It changes no step before that.
+        teacher: Gives batches their soft targets, see `Distillation`.
         **options: The attributes of `SviOptions`.
 
     Returns:
@@ -145,7 +159,8 @@ def fit_guide(
             guide.to(device)
             guide(examples.batch([0]).to(device))  # Pyro's own guides make their parameters here
             loop = _Loop(model, guide, chosen, checkpoints or Checkpoints(None), early_stopping)
-            data = batches(examples, chosen.batch_size, chosen.seed, loop.done, chosen.weights)
+            order = chosen.batch_size, chosen.seed, loop.done, chosen.weights
+            data = batches(examples, *order, teacher)
             loop.evaluate()  # a checkpoint may be from just before
             while not loop.finished:
                 if step := loop.step(next(data).to(device)):
@@ -155,6 +170,8 @@ def fit_guide(
         model.adapters.clear()
     if early_stopping:
         early_stopping.restore(guide)
+    elif loop.average:
+        loop.average.restore(guide)
     return loop.history
 
 
@@ -195,6 +212,8 @@ class _Loop:
         self.augment = SpecAugment(model.net.config) if options.spec_augment else None
         self.device = model.net.device
         self.optimizer = torch.optim.Adam(guide.parameters(), lr=options.lr)
+        start = options.average_from
+        self.average = None if start is None else Average(start * options.steps)
         self.done, self.skipped = 0, 0
         self.history: list[Step] = []
         self.checkpoints = checkpoints
@@ -245,8 +264,11 @@ class _Loop:
             group["lr"] = rate
         self.optimizer.step()
         self.done += 1
-        kl = (loss - nll) / chosen.beta if chosen.beta else None
-        self.history.append(Step(self.done, loss, nll, kl, rate, tokens))
+        if self.average:
+            self.average.update(self.done, self.guide)
+        more = self.objective.regularizer
+        kl = (loss - nll - more) / chosen.beta if chosen.beta else None
+        self.history.append(Step(self.done, loss, nll, kl, rate, tokens, more))
         return self.history[-1]
 
     def evaluate(self) -> None:
@@ -272,7 +294,7 @@ class _Loop:
         names = [name for name, _ in self.guide.named_parameters()]
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{slot}.{names[index]}": value for slot, value in slots.items()}
-        about = {
+        about: dict[str, Any] = {
             "random": random.about,
             "history": [vars(step) for step in self.history],
             "loss_scale": [self.objective.scale, self.objective.steps_at_scale],
@@ -280,6 +302,9 @@ class _Loop:
         if self.stopping:
             best, about["dev_errors"] = self.stopping.state()
             tensors |= {f"best.{name}": value for name, value in best.items()}
+        if self.average:
+            averages, about["averaged_steps"] = self.average.state()
+            tensors |= {f"average.{name}": value for name, value in averages.items()}
         return Checkpoint.copy(self.done, tensors | random.tensors, about)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -301,6 +326,9 @@ class _Loop:
             self.objective.scale, self.objective.steps_at_scale = scale
             if self.stopping:
                 self.stopping.load_state(parts.get("best", {}), checkpoint.about["dev_errors"])
+            if self.average:
+                count = checkpoint.about["averaged_steps"]
+                self.average.load_state(parts.get("average", {}), count)
             RandomState.of(checkpoint).restore(self.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             why = " ".join(str(error).split())

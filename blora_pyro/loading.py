@@ -80,7 +80,11 @@ class Loader:
         self.skipped: list[SkippedRow] = []
 
     def load(
-        self, source: Source | Sequence[Source], split: str, language: str | None = None
+        self,
+        source: Source | Sequence[Source],
+        split: str,
+        language: str | None = None,
+        limit: int | None = None,
     ) -> Examples:
         """A split of one or more sources, featurised and tokenised.
 
@@ -88,6 +92,7 @@ class Loader:
             source: One or more, mixed.
             split: Of all of them.
             language: Of rows that name none, before that of the configuration.
+            limit: Rows of the first source, drawn by the configuration's seed; None is all.
 
         Raises:
             UserError: See `load_mixture` and `Examples`.
@@ -101,7 +106,7 @@ class Loader:
                 SkippedRow(sources[error.source], split, error.origin, error.reason)
             )
 
-        dataset = load_mixture(source, split, on_bad)
+        dataset = load_mixture(source, split, on_bad, limit, self.config.seed)
         if split != "train":  # which is not scored
             dataset = without_bad_tags(dataset, on_bad)
         return Examples(

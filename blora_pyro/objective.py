@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from pyro import poutine
@@ -10,34 +11,58 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from blora_pyro.checkpoints import RandomState
-from blora_pyro.data import Batch
+from blora_pyro.data import Batch, SoftTargets
 from blora_pyro.models import BLoRA, Temper
 
 
 class _Elbo(TraceMeanField_ELBO):
-    """`TraceMeanField_ELBO` that remembers the likelihood term of its last trace."""
+    """`TraceMeanField_ELBO` that remembers the observed terms of its last trace."""
 
     nll: Tensor
+    regularizer: Tensor
 
     def _get_trace(self, model, guide, args, kwargs):
         traces = super()._get_trace(model, guide, args, kwargs)
-        self.nll = -traces[0].nodes["tokens"]["log_prob_sum"].detach()
+        nodes = traces[0].nodes
+        observed = {n: -nodes[n]["log_prob_sum"].detach() for n in traces[0].observation_nodes}
+        self.nll = observed.pop("tokens")
+        self.regularizer = sum(observed.values(), torch.zeros(()))
         return traces
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:
     """The utterances of a batch in `count` parts of nearly equal size, or one in each."""
-    size = len(batch.input_features)
-    parts = (
-        part.tensor_split(min(count, size))
-        for part in (batch.input_features, batch.decoder_input_ids, batch.labels)
-        if part is not None
+    count = min(count, len(batch.input_features))
+    features, inputs = (
+        part.tensor_split(count) for part in (batch.input_features, batch.decoder_input_ids)
     )
-    return [Batch(*part) for part in zip(*parts, strict=True)]
+    labels = [None] * count if batch.labels is None else batch.labels.tensor_split(count)
+    parts = [Batch(*part) for part in zip(features, inputs, labels, strict=True)]
+    if batch.soft is None:
+        return parts
+    softs = _soft_parts(batch.soft, count)
+    # `Objective` gives a part its share of the labels; every soft target is to count alike.
+    shares = [part.num_tokens / batch.num_tokens for part in parts]
+    return [
+        replace(part, soft=replace(soft, weight=soft.weight / share))
+        for part, soft, share in zip(parts, softs, shares, strict=True)
+    ]
+
+
+def _soft_parts(soft: SoftTargets, count: int) -> list[SoftTargets]:
+    """Parts, weighted by their shares of the positions that count."""
+    columns = (soft.decoder_input_ids, soft.log_probs, soft.is_target)
+    parts = zip(*(column.tensor_split(count) for column in columns), strict=True)
+    return [
+        SoftTargets(inputs, log_probs, where, soft.weight * int(where.sum()) / soft.num_tokens)
+        for inputs, log_probs, where in parts
+    ]
 
 
 class Objective:
     """`mean token NLL + beta · KL` of a batch, and its gradient by the guide's parameters.
+
+    Where the program has a regulariser (distillation, EWC), so has the loss.
 
     One weight draw w ~ q, whatever `accumulation`, the number K of micro-batches. With n_k of the n
     target tokens in the k-th,
@@ -58,6 +83,7 @@ class Objective:
     Attributes:
         scale: What the loss is multiplied by; 1 unless Whisper is in float16.
         steps_at_scale: Steps since it was changed.
+        regularizer: What the last loss had of the program's regularisers.
     """
 
     GROWTH_STEPS = 2000
@@ -77,6 +103,7 @@ class Objective:
         self.temper, self.elbo, self.accumulation = Temper(beta), _Elbo(), accumulation
         self.scale = 2.0**16 if model.net.dtype is torch.float16 else 1.0
         self.steps_at_scale = 0
+        self.regularizer = 0.0
 
     def gradients(self, batch: Batch, max_norm: float = math.inf) -> tuple[float, float]:
         """Loss and NLL in nats; the gradient is left in the guide's parameters.
@@ -114,7 +141,7 @@ class Objective:
     def _accumulate(self, batch: Batch) -> tuple[float, float]:
         """Loss and NLL; their gradients are added up, unless they are not finite."""
         self.guide.zero_grad()
-        loss = nll = 0.0
+        loss = nll = self.regularizer = 0.0
         try:
             parts = micro_batches(batch, self.accumulation)
             guide = self._one_draw(batch) if len(parts) > 1 else self.guide
@@ -124,6 +151,7 @@ class Objective:
                     programs = self.temper(self.model), self.temper(guide)
                     term = share * self.elbo.differentiable_loss(*programs, part)
                 loss, nll = loss + term.item(), nll + share * self.elbo.nll.item()
+                self.regularizer += share * self.elbo.regularizer.item()
                 if not math.isfinite(loss):
                     break
                 # What the draw came from is needed again; the activations of this part go with it.

@@ -1,6 +1,7 @@
 """A run from base model to table: load, fit, evaluate, and keep it all in one folder."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 
 from blora_pyro.checkpoints import Checkpoints
 from blora_pyro.config import FitConfig, base_of
-from blora_pyro.data import Examples
+from blora_pyro.data import Examples, is_language
+from blora_pyro.distillation import Distillation
+from blora_pyro.elastic import ElasticPenalty, fisher_information
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.finished_runs import evaluate_run, merge_run, transcribe
 from blora_pyro.fit_folders import FitFolder
-from blora_pyro.fitting import Step, fit_guide
+from blora_pyro.fitting import Step, Teacher, fit_guide
 from blora_pyro.guides import Guide, build_guide, build_prior
 from blora_pyro.interrupts import Interrupts
 from blora_pyro.listeners import Listener
@@ -147,12 +150,14 @@ def _fit(
     pyro.set_rng_seed(config.seed)
     base = base_of(config)
     loader = Loader(base, config, progress.features, progress.note)
-    train = loader.load(config.sources, "train")
+    train = loader.load(config.sources, "train", limit=config.max_utterances)
     config = config.resolved(train.num_tokens, len(train))
     sets = evaluation_sets(base, config, loader) if evaluate else {}
     fitting = folder.state == FITTING
     stopping = early_stopping(loader, config, progress.evaluated) if fitting else None
     model, guide = build(base, config)
+    if fitting:
+        regularise(model, loader, progress.stage)
     folder.begin(config, train.main_language, train.num_tokens, model.num_weights)
     loader.tell(folder.list_skipped(loader.skipped))
     kept = folder.transcripts("base")
@@ -167,7 +172,9 @@ def _fit(
         progress.ready(config, train.num_tokens, model.num_weights)
         with interrupts.deferred():  # what is fitted is kept before they are answered
             fit_started = time.monotonic()
-            history = _fit_guide(model, guide, train, config, checkpoints, stopping, progress)
+            teacher = teacher_of(base, model, config)
+            around = checkpoints, stopping, teacher
+            history = _fit_guide(model, guide, train, config, around, progress)
             family = Family(config.prior, config.prior_args, str(config.guide))
             posterior = Posterior.of(base.name, model, guide, family, config.revision)
             folder.save(posterior, history, stopping, time.monotonic() - fit_started)
@@ -188,11 +195,11 @@ def _fit_guide(
     guide: Guide,
     train: Examples,
     config: FitConfig,
-    checkpoints: Checkpoints,
-    stopping: EarlyStopping | None,
+    around: tuple[Checkpoints, EarlyStopping | None, Teacher | None],
     progress: Listener,
 ) -> list[Step]:
     """`fit_guide` by a resolved configuration."""
+    checkpoints, stopping, teacher = around
     return fit_guide(
         model,
         guide,
@@ -209,10 +216,40 @@ def _fit_guide(
         spec_augment=config.spec_augment,
         seed=config.seed,
         weights=config.data_weights,
+        average_from=config.average_from,
         on_step=progress.step,
         checkpoints=checkpoints,
         early_stopping=stopping,
+        teacher=teacher,
     )
+
+
+def teacher_of(base: Base, model: BLoRA, config: FitConfig) -> Teacher | None:
+    """What distils the base into the fit; None without distillation."""
+    if not config.distillation:
+        return None
+    languages, weight = config.taught_languages, config.distillation
+    return Distillation(base, model.adapters, languages, weight, config.seed, config.task)
+
+
+def regularise(
+    model: BLoRA, loader: Loader, on_stage: Callable[[str], object] = lambda stage: None
+) -> None:
+    """Give the program the penalty of its configuration, if it has one: EWC.
+
+    Raises:
+        UserError: If a backward set has no train split.
+    """
+    config = loader.config
+    if not config.ewc:
+        return
+    on_stage("Fisher information")
+    sets = [
+        loader.load(source, "train", name if is_language(name) else None)
+        for name, source in config.backward_sets.items()
+    ]
+    fisher = fisher_information(model.net, model.groups, sets, config.seed)
+    model.penalty = ElasticPenalty(model.groups, model.adapters.scaling, fisher, config.ewc)
 
 
 def build(base: Base, config: FitConfig) -> tuple[BLoRA, Any]:

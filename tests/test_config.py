@@ -155,6 +155,12 @@ def test_languages_tasks_and_bad_rows_that_cannot_be_are_refused(options, messag
         ({"batch_size": 4, "gradient_accumulation": 5}, "^gradient_accumulation is 5, .* 4 "),
         ({"patience": 3}, "^patience is given, but no eval_every; give both$"),
         ({"dev": "de"}, "^dev is given, but no eval_every; give both$"),
+        ({"distillation": -1.0}, "^distillation is -1.0; give a number >= 0$"),
+        ({"distillation": 1.0, "backward": {"a": "de"}}, "name the languages in distillation_lang"),
+        ({"ewc": math.nan}, "^ewc is nan; give a number >= 0$"),
+        ({"ewc": 1.0, "backward": ()}, "^ewc is given, but no backward set"),
+        ({"average_from": 1.0}, "^average_from is 1.0; give a share of the steps below 1$"),
+        ({"average_from": 0.5, "eval_every": 5}, "^average_from and eval_every both choose"),
     ],
 )
 def test_what_the_loop_cannot_do_is_refused(options, message):
@@ -261,3 +267,10 @@ def test_a_device_that_cannot_be_used_is_refused_by_name(bad):
 def test_cuda_is_refused_where_there_is_none():
     with pytest.raises(UserError, match=r"^device 'cuda'"):
         FitConfig(device="cuda")
+
+
+def test_distillation_asks_in_the_languages_of_the_backward_sets_unless_told():
+    backward = {"German": "a.csv", "talks": "b.csv", "en": "c.csv"}
+    assert FitConfig(backward=backward).taught_languages == ("de", "en")
+    assert FitConfig(distillation_languages=("French",)).taught_languages == ("fr",)
+    assert len(FitConfig().taught_languages) == 6

@@ -235,6 +235,26 @@ def test_a_run_with_every_knob_turned_goes_on_too(turned, tmp_path):
     assert_same_run(folder, run.output)
 
 
+def test_so_does_a_regularised_and_averaged_one(options, tones_folder, tmp_path):
+    options = {
+        **options,
+        "max_utterances": 1,
+        "distillation": 1.0,
+        "distillation_languages": ("en", "de"),
+        "average_from": 0.3,
+    }
+    run = fit(tmp_path / "straight", **options)
+    assert all(step.regularizer > 0 for step in run.history[2:])
+    folder = crashed(tmp_path / "run", options, step=7)
+    resumed = fit(folder, resume=True)
+    assert resumed.history == run.history
+    assert_same_run(folder, run.output)
+    plain = fit(None, evaluate=False, **{**options, "average_from": None})
+    assert plain.history == run.history
+    name = next(iter(run.posterior.mean))
+    assert not torch.equal(plain.posterior.mean[name], run.posterior.mean[name])
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [

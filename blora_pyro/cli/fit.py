@@ -44,6 +44,10 @@ def fit(
             show_default="every utterance once an epoch",
         ),
     ] = None,
+    max_utterances: Annotated[
+        int | None,
+        typer.Option(help="Use so many utterances of the first --data.", show_default="all"),
+    ] = None,
     test: Annotated[
         str | None, typer.Option(help="Its test set, if not the test split of --data.")
     ] = None,
@@ -137,6 +141,29 @@ def fit(
     precision: Annotated[
         str, typer.Option(help="fp32, or bf16: Whisper under autocast, factors in fp32.")
     ] = "fp32",
+    distillation: Annotated[
+        float,
+        typer.Option(
+            help="Weight of staying near the base where the audio is prompted in other languages."
+        ),
+    ] = 0.0,
+    distillation_languages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L,L,...", help="Those languages.", show_default="those of --backward"
+        ),
+    ] = None,
+    ewc: Annotated[
+        float,
+        typer.Option(help="Strength of EWC; Fisher information of --backward's train splits."),
+    ] = 0.0,
+    average_from: Annotated[
+        float | None,
+        typer.Option(
+            help="Average the posterior over the steps after this share of them.",
+            show_default="no averaging",
+        ),
+    ] = None,
     eval_every: Annotated[
         int | None,
         typer.Option(
@@ -188,6 +215,7 @@ def fit(
             "local_files_only": local_files_only,
             "data": sources,
             "data_weights": None if data_weights is None else _weights(data_weights),
+            "max_utterances": max_utterances,
             "test": test,
             "dev": dev,
             "backward": None if backward is None else _names(backward),
@@ -214,6 +242,12 @@ def fit(
             "spec_augment": spec_augment,
             "estimator": estimator,
             "precision": precision,
+            "distillation": distillation,
+            "distillation_languages": None
+            if distillation_languages is None
+            else tuple(distillation_languages.split(",")),
+            "ewc": ewc,
+            "average_from": average_from,
             "eval_every": eval_every,
             "patience": patience,
             "normalizer": normalizer,

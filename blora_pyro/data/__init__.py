@@ -1,7 +1,7 @@
 """Manifests, audio, features, prompts and batches, and the built-in pocket corpora."""
 
 from blora_pyro.data.audio import SAMPLING_RATE, AudioHeader, read_audio, read_header
-from blora_pyro.data.collation import IGNORED, Batch, Examples
+from blora_pyro.data.collation import IGNORED, Batch, Examples, SoftTargets
 from blora_pyro.data.features import Digests, Features, OnNote, OnProgress, featurise, usable_cores
 from blora_pyro.data.languages import is_language, language_code
 from blora_pyro.data.manifest import read_manifest
@@ -35,6 +35,7 @@ __all__ = [
     "OnBadRow",
     "OnNote",
     "OnProgress",
+    "SoftTargets",
     "Source",
     "all_bad",
     "as_sources",

@@ -23,6 +23,33 @@ IGNORED = -100  # the label that is no target, as cross-entropy's ignore_index
 
 
 @dataclass(frozen=True, eq=False)
+class SoftTargets:
+    """What a teacher would say to a batch's audio, token by token, for the student to stay near.
+
+    Attributes:
+        decoder_input_ids: (batch, tokens), int64.
+        log_probs: of the teacher's next token, (batch, tokens, vocabulary).
+        is_target: which positions count, (batch, tokens), bool.
+        weight: of the mean Kullback-Leibler divergence over these positions in the loss.
+    """
+
+    decoder_input_ids: Tensor
+    log_probs: Tensor
+    is_target: Tensor
+    weight: float
+
+    def to(self, device: torch.device | str) -> "SoftTargets":
+        """Return them on a device."""
+        inputs, log_probs = self.decoder_input_ids.to(device), self.log_probs.to(device)
+        return SoftTargets(inputs, log_probs, self.is_target.to(device), self.weight)
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of positions that count."""
+        return int(self.is_target.sum())
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """What the model takes for one step.
 
@@ -33,6 +60,7 @@ class Batch:
     input_features: Tensor  # (batch, mels, frames), float32
     decoder_input_ids: Tensor  # (batch, tokens), int64
     labels: Tensor | None  # (batch, tokens), int64
+    soft: SoftTargets | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -44,7 +72,9 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device."""
         labels = None if self.labels is None else self.labels.to(device)
-        return Batch(self.input_features.to(device), self.decoder_input_ids.to(device), labels)
+        soft = None if self.soft is None else self.soft.to(device)
+        inputs = self.input_features.to(device), self.decoder_input_ids.to(device)
+        return Batch(*inputs, labels, soft)
 
 
 class Examples:

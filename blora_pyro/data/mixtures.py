@@ -51,12 +51,23 @@ def named_sources(value: Mapping[str, Source] | Sequence[str]) -> dict[str, Sour
 
 
 def load_mixture(
-    sources: Source | Sequence[Source], split: str, on_bad: OnBadRow = stop
+    sources: Source | Sequence[Source],
+    split: str,
+    on_bad: OnBadRow = stop,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> Dataset:
     """Read a split of one or more sources, one after the other, as `load_split` reads it.
 
     A single source that is a manifest serves any split. The rows have one column more, `source`:
     the place of theirs among `sources`.
+
+    Args:
+        sources: one or more.
+        split: of all of them.
+        on_bad: told of bad rows.
+        limit: rows of the first source, drawn at random, their order kept; None is all.
+        seed: of that draw.
 
     Raises:
         UserError: as `load_split`, or if a source has nothing but bad rows.
@@ -73,6 +84,9 @@ def load_mixture(
         part = load_split(source, split, tell)
         if not len(part):
             raise UserError(f"{printable(describe_source(source))}, {split}: {all_bad(bad)}")
+        if place == 0 and limit is not None and limit < len(part):
+            drawn = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
+            part = part.select(sorted(drawn[:limit].tolist()))
         parts.append(part.add_column("source", [place] * len(part)))
     return concatenate_datasets(parts)
 

@@ -1,7 +1,7 @@
 """BLoRA as a probabilistic program: a frozen Whisper whose low-rank updates are latent."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import pyro
@@ -9,14 +9,17 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.nn.functional import kl_div
 from transformers import WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
 
 from blora_pyro.adapters import ALL_LINEAR, Adapters, Group, Site, find_targets, group_by_shape
-from blora_pyro.data import IGNORED, Batch
+from blora_pyro.data import IGNORED, Batch, SoftTargets
 from blora_pyro.errors import UserError
 from blora_pyro.models.gradient_checkpointing import checkpointed, enable_checkpointing
 
 Prior = Callable[[Site], dist.Distribution]
+Penalty = Callable[[Mapping[str, Tensor]], Tensor]  # of the factors of every site
 
 
 class FactorPrior:
@@ -80,6 +83,8 @@ class BLoRA(FactorPrior):
 
     Sites of a trace: `A_{out}x{in}`, `B_{out}x{in}` (shapes above; batch shape (modules,)), those
     of a hierarchical prior, and `tokens` (batch, tokens), observed unless `batch.labels` is None.
+    Two regularisers are factors of the program: `penalty`, and `distillation` where the batch has
+    soft targets, `weight` times the mean KL divergence from the teacher's next-token distributions.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class BLoRA(FactorPrior):
         target_modules: str = ALL_LINEAR,
         autocast: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
+        penalty: Penalty | None = None,
     ) -> None:
         """Freeze `net` and find the layers to adapt.
 
@@ -103,6 +109,7 @@ class BLoRA(FactorPrior):
             autocast: Run Whisper under autocast to this dtype; factors stay in float32.
             gradient_checkpointing: Keep no activations inside Whisper's layers, and compute them
                 again in the backward pass: less memory for about a third more time.
+            penalty: Of the drawn factors, added to the loss; see `ElasticPenalty`.
 
         Raises:
             UserError: If the target modules or the rank do not fit the net, or autocast does not.
@@ -122,21 +129,25 @@ class BLoRA(FactorPrior):
         if gradient_checkpointing:
             enable_checkpointing(net)
         self.adapters = Adapters(net, groups, alpha)
+        self.penalty = penalty
 
     def __call__(self, batch: Batch) -> Tensor:  # type: ignore[override]
         """Draw the factors, put them in place, score the tokens; logits (batch, tokens, vocab)."""
         whisper = pyro.module("whisper", self.net)
-        self.adapters.put(self.draw())
+        factors = self.draw()
+        self.adapters.put(factors)
+        if self.penalty is not None:
+            pyro.factor("penalty", -self.penalty(factors))
 
         device = batch.input_features.device.type
         layers = checkpointed(self.net) if self.gradient_checkpointing else nullcontext()
         autocast = torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
         with autocast, layers:
-            logits = whisper(
-                input_features=batch.input_features.to(whisper.dtype),
-                decoder_input_ids=batch.decoder_input_ids,
-                use_cache=False,
-            ).logits.float()
+            heard = whisper.get_encoder()(batch.input_features.to(whisper.dtype))
+            logits = self._decode(heard, batch.decoder_input_ids)
+            if batch.soft is not None:
+                divergence = self._divergence(heard, batch.soft)
+                pyro.factor("distillation", -batch.soft.weight * divergence)
 
         labels = batch.labels
         is_target = True if labels is None else labels != IGNORED
@@ -152,3 +163,15 @@ class BLoRA(FactorPrior):
                 "tokens", dist.Categorical(logits=logits, validate_args=False), obs=observed
             )
         return logits
+
+    def _decode(self, heard: BaseModelOutput, tokens: Tensor) -> Tensor:
+        """Logits (batch, tokens, vocab) of every next token, in float32."""
+        return self.net(
+            encoder_outputs=heard, decoder_input_ids=tokens, use_cache=False
+        ).logits.float()
+
+    def _divergence(self, heard: BaseModelOutput, soft: SoftTargets) -> Tensor:
+        """KL(teacher || this), the mean over the positions that count, nats."""
+        log_probs = self._decode(heard, soft.decoder_input_ids)[soft.is_target].log_softmax(-1)
+        teacher = soft.log_probs[soft.is_target].float()
+        return kl_div(log_probs, teacher, log_target=True, reduction="sum") / len(teacher)

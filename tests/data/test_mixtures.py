@@ -139,3 +139,22 @@ def test_bad_rows_know_their_source_and_all_bad_is_refused(manifest, speak):
     worst = manifest("?", "!", name="worst.jsonl")
     with pytest.raises(UserError, match=r"worst.jsonl, train: all rows are bad \(2\).*line 1: not"):
         load_mixture((one, worst), "train", bad.append)
+
+
+def test_a_limit_draws_rows_of_the_first_source_by_the_seed():
+    one, two = (
+        Dataset.from_dict(
+            {
+                "audio": [{"array": [0.0], "sampling_rate": 8000}] * 20,
+                "text": [f"{name}{number:02}" for number in range(20)],
+                "language": ["de"] * 20,
+            }
+        )
+        for name in "ab"
+    )
+    draws = [load_mixture((one, two), "train", limit=5, seed=seed)["text"][:] for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    for texts in draws:
+        assert [text[0] for text in texts] == ["a"] * 5 + ["b"] * 20
+        assert texts[:5] == sorted(set(texts[:5]))
+    assert len(load_mixture(one, "train", limit=30)) == 20
