@@ -14,29 +14,19 @@ from blora_pyro.adapters import Group
 from blora_pyro.config import base_of
 from blora_pyro.diagnostics import Spectrum, spectra
 from blora_pyro.errors import UserError
+from blora_pyro.listeners import Listener
+from blora_pyro.outcomes import compare, evaluation_sets, measure
 from blora_pyro.posterior import Posterior
-from blora_pyro.runs import (
-    Listener,
-    claim,
-    compare,
-    evaluation_sets,
-    measure,
-    read_run,
-    write_json,
-)
+from blora_pyro.run_folders import claim, read_run, write_json
 
 
 def prune(posterior: Posterior, *, rank: int | None = None, snr: float | None = None) -> Posterior:
     """The posterior with only some singular directions of every layer's E ΔW.
 
-    A and B are turned into the basis of the singular value decomposition scaling · E B E A = U S Vᵀ
-    (B -> B M, A -> N A with means U (S/scaling)^½ and (S/scaling)^½ Vᵀ, variances through M² and
-    N²), where the best approximation of a lower rank keeps the first directions (Eckart, Young
-    1936). Layers that keep none are left out; layers of one shape and different ranks become groups
-    of their own.
+    The best approximation of a lower rank keeps the first directions (Eckart, Young 1936).
 
     Args:
-        posterior: What was fitted. Its guide is replaced by independent Normals.
+        posterior: What was fitted. Its guide is replaced, see `keep_directions`.
         rank: Keep the largest singular values, as many as this, in every layer.
         snr: Keep those above this many posterior standard deviations of uᵀ ΔW v.
 
@@ -49,14 +39,35 @@ def prune(posterior: Posterior, *, rank: int | None = None, snr: float | None = 
         raise UserError(f"rank is {rank}; give a number from 1 to {posterior.rank}")
     if snr is not None and not snr > 0:
         raise UserError(f"snr is {snr}; give a number above 0")
+    found = spectra(posterior)
+    keep = {key: _directions(spectrum, rank, snr) for key, spectrum in found.items()}
+    if not any(mask.any() for mask in keep.values()):
+        largest = max(float(ratios(spectrum).max()) for spectrum in found.values())
+        raise UserError(f"snr {snr} leaves nothing; give less than {largest:.3g}, the largest")
+    return keep_directions(posterior, found, keep)
+
+
+def keep_directions(
+    posterior: Posterior, found: Mapping[str, Spectrum], keep: Mapping[str, Tensor]
+) -> Posterior:
+    """The posterior with only the chosen singular directions, one or more, of E ΔW.
+
+    A and B are turned into the basis of the singular value decomposition scaling · E B E A = U S Vᵀ
+    (B -> B M, A -> N A with means U (S/scaling)^½ and (S/scaling)^½ Vᵀ, variances through M² and
+    N²). Layers that keep none are left out; layers of one shape and different ranks become groups
+    of their own.
+
+    Args:
+        posterior: What was fitted. Its guide is replaced by independent Normals.
+        found: Its `spectra`.
+        keep: Which directions, (modules, rank), likewise by group; none of them null.
+    """
     groups: list[Group] = []
     mean: dict[str, Tensor] = {}
     stddev: dict[str, Tensor] = {}
-    found = spectra(posterior)
     for group in posterior.groups:
-        keep = _directions(found[group.key], rank, snr)
-        counts = keep.sum(1).tolist()
-        moments = _rotate(posterior, group, found[group.key], keep)
+        counts = keep[group.key].sum(1).tolist()
+        moments = _rotate(posterior, group, found[group.key], keep[group.key])
         for kept in sorted(set(counts) - {0}):
             chosen = [i for i, count in enumerate(counts) if count == kept]
             part = _part(group, chosen, kept)
@@ -65,27 +76,26 @@ def prune(posterior: Posterior, *, rank: int | None = None, snr: float | None = 
                 inner = (slice(kept),) if site.factor == "A" else (slice(None), slice(kept))
                 mean[site.name] = site_mean[chosen][:, *inner].contiguous()
                 stddev[site.name] = site_variance[chosen][:, *inner].sqrt().contiguous()
-    if not groups:
-        largest = max(float(_ratios(spectrum).max()) for spectrum in found.values())
-        raise UserError(f"snr {snr} leaves nothing; give less than {largest:.3g}, the largest")
     alpha = posterior.scaling * max(group.rank for group in groups)
     return replace(posterior, groups=tuple(groups), alpha=alpha, mean=mean, stddev=stddev, state={})
 
 
-def _ratios(spectrum: Spectrum) -> Tensor:
+def ratios(spectrum: Spectrum) -> Tensor:
     """Singular value over standard deviation, (modules, rank); 0 where both are."""
-    ratios = spectrum.values / spectrum.stddevs
-    return torch.where(spectrum.values > 0, ratios, 0.0)
+    return torch.where(spectrum.values > 0, spectrum.values / spectrum.stddevs, 0.0)
+
+
+def not_null(spectrum: Spectrum) -> Tensor:
+    """Which singular values are no rounding errors of 0, (modules, rank)."""
+    return spectrum.values > 1e-6 * spectrum.values[:, :1]
 
 
 def _directions(spectrum: Spectrum, rank: int | None, snr: float | None) -> Tensor:
     """Which directions each layer keeps, (modules, rank)."""
-    largest = spectrum.values[:, :1]
-    not_null = spectrum.values > 1e-6 * largest  # the others are rounding
     if rank is not None:
-        return not_null & (torch.arange(not_null.shape[1]) < rank)
+        return not_null(spectrum) & (torch.arange(spectrum.values.shape[1]) < rank)
     assert snr is not None
-    return not_null & (_ratios(spectrum) > snr)
+    return not_null(spectrum) & (ratios(spectrum) > snr)
 
 
 def _rotate(
@@ -114,7 +124,7 @@ def _part(group: Group, chosen: list[int], rank: int) -> Group:
         modules=tuple(group.modules[i] for i in chosen),
         rank=rank,
         weight_stddevs=tuple(stddevs[i] for i in chosen) if stddevs else (),
-        suffix=f"_r{rank}",
+        suffix=f"{group.suffix}_r{rank}",  # pruned again, groups of one shape stay apart
     )
 
 

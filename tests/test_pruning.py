@@ -74,6 +74,17 @@ def test_the_spread_of_what_is_kept_stays(posterior):
         assert ratio.median() > 0.7
 
 
+def test_what_was_pruned_may_be_pruned_again(posterior):
+    again = prune(prune(posterior, snr=2.0), rank=1)
+    assert len({group.key for group in again.groups}) == len(again.groups)
+    kept = deltas(again)
+    once = deltas(prune(posterior, snr=2.0))
+    assert kept.keys() == once.keys()
+    for name, delta in once.items():
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        torch.testing.assert_close(kept[name], s[0] * u[:, :1] @ vh[:1], atol=1e-5, rtol=1e-3)
+
+
 def test_null_directions_are_never_kept(posterior):
     name = posterior.groups[0].B.name
     mean = {**posterior.mean, name: posterior.mean[name].clone()}
