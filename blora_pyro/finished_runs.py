@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from blora_pyro.config import FitConfig, base_of
-from blora_pyro.data import Source, language_code
+from blora_pyro.data import Examples, Source, language_code
 from blora_pyro.errors import UserError
 from blora_pyro.listeners import Listener
 from blora_pyro.loading import Loader
-from blora_pyro.models import DTYPES, check_dtype
-from blora_pyro.outcomes import compare, evaluation_sets, measure
+from blora_pyro.models import DTYPES, Base, check_dtype
+from blora_pyro.outcomes import check_split, compare, evaluation_sets, measure
 from blora_pyro.run_folders import claim, claim_file, read_run
+from blora_pyro.strength import SCALE, at_strength
 from blora_pyro.transcription import Transcriber, transcribe_files
 from blora_pyro.transcripts import Transcript
 from blora_pyro.utterances import utterance_rows, write_utterances
@@ -28,6 +29,9 @@ def evaluate_run(
     normalizer: str | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    split: str = "test",
+    strength: float = 1.0,
+    strength_by: str = SCALE,
 ) -> dict[str, Any]:
     """Score a run, base and adapted, on its own test sets or on the test split of `data`.
 
@@ -39,27 +43,24 @@ def evaluate_run(
         normalizer: None is that of the fit; see `FitConfig`.
         output: File for the results of every utterance, see `utterance_rows`; None keeps none.
         overwrite: Write over what is there.
+        split: `test`, or `dev` to choose by.
+        strength: Of the update, see `at_strength`.
+        strength_by: See `at_strength`.
 
     Returns:
-        What `metrics.json` holds.
+        What `metrics.json` holds; at another strength than 1 also `strength` and `strength_by`.
 
     Raises:
         UserError: If the run or the data can't be read, the file can't be written, or there is no
-            such normaliser.
+            such normaliser, split or strength.
     """
     progress = progress or Listener()
     if output is not None:
         claim_file(Path(output), overwrite)
     posterior, about = read_run(folder, device)
-    config = about["config"]
-    base = base_of(config)
-    if data is not None:
-        config = replace(config, test=data, backward={})
-    if normalizer is not None:
-        config = replace(config, normalizer=normalizer)
-    loader = Loader(base, config, progress.features, progress.note)
-    sets = evaluation_sets(base, config, loader)
-    loader.tell()
+    posterior = at_strength(posterior, strength, strength_by)
+    config = scoring_config(about["config"], data, normalizer)
+    base, sets = scoring_sets(config, split, progress)
     scored = partial(measure, base, sets, normalizer=config.normalizer)
     before = scored(lambda name: progress.stage(f"base on {name}"))
     with posterior.applied(base.net):
@@ -70,11 +71,44 @@ def evaluate_run(
             write_utterances(Path(output), rows)
         except OSError as error:
             raise UserError(f"{output} can't be written ({error.strerror}); give another") from None
-    return compare(posterior, before, after, config)
+    metrics = compare(posterior, before, after, config, split)
+    if strength != 1:
+        metrics |= {"strength": strength, "strength_by": strength_by}
+    return metrics
+
+
+def scoring_config(config: FitConfig, data: Source | None, normalizer: str | None) -> FitConfig:
+    """A run's configuration with other data, or another normaliser, to score with; None keeps."""
+    if data is not None:
+        # all the sets of its new domain come from `data`, which are no training data here
+        config = replace(config, data=data, data_weights=None, test=data, dev=None, backward={})
+    return config if normalizer is None else replace(config, normalizer=normalizer)
+
+
+def scoring_sets(
+    config: FitConfig, split: str, progress: Listener
+) -> tuple[Base, dict[str, Examples]]:
+    """The base of a configuration, and the sets to score it on.
+
+    Raises:
+        UserError: See `evaluation_sets`.
+    """
+    check_split(split)
+    base = base_of(config)
+    loader = Loader(base, config, progress.features, progress.note)
+    sets = evaluation_sets(base, config, loader, split)
+    loader.tell()
+    return base, sets
 
 
 def merge_run(
-    folder: str | Path, out: Path, overwrite: bool = False, dtype: str = "float32"
+    folder: str | Path,
+    out: Path,
+    overwrite: bool = False,
+    dtype: str = "float32",
+    *,
+    strength: float = 1.0,
+    strength_by: str = SCALE,
 ) -> None:
     """Write the base model with the posterior mean merged in: a plain Whisper checkpoint.
 
@@ -86,12 +120,15 @@ def merge_run(
         out: Folder for the checkpoint.
         overwrite: Write into a folder that holds something.
         dtype: Of the checkpoint. An update below the rounding step of a short one is lost.
+        strength: Of the update, see `at_strength`.
+        strength_by: See `at_strength`.
 
     Raises:
-        UserError: If the run can't be read or `out` can't be written.
+        UserError: If the run can't be read or `out` can't be written, or there is no such strength.
     """
     check_dtype(dtype)
     posterior, about = read_run(folder)
+    posterior = at_strength(posterior, strength, strength_by)
     base = base_of(replace(about["config"], dtype="float32"))
     posterior.merge(base.net)
     base.net.to(DTYPES[dtype])
@@ -110,6 +147,8 @@ def transcribe(
     local_files_only: bool = False,
     prior: str | None = None,
     task: str | None = None,
+    strength: float = 1.0,
+    strength_by: str = SCALE,
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
     on_error: Callable[[int, UserError], None] | None = None,
     **options: Any,
@@ -129,19 +168,24 @@ def transcribe(
         local_files_only: Look for a Hub id in the Hub's local cache alone.
         prior: The file of the prior, if draws are asked for and the run has one: its code is run.
         task: `transcribe` or `translate`; None is that of the fit, or `transcribe`.
+        strength: Of the adapter's update, see `at_strength`.
+        strength_by: See `at_strength`.
         on_transcript: Told each file's place and transcript, in order, as they come.
         on_error: Told the place of a file that can't be read, and why, which is then left out; None
             raises.
         **options: `timestamps`, `batch_size`, `samples` and `seed`, see `Transcriber`.
 
     Raises:
-        UserError: If a file or the run can't be read, the language is unknown to the model, or
-            draws are asked for where there are none.
+        UserError: If a file or the run can't be read, the language is unknown to the model, draws
+            are asked for where there are none, or there is no such strength.
     """
     posterior, config = None, FitConfig(device=device)
     if adapter is not None:
         posterior, about = read_run(adapter, device, prior)
+        posterior = at_strength(posterior, strength, strength_by)
         config, language = about["config"], language or about["language"]
+    elif strength != 1:
+        raise UserError(f"strength is {strength:g}, but there is no adapter; give one")
     config = replace(
         config,
         base=base or config.base,

@@ -1,7 +1,7 @@
 """What a fit gained and what was forgotten: test sets, measured before and after, compared."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,60 @@ from blora_pyro.stopping import DevError, EarlyStopping
 from blora_pyro.transcription import transcribe_features
 
 NEW_DOMAIN = "new_domain"
+SPLITS = ("test", "dev")
 DEV_SPLITS = ("dev", "validation")  # the second is what data sets of the Hub call it
 
 
 def evaluation_sets(
-    base: Base, config: FitConfig, loader: Loader | None = None
+    base: Base, config: FitConfig, loader: Loader | None = None, split: str = "test"
 ) -> dict[str, Examples]:
-    """The new domain's test set under `new_domain`, and every backward set under its name.
+    """The new domain's set under `new_domain`, and every backward set under its name.
 
     Args:
         base: Whose tokenizer and feature extractor are to be used.
         config: Names the sets.
         loader: Reads them; None is a silent one.
+        split: `test`, or `dev` (of the Hub, `validation`) to choose by. A source without splits
+            serves as any, but not training data as the new domain's dev set.
+
+    Raises:
+        UserError: If there is no such split, or see `Loader.load`.
     """
-    load = (loader or Loader(base, config)).load
+    check_split(split)
+    loader = loader or Loader(base, config)
+    load = loader.load
     sets = {}
-    if config.test is not None or "test" in split_names(config.new_domain):
-        sets[NEW_DOMAIN] = load(config.new_domain, "test")
+    source = _new_domain(config, split)
+    if split == "dev":
+        is_held_out = config.dev is not None or config.test == source
+        sets[NEW_DOMAIN] = load(source, _existing_dev_split(loader, source, is_held_out))
+    elif config.test is not None or "test" in split_names(source):
+        sets[NEW_DOMAIN] = load(source, "test")
     for name, source in config.backward_sets.items():
-        sets[name] = load(source, "test", name if is_language(name) else None)
+        its = _existing_dev_split(loader, source) if split == "dev" else "test"
+        sets[name] = load(source, its, name if is_language(name) else None)
     return sets
+
+
+def check_split(split: str) -> None:
+    """Refuse what is not in `SPLITS`.
+
+    Raises:
+        UserError: Naming them.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split is '{split}'; give {' or '.join(SPLITS)}")
+
+
+def domain_name(config: FitConfig, split: str) -> str:
+    """What the new domain's set of a split is read from, in words."""
+    return describe_source(_new_domain(config, split))
+
+
+def _new_domain(config: FitConfig, split: str) -> Source:
+    if split == "test":
+        return config.new_domain
+    return config.sources[0] if config.dev is None else config.dev
 
 
 def early_stopping(
@@ -56,7 +90,13 @@ def early_stopping(
     """
     if config.eval_every is None:
         return None
-    source, split = _dev_split(config)
+    source = _new_domain(config, "dev")
+    split = _dev_split(split_names(source), is_held_out=config.dev is not None)
+    if split is None:
+        raise UserError(
+            f"{describe_source(source)} has no dev split, and eval_every is {config.eval_every}; "
+            "give a set that has one as dev, or leave eval_every out"
+        )
     examples = loader.load(source, split)
 
     def dev_error() -> float:
@@ -65,16 +105,25 @@ def early_stopping(
     return EarlyStopping(dev_error, config.eval_every, config.patience, on_error)
 
 
-def _dev_split(config: FitConfig) -> tuple[Source, str]:
-    source = config.sources[0] if config.dev is None else config.dev
-    names = split_names(source)
-    found = [split for split in DEV_SPLITS if split in names]
-    if not found and (names or config.dev is None):
-        raise UserError(
-            f"{describe_source(source)} has no dev split, and eval_every is {config.eval_every}; "
-            "give a set that has one as dev, or leave eval_every out"
-        )
-    return source, (found or ["dev"])[0]  # a set without splits serves as any
+def _dev_split(names: Sequence[str], is_held_out: bool) -> str | None:
+    """What a source calls its dev split; None if it has none.
+
+    Args:
+        names: Of its splits; if it is without splits,
+        is_held_out: whether it may serve as dev set whole.
+    """
+    if not names:
+        return "dev" if is_held_out else None
+    return next((split for split in DEV_SPLITS if split in names), None)
+
+
+def _existing_dev_split(loader: Loader, source: Source, is_held_out: bool = True) -> str:
+    name, names = describe_source(source), split_names(source)
+    if (split := _dev_split(names, is_held_out)) is None:
+        raise UserError(f"{name} has no dev split; score the test split, or other data")
+    if not names:
+        loader.on_note(f"{name} is one set without splits: the same for dev as for test")
+    return split
 
 
 def measure(
@@ -120,10 +169,12 @@ def compare(
     before: dict[str, Evaluation],
     after: dict[str, Evaluation],
     config: FitConfig,
+    split: str = "test",
 ) -> dict[str, Any]:
     """The content of `metrics.json`: rates before and after, forgetting, sparsity."""
     metrics: dict[str, Any] = {
         "normalizer": config.normalizer,
+        "split": split,
         "backward": {},
         "sparsity": posterior.sparsity(),
     }
@@ -138,7 +189,7 @@ def compare(
             },
         }
         if name == NEW_DOMAIN:
-            metrics[NEW_DOMAIN] = {"name": describe_source(config.new_domain), **both}
+            metrics[NEW_DOMAIN] = {"name": domain_name(config, split), **both}
         else:
             metrics["backward"][name] = both
     if backward:

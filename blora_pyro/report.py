@@ -27,6 +27,8 @@ def fit_tables(metrics: dict[str, Any]) -> list[Table | str]:
     lines = _rate_tables(metrics, ("base", "adapted"))
     if not lines:
         return ["no test set and no backward sets: nothing was measured"]
+    if "strength" in metrics:
+        lines.append(f"adapted: at strength {metrics['strength']:g} by {metrics['strength_by']}")
     if average := metrics.get("backward_error"):
         change = average["change"]
         lines.append(
@@ -62,11 +64,37 @@ def prune_tables(metrics: dict[str, Any]) -> list[Table | str]:
     return [*rates, size]
 
 
+def strength_tables(curve: dict[str, Any]) -> list[Table | str]:
+    """What `strength_curve` found: a row a strength."""
+    table = Table(
+        title=f"error in % [95% interval] on the {curve['split']} sets, by {curve['strength_by']}",
+        title_justify="left",
+    )
+    domain = escape(f"new domain {curve['new_domain']}\n{curve['metric'].upper()}")
+    for name in ("strength", domain, "backward average", "forgetting", "forgetting\nremoved"):
+        table.add_column(name, justify="right")
+    names = {0.0: "base 0", 1.0: "fit 1"}
+    for point in curve["points"]:
+        rates = (point["new_domain"], point["backward_error"])
+        removed, forgotten = point["forgetting_removed"], point["forgetting"]
+        table.add_row(
+            names.get(point["strength"], f"{point['strength']:g}"),
+            *(f"{_percent(rate['rate'])} {_interval(rate)}" for rate in rates),
+            f"{_signed(forgotten['difference'])} {_interval(forgotten)}",
+            _form(removed, ".0%"),
+        )
+    fit = next(one["forgetting"] for one in curve["points"] if one["strength"] == 1)
+    low = fit["interval"][0]
+    doubt = "" if low is None or low > 0 else "; the fit's own forgetting may be chance"
+    return [table, f"forgetting removed: of that at strength 1{doubt}", f"plot: {curve['plot']}"]
+
+
 def _rate_tables(metrics: dict[str, Any], states: tuple[str, str]) -> list[Table | str]:
     """Rates of two states of the model, and their change; nothing if nothing was measured."""
     if NEW_DOMAIN not in metrics and not metrics["backward"]:
         return []
-    table = Table(title="error in % [95% interval], before and after", title_justify="left")
+    sets = " on the dev sets" if metrics.get("split") == "dev" else ""
+    table = Table(title=f"error in % [95% interval]{sets}, before and after", title_justify="left")
     for name in ("set", "measure", *states, "change"):
         table.add_column(name, justify="left" if name in ("set", "measure") else "right")
     if domain := metrics.get(NEW_DOMAIN):

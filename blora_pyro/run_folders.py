@@ -18,10 +18,10 @@ from blora_pyro.loading import SKIPPED
 from blora_pyro.posterior import Posterior
 
 RUN, METRICS, CHECKPOINT = "run.json", "metrics.json", checkpoints.FILE
-UTTERANCES = "utterances.jsonl"
+UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
 TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-RESULTS = (posterior.FILE, *ADAPTER, METRICS, UTTERANCES, SKIPPED)
+RESULTS = (posterior.FILE, *ADAPTER, METRICS, UTTERANCES, SKIPPED, STRENGTH_PLOT)
 HALF_WRITTEN = "posterior.new"
 UNFINISHED = (CHECKPOINT, *TRANSCRIPTS.values())
 

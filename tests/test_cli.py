@@ -595,6 +595,7 @@ def test_transcribe_hands_every_option_on(monkeypatch, tmp_path):
     flags = ["--adapter", "run", "--base", "b", "--language", "de-en", "--device", "cuda:1"]
     flags += ["--task", "translate", "--samples", 4, "--batch-size", 5, "--seed", 6, "--json"]
     flags += ["--dtype", "bfloat16", "--revision", "v1", "--local-files-only"]
+    flags += ["--strength", 0.5, "--strength-by", "signal-to-noise"]
     assert well("transcribe", "a.wav", *flags, "--prior", "mine.py") == ""
     assert seen == {
         "audio": [Path("a.wav")],
@@ -604,6 +605,8 @@ def test_transcribe_hands_every_option_on(monkeypatch, tmp_path):
         "local_files_only": True,
         "prior": "mine.py",
         "task": "translate",
+        "strength": 0.5,
+        "strength_by": "signal-to-noise",
         "timestamps": False,
         "samples": 4,
         "batch_size": 5,
@@ -622,6 +625,71 @@ def test_transcribe_with_the_base_alone(fluent_folder, tones_folder):
     assert "revision 'v1' is given with a local folder" in complaint(revised)
     spanish = run("transcribe", tones_folder / "en0.wav", *base, "--language", "es")
     assert "'es'" in complaint(spanish)
+
+
+def test_evaluate_hands_strength_and_split_on(monkeypatch):
+    seen = {}
+
+    def evaluate_run(*given, **options):
+        seen.update(options)
+        raise UserError("enough")
+
+    monkeypatch.setattr(runs, "evaluate_run", evaluate_run)
+    options = ["--strength", 0.25, "--strength-by", "signal-to-noise", "--split", "dev"]
+    assert "enough" in complaint(run("evaluate", "r", *options))
+    assert (seen["strength"], seen["strength_by"]) == (0.25, "signal-to-noise")
+    assert seen["split"] == "dev"
+
+
+def test_evaluate_at_strength_0_is_the_base(finished_run):
+    metrics = parsed(well("evaluate", finished_run.output, "--strength", 0, "--json"))
+    assert metrics["new_domain"]["adapted"] == metrics["new_domain"]["base"]
+
+
+def test_evaluate_at_several_strengths_draws_the_curve(finished_run, tmp_path):
+    file = tmp_path / "curve.svg"
+    command = ("evaluate", finished_run.output, "--strength", "0:1:0.5", "--plot", file)
+    out = well(*command)
+    for words in ("base 0", "0.5", "fit 1", "forgetting", "test sets", "by scale", str(file)):
+        assert words in out
+    assert file.read_bytes().startswith(b"<?xml")
+    assert "is there already" in complaint(run(*command))
+    curve = parsed(well(*command, "--overwrite", "--json", "--strength-by", "signal-to-noise"))
+    assert [point["strength"] for point in curve["points"]] == [0, 0.5, 1]
+    assert curve["strength_by"] == "signal-to-noise"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--strength", "much"], "strength is 'much'; give a number"),
+        (["--strength", "3"], "strength is 3; give a number from 0"),
+        (["--strength", "0,3"], "strength is 3; give a number from 0"),
+        (["--strength", "0,1", "--split", "train"], "split is 'train'; give test or dev"),
+        (["--split", "dev"], "has no dev split; score the test split"),
+        (["--strength", "0,1", "--output", "u.jsonl"], "--output are for a single strength"),
+        (["--strength", "0,1", "--data", "de"], "--data and --output are for a single strength"),
+        (["--strength", "0,1", "--plot", "x.doc"], "plot is 'x.doc'; give a file that ends in"),
+        (["--plot", "x.png"], "there is one strength; give several"),
+    ],
+)
+def test_evaluate_refuses_strengths_and_splits_in_one_line(finished_run, options, words):
+    assert words in complaint(run("evaluate", finished_run.output, *options))
+
+
+def test_merge_and_transcribe_take_a_strength(finished_run, tones_folder, tmp_path):
+    audio, adapter = tones_folder / "test4.wav", ("--adapter", finished_run.output)
+    whole = well("transcribe", audio, *adapter)
+    base = well("transcribe", audio, *adapter, "--strength", 0)
+    assert whole != base
+    well("merge", finished_run.output, tmp_path / "out", "--strength", 0)
+    merged = ("--base", tmp_path / "out", "--language", "de-en")
+    assert well("transcribe", audio, *merged) == base
+    assert "there is no adapter" in complaint(run("transcribe", audio, "--strength", 0.5))
+    other = ("--strength-by", "magic")
+    gone = tmp_path / "none"
+    assert "strength_by is 'magic'" in complaint(run("merge", finished_run.output, gone, *other))
+    assert not gone.exists()
 
 
 def test_merge_writes_a_base_that_says_what_the_run_says(finished_run, tones_folder, tmp_path):

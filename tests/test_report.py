@@ -16,6 +16,7 @@ from blora_pyro.report import (
     fit_tables,
     print_tables,
     prior_tables,
+    strength_tables,
 )
 
 
@@ -336,3 +337,45 @@ def test_every_prior_is_listed_with_arguments_and_defaults():
     assert "0.01" in row
     text = " ".join(lines)
     assert "--prior-arg" in text and "PATH.py" in text
+
+
+def curve(fit_forgetting):
+    def point(strength, new, backward, forgotten, removed):
+        figures = {"new_domain": new, "backward_error": backward, "forgetting": forgotten}
+        return {"strength": strength, **figures, "forgetting_removed": removed}
+
+    points = [
+        point(0, rate(0.5, 0.4, 0.6), rate(0.05, 0.04, 0.06), change(0, 0, 0), 1.0),
+        point(0.5, rate(0.25, 0.2, 0.3), rate(0.06, 0.05, 0.07), change(0.01, 0, 0.02), None),
+        point(1, rate(0.1, 0.05, 0.2), rate(0.0712, 0.06, 0.08), fit_forgetting, 0.0),
+    ]
+    head = {"split": "dev", "strength_by": "scale", "new_domain": "[de]", "metric": "wer"}
+    return {**head, "points": points, "plot": "runs/a/strength.png"}
+
+
+def test_a_curve_is_a_row_a_strength():
+    lines = strength_tables(curve(change(0.0212, 0.01, 0.03)))
+    console = Console(file=io.StringIO(), width=110, highlight=False)
+    for line in lines:
+        console.print(line)
+    out = console.file.getvalue()
+    rows = [[cell.strip() for cell in r.split("│")[1:-1]] for r in out.splitlines() if "│" in r]
+    assert rows == [
+        ["base 0", "50.0 [40.0, 60.0]", "5.0 [4.0, 6.0]", "+0.0 [0.0, 0.0]", "100%"],
+        ["0.5", "25.0 [20.0, 30.0]", "6.0 [5.0, 7.0]", "+1.0 [0.0, 2.0]", "–"],
+        ["fit 1", "10.0 [5.0, 20.0]", "7.1 [6.0, 8.0]", "+2.1 [1.0, 3.0]", "0%"],
+    ]
+    for words in ("on the dev sets, by scale", "new domain [de]", "WER", "runs/a/strength.png"):
+        assert words in out
+    assert "chance" not in out
+
+
+def test_a_curve_says_where_its_forgetting_may_be_chance():
+    assert "chance" in strength_tables(curve(change(0.0212, -0.01, 0.03)))[1]
+
+
+def test_the_table_says_the_strength_and_the_dev_sets():
+    out = "\n".join(rendered({**METRICS, "split": "dev", "strength": 0.5, "strength_by": "scale"}))
+    assert "on the dev sets, before and after" in out
+    assert "adapted: at strength 0.5 by scale" in out
+    assert "dev" not in "\n".join(rendered({**METRICS, "split": "test"}))

@@ -220,6 +220,16 @@ def test_a_run_keeps_its_normalizer_and_may_be_scored_by_another(short, tmp_path
     assert rates["raw"] == {"rate": rates["rate"], "interval": rates["interval"]}
 
 
+@pytest.mark.parametrize("split", ["dev", "validation"])
+def test_the_dev_split_is_scored_where_it_is_asked_for(finished_run, tones_folder, tmp_path, split):
+    data = shutil.copytree(tones_folder, tmp_path / "data")
+    (data / "de.jsonl").rename(data / f"{split}.jsonl")
+    metrics = evaluate_run(finished_run.output, str(data), split="dev")
+    assert metrics["split"] == "dev"
+    german = finished_run.metrics["backward"][str(tones_folder / "de.jsonl")]
+    assert metrics["new_domain"] == {"name": str(data), **german}
+
+
 def test_a_run_can_be_evaluated_on_other_data(finished_run, tones_folder):
     german = str(tones_folder / "de.jsonl")
     metrics = evaluate_run(str(finished_run.output), german)

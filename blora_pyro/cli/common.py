@@ -20,6 +20,16 @@ LocalFilesOnly = Annotated[
     bool, typer.Option("--local-files-only", help="Look for a base in the Hub's cache alone.")
 ]
 NORMALIZER_HELP = "Of texts before scoring: whisper (its own, by language), basic or none."
+STRENGTH_HELP = "Of the update: 0 is the base, 1 the fit"
+Strength = Annotated[float, typer.Option(help=f"{STRENGTH_HELP}.")]
+StrengthBy = Annotated[
+    str,
+    typer.Option(
+        metavar="scale|signal-to-noise",
+        help="What it does: scale multiplies the update ΔW; signal-to-noise keeps the directions "
+        "of ΔW that the posterior is surest of, that share of its squared norm.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ...")]
 
 

@@ -2,20 +2,24 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from blora_pyro.cli.common import (
     NORMALIZER_HELP,
+    STRENGTH_HELP,
     Device,
     Dtype,
     Json,
     Overwrite,
     RunFolder,
+    Strength,
+    StrengthBy,
     one_line_errors,
     print_json,
 )
+from blora_pyro.errors import UserError
 
 
 def evaluate(
@@ -30,16 +34,52 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="JSONL file for the results of every utterance."),
     ] = None,
+    strength: Annotated[
+        str,
+        typer.Option(
+            metavar="S|S,S,...|START:STOP:STEP",
+            help=f"{STRENGTH_HELP}. Several, such as 0:1:0.1, draw the curve.",
+        ),
+    ] = "1",
+    strength_by: StrengthBy = "scale",
+    split: Annotated[
+        str, typer.Option(metavar="test|dev", help="Of the sets; dev to choose a strength by.")
+    ] = "test",
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Of a curve: png, pdf or svg.", show_default="RUN/strength.png"
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Score a run again, base and adapted, on its own test sets or on another set."""
+    """Score a run again, base and adapted, on its own sets or on another; or at many strengths."""
     with one_line_errors():
         from blora_pyro import runs
         from blora_pyro.progress import TerminalProgress
         from blora_pyro.report import fit_tables, print_tables
+        from blora_pyro.strength import parse_strengths
 
+        strengths = parse_strengths(strength)
+        if len(strengths) > 1:
+            if data is not None or output is not None:
+                raise UserError("--data and --output are for a single strength; leave them out")
+            _draw_curve(
+                run,
+                strengths,
+                as_json,
+                device=device,
+                by=strength_by,
+                split=split,
+                normalizer=normalizer,
+                plot=plot,
+                overwrite=overwrite,
+            )
+            return
+        if plot is not None:
+            raise UserError(f"plot is {plot}, but there is one strength; give several, as 0:1:0.1")
         with TerminalProgress() as progress:
             metrics = runs.evaluate_run(
                 run,
@@ -49,11 +89,28 @@ def evaluate(
                 normalizer=normalizer,
                 output=output,
                 overwrite=overwrite,
+                split=split,
+                strength=strengths[0],
+                strength_by=strength_by,
             )
         if as_json:
             print_json(metrics)
         else:
             print_tables(fit_tables(metrics), *([f"utterances: {output}"] if output else []))
+
+
+def _draw_curve(run: Path, strengths: tuple[float, ...], as_json: bool, **options: Any) -> None:
+    """What `evaluate` does with several strengths."""
+    from blora_pyro.progress import TerminalProgress
+    from blora_pyro.report import print_tables, strength_tables
+    from blora_pyro.strength_curves import strength_curve
+
+    with TerminalProgress() as progress:
+        curve = strength_curve(run, strengths, progress, **options)
+    if as_json:
+        print_json(curve)
+    else:
+        print_tables(strength_tables(curve))
 
 
 def errors(
@@ -167,13 +224,15 @@ def merge(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.")],
     dtype: Dtype = "float32",
+    strength: Strength = 1.0,
+    strength_by: StrengthBy = "scale",
     overwrite: Overwrite = False,
 ) -> None:
     """Write the base with the posterior mean merged in: a plain Whisper checkpoint."""
     with one_line_errors():
         from blora_pyro import runs
 
-        runs.merge_run(run, out, overwrite, dtype)
+        runs.merge_run(run, out, overwrite, dtype, strength=strength, strength_by=strength_by)
         typer.echo(f"merged checkpoint: {out}")
 
 

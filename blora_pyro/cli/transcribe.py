@@ -11,6 +11,8 @@ from blora_pyro.cli.common import (
     LocalFilesOnly,
     Overwrite,
     Revision,
+    Strength,
+    StrengthBy,
     one_line_errors,
     print_json,
     tell,
@@ -44,6 +46,8 @@ def transcribe(
             help="transcribe, or translate to English.", show_default="the adapter's, or transcribe"
         ),
     ] = None,
+    strength: Strength = 1.0,
+    strength_by: StrengthBy = "scale",
     form: Annotated[str, typer.Option("--format", help="text, json, srt or vtt.")] = "text",
     output: Annotated[
         Path | None,
@@ -117,6 +121,8 @@ def transcribe(
                 on_transcript=show,
                 on_error=bar.fail,
                 task=task,
+                strength=strength,
+                strength_by=strength_by,
                 timestamps=form in ("srt", "vtt"),
                 batch_size=batch_size,
                 samples=samples,
