@@ -17,7 +17,7 @@ SUFFIXES = (".png", ".pdf", ".svg")
 def strength_plot(curve: Mapping[str, Any]) -> Figure:
     """New-domain error against backward error, in %: a point a strength, base and fit marked.
 
-    Bars are the 95% intervals of forgetting, paired, from the base's error up or down.
+    Bars are the paired 95% intervals of forgetting, set upon the base's backward error.
 
     Args:
         curve: What `strength_curve` returns. Points without a rate are left out.
