@@ -79,7 +79,11 @@ class TerminalProgress(Listener):
             f"fit: {num_weights:,} adapter weights, N = {num_tokens:,} target tokens, beta "
             f"{self.beta:.3g}, effective temperature T = beta · N = {self.beta * num_tokens:.3g}"
         )
-        self.task = self.bar.add_task("fit", total=config.steps, figures="")
+        if self.task is None:
+            self.task = self.bar.add_task("fit", total=config.steps, figures="")
+        else:  # one fit after another
+            self.bar.reset(self.task, total=config.steps, figures="")
+            self.smooth.clear()
         self.bar.start()
 
     def fitted(self) -> None:

@@ -16,7 +16,17 @@ from blora_pyro.errors import UserError
 from blora_pyro.findings import DataCheck
 from blora_pyro.guides import FAMILIES
 
-COMMANDS = ("fit", "evaluate", "errors", "diagnose", "priors", "transcribe", "merge", "data")
+COMMANDS = (
+    "fit",
+    "sweep",
+    "evaluate",
+    "errors",
+    "diagnose",
+    "priors",
+    "transcribe",
+    "merge",
+    "data",
+)
 
 
 def run(*arguments):
@@ -811,10 +821,11 @@ def test_help_and_version_load_no_heavy_library():
 import sys
 from typer.testing import CliRunner
 from blora_pyro.cli import app
-for arguments in (["--help"], ["fit", "--help"], ["data", "check", "-h"], ["--version"]):
+helps = (["--help"], ["fit", "--help"], ["sweep", "--help"], ["data", "check", "-h"])
+for arguments in (*helps, ["--version"]):
     assert CliRunner().invoke(app, arguments).exit_code == 0
 heavy = {"torch", "transformers", "pyro", "peft", "datasets", "numpy", "jiwer"}
-heavy |= {"arviz", "matplotlib"}
+heavy |= {"arviz", "matplotlib", "optuna"}
 print(sorted(heavy & set(sys.modules)))
 """
     result = subprocess.run(

@@ -1,6 +1,8 @@
 """`blora-pyro fit`."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -200,62 +202,14 @@ def fit(
 
     Stopped by Ctrl-C, SIGTERM or a crash, it goes on with --resume as if nothing had happened.
     """
-    with one_line_errors():
+    with one_line_errors():  # most options are read from the context, as `sweep` does it, too
         from blora_pyro import runs
         from blora_pyro.progress import TerminalProgress
         from blora_pyro.report import dev_line, fit_tables, print_tables
 
-        sources = tuple(data or ["de-en"])
-        domain = "+".join(Path(source).stem for source in sources)
+        domain = "+".join(Path(source).stem for source in data or ["de-en"])
         folder = output or Path("runs") / f"{domain}-{Path(prior).stem}-seed{seed}"
-        options: dict[str, Any] = {
-            "base": base,
-            "dtype": dtype,
-            "revision": revision,
-            "local_files_only": local_files_only,
-            "data": sources,
-            "data_weights": None if data_weights is None else _weights(data_weights),
-            "max_utterances": max_utterances,
-            "test": test,
-            "dev": dev,
-            "backward": None if backward is None else _names(backward),
-            "language": language,
-            "task": task,
-            "on_bad_row": on_bad_row,
-            "prior": prior,
-            "guide": guide,
-            "beta": _beta(beta),
-            "prior_scale": prior_scale,
-            "prior_args": _arguments(prior_arg or [], prior_scale),
-            "rank": rank,
-            "alpha": alpha,
-            "target_modules": target_modules,
-            "lr": lr,
-            "steps": steps,
-            "epochs": epochs,
-            "schedule": schedule,
-            "warmup_steps": warmup_steps,
-            "batch_size": batch_size,
-            "gradient_accumulation": gradient_accumulation,
-            "gradient_checkpointing": gradient_checkpointing,
-            "max_grad_norm": max_grad_norm,
-            "spec_augment": spec_augment,
-            "estimator": estimator,
-            "precision": precision,
-            "distillation": distillation,
-            "distillation_languages": None
-            if distillation_languages is None
-            else tuple(distillation_languages.split(",")),
-            "ewc": ewc,
-            "average_from": average_from,
-            "eval_every": eval_every,
-            "patience": patience,
-            "normalizer": normalizer,
-            "seed": seed,
-            "device": device,
-        }
-        if resume:
-            options = {name: value for name, value in options.items() if _is_given(context, name)}
+        options = given_options(context) if resume else fit_options(context.params)
         with TerminalProgress() as progress:
             run = runs.fit(
                 folder,
@@ -270,6 +224,33 @@ def fit(
         else:
             more = [dev_line(run.dev)] if run.dev else []
             print_tables(fit_tables(run.metrics), *more, f"run folder: {folder}")
+
+
+def fit_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of `FitConfig` by what was parsed of the command line.
+
+    Raises:
+        UserError: If a text is not of the form that it should have.
+    """
+    from blora_pyro.config import FitConfig
+
+    weights, backward = given["data_weights"], given["backward"]
+    languages = given["distillation_languages"]
+    return {
+        **{one.name: given[one.name] for one in fields(FitConfig) if one.name in given},
+        "data": tuple(given["data"] or ["de-en"]),
+        "data_weights": None if weights is None else _weights(weights),
+        "backward": _names(backward) if backward else None,
+        "beta": _beta(given["beta"]),
+        "distillation_languages": None if languages is None else tuple(languages.split(",")),
+        "prior_args": _arguments(given["prior_arg"] or [], given["prior_scale"]),
+    }
+
+
+def given_options(context: typer.Context) -> dict[str, Any]:
+    """Those of `fit_options` that were on the command line."""
+    options = fit_options(context.params)
+    return {name: value for name, value in options.items() if _is_given(context, name)}
 
 
 def _is_given(context: typer.Context, option: str) -> bool:
