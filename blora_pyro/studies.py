@@ -114,7 +114,6 @@ class SharedStudy:
             self._lock.release()
 
     def _open(self, name: str) -> optuna.Study:
-        where = "study.log" if self._storage is None else self._storage.partition("://")[0]
         try:
             study = optuna.create_study(
                 storage=self._connect(),
@@ -122,19 +121,23 @@ class SharedStudy:
                 directions=["minimize", "minimize"],
                 load_if_exists=True,
             )
-            if len(study.directions) != 2:
-                raise UserError(f"study '{name}' is of something else; give another study name")
-            if not study.metric_names:
+            if len(study.directions) == 2 and not study.metric_names:
                 study.set_metric_names(["new-domain error", "backward error"])
-            return study
-        except UserError:
-            raise
-        except Exception as error:  # whatever a database and its driver raise
+        except Exception as error:  # whatever a database and its driver raise, or a damaged file
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            if self._storage is None:
+                raise UserError(
+                    f"{self.folder / JOURNAL} is damaged ({why}); bring back a copy, or start "
+                    "another sweep in another output"
+                ) from None
+            kind = self._storage.partition("://")[0]  # what follows may hold a password
             raise UserError(
-                f"storage '{where}' can't be opened ({why}); give sqlite:///FILE or "
+                f"storage '{kind}' can't be opened ({why}); give sqlite:///FILE or "
                 "postgresql://..., or leave it out for a file in the output"
             ) from None
+        if len(study.directions) != 2:
+            raise UserError(f"study '{name}' is of something else; give another study name")
+        return study
 
     def _connect(self) -> BaseStorage:
         if self._storage is not None:

@@ -24,7 +24,8 @@ def sweep_plot(found: "Sweep") -> Figure:
     rows = -(-len(found.ranges) // columns)
     best = found.knee
     assert best is not None
-    title = f"{len(found.trials)} trials on the dev sets; the knee is trial {best.number}"
+    new, old = (f"{100 * error:.1f}%" for error in best.errors)
+    title = f"Errors on the dev sets; the knee, trial {best.number}: {new} new, {old} backward"
     figure, axes = new_figure(title, 0.9 + 2.8 * rows, rows, columns, sharex=True, sharey=True)
     for panel, name in zip(axes.flat, found.ranges, strict=False):
         _trials(figure, panel, found, name)

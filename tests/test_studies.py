@@ -231,6 +231,14 @@ def test_a_storage_that_cannot_be_opened_is_told_in_one_line(opened, url):
     assert "\n" not in str(error.value)
 
 
+def test_a_damaged_journal_is_told_in_one_line(opened, tmp_path):
+    opened().run_next(ends_well, 1)
+    journal = tmp_path / "sweep" / "study.log"
+    journal.write_text("{half" + journal.read_text())
+    with pytest.raises(UserError, match=r"study.log is damaged .*; bring back a copy, or start"):
+        opened()
+
+
 def test_a_study_of_something_else_is_refused(tmp_path, opened):
     url = f"sqlite:///{tmp_path}/study.db"
     optuna.create_study(storage=url, study_name="one", direction="minimize")

@@ -5,9 +5,10 @@ import signal
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
-from blora_pyro import fit
+from blora_pyro import fit, sweeps
 from blora_pyro.data import read_manifest
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.listeners import Listener
@@ -28,8 +29,9 @@ def dev_folder(tones_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def options(fit_options, dev_folder):
-    """Of a sweep, but for its output."""
+def options(fit_options, dev_folder, monkeypatch):
+    """Of a sweep, but for its output, without its picture."""
+    monkeypatch.setattr(sweeps, "sweep_plot", lambda found: Figure())
     short = {key: value for key, value in fit_options.items() if key != "beta"}
     return {**short, "data": str(dev_folder), "steps": 2, "search": SEARCH}
 
