@@ -64,10 +64,12 @@ class FileLock:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            self._descriptor = descriptor
         except BlockingIOError:
-            os.close(descriptor)
             return False
-        self._descriptor = descriptor
+        finally:
+            if self._descriptor != descriptor:  # a signal may have come in
+                os.close(descriptor)
         return True
 
     def release(self) -> None:
@@ -109,9 +111,26 @@ class SharedStudy:
             why = error.strerror
             raise UserError(f"output '{folder}' can't be written ({why}); give another") from None
         try:
-            self.study = self._open(name or folder.resolve().name)
+            self._join(name or folder.resolve().name)
         finally:
             self._lock.release()
+
+    def _join(self, name: str) -> None:
+        """Open the study, which must be the one whose fits are in the folder, if any are."""
+        mine = f"study '{name}' in {self._kind}"
+        known = self._lock.path.read_text(encoding="utf-8")
+        if known not in ("", mine):
+            raise UserError(
+                f"output '{self.folder}' is of {known}, not of {mine}; give the same storage and "
+                "study name, or another output"
+            )
+        self.study = self._open(name)
+        self._lock.path.write_text(mine, encoding="utf-8")
+
+    @property
+    def _kind(self) -> str:
+        """Of storage; what follows in a URL may hold a password."""
+        return JOURNAL if self._storage is None else self._storage.partition("://")[0]
 
     def _open(self, name: str) -> optuna.Study:
         try:
@@ -130,9 +149,8 @@ class SharedStudy:
                     f"{self.folder / JOURNAL} is damaged ({why}); bring back a copy, or start "
                     "another sweep in another output"
                 ) from None
-            kind = self._storage.partition("://")[0]  # what follows may hold a password
             raise UserError(
-                f"storage '{kind}' can't be opened ({why}); give sqlite:///FILE or "
+                f"storage '{self._kind}' can't be opened ({why}); give sqlite:///FILE or "
                 "postgresql://..., or leave it out for a file in the output"
             ) from None
         if len(study.directions) != 2:

@@ -44,6 +44,17 @@ def test_the_figures_beside_the_bar_are_running_means(beta, kl):
     assert ("KL" in task.fields["figures"]) == (kl is not None)
 
 
+def test_one_fit_after_another_starts_afresh():
+    with TerminalProgress() as progress:
+        for steps, nll in ((3, 9.0), (5, 2.0)):
+            progress.ready(FitConfig(beta=0, steps=steps), num_tokens=100, num_weights=10)
+            progress.step(Step(1, nll, nll, None, 1e-3, 40))
+            progress.fitted()
+        (task,) = progress.bar.tasks
+        assert (task.completed, task.total) == (1, 5)
+        assert "NLL 2.000" in task.fields["figures"]
+
+
 def test_dev_errors_are_told_one_a_line(capsys):
     progress = TerminalProgress()
     best = DevError(50, 0.1234)

@@ -215,6 +215,18 @@ def test_options_of_another_sweep_are_refused(opened):
         opened().settle({"rank": 8, "data": ("a", "b"), "lr": 1})
 
 
+def test_the_folder_of_another_study_is_refused(opened, tmp_path):
+    opened().run_next(ends_well, 1)
+    words = "is of study 'sweep' in study.log, not of study 'mine' in study.log; give the same"
+    with pytest.raises(UserError, match=words):
+        opened(name="mine")
+    with pytest.raises(UserError, match="not of study 'sweep' in sqlite; give the same"):
+        opened(f"sqlite:///{tmp_path}/study.db")
+    with pytest.raises(UserError, match="can't be opened"):
+        opened("nowhere", folder="other")
+    opened(folder="other")  # nothing was begun
+
+
 def test_a_folder_with_something_else_is_refused(opened, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").touch()

@@ -55,7 +55,9 @@ def fit(
     ] = None,
     dev: Annotated[
         str | None,
-        typer.Option(help="Its dev set, for --eval-every.", show_default="--data's dev split"),
+        typer.Option(
+            help="Its dev set, for --eval-every or a sweep.", show_default="--data's dev split"
+        ),
     ] = None,
     backward: Annotated[
         list[str] | None,
