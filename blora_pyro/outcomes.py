@@ -120,7 +120,7 @@ def _dev_split(names: Sequence[str], is_held_out: bool) -> str | None:
 def _existing_dev_split(loader: Loader, source: Source, is_held_out: bool = True) -> str:
     name, names = describe_source(source), split_names(source)
     if (split := _dev_split(names, is_held_out)) is None:
-        raise UserError(f"{name} has no dev split; score the test split, or other data")
+        raise UserError(f"{name} has no dev split; give a set that has one")
     if not names:
         loader.on_note(f"{name} is one set without splits: the same for dev as for test")
     return split

@@ -34,6 +34,7 @@ def parsed(command: str):
         {"beta": 3.210987654321e-05, "prior_scale": 0.123456789, "lr": 1e-2},
         {"beta": "auto", "prior": "horseshoe", "prior_args": {"global_scale": 0.01}},
         {"data": ("de-en", "my corpus/a.csv"), "data_weights": (3, 1), "language": "de-en"},
+        {"distillation": 0.3, "distillation_languages": ("de", "en"), "max_utterances": 150},
         {"backward": {"German": "my de.csv", "en": "en"}, "base": "owner/whisper"},
         {"backward": ()},
         {"spec_augment": True, "gradient_checkpointing": True, "target_modules": "q_proj,v_proj"},

@@ -12,7 +12,7 @@ def test_no_training_data_are_scored_as_a_dev_set(fluent_base, tones_folder):
     notes = []
     for options in ({}, {"test": test}):
         config = FitConfig(data=train, backward=german, **options)
-        with pytest.raises(UserError, match="has no dev split; score the test split"):
+        with pytest.raises(UserError, match="has no dev split; give a set that has one"):
             evaluation_sets(fluent_base, config, split="dev")
     config = FitConfig(data=train, dev=test, eval_every=1, backward=german)
     loader = Loader(fluent_base, config, on_note=notes.append)
