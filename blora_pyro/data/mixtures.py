@@ -84,10 +84,11 @@ def load_mixture(
         part = load_split(source, split, tell)
         if not len(part):
             raise UserError(f"{printable(describe_source(source))}, {split}: {all_bad(bad)}")
+        part = part.add_column("source", [place] * len(part))
         if place == 0 and limit is not None and limit < len(part):
             drawn = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
             part = part.select(sorted(drawn[:limit].tolist()))
-        parts.append(part.add_column("source", [place] * len(part)))
+        parts.append(part)
     return concatenate_datasets(parts)
 
 
