@@ -216,7 +216,7 @@ class Adapters:
             UserError: If the net lacks a layer, or one has another shape.
         """
         self.groups = groups
-        self.scaling = alpha / max(group.rank for group in groups)
+        self.scaling = alpha / max((group.rank for group in groups), default=1)
         self._projections: dict[str, tuple[Projection, Projection]] = {}
         modules = dict(net.named_modules())
         layers = {}

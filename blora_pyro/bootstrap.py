@@ -43,7 +43,7 @@ def macro_bootstrap_interval(
         raise ValueError("got no set of counts; give at least one to average over")
     rng = np.random.default_rng(seed)
     rates = [_resampled_rates([counts], draws, rng)[0] for counts in sets]
-    return _interval(np.mean(rates, axis=0), level)
+    return percentile_interval(np.mean(rates, axis=0), level)
 
 
 def paired_bootstrap(
@@ -81,7 +81,43 @@ def paired_macro_bootstrap(
     rng = np.random.default_rng(seed)
     pairs = [_resampled_rates([a, b], draws, rng) for a, b in zip(sets_a, sets_b, strict=True)]
     rates = np.mean(pairs, axis=0)
-    return macro_rate(sets_b) - macro_rate(sets_a), *_interval(rates[1] - rates[0], level)
+    return macro_rate(sets_b) - macro_rate(sets_a), *percentile_interval(rates[1] - rates[0], level)
+
+
+def paired_rates(systems: Sequence[Counts], draws: int = 1000, seed: int = 0) -> FloatArray:
+    """Rates of several systems on the same utterances, from which any comparison can be made.
+
+    Returns shape (systems, 1 + draws): the pooled rates, then those of `draws` resamplings of the
+    utterances, in each of which all systems are seen on the same ones. Means, differences and
+    quotients along the first axis keep the pairing; `percentile_interval` ends them. What has the
+    same seed and number of utterances is resampled alike.
+
+    Raises:
+        ValueError: if the numbers of utterances differ, or there is no system.
+    """
+    sizes = [len(counts.edits) for counts in systems]
+    if len(set(sizes)) != 1:
+        raise ValueError(f"got systems of {sizes} utterances; give the same ones")
+    observed = [[counts.rate] for counts in systems]
+    resampled = _resampled_rates(list(systems), draws, np.random.default_rng(seed))
+    return np.concatenate([observed, resampled], axis=1)
+
+
+def percentile_interval(values: FloatArray, level: float = 0.95) -> tuple[float, float]:
+    """Return the interval that holds `level` of the values; nan among them are left out.
+
+    (nan, nan) where none is left.
+
+    Raises:
+        ValueError: if `level` is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level}; 0.95 is usual")
+    values = values[~np.isnan(values)]
+    if not values.size:
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _resampled_rates(systems: list[Counts], draws: int, rng: np.random.Generator) -> FloatArray:
@@ -97,13 +133,3 @@ def _resampled_rates(systems: list[Counts], draws: int, rng: np.random.Generator
         totals[:, :, draw] = table @ weights
     edits, lengths = totals[:, 0], totals[:, 1]
     return np.divide(edits, lengths, out=np.full_like(edits, np.nan), where=lengths > 0)
-
-
-def _interval(values: FloatArray, level: float) -> tuple[float, float]:
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level}; 0.95 is usual")
-    values = values[~np.isnan(values)]
-    if not values.size:
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

@@ -11,6 +11,8 @@ from blora_pyro.bootstrap import (
     macro_rate,
     paired_bootstrap,
     paired_macro_bootstrap,
+    paired_rates,
+    percentile_interval,
 )
 from blora_pyro.metrics import Counts
 
@@ -129,3 +131,40 @@ def test_paired_macro_bootstrap_is_the_change_of_the_macro_average():
         paired_macro_bootstrap(base, base[:1])
     with pytest.raises(ValueError, match="give the same ones"):
         paired_macro_bootstrap([], [])
+
+
+# ---- several systems at once
+
+
+def test_paired_rates_begin_with_the_observed_ones():
+    a, b = counts([1, 2, 0], [4, 4, 4]), counts([0, 4, 4], [4, 4, 4])
+    rates = paired_rates([a, b], draws=10)
+    assert rates.shape == (2, 11)
+    assert rates[:, 0].tolist() == [a.rate, b.rate]
+
+
+def test_paired_rates_see_all_systems_on_the_same_utterances():
+    rng = np.random.default_rng(0)
+    edits = rng.integers(0, 5, 30)
+    a, b = counts(edits, [10] * 30), counts(edits + 1, [10] * 30)
+    rates = paired_rates([a, b, a], draws=50, seed=3)
+    assert np.allclose(rates[1] - rates[0], 0.1)
+    assert np.array_equal(rates[0], rates[2])
+    assert rates[0].std() > 0
+    assert np.array_equal(rates[:1], paired_rates([a], draws=50, seed=3))
+
+
+def test_paired_rates_give_the_interval_of_the_paired_bootstrap():
+    rng = np.random.default_rng(1)
+    a, b = (counts(rng.integers(0, 5, 40), [10] * 40) for _ in range(2))
+    rates = paired_rates([a, b], seed=7)
+    expected = paired_bootstrap(a, b, seed=7)
+    found = percentile_interval(rates[1, 1:] - rates[0, 1:])
+    assert (rates[1, 0] - rates[0, 0], *found) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), ()])
+def test_paired_rates_refuse_other_utterances(sizes):
+    systems = [counts([0] * size, [1] * size) for size in sizes]
+    with pytest.raises(ValueError, match="utterances; give the same ones"):
+        paired_rates(systems)

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from blora_pyro import __version__
+from blora_pyro.cli.compare import compare
 from blora_pyro.cli.data import data
 from blora_pyro.cli.fit import fit
 from blora_pyro.cli.runs import diagnose, errors, evaluate, merge, priors, prune
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (fit, sweep, evaluate, errors, diagnose, prune, priors, transcribe, merge):
+for command in (fit, sweep, compare, evaluate, errors, diagnose, prune, priors, transcribe, merge):
     app.command()(command)
 app.add_typer(data, name="data")
 

@@ -1,0 +1,233 @@
+"""A fit of a comparison: in a folder of its own, by whatever kind of program."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from blora_pyro import runs
+from blora_pyro.comparison.methods import PROGRAM
+from blora_pyro.comparison.rivals import WEIGHTS, fit_rival
+from blora_pyro.comparison.rows import FORMAT, hash_of
+from blora_pyro.config import FitConfig
+from blora_pyro.errors import UserError
+from blora_pyro.listeners import Listener
+from blora_pyro.metrics import sparsity
+from blora_pyro.models import Base
+from blora_pyro.posterior import Posterior
+from blora_pyro.run_folders import ADAPTER, RUN, state_of
+
+# What changes no weight that a fit finds: where it computes, and how texts are scored.
+_INDIFFERENT = ("base", "revision", "local_files_only", "device", "normalizer", "test", "dev")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What decides a fit.
+
+    Attributes:
+        kind: `PROGRAM`, `FULL` or `PEFT`.
+        options: Of `FitConfig`.
+        base: Fingerprint of the base model.
+    """
+
+    kind: str
+    options: Mapping[str, Any]
+    base: str
+
+    @cached_property
+    def config(self) -> FitConfig:
+        """The configuration.
+
+        Raises:
+            UserError: If it is not possible.
+        """
+        known = {one.name for one in fields(FitConfig)}
+        if unknown := self.options.keys() - known:
+            raise UserError(f"a fit has no option '{min(unknown)}'; leave its method out")
+        return FitConfig(**self.options).with_prior_args()
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of all that decides the weights: options, base model, format.
+
+        An option that is switched off by default, and is not switched on, does not count: so the
+        options that `FitConfig` gains leave the fits as they are. Data count by their names.
+        """
+        content = self.config.to_json()
+        for one in fields(FitConfig):
+            off = one.default is not MISSING and not one.default
+            if one.name in _INDIFFERENT or (off and content[one.name] == one.default):
+                del content[one.name]
+        return hash_of({**content, "kind": self.kind, "base": self.base, "format": FORMAT})
+
+
+class Adapted(Protocol):
+    """What a fit found."""
+
+    def applied(self, net: nn.Module, factor: float) -> AbstractContextManager[None]:
+        """`net` adapted inside a `with`, ΔW times a factor."""
+
+    def sparsity(self, factor: float) -> dict[str, float | None]:
+        """Share of elements below 1e-3, of A, B and ΔW times the factor; None where there is none.
+
+        The factor goes into B.
+        """
+
+    def size(self) -> dict[str, int]:
+        """Number of weights, and the bytes of the file that holds them."""
+
+
+class Nothing:
+    """The base model as it is."""
+
+    def applied(self, net: nn.Module, factor: float) -> AbstractContextManager[None]:
+        """The net."""
+        return nullcontext()
+
+    def sparsity(self, factor: float) -> dict[str, float | None]:
+        """None."""
+        return {"A": None, "B": None, "delta_w": None}
+
+    def size(self) -> dict[str, int]:
+        """Zero."""
+        return {"weights": 0, "bytes": 0}
+
+
+class LowRank:
+    """The posterior of a folder, at its mean."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read it.
+
+        Raises:
+            UserError: If it is damaged.
+        """
+        self.folder, self.posterior = folder, Posterior.load(folder)
+
+    def _scaled(self, factor: float) -> Posterior:
+        mean = {
+            name: factor * value if name.startswith("B") else value
+            for name, value in self.posterior.mean.items()
+        }
+        return replace(self.posterior, mean=mean)
+
+    def applied(self, net: nn.Module, factor: float) -> AbstractContextManager[None]:
+        """The posterior mean in place."""
+        return self._scaled(factor).applied(net)
+
+    def sparsity(self, factor: float) -> dict[str, float | None]:
+        """See `Posterior.sparsity`."""
+        return {**self._scaled(factor).sparsity()}
+
+    def size(self) -> dict[str, int]:
+        """Of the PEFT adapter."""
+        return {
+            "weights": self.posterior.num_weights,
+            "bytes": (self.folder / ADAPTER[1]).stat().st_size,
+        }
+
+
+class NewWeights:
+    """All weights of a net, trained: W0 + ΔW."""
+
+    def __init__(self, folder: Path, net: nn.Module) -> None:
+        """Read them.
+
+        Args:
+            folder: Of the fit.
+            net: The base, which is left as it is.
+
+        Raises:
+            UserError: If they are damaged or of another net.
+        """
+        self.path = folder / WEIGHTS
+        parameters = dict(net.named_parameters())
+        try:
+            self.weights = load_file(self.path)
+            fits = [value.shape == parameters[name].shape for name, value in self.weights.items()]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{self.path} is damaged ({error}); remove {folder}") from None
+        if not all(fits):
+            raise UserError(f"{self.path} is of another base model; remove {folder}")
+        self._old = {name: parameters[name].detach() for name in self.weights}
+
+    def _new(self, name: str, factor: float) -> Tensor:
+        old = self._old[name]
+        new = self.weights[name].to(old.device, old.dtype)
+        return new if factor == 1 else old + factor * (new - old)
+
+    @contextmanager
+    def applied(self, net: nn.Module, factor: float) -> Iterator[None]:
+        """The net with these weights; its own come back, to the bit."""
+        parameters = dict(net.named_parameters())
+        try:
+            for name, old in self._old.items():
+                parameters[name].data = self._new(name, factor).view_as(old)
+            yield
+        finally:
+            for name, old in self._old.items():
+                parameters[name].data = old
+
+    def sparsity(self, factor: float) -> dict[str, float | None]:
+        """Of ΔW, over all weights that were trained."""
+        deltas = (
+            (factor * (new - self._old[name].cpu())).float() for name, new in self.weights.items()
+        )
+        return {"A": None, "B": None, "delta_w": sparsity(deltas)}
+
+    def size(self) -> dict[str, int]:
+        """Of the whole net: there is no adapter."""
+        return {
+            "weights": sum(value.numel() for value in self.weights.values()),
+            "bytes": self.path.stat().st_size,
+        }
+
+
+def make_fit(folder: Path, fit: Fit, base: Base, progress: Listener) -> tuple[Adapted, float]:
+    """The fit of a folder: made there, gone on with, or read if it is finished.
+
+    Args:
+        folder: Of the fit, named by its key.
+        fit: What decides it.
+        base: The base model, left as it is.
+        progress: Told of steps.
+
+    Returns:
+        What it found, and the seconds that it took (a fit that was interrupted: since then).
+
+    Raises:
+        UserError, FloatingPointError, Interrupted: See `runs.fit`.
+    """
+    if folder.exists() and state_of(folder) is None:  # killed before it had begun, or damaged
+        shutil.rmtree(folder)
+    adapted: Adapted
+    if fit.kind == PROGRAM:
+        runs.fit(folder, evaluate=False, resume=True, progress=progress, **fit.options)
+        adapted = LowRank(folder)
+    else:
+        fit_rival(fit.kind, folder, fit.config, base, progress)
+        adapted = (
+            LowRank(folder) if (folder / ADAPTER[1]).exists() else NewWeights(folder, base.net)
+        )
+    about = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    return adapted, float(about["seconds"]["fit"])
+
+
+def fingerprint(base: Base) -> str:
+    """A hash of all weights of a base model."""
+    total = sha256()
+    for name, value in sorted(base.net.state_dict().items()):
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        total.update(raw.numpy().data)
+    return total.hexdigest()[:12]

@@ -1,0 +1,273 @@
+"""What is compared: every method with its knob, and the settings, as data."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from blora_pyro.errors import UserError
+
+# Knobs that are no options of a fit: ΔW is multiplied by the factor afterwards; the share of the
+# draws is divided among the train splits of the backward sets (experience replay).
+FACTOR, SHARE = "factor", "share"
+BASE, LORA = "base", "lora"  # what all others are held against
+PROGRAM, FULL, PEFT = "program", "full", "peft"  # how a fit is made
+
+BETAS = (1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3)
+FACTORS = (0.3, 0.5, 0.7, 0.85)
+SHARES = (0.1, 0.2, 0.35, 0.5)
+DISTILLATIONS = (0.1, 0.3, 1.0, 3.0)
+
+POINT = {"guide": "point", "beta": 0.0}  # the program as plain LoRA
+BAYES = {"lr": 5e-3}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to adapt the base, with one knob.
+
+    Attributes:
+        name: As on the command line.
+        title: As in the tables.
+        family: Methods of one family share a hue in the picture: `base`, `full`, `lora`,
+            `regularised`, `bayes`, `priors` or `both`.
+        knob: An option of `FitConfig`, `FACTOR` or `SHARE`; None where there is nothing to turn.
+        values: Of the knob, rising.
+        options: Further options of `FitConfig`.
+        of: The method whose chosen value is the fixed part of this one; None stands alone.
+        kind: `program` for our Pyro program, `full` for full fine-tuning, `peft` for stock PEFT.
+    """
+
+    name: str
+    title: str
+    family: str
+    knob: str | None = None
+    values: tuple[float, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    of: str | None = None
+    kind: str = PROGRAM
+
+    @property
+    def choices(self) -> tuple[float | None, ...]:
+        """The values, or a single None where there is no knob."""
+        return self.values or (None,)
+
+
+def _bayes(name: str, title: str, family: str = "priors", **options: Any) -> Method:
+    return Method(name, title, family, "beta", BETAS, {**BAYES, **options})
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(BASE, "base model", "base"),
+        Method(
+            "full", "full fine-tuning", "full", "lr", (1e-5, 3e-5, 1e-4, 3e-4), POINT, kind=FULL
+        ),
+        Method(LORA, "LoRA", "lora", "lr", RATES, POINT),
+        Method("peft-lora", "LoRA (stock PEFT)", "lora", "lr", RATES, POINT, kind=PEFT),
+        Method("scaled-lora", "LoRA, ΔW scaled", "lora", FACTOR, FACTORS, of=LORA),
+        Method(
+            "averaged-lora", "LoRA, averaged", "lora", "average_from", (0.0, 0.25, 0.5), of=LORA
+        ),
+        Method(
+            "map",
+            "LoRA, L2 to zero (MAP)",
+            "regularised",
+            "beta",
+            BETAS,
+            {"prior": "normal", "prior_scale": 0.05},
+            of=LORA,
+        ),
+        Method("ewc-lora", "LoRA, EWC", "regularised", "ewc", (1.0, 10.0, 100.0, 1e3), of=LORA),
+        Method("replay-lora", "LoRA, replay", "regularised", SHARE, SHARES, of=LORA),
+        Method(
+            "distilled-lora",
+            "LoRA, distilled",
+            "regularised",
+            "distillation",
+            DISTILLATIONS,
+            of=LORA,
+        ),
+        _bayes("blora", "BLoRA", "bayes", prior="normal", prior_scale=0.05),
+        Method(
+            "blora-scale",
+            "BLoRA, prior scale",
+            "bayes",
+            "prior_scale",
+            (0.01, 0.02, 0.05, 0.1, 0.2),
+            of="blora",
+        ),
+        _bayes("a-only", "BLoRA, A only", prior="a-only"),
+        _bayes("laplace", "BLoRA, Laplace", prior="laplace"),
+        _bayes("horseshoe", "BLoRA, horseshoe", prior="horseshoe"),
+        _bayes("learned-scale", "BLoRA, learned scale", prior="learned-scale"),
+        _bayes("pretrained-scale", "BLoRA, pretrained scale", prior="pretrained-scale"),
+        Method("scaled-blora", "BLoRA, ΔW scaled", "both", FACTOR, FACTORS, of="blora"),
+        Method("blora-replay", "BLoRA, replay", "both", SHARE, SHARES, of="blora"),
+        Method(
+            "blora-distilled",
+            "BLoRA, distilled",
+            "both",
+            "distillation",
+            DISTILLATIONS,
+            of="blora",
+        ),
+    )
+}
+BAYESIAN = ("bayes", "priors", "both")  # families
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method at one value of its knob.
+
+    Attributes:
+        method: The method.
+        value: Of its knob; None where there is none.
+        parent: The chosen candidate of the method that it is `of`.
+    """
+
+    method: Method
+    value: float | None = None
+    parent: "Candidate | None" = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of `FitConfig`, and `FACTOR` and `SHARE`, the parent's before its own."""
+        parent = self.parent.options if self.parent else {}
+        own = {} if self.method.knob is None else {self.method.knob: self.value}
+        return {**parent, **self.method.options, **own}
+
+    @property
+    def kind(self) -> str:
+        """How its fit is made: that of the method which it comes from in the end."""
+        return self.parent.kind if self.parent else self.method.kind
+
+    @property
+    def text(self) -> str:
+        """METHOD:VALUE, and after it the parent's values, as `--row` takes it."""
+        values = [] if self.value is None else [f"{self.value:.12g}"]
+        parent = self.parent.text.partition(":")[2] if self.parent else ""
+        return ":".join([self.method.name, *values, *([parent] if parent else [])])
+
+    @property
+    def label(self) -> str:
+        """The knob and its value, "beta 0.0001", and in brackets those of the parent."""
+        if self.value is None:
+            return ""
+        own = f"{self.method.knob} {self.value:g}"
+        return f"{own} ({self.parent.label})" if self.parent and self.parent.label else own
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much a fit gets.
+
+    Attributes:
+        utterances: Of the new domain; None is all that there are.
+        steps: Of the fit.
+    """
+
+    utterances: int | None
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """UTTERANCESxSTEPS, such as 150x600 or allx400."""
+        return f"{'all' if self.utterances is None else self.utterances}x{self.steps}"
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        amount = "all" if self.utterances is None else f"{self.utterances}"
+        return f"{amount} utterances, {self.steps} steps"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of `FitConfig`."""
+        size = {} if self.utterances is None else {"max_utterances": self.utterances}
+        return {**size, "steps": self.steps}
+
+
+SETTINGS = ("150x600", "400x400")  # few utterances and a long training; more, and a shorter one
+
+
+def read_setting(text: str) -> Setting:
+    """The setting that UTTERANCESxSTEPS names.
+
+    Raises:
+        UserError: If it names none.
+    """
+    match = re.fullmatch(r"(all|[1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise UserError(
+            f"setting is '{text}'; give UTTERANCESxSTEPS, such as {' or '.join(SETTINGS)}, or "
+            "allx400"
+        )
+    amount, steps = match.groups()
+    return Setting(None if amount == "all" else int(amount), int(steps))
+
+
+def choose_methods(names: Sequence["str | Method"] | None) -> dict[str, Method]:
+    """Methods by name, parents before children, and always the base model and LoRA.
+
+    Args:
+        names: Of `METHODS`, or methods of one's own; None is all of `METHODS`.
+
+    Raises:
+        UserError: If there is no such method.
+    """
+    given = [*METHODS] if names is None else [BASE, LORA, *names]
+    own = {one.name: one for one in given if isinstance(one, Method)}
+    chosen: dict[str, Method] = {}
+
+    def add(name: str) -> None:
+        method = own.get(name) or find_method(name)
+        if method.of is not None and method.of not in chosen:
+            add(method.of)
+        chosen[name] = method
+
+    for one in given:
+        add(one.name if isinstance(one, Method) else one)
+    return chosen
+
+
+def find_method(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if name not in METHODS:
+        raise UserError(f"method is '{name}'; give one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def read_candidate(text: str) -> Candidate:
+    """The candidate that METHOD:VALUE names; a derived one has its parents' values after its own.
+
+    "scaled-lora:0.5:0.003" is the LoRA of learning rate 0.003 with half its ΔW.
+
+    Raises:
+        UserError: If it names none.
+    """
+    name, *values = text.split(":")
+    method = find_method(name)
+    chain = [method]
+    while chain[-1].of is not None:
+        chain.append(find_method(chain[-1].of))
+    knobs = [one for one in chain if one.knob is not None]
+    form = ":".join([name, *(f"{one.knob}".upper() for one in knobs)])
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(knobs) or len(values) != len(knobs):
+        raise UserError(f"row is '{text}'; give {form}, numbers after the colons")
+    candidate = None
+    for one, number in zip(reversed(chain), reversed(numbers or [0.0]), strict=True):
+        candidate = Candidate(one, number if one.knob else None, candidate)
+    assert candidate is not None
+    return candidate

@@ -1,0 +1,134 @@
+"""The picture of a comparison: what every method gains, and what it forgets."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from blora_pyro.canvas import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    SMALL,
+    VERMILLION,
+    dress,
+    new_figure,
+)
+from blora_pyro.comparison.measures import Result
+from blora_pyro.comparison.standing import Standing
+
+HUES = {
+    "base": BLACK,
+    "full": GREY,
+    "lora": BLUE,
+    "regularised": SKY,
+    "bayes": VERMILLION,
+    "priors": ORANGE,
+    "both": PURPLE,
+}
+MARKERS = "osD^vP*X<>hp"
+HEIGHT = 4.6  # inches a setting
+LABELS = 0.30  # of the panel's width, right of the points
+
+
+def draw(standings: Sequence[Standing]) -> Figure:
+    """New-domain error against backward error, a panel a setting; left and low is good.
+
+    A line a method over the values of its knob, the chosen one filled and labelled; methods of one
+    family share a hue. The step line is the Pareto front: what no other point beats in both.
+    """
+    title = "What is gained, and what is forgotten: left and low is good"
+    figure, axes = new_figure(title, HEIGHT * max(len(standings), 1), max(len(standings), 1))
+    for panel, standing in zip(axes[:, 0], standings, strict=True):
+        _panel(panel, standing)
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that no other one equals or beats in both coordinates; x rises, y falls."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(set(points)):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def _point(result: Result) -> tuple[float, float]:
+    """New-domain and backward error in percent."""
+    return 100 * (result.new_domain.value or 0.0), 100 * (result.backward.value or 0.0)
+
+
+def _panel(panel: Any, standing: Standing) -> None:
+    names = list(dict.fromkeys(one.candidate.method.name for one in standing.results))
+    points = [_point(one) for one in standing.results]
+    _axes(panel, points)
+    chosen = []
+    for place, name in enumerate(names):
+        results = [one for one in standing.results if one.candidate.method.name == name]
+        method = results[0].candidate.method
+        look = {"color": HUES.get(method.family, GREEN), "marker": MARKERS[place % len(MARKERS)]}
+        line = np.array([_point(one) for one in results])
+        panel.plot(*line.T, **look, markerfacecolor="white", markersize=4, linewidth=0.8, alpha=0.7)
+        for one in results:
+            if standing.is_chosen(one):
+                panel.plot(*_point(one), **look, markersize=6.5, linestyle="none", zorder=3)
+                chosen.append((_point(one), method.title, look))
+    front = np.array(pareto_front(points))
+    panel.step(*front.T, where="post", color=BLACK, linewidth=0.8, linestyle=":", zorder=1)
+    _label(panel, chosen)
+    on = "" if standing.split == "test" else f" ({standing.split}: the choice alone)"
+    x, y = "error on the new domain, %", "backward error, %"
+    dress(panel, f"{standing.setting.title}{on}", x, y)
+    panel.grid(alpha=0.2, linewidth=0.5)
+
+
+def _axes(panel: Any, points: Sequence[tuple[float, float]]) -> None:
+    """Logarithmic where no error is 0, with room for the labels at the right."""
+    for values, axis, room in zip(
+        zip(*points, strict=True), (panel.xaxis, panel.yaxis), (LABELS, 0.0), strict=True
+    ):
+        low, high = min(values), max(values)
+        set_limits = panel.set_xlim if axis is panel.xaxis else panel.set_ylim
+        if low > 0:
+            (panel.set_xscale if axis is panel.xaxis else panel.set_yscale)("log")
+            axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+            span = max(np.log(high / low), 0.2)
+            margin, width = 0.06 * span, span / (1 - room)
+            set_limits(low * np.exp(-margin), low * np.exp(width + margin))
+        else:
+            span = max(high - low, 1.0)
+            set_limits(low - 0.06 * span, low + span / (1 - room) + 0.06 * span)
+
+
+def _label(panel: Any, chosen: Sequence[tuple[tuple[float, float], str, dict[str, Any]]]) -> None:
+    """Names in a column at the right, in the order of the points, each with a line to its own."""
+    count = len(chosen)
+    places = sorted(chosen, key=lambda one: (one[0][1], one[0][0]))
+    heights = np.linspace(0.03, 0.97, count) if count > 1 else [0.5]
+    for height, (point, title, look) in zip(heights, places, strict=True):
+        panel.annotate(
+            title,
+            xy=point,
+            xycoords="data",
+            xytext=(1 - LABELS + 0.06, height),
+            textcoords="axes fraction",
+            fontsize=SMALL - 1,
+            color=look["color"],
+            va="center",
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0, 0.5),
+                "color": look["color"],
+                "linewidth": 0.4,
+                "alpha": 0.6,
+                "shrinkB": 3,
+            },
+        )

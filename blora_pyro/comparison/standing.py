@@ -1,0 +1,169 @@
+"""How the methods stand in one setting: what was chosen on dev, and what that gives on test."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from blora_pyro.comparison.comparing import Comparison
+from blora_pyro.comparison.measures import Against, Place, Result, Scores, to_json
+from blora_pyro.comparison.methods import BASE, BAYESIAN, LORA, METHODS, Candidate, Setting
+from blora_pyro.comparison.plan import Plan, RowPlan
+from blora_pyro.comparison.rows import DEV, TEST, Row, RowSpec
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate in the first stage, on dev.
+
+    Attributes:
+        candidate: A method at a value of its knob.
+        new_domain: Error on the new domain; None where the fit failed, as the next.
+        backward: Error on the held-out sets.
+        balanced: Mean of the two, by which it is chosen.
+        is_chosen: Whether it is.
+    """
+
+    candidate: Candidate
+    new_domain: float | None
+    backward: float | None
+    balanced: float | None
+    is_chosen: bool
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One setting.
+
+    Attributes:
+        setting: Utterances and steps.
+        split: What the results are of: `test`, or `dev` where the comparison went no further.
+        choices: Of the first stage, method by method.
+        chosen: Method -> its chosen candidate.
+        results: Of all candidates that were scored, method by method, values rising.
+        against_lora: Method -> its chosen candidate against the chosen LoRA.
+        same_rate: Bayesian method -> its chosen candidate against LoRA at the same learning rate,
+            where that was fitted: the comparison of the paper.
+        failed: Titles of rows whose fits failed.
+    """
+
+    setting: Setting
+    split: str
+    choices: list[Choice]
+    chosen: Mapping[str, Candidate]
+    results: list[Result]
+    against_lora: Mapping[str, Against]
+    same_rate: Mapping[str, Against]
+    failed: list[str]
+
+    @property
+    def chosen_results(self) -> list[Result]:
+        """The results of chosen candidates."""
+        return [one for one in self.results if self.is_chosen(one)]
+
+    def is_chosen(self, result: Result) -> bool:
+        """Whether a result is that of a chosen candidate."""
+        name = result.candidate.method.name
+        return name in self.chosen and self.chosen[name].text == result.candidate.text
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "split": self.split,
+            "choices": [{**vars(one), "candidate": one.candidate.text} for one in self.choices],
+            "chosen": {name: one.text for name, one in self.chosen.items()},
+            "results": [to_json(one) for one in self.results],
+            "against_lora": {name: to_json(one) for name, one in self.against_lora.items()},
+            "same_rate": {name: to_json(one) for name, one in self.same_rate.items()},
+            "failed": self.failed,
+        }
+
+
+def standings(comparison: Comparison) -> list[Standing]:
+    """One for every setting that has a row."""
+    found = [_standing(comparison.plan, setting) for setting in comparison.plan.settings]
+    return [one for one in found if one.results or one.choices]
+
+
+def _standing(plan: Plan, setting: Setting) -> Standing:
+    names = [*plan.methods]
+    chosen = {name: one for name in names if (one := plan.chosen(name, setting)) is not None}
+    first = [] if isinstance(plan, RowPlan) else [*_first_stage(plan, setting)]
+    second = [
+        (spec, row)
+        for name in names
+        for one in plan.scored(name, setting)
+        for spec in plan.test_rows(one, setting)
+        if (row := plan.row_of(spec)) is not None
+    ]
+    split = TEST if second else DEV
+    rows = second or first
+    scores = Scores(_placed(rows))
+    base = chosen.get(BASE, Candidate(METHODS[BASE]))
+    candidates = {spec.candidate.text: spec.candidate for spec, _ in rows}
+    order = sorted(
+        candidates.values(), key=lambda one: (names.index(one.method.name), one.value or 0)
+    )
+    results = [found for one in order if (found := scores.result(one, base)) is not None]
+    return Standing(
+        setting,
+        split,
+        _choices(first, chosen),
+        chosen,
+        results,
+        _against(scores, chosen, base, dict.fromkeys(chosen, chosen.get(LORA))),
+        _against(scores, chosen, base, _same_rate(plan, chosen)),
+        [spec.title for spec, row in [*first, *second] if row.failed],
+    )
+
+
+def _first_stage(plan: Plan, setting: Setting) -> Iterator[tuple[RowSpec, Row]]:
+    for name in plan.methods:
+        for one in plan.candidates(name, setting):
+            spec = plan.dev_row(one, setting)
+            if (row := plan.row_of(spec)) is not None:
+                yield spec, row
+
+
+def _placed(rows: Sequence[tuple[RowSpec, Row]]) -> Iterator[tuple[Candidate, Place, Row]]:
+    for spec, row in rows:
+        yield spec.candidate, (spec.domain, spec.seed), row
+
+
+def _choices(rows: Sequence[tuple[RowSpec, Row]], chosen: Mapping[str, Candidate]) -> list[Choice]:
+    found = []
+    for spec, row in rows:
+        one = spec.candidate
+        is_chosen = one.method.name in chosen and chosen[one.method.name].text == one.text
+        if row.failed:
+            found.append(Choice(one, None, None, None, is_chosen))
+            continue
+        errors = row.new_domain_error, row.backward_error, row.balanced_error
+        assert not any(map(math.isnan, errors))
+        found.append(Choice(one, *errors, is_chosen))
+    return found
+
+
+def _against(
+    scores: Scores,
+    chosen: Mapping[str, Candidate],
+    base: Candidate,
+    others: Mapping[str, Candidate | None],
+) -> dict[str, Against]:
+    """Chosen candidates against others, LoRA itself and the base left out."""
+    found: dict[str, Against] = {}
+    for name, other in others.items():
+        if name not in (BASE, LORA) and other is not None:
+            one = scores.against(chosen[name], other, base)
+            found |= {name: one} if one else {}
+    return found
+
+
+def _same_rate(plan: Plan, chosen: Mapping[str, Candidate]) -> dict[str, Candidate | None]:
+    """LoRA at the learning rate of each chosen Bayesian candidate, where that was tried."""
+    lora = plan.methods.get(LORA)
+    if lora is None:
+        return {}
+    bayesian = {name: one for name, one in chosen.items() if one.method.family in BAYESIAN}
+    rates = {name: one.options.get("lr") for name, one in bayesian.items()}
+    return {name: Candidate(lora, rate) for name, rate in rates.items() if rate in lora.values}

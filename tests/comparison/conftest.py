@@ -1,0 +1,106 @@
+"""Made-up rows: errors as wanted, in files as a comparison leaves them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blora_pyro.comparison.comparing import Comparison
+from blora_pyro.comparison.methods import METHODS, Candidate, choose_methods, read_setting
+from blora_pyro.comparison.plan import Plan
+from blora_pyro.comparison.rows import FORMAT, RowSpec, read_row
+from blora_pyro.comparison.study import Study
+from blora_pyro.listeners import Listener
+
+LENGTH = 10  # tokens of an utterance
+
+
+def counts(rate: float, n: int, seed: int) -> dict[str, list[int]]:
+    """`n` utterances with edits that pool to `rate`, as near as can be."""
+    total = round(rate * LENGTH * n)
+    rng = np.random.default_rng(seed)
+    edits = np.bincount(rng.integers(n, size=total), minlength=n)
+    return {"edits": edits.tolist(), "lengths": [LENGTH] * n}
+
+
+def row_content(
+    new_domain: float, backward: dict[str, float], n: int = 20, seed: int = 0, **about: Any
+) -> dict[str, Any]:
+    """The content of a row's file."""
+    errors = {"new_domain": new_domain, **backward}
+    sets: dict[str, Any] = {
+        name: {"metric": "wer", "wer": counts(rate, n, seed + place)}
+        for place, (name, rate) in enumerate(errors.items())
+    }
+    sets["new_domain"]["pier"] = counts(new_domain, n, seed + 100)
+    return {
+        "format": FORMAT,
+        "sparsity": {"A": 0.1, "B": 0.2, "delta_w": 0.3},
+        "adapter": {"weights": 1000, "bytes": 4096},
+        "seconds": {"fit": 60.0},
+        "machine": {"threads": 1},
+        "sets": sets,
+        **about,
+    }
+
+
+@pytest.fixture
+def make_row():
+    """A row of errors as given."""
+
+    def make(new_domain: float, backward: float | dict[str, float], **about: Any):
+        sets = backward if isinstance(backward, dict) else {"de": backward, "en": backward}
+        return read_row(row_content(new_domain, sets, **about))
+
+    return make
+
+
+def world(candidate: Candidate, domain: str, seed: int) -> tuple[float, dict[str, float]]:
+    """Errors that a method might have: (new domain, backward by set)."""
+    names = [*METHODS]
+    method, values = candidate.method, candidate.method.values
+    if method.name == "base":
+        return 0.45, {"de": 0.05, "en": 0.08}
+    force = (values.index(candidate.value) + 1) / len(values)
+    kind = names.index(method.name)
+    rng = np.random.default_rng([kind, seed, len(domain)])
+    new = 0.12 + 0.2 * (1 - force) ** 2 + 0.002 * kind + 0.01 * rng.random()
+    back = 0.06 + 0.25 * force**2 / (1 + 0.2 * kind) + 0.01 * rng.random()
+    return new, {"de": back, "en": back + 0.02}
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """A function that makes a comparison whose rows are there already, all made up."""
+
+    def make(
+        methods: list[str] | None = None,
+        settings: tuple[str, ...] = ("allx600", "allx400"),
+        fill: bool = True,
+        **options: Any,
+    ) -> Comparison:
+        monkeypatch.setattr(Study, "fingerprint", "0123456789ab")
+        domains = {"de-en": "de-en", "es-en": "es-en"}
+        study = Study(tmp_path / "compare", domains, {}, Listener())
+        plan = Plan(
+            choose_methods(methods),
+            [read_setting(one) for one in settings],
+            [*domains],
+            (0, 1),
+            study.row_of,
+            **options,
+        )
+        comparison = Comparison(study, plan)
+        while fill and (todo := comparison.unmade()):
+            for spec in todo:
+                put(study, spec)
+        return comparison
+
+    return make
+
+
+def put(study: Study, spec: RowSpec) -> None:
+    """Make a row up."""
+    new, backward = world(spec.candidate, spec.domain, spec.seed)
+    shift = 100 * [*study.domains].index(spec.domain)
+    study.store.put(study.key_of(spec), row_content(new, backward, seed=shift))
