@@ -1,5 +1,7 @@
 """Made-up rows: errors as wanted, in files as a comparison leaves them."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,8 +101,54 @@ def made_up(tmp_path, monkeypatch):
     return make
 
 
+@pytest.fixture
+def fake_rows(monkeypatch):
+    """Rows are made up instead of fitted; the titles of those that were made."""
+    made: list[str] = []
+
+    def make(study: Study, spec: RowSpec) -> None:
+        made.append(spec.title)
+        study.store.put(study.key_of(spec), row_content(0.2, {"de": 0.1, "en": 0.1}))
+
+    monkeypatch.setattr(Study, "make", make)
+    return made
+
+
 def put(study: Study, spec: RowSpec) -> None:
     """Make a row up."""
     new, backward = world(spec.candidate, spec.domain, spec.seed)
     shift = 100 * [*study.domains].index(spec.domain)
     study.store.put(study.key_of(spec), row_content(new, backward, seed=shift))
+
+
+@pytest.fixture(scope="session")
+def sets_folder(tones_folder, tmp_path_factory) -> Path:
+    """`mix`, `de` and `en`: a folder each with train, dev and test, of the tones."""
+    folder = tmp_path_factory.mktemp("sets")
+    manifests = {
+        "mix": {"train": "train", "dev": "test", "test": "test"},
+        **{name: dict.fromkeys(("train", "dev", "test"), name) for name in ("de", "en")},
+    }
+    for name, splits in manifests.items():
+        (folder / name).mkdir()
+        for split, file in splits.items():
+            lines = (tones_folder / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines]
+            rows = [{**row, "audio": str(tones_folder / row["audio"])} for row in rows]
+            text = "\n".join(json.dumps(row) for row in rows)
+            (folder / name / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def small(fluent_folder, sets_folder) -> dict[str, Any]:
+    """Options of a comparison of fits of two steps."""
+    return {
+        "domains": {"mix": str(sets_folder / "mix")},
+        "backward": {name: str(sets_folder / name) for name in ("de", "en")},
+        "base": str(fluent_folder),
+        "settings": ["allx2"],
+        "seeds": [0],
+        "rank": 2,
+        "batch_size": 2,
+    }

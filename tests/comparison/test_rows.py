@@ -118,7 +118,7 @@ def test_the_lock_of_a_process_that_dies_is_free(tmp_path):
 def test_an_output_that_cant_be_written_is_told(tmp_path, content):
     (tmp_path / "file").write_text("")
     store = RowStore(tmp_path / "file")
-    with pytest.raises(UserError, match="output '.*file' can't be written"):
+    with pytest.raises(UserError, match=r"output '.*file' can't be written"):
         store.put("abc", content)
     with pytest.raises(UserError, match="can't be written"), store.locked("fit"):
         pass

@@ -1,0 +1,79 @@
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from blora_pyro.cli import app
+
+
+@pytest.fixture
+def run(small, tmp_path):
+    def invoke(*more):
+        backward = [
+            part for name in ("de", "en") for part in ("--backward", small["backward"][name])
+        ]
+        given = ["compare", "--base", small["base"], "--domains", f"mix={small['domains']['mix']}"]
+        given += ["--settings", "allx2", "--seeds", "0", "--output", tmp_path / "out", *backward]
+        return CliRunner().invoke(app, [str(one) for one in (*given, *more)])
+
+    return invoke
+
+
+def test_compare_prints_tables_and_writes_files(run, fake_rows, tmp_path):
+    result = run("--methods", "scaled-lora,blora", "--threads", 1)
+    assert result.exit_code == 0, result.output
+    for words in ("against LoRA at its best learning rate", "BLoRA", "ΔW scaled", "the choice"):
+        assert words in result.stdout
+    assert result.stdout.splitlines()[-1].endswith("compare.md, compare.json, compare.png")
+    assert torch.get_num_threads() == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("compare.json", "compare.md", "compare.png", "rows", "locks")
+    }
+    made = len(fake_rows)
+    again = run("--methods", "scaled-lora,blora", "--report", "--json")
+    assert json.loads(again.stdout)["rows"] == {"made": made, "missing": 0}
+    assert len(fake_rows) == made
+
+
+def test_a_dry_run_makes_nothing(run, fake_rows, tmp_path):
+    result = run("--methods", "blora", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[1] == "rows known: 0 done, 12 to do, with 11 fits to make"
+    assert not fake_rows and not (tmp_path / "out").exists()
+
+
+def test_only_choose_and_chosen_only(run, fake_rows):
+    assert run("--methods", "blora", "--only-choose").exit_code == 0
+    assert len(fake_rows) == 1 + 5 + 6
+    assert run("--methods", "blora", "--chosen-only").exit_code == 0
+    assert len(fake_rows) == 12 + 1 + 2 + 1  # LoRA at BLoRA's rate, too
+
+
+def test_a_row_of_its_own(run, fake_rows):
+    result = run("--row", "scaled-lora:0.5:0.003")
+    assert result.exit_code == 0, result.output
+    assert [title.split(",")[0] for title in fake_rows] == ["base", "scaled-lora:0.5:0.003"]
+    assert "factor 0.5 (lr 0.003)" in result.stdout
+    assert "against LoRA" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methods", "dora"), "method is 'dora'; give one of base, full"),
+        (("--seeds", "one"), "seeds is 'one'; give whole numbers, such as 0,1,2"),
+        (("--settings", "short"), "setting is 'short'; give UTTERANCESxSTEPS"),
+        (("--threads", 0), "threads is 0"),
+        (("--row", "lora"), "row is 'lora'; give lora:LR"),
+        (("--domains", "nowhere", "--row", "lora:0.1"), "no data at 'nowhere'"),
+        (("--base", "nowhere", "--row", "lora:0.1"), "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(run, arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if not line.endswith(" ...")]
+    assert len(lines) == 1 and lines[0].startswith("blora-pyro: ")
+    assert message in lines[0]
+    assert "Traceback" not in result.output

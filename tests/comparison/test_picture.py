@@ -1,0 +1,66 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blora_pyro.comparison.picture import HUES, draw, pareto_front
+from blora_pyro.comparison.standing import standings
+
+points = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20)
+
+
+@given(points)
+def test_the_front_is_what_no_point_beats(cloud):
+    front = pareto_front(cloud)
+    for x, y in cloud:
+        assert any(a <= x and b <= y for a, b in front)
+    for place, (x, y) in enumerate(front):
+        assert (x, y) in cloud
+        assert all(a > x and b < y for a, b in front[place + 1 :])
+
+
+@pytest.fixture
+def found(made_up):
+    return standings(made_up(["scaled-lora", "blora"], ("allx600", "allx400")))
+
+
+def test_a_panel_a_setting_with_every_point(found):
+    figure = draw(found)
+    assert len(figure.axes) == 2
+    for panel, standing in zip(figure.axes, found, strict=True):
+        assert standing.setting.title in panel.get_title("left")
+        lines = [line for line in panel.lines if line.get_markerfacecolor() == "white"]
+        assert len(lines) == 4  # base, LoRA, scaled LoRA, BLoRA
+        assert sum(len(line.get_xdata()) for line in lines) == len(standing.results)
+        result = standing.results[0]
+        expected = 100 * result.new_domain.value, 100 * result.backward.value
+        assert tuple(lines[0].get_xydata()[0]) == pytest.approx(expected)
+
+
+def test_chosen_points_are_filled_and_named_in_their_familys_hue(found):
+    figure = draw(found)
+    for panel, standing in zip(figure.axes, found, strict=True):
+        filled = [line for line in panel.lines if line.get_markerfacecolor() != "white"]
+        chosen = {
+            (100 * one.new_domain.value, 100 * one.backward.value)
+            for one in standing.chosen_results
+        }
+        drawn = {tuple(line.get_xydata()[0]) for line in filled if len(line.get_xdata()) == 1}
+        assert drawn == chosen
+        hues = {text.get_text(): text.get_color() for text in panel.texts}
+        assert hues == {
+            one.method.title: HUES[one.method.family] for one in standing.chosen.values()
+        }
+
+
+def test_a_perfect_method_has_a_place_too(made_up):
+    comparison = made_up(["blora"], ("allx400",))
+    (standing,) = standings(comparison)
+    zero = next(one for one in standing.results if one.candidate.method.name == "blora")
+    object.__setattr__(zero.new_domain, "value", 0.0)
+    (panel,) = draw([standing]).axes
+    assert (panel.get_xscale(), panel.get_yscale()) == ("linear", "log")
+
+
+def test_before_the_test_rows_the_picture_is_of_dev(made_up):
+    (panel,) = draw(standings(made_up(["blora"], ("allx400",), only_choose=True))).axes
+    assert "(dev: the choice alone)" in panel.get_title("left")
