@@ -83,3 +83,14 @@ def test_sets_are_counted_in_a_terminal_only(terminal):
 def test_a_note_is_one_line_whatever_is_in_it(capsys):
     TerminalProgress().note("bad rows [bold] left out: " + "x" * 200)
     assert capsys.readouterr().err == "bad rows [bold] left out: " + "x" * 200 + "\n"
+
+
+def test_one_fit_after_another_has_the_bar_to_itself():
+    progress = TerminalProgress()
+    for nll in (3.0, 1.0):
+        progress.ready(FitConfig(beta=0.0, steps=2), num_tokens=100, num_weights=10)
+        progress.step(Step(1, nll, nll, None, 1e-3, 40))
+        progress.fitted()
+    (task,) = progress.bar.tasks
+    assert task.completed == 1
+    assert task.fields["figures"].startswith("NLL 1.000")

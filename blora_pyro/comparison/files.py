@@ -14,7 +14,7 @@ from blora_pyro.comparison.picture import draw
 from blora_pyro.comparison.standing import Standing, standings
 from blora_pyro.comparison.tables import sheets
 from blora_pyro.errors import UserError
-from blora_pyro.run_folders import write_json
+from blora_pyro.run_folders import FINISHED, state_of, write_json
 
 MARKDOWN, JSON, PICTURE = "compare.md", "compare.json", "compare.png"
 
@@ -122,7 +122,7 @@ def plan_lines(comparison: Comparison) -> list[str]:
     ]
     unmade = comparison.unmade()
     fits = {fit.key for spec in unmade if (fit := study.fit_of(spec)[0]) is not None}
-    done = [key for key in fits if (study.output / "fits" / key / "posterior.safetensors").exists()]
+    done = [key for key in fits if state_of(study.output / "fits" / key) == FINISHED]
     lines.append(
         f"rows known: {comparison.made()} done, {len(unmade)} to do, with {len(fits) - len(done)} "
         "fits to make"

@@ -136,9 +136,8 @@ class Plan:
         """Methods whose first stage is not known yet, since that of their parents is not done."""
         return [
             name
-            for setting in self.settings
             for name in self.methods
-            if not self.candidates(name, setting)
+            if not all(self.candidates(name, setting) for setting in self.settings)
         ]
 
     def most_test_rows(self) -> int:

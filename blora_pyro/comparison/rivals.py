@@ -175,9 +175,7 @@ def fit_rival(
         return [Step(**step) for step in about["history"]]
     pyro.set_rng_seed(config.seed)
     loader = Loader(base, config, progress.features, progress.note)
-    limit = getattr(config, "max_utterances", None)
-    limited = {} if limit is None else {"limit": limit}
-    train = loader.load(config.sources, "train", **limited)
+    train = loader.load(config.sources, "train", limit=config.max_utterances)
     config = config.resolved(train.num_tokens, len(train))
     net = full_net(base) if kind == FULL else peft_net(base, config)
     about = {"kind": kind, "config": config.to_json()}
