@@ -39,8 +39,8 @@ def report(comparison: Comparison) -> tuple[list[RenderableType], dict[str, Any]
     try:
         replace_file(output / MARKDOWN, markdown(comparison, found).encode())
         write_json(output / JSON, content)
-        figure = draw(found)
-        figure.savefig(output / PICTURE, dpi=150)
+        if shown := [one for one in found if one.results]:  # else every fit failed
+            draw(shown).savefig(output / PICTURE, dpi=150)
     except OSError as error:
         raise UserError(
             f"output '{output}' can't be written ({error.strerror}); put that right and start the "

@@ -41,10 +41,13 @@ def draw(standings: Sequence[Standing]) -> Figure:
     """New-domain error against backward error, a panel a setting; left and low is good.
 
     A line a method over the values of its knob, the chosen one filled and labelled; methods of one
-    family share a hue. The step line is the Pareto front: what no other point beats in both.
+    family share a hue. The dotted line is the Pareto front: what no other point beats in both.
+
+    Args:
+        standings: One or more, each with results.
     """
     title = "What is gained, and what is forgotten: left and low is good"
-    figure, axes = new_figure(title, HEIGHT * max(len(standings), 1), max(len(standings), 1))
+    figure, axes = new_figure(title, HEIGHT * len(standings), len(standings))
     for panel, standing in zip(axes[:, 0], standings, strict=True):
         _panel(panel, standing)
     return figure

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from blora_pyro.comparison.measures import Against, Estimate
 from blora_pyro.comparison.standing import Standing
@@ -45,19 +46,18 @@ class Sheet:
     marked: frozenset[int] = frozenset()
     names: int = 1
 
-    def to_rich(self) -> Table:
+    def to_rich(self) -> Group:
         """For a terminal."""
-        look: dict[str, Any] = {"title_justify": "left", "caption_justify": "left"}
-        table = Table(
-            title=self.title, caption=self.note, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **look
-        )
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for place, name in enumerate(self.columns):
             is_name = place < self.names
             table.add_column(name, justify="left" if is_name else "right", no_wrap=place > 0)
         for place, row in enumerate(self.rows):
             cells = [escape(cell.replace(" [", "\n[")) for cell in row]  # else they are too wide
             table.add_row(*cells, style="bold" if place in self.marked else "")
-        return table
+        # A title or a caption of the table's own would be as narrow as the table.
+        note = [Text(f"{self.note}\n", style="dim")] if self.note else []
+        return Group(Text(self.title, style="bold"), table, *note)
 
     def to_markdown(self) -> str:
         """As GitHub renders it."""

@@ -63,3 +63,16 @@ def test_an_output_that_cant_be_written_is_told(comparison):
     (comparison.study.output / files.MARKDOWN).mkdir()
     with pytest.raises(UserError, match="can't be written"):
         files.report(comparison)
+
+
+def test_a_comparison_of_which_every_fit_failed_has_no_picture(made_up):
+    comparison = made_up(["blora"], ("allx400",), fill=False, only_choose=True)
+    for spec in comparison.unmade():
+        comparison.study.store.put(
+            comparison.study.key_of(spec), {"failed": "nan", "sets": {}, "machine": {}}
+        )
+    lines, content = files.report(comparison)
+    assert "failed, and in no figure: base, allx400, de-en, seed 0, dev" in lines
+    assert content["settings"]["allx400"]["chosen"] == {}
+    assert not (comparison.study.output / files.PICTURE).exists()
+    assert "failed" in (comparison.study.output / files.MARKDOWN).read_text()
