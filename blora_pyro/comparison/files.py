@@ -10,10 +10,13 @@ from rich.markup import escape
 from blora_pyro import __version__
 from blora_pyro.checkpoints import replace_file
 from blora_pyro.comparison.comparing import Comparison
+from blora_pyro.comparison.methods import BASE
 from blora_pyro.comparison.picture import draw
 from blora_pyro.comparison.standing import Standing, standings
 from blora_pyro.comparison.tables import sheets
+from blora_pyro.data import Source, describe_source
 from blora_pyro.errors import UserError
+from blora_pyro.models import POCKET
 from blora_pyro.run_folders import FINISHED, state_of, write_json
 
 MARKDOWN, JSON, PICTURE = "compare.md", "compare.json", "compare.png"
@@ -97,19 +100,26 @@ def notes(comparison: Comparison, found: Sequence[Standing]) -> list[str]:
 
 
 def _commands(comparison: Comparison, standing: Standing) -> list[str]:
+    """What makes each chosen candidate's first row again; sources that are objects have no name."""
     plan, study = comparison.plan, comparison.study
-    base = [] if study.common.base == "pocket" else ["--base", shlex.quote(study.common.base)]
+    first = plan.domains[0]
+    more = ["--settings", standing.setting.name, "--domains", _named(first, study.domains[first])]
+    more += ["--seeds", str(plan.seeds[0])]
+    if study.common.base != POCKET:
+        more += ["--base", study.common.base]
+    if study.common.backward is not None:
+        more += [f"--backward={_named(*one)}" for one in study.backward.items()]
     return [
-        " ".join(
-            [
-                *("blora-pyro", "compare", "--row", one.text, *base),
-                *("--settings", standing.setting.name),
-                *("--domains", plan.domains[0], "--seeds", str(plan.seeds[0])),
-                *("--output", "again"),
-            ]
-        )
+        shlex.join(["blora-pyro", "compare", "--row", one.text, *more, "--output", "again"])
         for one in standing.chosen.values()
+        if one.method.name != BASE
     ]
+
+
+def _named(name: str, source: Source) -> str:
+    """A source as the command line takes it."""
+    text = describe_source(source)
+    return text if text == name else f"{name}={text}"
 
 
 def plan_lines(comparison: Comparison) -> list[str]:

@@ -176,6 +176,10 @@ class RowPlan(Plan):
         """The one that is given."""
         return self._given[name]
 
+    def scored(self, name: str, setting: Setting) -> list[Candidate]:
+        """The one that is given, which may be at a value that is not among its method's."""
+        return [self._given[name]]
+
     def rows(self) -> list[RowSpec]:
         """Test rows alone."""
         return [

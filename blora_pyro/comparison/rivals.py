@@ -8,6 +8,7 @@ batches, checkpoints and Adam are those of every other fit.
 import copy
 import json
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -115,7 +116,9 @@ def peft_net(base: Base, config: FitConfig) -> WhisperForConditionalGeneration:
     # task_type stays None: PEFT's sequence-to-sequence wrapper does not take Whisper's inputs.
     alpha = config.alpha or 2 * config.rank
     lora = LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets)
-    get_peft_model(net, lora)
+    with warnings.catch_warnings():  # peft 0.21 calls a name that transformers 5.23 has deprecated
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        get_peft_model(net, lora)
     return net
 
 

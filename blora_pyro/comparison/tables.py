@@ -56,8 +56,8 @@ class Sheet:
             cells = [escape(cell.replace(" [", "\n[")) for cell in row]  # else they are too wide
             table.add_row(*cells, style="bold" if place in self.marked else "")
         # A title or a caption of the table's own would be as narrow as the table.
-        note = [Text(f"{self.note}\n", style="dim")] if self.note else []
-        return Group(Text(self.title, style="bold"), table, *note)
+        note = [Text(self.note, style="dim")] if self.note else []
+        return Group(Text(f"\n{self.title}", style="bold"), table, *note)
 
     def to_markdown(self) -> str:
         """As GitHub renders it."""

@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import pytest
 import torch
@@ -50,12 +51,26 @@ def test_only_choose_and_chosen_only(run, fake_rows):
     assert len(fake_rows) == 12 + 1 + 2 + 1  # LoRA at BLoRA's rate, too
 
 
-def test_a_row_of_its_own(run, fake_rows):
-    result = run("--row", "scaled-lora:0.5:0.003")
+def test_a_row_of_its_own_and_the_command_that_makes_it_again(run, fake_rows, tmp_path):
+    result = run("--row", "scaled-lora:0.6:0.002")  # at values that are not in the list
     assert result.exit_code == 0, result.output
-    assert [title.split(",")[0] for title in fake_rows] == ["base", "scaled-lora:0.5:0.003"]
-    assert "factor 0.5 (lr 0.003)" in result.stdout
+    assert [title.split(",")[0] for title in fake_rows] == ["base", "scaled-lora:0.6:0.002"]
+    assert "factor 0.6 (lr 0.002)" in result.stdout
     assert "against LoRA" not in result.stdout
+    (command,) = [
+        line
+        for line in (tmp_path / "out" / "compare.md").read_text().splitlines()
+        if line.startswith("blora-pyro compare")
+    ]
+    again = shlex.split(command)[1:]
+    again[again.index("again")] = str(tmp_path / "again")
+    before = [*fake_rows]
+    assert CliRunner().invoke(app, again).exit_code == 0
+    assert fake_rows == 2 * before
+    keys = [
+        {path.name for path in (tmp_path / name / "rows").iterdir()} for name in ("out", "again")
+    ]
+    assert keys[0] == keys[1]
 
 
 @pytest.mark.parametrize(
