@@ -111,11 +111,28 @@ def _axes(panel: Any, points: Sequence[tuple[float, float]]) -> None:
             set_limits(low - 0.06 * span, low + span / (1 - room) + 0.06 * span)
 
 
+def spaced(heights: Sequence[float]) -> list[float]:
+    """Heights of labels in a panel from 0 to 1, none nearer to the next than can be read.
+
+    Args:
+        heights: Where they are wanted, rising.
+    """
+    gap = min(0.045, 1 / max(len(heights), 1))
+    found: list[float] = []
+    for height in heights:
+        found.append(max(height, found[-1] + gap if found else gap / 2))
+    ceiling = 1 - gap / 2
+    for place in reversed(range(len(found))):
+        found[place] = min(found[place], ceiling)
+        ceiling = found[place] - gap
+    return found
+
+
 def _label(panel: Any, chosen: Sequence[tuple[tuple[float, float], str, dict[str, Any]]]) -> None:
-    """Names in a column at the right, in the order of the points, each with a line to its own."""
-    count = len(chosen)
+    """Names in a column at the right, as high as their points if that can be, with a line each."""
     places = sorted(chosen, key=lambda one: (one[0][1], one[0][0]))
-    heights = np.linspace(0.03, 0.97, count) if count > 1 else [0.5]
+    to_axes = panel.transData + panel.transAxes.inverted()
+    heights = spaced([to_axes.transform(point)[1] for point, *_ in places])
     for height, (point, title, look) in zip(heights, places, strict=True):
         panel.annotate(
             title,

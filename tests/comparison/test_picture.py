@@ -1,8 +1,10 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blora_pyro.comparison.picture import HUES, draw, pareto_front
+from blora_pyro.comparison.picture import HUES, draw, pareto_front, spaced
 from blora_pyro.comparison.standing import standings
 
 points = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20)
@@ -16,6 +18,18 @@ def test_the_front_is_what_no_point_beats(cloud):
     for place, (x, y) in enumerate(front):
         assert (x, y) in cloud
         assert all(a > x and b < y for a, b in front[place + 1 :])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_labels_are_apart_in_their_order_and_inside(heights):
+    found = spaced(sorted(heights))
+    gap = min(0.045, 1 / len(heights))
+    assert all(b - a > gap - 1e-9 for a, b in itertools.pairwise(found))
+    assert found[0] > 0 and found[-1] < 1
+
+
+def test_labels_that_are_apart_stay_where_they_are():
+    assert spaced([0.1, 0.5, 0.9]) == [0.1, 0.5, 0.9]
 
 
 @pytest.fixture
