@@ -6,6 +6,10 @@ import torch
 from typer.testing import CliRunner
 
 from blora_pyro.cli import app
+from blora_pyro.comparison.methods import METHODS
+
+LORA, BLORA = METHODS["lora"], METHODS["blora"]
+FITS = len(LORA.values) + len(BLORA.values)  # of the first stage
 
 
 @pytest.fixture
@@ -40,15 +44,19 @@ def test_compare_prints_tables_and_writes_files(run, fake_rows, tmp_path):
 def test_a_dry_run_makes_nothing(run, fake_rows, tmp_path):
     result = run("--methods", "blora", "--dry-run")
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[1] == "rows known: 0 done, 12 to do, with 11 fits to make"
+    assert (
+        result.stdout.splitlines()[1]
+        == f"rows known: 0 done, {FITS + 1} to do, with {FITS} fits to make"
+    )
     assert not fake_rows and not (tmp_path / "out").exists()
 
 
 def test_only_choose_and_chosen_only(run, fake_rows):
     assert run("--methods", "blora", "--only-choose").exit_code == 0
-    assert len(fake_rows) == 1 + 5 + 6
+    assert len(fake_rows) == 1 + FITS
     assert run("--methods", "blora", "--chosen-only").exit_code == 0
-    assert len(fake_rows) == 12 + 1 + 2 + 1  # LoRA at BLoRA's rate, too
+    rates = {LORA.values[0], BLORA.options["lr"]}  # of equals the first is chosen
+    assert len(fake_rows) == 1 + FITS + 1 + len(rates) + 1
 
 
 def test_a_row_of_its_own_and_the_command_that_makes_it_again(run, fake_rows, tmp_path):

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from blora_pyro.comparison import files
+from blora_pyro.comparison.methods import METHODS
 from blora_pyro.errors import UserError
 
 
@@ -50,12 +51,13 @@ def test_the_plan_is_told_in_lines(made_up):
     comparison = made_up(["scaled-lora", "blora"], ("allx400",), fill=False)
     lines = files.plan_lines(comparison)
     assert lines[0].startswith("4 methods, settings allx400, domains de-en, es-en, seeds 0, 1")
-    assert lines[1] == "rows known: 0 done, 12 to do, with 11 fits to make"
+    fits = len(METHODS["lora"].values) + len(METHODS["blora"].values)
+    assert lines[1] == f"rows known: 0 done, {fits + 1} to do, with {fits} fits to make"
     assert lines[2].endswith("scaled-lora")
     assert lines[3] == "the second stage comes to 38 rows or so"
     assert lines[4:6] == [
         "to do: base, allx400, de-en, seed 0, dev",
-        "to do: lora:0.0001, allx400, de-en, seed 0, dev",
+        f"to do: lora:{METHODS['lora'].values[0]:g}, allx400, de-en, seed 0, dev",
     ]
 
 
