@@ -19,6 +19,7 @@ from blora_pyro.guides import FAMILIES
 COMMANDS = (
     "fit",
     "sweep",
+    "compare",
     "evaluate",
     "errors",
     "diagnose",
@@ -821,7 +822,7 @@ def test_help_and_version_load_no_heavy_library():
 import sys
 from typer.testing import CliRunner
 from blora_pyro.cli import app
-helps = (["--help"], ["fit", "--help"], ["sweep", "--help"], ["data", "check", "-h"])
+helps = (["--help"], ["fit", "--help"], ["sweep", "-h"], ["compare", "-h"], ["data", "check", "-h"])
 for arguments in (*helps, ["--version"]):
     assert CliRunner().invoke(app, arguments).exit_code == 0
 heavy = {"torch", "transformers", "pyro", "peft", "datasets", "numpy", "jiwer"}

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +25,7 @@ from blora_pyro.metrics import sparsity
 from blora_pyro.models import Base
 from blora_pyro.posterior import Posterior
 from blora_pyro.run_folders import ADAPTER, RUN, state_of
+from blora_pyro.strength import at_strength
 
 # What changes no weight that a fit finds: where it computes, and how texts are scored.
 _INDIFFERENT = ("base", "revision", "local_files_only", "device", "normalizer", "test", "dev")
@@ -78,10 +79,7 @@ class Adapted(Protocol):
         """`net` adapted inside a `with`, ΔW times a factor."""
 
     def sparsity(self, factor: float) -> dict[str, float | None]:
-        """Share of elements below 1e-3, of A, B and ΔW times the factor; None where there is none.
-
-        The factor goes into B.
-        """
+        """Share of elements below 1e-3 of A, B and ΔW times the factor; None where none is."""
 
     def size(self) -> dict[str, int]:
         """Number of weights, and the bytes of the file that holds them."""
@@ -115,11 +113,7 @@ class LowRank:
         self.folder, self.posterior = folder, Posterior.load(folder)
 
     def _scaled(self, factor: float) -> Posterior:
-        mean = {
-            name: factor * value if name.startswith("B") else value
-            for name, value in self.posterior.mean.items()
-        }
-        return replace(self.posterior, mean=mean)
+        return at_strength(self.posterior, factor)
 
     def applied(self, net: nn.Module, factor: float) -> AbstractContextManager[None]:
         """The posterior mean in place."""

@@ -22,6 +22,7 @@ from blora_pyro.canvas import (
 )
 from blora_pyro.comparison.measures import Result
 from blora_pyro.comparison.standing import Standing
+from blora_pyro.pareto import pareto_front
 
 HUES = {
     "base": BLACK,
@@ -53,15 +54,6 @@ def draw(standings: Sequence[Standing]) -> Figure:
     return figure
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that no other one equals or beats in both coordinates; x rises, y falls."""
-    front: list[tuple[float, float]] = []
-    for x, y in sorted(set(points)):
-        if not front or y < front[-1][1]:
-            front.append((x, y))
-    return front
-
-
 def _point(result: Result) -> tuple[float, float]:
     """New-domain and backward error in percent."""
     return 100 * (result.new_domain.value or 0.0), 100 * (result.backward.value or 0.0)
@@ -82,7 +74,7 @@ def _panel(panel: Any, standing: Standing) -> None:
             if standing.is_chosen(one):
                 panel.plot(*_point(one), **look, markersize=6.5, linestyle="none", zorder=3)
                 chosen.append((_point(one), method.title, look))
-    front = np.array(pareto_front(points))
+    front = np.array([points[place] for place in pareto_front(points)])
     panel.step(*front.T, where="post", color=BLACK, linewidth=0.8, linestyle=":", zorder=1)
     _label(panel, chosen)
     on = "" if standing.split == "test" else f" ({standing.split}: the choice alone)"

@@ -4,20 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blora_pyro.comparison.picture import HUES, draw, pareto_front, spaced
+from blora_pyro.comparison.picture import HUES, draw, spaced
 from blora_pyro.comparison.standing import standings
-
-points = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20)
-
-
-@given(points)
-def test_the_front_is_what_no_point_beats(cloud):
-    front = pareto_front(cloud)
-    for x, y in cloud:
-        assert any(a <= x and b <= y for a, b in front)
-    for place, (x, y) in enumerate(front):
-        assert (x, y) in cloud
-        assert all(a > x and b < y for a, b in front[place + 1 :])
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
