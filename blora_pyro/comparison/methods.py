@@ -13,11 +13,11 @@ FACTOR, SHARE = "factor", "share"
 BASE, LORA = "base", "lora"  # what all others are held against
 PROGRAM, FULL, PEFT = "program", "full", "peft"  # how a fit is made
 
-BETAS = (1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3)
+BETAS = (1e-6, 1e-5, 3e-5, 1e-4)
+RATES = (3e-4, 1e-3, 2e-3, 5e-3)
 FACTORS = (0.3, 0.5, 0.7, 0.85)
 SHARES = (0.1, 0.2, 0.35, 0.5)
-DISTILLATIONS = (0.1, 0.3, 1.0, 3.0)
+DISTILLATIONS = (0.05, 0.2, 1.0)
 
 POINT = {"guide": "point", "beta": 0.0}  # the program as plain LoRA
 BAYES = {"lr": 5e-3}
