@@ -34,6 +34,11 @@ COUNTS = (
     "patience",
 )
 
+# A cold posterior (Wenzel et al., arXiv 2002.02405): of the temperatures tried on the pocket dev
+# sets the one of lowest new-domain and backward error, see benchmarks/forgetting.md.
+AUTO_TEMPERATURE = 0.03
+TEMPERATURES = {"auto": AUTO_TEMPERATURE, "elbo": 1.0}  # beta = T / N
+
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -61,7 +66,8 @@ class FitConfig:
         on_bad_row: `stop` at a row of any set that can't be used, or `skip` it.
         prior: A family of `blora_pyro.guides`, or the path of a file with one.
         guide: None is the family's own; else `point`, `auto-normal`, or a file's path.
-        beta: Weight of the KL term; `"auto"` is 1 / (target tokens in the training set).
+        beta: Weight of the KL term. With N target tokens in the training set `"elbo"` is 1/N, the
+            exact negative ELBO per token, and `"auto"` is `AUTO_TEMPERATURE` / N.
         prior_scale: The prior's `scale`, before that of `prior_args`; None is the family's default.
         prior_args: Further arguments of the prior family, by name (see `blora-pyro priors`).
         rank: Rank of every update.
@@ -111,7 +117,7 @@ class FitConfig:
     on_bad_row: Literal["stop", "skip"] = "stop"
     prior: str = "normal"
     guide: str | None = None
-    beta: float | Literal["auto"] = 1e-4
+    beta: float | Literal["auto", "elbo"] = 1e-4
     prior_scale: float | None = None
     prior_args: Mapping[str, Any] = field(default_factory=dict)
     rank: int = 16
@@ -164,10 +170,10 @@ class FitConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value == int(value)):
                 raise UserError(f"{name} is {value}; give a whole number")
-        if self.beta != "auto" and (
+        if self.beta not in TEMPERATURES and (
             isinstance(self.beta, str) or not (self.beta >= 0 and math.isfinite(self.beta))
         ):
-            raise UserError(f"beta is {self.beta!r}; give a number >= 0, or 'auto'")
+            raise UserError(f"beta is {self.beta!r}; give a number >= 0, 'auto' or 'elbo'")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}; give a whole number from 0 to 4294967295")
         if self.precision not in ("fp32", "bf16"):
@@ -251,7 +257,7 @@ class FitConfig:
         resolved = replace(
             self,
             backward=self.backward_sets,
-            beta=1 / num_tokens if self.beta == "auto" else self.beta,
+            beta=TEMPERATURES[self.beta] / num_tokens if isinstance(self.beta, str) else self.beta,
             alpha=self.alpha or 2.0 * self.rank,
             steps=steps,
             warmup_steps=default_warmup_steps(steps) if warm_up is None else warm_up,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blora_pyro import config
-from blora_pyro.config import COUNTS, FitConfig, base_of
+from blora_pyro.config import AUTO_TEMPERATURE, COUNTS, FitConfig, base_of
 from blora_pyro.data import LANGUAGES
 from blora_pyro.errors import UserError
 from blora_pyro.models import POCKET
@@ -34,8 +34,9 @@ def test_a_config_cannot_be_changed():
 
 @quick
 @given(st.integers(1, 10**7))
-def test_beta_auto_is_one_over_the_training_tokens(tokens):
-    assert FitConfig(beta="auto").resolved(tokens, 1).beta == 1 / tokens
+def test_beta_by_name_is_a_temperature_over_the_training_tokens(tokens):
+    assert FitConfig(beta="elbo").resolved(tokens, 1).beta == 1 / tokens
+    assert FitConfig(beta="auto").resolved(tokens, 1).beta == AUTO_TEMPERATURE / tokens
 
 
 @quick

@@ -293,10 +293,10 @@ def test_other_guides_run_too(short, tmp_path, guide):
     assert evaluate_run(run.output) == run.metrics
 
 
-def test_beta_zero_and_beta_auto(short):
+def test_beta_zero_and_the_exact_elbo(short):
     silent = fit(evaluate=False, **{**short, "beta": 0.0})
     assert all(step.kl is None for step in silent.history)
-    exact = fit(evaluate=False, **{**short, "beta": "auto", "epochs": 2, "batch_size": 1})
+    exact = fit(evaluate=False, **{**short, "beta": "elbo", "epochs": 2, "batch_size": 1})
     assert exact.config.beta == pytest.approx(1 / 22)
     assert exact.config.steps == len(exact.history) == 4
 

@@ -96,7 +96,7 @@ def fit(
         ),
     ] = None,
     beta: Annotated[
-        str, typer.Option(help="Weight of the KL, or 'auto': 1 / training tokens.")
+        str, typer.Option(help="Weight of the KL; 'auto' 0.03 / training tokens, 'elbo' 1 / them.")
     ] = "1e-4",
     prior_scale: Annotated[
         float | None,
@@ -276,12 +276,12 @@ def _weights(text: str) -> tuple[float, ...]:
 
 
 def _beta(text: str) -> float | str:
-    if text == "auto":
+    if text in ("auto", "elbo"):
         return text
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"beta is '{text}'; give a number >= 0, or 'auto'") from None
+        raise UserError(f"beta is '{text}'; give a number >= 0, 'auto' or 'elbo'") from None
 
 
 def _arguments(texts: list[str], scale: float | None) -> dict[str, str]:
