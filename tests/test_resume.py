@@ -510,8 +510,8 @@ def test_a_diverging_run_says_what_is_safe(options, tmp_path):
 def test_skipped_steps_are_counted(options, tmp_path, monkeypatch):
     load = Loader.load
 
-    def poisoned(loader, source, split, language=None):
-        examples = load(loader, source, split, language)
+    def poisoned(loader, source, split, language=None, **options):
+        examples = load(loader, source, split, language, **options)
         if split == "train":
             batch, calls = examples.batch, []
 

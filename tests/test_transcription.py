@@ -251,9 +251,10 @@ def log_probs_one_by_one(base, features, prompt, tokens):
     return found
 
 
-def test_confidences_are_those_of_every_draw_by_itself(fluent_base, tones_folder):
+@pytest.mark.parametrize("stddev", [1e-4, 0.5])
+def test_confidences_are_those_of_every_draw_by_itself(fluent_base, tones_folder, stddev):
     torch.manual_seed(3)
-    posterior = a_posterior(fluent_base)
+    posterior = a_posterior(fluent_base, stddev, size=0.05)
     names = ["de2", "en0", "de3", "en1"]
     recordings = [
         Recording(name, read_audio({"path": str(tones_folder / f"{name}.wav")})) for name in names
@@ -288,7 +289,9 @@ def test_confidences_are_those_of_every_draw_by_itself(fluent_base, tones_folder
         assert all(word.agreement <= share / 3 for word, share in zip(words, shares, strict=True))
         checked += len(words)
         agreed += sum(word.agreement for word in words)
-    assert 0 < agreed < checked
+    # Close draws say what the mean says, but for what is on the brink of another token; wild ones
+    # do not.
+    assert agreed > 0.5 * checked if stddev < 0.1 else agreed < 0.9 * checked
 
 
 def test_confidences_of_timed_windows(timed_base):
