@@ -23,7 +23,7 @@ AGAINST = (
     "error on the new domain is higher, as a share of LoRA's; forgetting removed: share of LoRA's "
     "forgetting; in %, paired intervals"
 )
-CHOICE = "balanced: mean of new-domain and backward error, the lowest is chosen (*); errors in %"
+CHOICE = "balanced: mean of new-domain and backward error, the lowest is chosen; errors in %"
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def choice_sheet(standing: Standing) -> Sheet:
                 "failed" if error is None else percent(error)
                 for error in (one.new_domain, one.backward, one.balanced)
             ),
-            "*" if one.is_chosen else "",
+            "chosen" if one.is_chosen else "",
         )
         for one in standing.choices
     ]

@@ -63,7 +63,7 @@ def test_the_chosen_values_are_marked(found):
     standing, (*_, choice) = found
     marked = {choice.rows[place][1] for place in choice.marked}
     assert marked == {one.label for one in standing.chosen.values()}
-    assert [row[-1] for row in choice.rows].count("*") == 4
+    assert [row[-1] for row in choice.rows].count("chosen") == 4
 
 
 def test_tables_fit_a_terminal(found):
