@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from blora_pyro.data import corpus_dir
 from blora_pyro.evaluation import evaluate
@@ -17,7 +16,6 @@ def test_the_pocket_whisper_recognises_speech(language):
 
 
 def test_a_short_fit_halves_the_error_and_forgets_little():
-    torch.set_num_threads(2)
     run = fit(
         data="de-en", test=str(corpus_dir("de-en") / "dev.jsonl"), backward=("de", "en"), steps=50
     )
