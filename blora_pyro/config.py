@@ -206,7 +206,7 @@ class FitConfig:
             if not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} is {value}; give a number >= 0")
         if self.ewc and not self.backward_sets:
-            raise UserError("ewc is given, but no backward set to take the Fisher information from")
+            raise UserError("ewc is given, but no backward set to take Fisher from; give some")
         if self.distillation_languages is not None:
             codes = tuple(map(language_code, self.distillation_languages))
             object.__setattr__(self, "distillation_languages", codes)
