@@ -188,7 +188,7 @@ def fit_rival(
         with Interrupts() as interrupts, interrupts.deferred():
             started = time.monotonic()
             history = train_net(net, train, config, folder, interrupts, progress)
-            about["seconds"] = {"fit": round(time.monotonic() - started, 1)}
+            about["seconds"] = {"fit": round(time.monotonic() - started, 3)}
             if kind == FULL:
                 _save_weights(folder / WEIGHTS, Weights(net))
             else:
