@@ -12,7 +12,7 @@ import torch
 
 from blora_pyro.checkpoints import Checkpoints
 from blora_pyro.config import FitConfig, base_of
-from blora_pyro.data import Examples, is_language
+from blora_pyro.data import Examples, describe_source, is_language, split_names
 from blora_pyro.distillation import Distillation
 from blora_pyro.elastic import ElasticPenalty, fisher_information
 from blora_pyro.errors import UserError, check_positive
@@ -238,12 +238,20 @@ def regularise(
     """Give the program the penalty of its configuration, if it has one: EWC.
 
     Raises:
-        UserError: If a backward set has no train split.
+        UserError: If a backward set has no train split: one set for all would be learned from and
+            scored.
     """
     config = loader.config
     if not config.ewc:
         return
     on_stage("Fisher information")
+    for source in config.backward_sets.values():
+        if "train" not in split_names(source):
+            raise UserError(
+                f"backward set {describe_source(source)} has no train split, which ewc "
+                "takes its Fisher information from; give a folder or a Hub data set with train and "
+                "test, or leave ewc out"
+            )
     sets = [
         loader.load(source, "train", name if is_language(name) else None)
         for name, source in config.backward_sets.items()

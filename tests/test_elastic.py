@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -61,8 +63,14 @@ class OneBatch:
         return Batch(*(part[indices] for part in parts))
 
 
-def test_a_fit_with_it_moves_less_where_it_matters(fit_options, tones_folder):
-    backward = {"de": str(tones_folder / "de.jsonl")}
+def test_a_fit_with_it_moves_less_where_it_matters(fit_options, tones_folder, tmp_path):
+    for split in ("train", "test"):
+        lines = (tones_folder / "de.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        for row in rows:
+            row["audio"] = str(tones_folder / row["audio"])
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    backward = {"de": str(tmp_path)}
     options = {**fit_options, "backward": backward, "guide": "point", "beta": 0.0, "steps": 15}
     moved = {}
     for strength in (0.0, 1e4):
@@ -75,6 +83,11 @@ def test_a_fit_with_it_moves_less_where_it_matters(fit_options, tones_folder):
 def test_it_needs_backward_sets_with_training_data(fit_options):
     with pytest.raises(UserError, match="no backward set"):
         fit(None, **{**fit_options, "backward": ()}, ewc=1.0)
+
+
+def test_a_set_that_is_scored_is_not_learned_from(fit_options):
+    with pytest.raises(UserError, match=r"^backward set .*de.jsonl has no train split"):
+        fit(None, **fit_options, ewc=1.0)
 
 
 def test_the_model_has_no_penalty_without_it(fit_options):
