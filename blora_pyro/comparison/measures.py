@@ -265,7 +265,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def to_json(one: Result | Against | None) -> dict[str, Any] | None:
+def to_json(one: Any) -> dict[str, Any] | None:
     """As JSON has it: candidates by their texts."""
     if one is None:
         return None

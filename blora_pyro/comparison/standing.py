@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blora_pyro.comparison.comparing import Comparison
+from blora_pyro.comparison.matched import Matched, match
 from blora_pyro.comparison.measures import Against, Place, Result, Scores, to_json
 from blora_pyro.comparison.methods import BASE, BAYESIAN, LORA, METHODS, Candidate, Setting
 from blora_pyro.comparison.plan import Plan, RowPlan
@@ -44,6 +45,7 @@ class Standing:
         against_lora: Method -> its chosen candidate against the chosen LoRA.
         same_rate: Bayesian method -> its chosen candidate against LoRA at the same learning rate,
             where that was fitted: the comparison of the paper.
+        matched: For every Bayesian method its chosen candidate against the curve of each other.
         failed: Titles of rows whose fits failed.
     """
 
@@ -54,6 +56,7 @@ class Standing:
     results: list[Result]
     against_lora: Mapping[str, Against]
     same_rate: Mapping[str, Against]
+    matched: list[Matched]
     failed: list[str]
 
     @property
@@ -75,6 +78,7 @@ class Standing:
             "results": [to_json(one) for one in self.results],
             "against_lora": {name: to_json(one) for name, one in self.against_lora.items()},
             "same_rate": {name: to_json(one) for name, one in self.same_rate.items()},
+            "matched": [to_json(one) for one in self.matched],
             "failed": self.failed,
         }
 
@@ -113,6 +117,7 @@ def _standing(plan: Plan, setting: Setting) -> Standing:
         results,
         _against(scores, chosen, base, dict.fromkeys(chosen, chosen.get(LORA))),
         _against(scores, chosen, base, _same_rate(plan, chosen)),
+        [*_matched(scores, chosen, order, base)],
         [spec.title for spec, row in [*first, *second] if row.failed],
     )
 
@@ -167,3 +172,20 @@ def _same_rate(plan: Plan, chosen: Mapping[str, Candidate]) -> dict[str, Candida
     bayesian = {name: one for name, one in chosen.items() if one.method.family in BAYESIAN}
     rates = {name: one.options.get("lr") for name, one in bayesian.items()}
     return {name: Candidate(lora, rate) for name, rate in rates.items() if rate in lora.values}
+
+
+def _matched(
+    scores: Scores, chosen: Mapping[str, Candidate], order: Sequence[Candidate], base: Candidate
+) -> Iterator[Matched]:
+    """Chosen Bayesian candidates against the curves of methods that are not."""
+    for one in chosen.values():
+        for name, best in chosen.items():
+            if one.method.family not in BAYESIAN or best.method.family in (*BAYESIAN, BASE):
+                continue
+            rest = [
+                other
+                for other in order
+                if other == best.parent or (other.method.name == name and other != best)
+            ]
+            if found := match(scores, one, [best, *rest], base):
+                yield found

@@ -23,6 +23,11 @@ AGAINST = (
     "error on the new domain is higher, as a share of LoRA's; forgetting removed: share of LoRA's "
     "forgetting; in %, paired intervals"
 )
+MATCHED = (
+    "against the curve through the base and all values of a method that were scored, straight "
+    "between them: by how many points the backward error is lower at the same new-domain error, "
+    "and the other way round; –: the curve does not get there; paired intervals"
+)
 CHOICE = "balanced: mean of new-domain and backward error, the lowest is chosen; errors in %"
 
 
@@ -83,6 +88,7 @@ def sheets(standing: Standing) -> list[Sheet]:
         against_sheet(
             "against LoRA at the same learning rate, as in the paper", standing, standing.same_rate
         ),
+        matched_sheet(standing),
         sets_sheet(standing),
         choice_sheet(standing),
     ]
@@ -137,6 +143,21 @@ def against_sheet(what: str, standing: Standing, found: Mapping[str, Against]) -
         for one in found.values()
     ]
     return Sheet(_title(standing, what), columns, rows, AGAINST, names=2)
+
+
+def matched_sheet(standing: Standing) -> Sheet:
+    """A row a Bayesian method at its chosen value and a method that is not, at equal error."""
+    columns = ("method", "against", "lower backward error", "lower new-domain error")
+    rows = [
+        (
+            one.candidate.method.title,
+            standing.chosen[one.method].method.title,
+            spread(one.backward, "+.1f"),
+            spread(one.new_domain, "+.1f"),
+        )
+        for one in standing.matched
+    ]
+    return Sheet(_title(standing, "at equal error"), columns, rows, MATCHED, names=2)
 
 
 def sets_sheet(standing: Standing) -> Sheet:

@@ -26,7 +26,7 @@ def test_a_report_is_three_files(comparison):
     chosen = content["settings"]["allx400"]["chosen"]["scaled-lora"]
     assert f"blora-pyro compare --row {chosen} --settings allx400 --domains de-en" in text
     assert "| BLoRA |" in text
-    assert len(lines) == 7
+    assert len(lines) == 8
 
 
 def test_what_is_missing_is_told(made_up):

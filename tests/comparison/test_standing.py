@@ -43,6 +43,13 @@ def test_methods_are_held_against_the_best_lora_and_against_the_one_of_the_same_
     }
 
 
+def test_bayesian_methods_are_held_against_the_curves_of_the_others(standing):
+    assert [(one.candidate.method.name, one.method) for one in standing.matched] == [
+        ("blora", "lora"),
+        ("blora", "scaled-lora"),
+    ]
+
+
 def test_after_the_choice_alone_the_results_are_of_dev(made_up):
     (found,) = standings(made_up(COMPARED, ("allx400",), only_choose=True))
     assert found.split == "dev"

@@ -43,6 +43,7 @@ def test_there_is_a_table_of_everything(found):
         "sparsity, size, time",
         "against LoRA at its best learning rate",
         "against LoRA at the same learning rate, as in the paper",
+        "at equal error",
         "error by set, in %",
         "the choice, on dev",
     ]
