@@ -10,8 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import pyro
 import torch
@@ -21,6 +20,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from blora_pyro.errors import UserError
+from blora_pyro.low_rank import add_low_rank_update
 
 Factors = Mapping[str, Tensor]
 Projection = Callable[[Tensor], Tensor]
@@ -182,8 +182,19 @@ def _stddev(layer: nn.Linear) -> float:
     return layer.weight.detach().float().std(correction=0).item()
 
 
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    return functional.linear(x, weight.to(x.dtype))
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """x -> x wᵀ, the `Projection` of a factor without noise of its own.
+
+    Attributes:
+        weight: (out, in).
+    """
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of x."""
+        return functional.linear(x, self.weight.to(x.dtype))
 
 
 @effectful(type="project")
@@ -193,7 +204,38 @@ def projections(factor: Tensor) -> list[Projection]:
     A Pyro primitive, so that an effect handler may answer it with noisier maps for a factor that it
     saw being drawn (see `models.estimators`): one a factor, however many layers there are.
     """
-    return [partial(_project, weight=weight) for weight in factor.unbind(0)]
+    return [LinearMap(weight) for weight in factor.unbind(0)]
+
+
+class _Hook:
+    """Adds a layer's update to its output."""
+
+    def __init__(self, adapters: "Adapters", name: str) -> None:
+        self.adapters, self.name = adapters, name
+
+    @property
+    def is_active(self) -> bool:
+        return self.name in self.adapters._projections
+
+    def __call__(
+        self, layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        if not self.is_active:
+            return None
+        (x,), scaling = inputs, self.adapters.scaling
+        down, up = self.adapters._projections[self.name]
+        if isinstance(down, LinearMap) and isinstance(up, LinearMap) and self._alone_changes(layer):
+            weights = layer.weight, down.weight, up.weight
+            return add_low_rank_update(output, x, *weights, scaling)
+        update = up(down(x))
+        return torch.add(output, update.to(output.dtype), alpha=scaling)
+
+    def _alone_changes(self, layer: nn.Linear) -> bool:
+        """Whether the output is `x weightᵀ + bias` of a frozen layer, and no other hook's."""
+        is_frozen = not any(part.requires_grad for part in layer.parameters())
+        others = (hook for hook in layer._forward_hooks.values() if hook is not self)
+        are_idle = all(isinstance(hook, _Hook) and not hook.is_active for hook in others)
+        return type(layer) is nn.Linear and is_frozen and are_idle
 
 
 class Adapters:
@@ -231,18 +273,8 @@ class Adapters:
                     )
                 layers[name] = module
         self._hooks: list[RemovableHandle] = [
-            layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()
+            layer.register_forward_hook(_Hook(self, name)) for name, layer in layers.items()
         ]
-
-    def _hook(self, name: str) -> Any:
-        def add_update(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if name not in self._projections:
-                return None
-            down, up = self._projections[name]
-            update = up(down(inputs[0]))
-            return torch.add(output, update.to(output.dtype), alpha=self.scaling)
-
-        return add_update
 
     def put(self, factors: Factors) -> None:
         """Put the factors of every site in place: site name -> tensor of the site's shape."""
