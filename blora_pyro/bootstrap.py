@@ -12,6 +12,7 @@ import numpy.typing as npt
 from blora_pyro.metrics import Counts
 
 FloatArray = npt.NDArray[np.float64]
+BLOCK = 20_000  # indices that are in memory together
 
 
 def macro_rate(sets: Sequence[Counts]) -> float:
@@ -127,9 +128,12 @@ def _resampled_rates(systems: list[Counts], draws: int, rng: np.random.Generator
     table = np.stack([[counts.edits, counts.lengths] for counts in systems])  # (systems, 2, n)
     n = table.shape[-1]
     totals = np.zeros((len(systems), 2, draws))
-    # One draw at a time: all at once would hold draws x n indices, gigabytes for a large corpus.
-    for draw in range(draws):
-        weights = np.bincount(rng.integers(n, size=n), minlength=n)
-        totals[:, :, draw] = table @ weights
+    # A block of draws at a time: all at once would hold draws x n indices, gigabytes for a big set.
+    block = max(1, BLOCK // max(n, 1))
+    for start in range(0, draws, block):
+        count = min(block, draws - start)
+        chosen = rng.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
+        weights = np.bincount(chosen.ravel(), minlength=count * n).reshape(count, n)
+        totals[:, :, start : start + count] = table @ weights.T
     edits, lengths = totals[:, 0], totals[:, 1]
     return np.divide(edits, lengths, out=np.full_like(edits, np.nan), where=lengths > 0)
