@@ -1,30 +1,28 @@
-"""A Whisper small enough for unit tests: real class, real tokenizer, random weights."""
+"""A Whisper small enough for unit tests: real class, real tokenizer, random weights.
+
+Nothing heavy is imported before a fixture needs it: the process that hands the tests out to workers
+loads this file, too, and they wait for it.
+"""
+
+from __future__ import annotations
 
 import json
 import os
 import secrets
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyro
 import pytest
-import soundfile
-import torch
-from tokenizers import ByteLevelBPETokenizer
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import (
-    GenerationConfig,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-    WhisperTokenizer,
-)
-from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-from blora_pyro.data import IGNORED, Batch, Examples, read_manifest
-from blora_pyro.models import Base, load_base
-from blora_pyro.runs import Run, fit
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration, WhisperTokenizer
+
+    from blora_pyro.data import Batch
+    from blora_pyro.models import Base
+    from blora_pyro.runs import Run
 
 os.environ["BLORA_PYRO_CACHE"] = ""  # fixtures of a session keep out of the user's home
 
@@ -34,6 +32,9 @@ SPECIAL = ("startoftranscript", "en", "de", "translate", "transcribe", "notimest
 @pytest.fixture(autouse=True)
 def clean_slate():
     """One thread, a fixed seed and an empty parameter store for every test."""
+    import pyro
+    import torch
+
     torch.set_num_threads(1)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -48,6 +49,9 @@ def cache_dir(monkeypatch, tmp_path_factory) -> Path:
 
 
 def make_tokenizer(special: tuple[str, ...]) -> WhisperTokenizer:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import WhisperTokenizer
+
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator([" the red bicycle", " das rote fahrrad"] * 5, vocab_size=280)
     vocab = bpe.get_vocab()
@@ -64,6 +68,10 @@ def tiny_tokenizer() -> WhisperTokenizer:
 
 def make_openai_tokenizer(size: int) -> WhisperTokenizer:
     """OpenAI's ids for special tokens and timestamps; in place of words, letters and fillers."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import WhisperTokenizer
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
     words = 50256 if size == 51864 else 50257
     letters = ByteLevel.alphabet()
     vocab = {letter: i for i, letter in enumerate(sorted(letters))}
@@ -80,13 +88,16 @@ def make_openai_tokenizer(size: int) -> WhisperTokenizer:
 
 
 @pytest.fixture(scope="session")
-def openai_tokenizers() -> dict[int, WhisperTokenizer]:
-    """By size of the vocabulary: English-only, multilingual, multilingual with Cantonese."""
-    return {size: make_openai_tokenizer(size) for size in (51864, 51865, 51866)}
+def openai_tokenizer() -> Callable[[int], WhisperTokenizer]:
+    """Of a vocabulary of 51864 (English-only), 51865 (multilingual) or 51866 (with Cantonese)."""
+    return cache(make_openai_tokenizer)
 
 
 def make_net(tokenizer: WhisperTokenizer) -> WhisperForConditionalGeneration:
     """Two layers each of width 16, a window of half a second."""
+    import torch
+    from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
+
     end, start = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|startoftranscript|>"])
     config = WhisperConfig(
         vocab_size=len(tokenizer),
@@ -124,6 +135,14 @@ def make_net(tokenizer: WhisperTokenizer) -> WhisperForConditionalGeneration:
     return net
 
 
+def make_base(name: str, net: WhisperForConditionalGeneration, tokenizer: WhisperTokenizer) -> Base:
+    from transformers import WhisperFeatureExtractor
+
+    from blora_pyro.models import Base
+
+    return Base(name, net, tokenizer, WhisperFeatureExtractor(feature_size=8, chunk_length=1))
+
+
 @pytest.fixture
 def net(tiny_tokenizer) -> WhisperForConditionalGeneration:
     return make_net(tiny_tokenizer)
@@ -131,9 +150,7 @@ def net(tiny_tokenizer) -> WhisperForConditionalGeneration:
 
 @pytest.fixture
 def tiny_base(net, tiny_tokenizer) -> Base:
-    return Base(
-        "tiny", net, tiny_tokenizer, WhisperFeatureExtractor(feature_size=8, chunk_length=1)
-    )
+    return make_base("tiny", net, tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -147,20 +164,24 @@ def timed_tokenizer() -> WhisperTokenizer:
 @pytest.fixture
 def timed_base(timed_tokenizer) -> Base:
     """As `tiny_base`, with timestamps, and so wild that it speaks in pieces of all kinds."""
+    import torch
+
     net = make_net(timed_tokenizer)
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.4)
-    return Base(
-        "timed", net, timed_tokenizer, WhisperFeatureExtractor(feature_size=8, chunk_length=1)
-    )
+    return make_base("timed", net, timed_tokenizer)
 
 
 @pytest.fixture
 def batch(net) -> Batch:
     """Three utterances of six positions, of which the first two are prompt."""
+    import torch
+
+    from blora_pyro.data import IGNORED, Batch
+
     rng = np.random.default_rng(0)
     features = torch.from_numpy(rng.standard_normal((3, 8, 100)).astype(np.float32))
     tokens = torch.from_numpy(rng.integers(0, net.config.vocab_size, (3, 7)))
@@ -190,6 +211,8 @@ def tone(pitch: int, noise: int = 0) -> np.ndarray:
 
 def write_manifest(path: Path, pitches: tuple[int, ...], noise: int) -> Path:
     """A manifest of these tones, and their wav files beside it."""
+    import soundfile
+
     lines = []
     for pitch in pitches:
         text, language = TONES[pitch]
@@ -216,13 +239,15 @@ def tones_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def fluent_folder(tmp_path_factory, tiny_tokenizer) -> Path:
     """A checkpoint that transcribes the four monolingual tones, and knows their languages."""
+    import torch
+
+    from blora_pyro.data import Examples, read_manifest
+
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("fluent")
     write_manifest(folder / "tones.jsonl", (0, 1, 2, 3), noise=0)
     net = make_net(tiny_tokenizer)
-    base = Base(
-        "fluent", net, tiny_tokenizer, WhisperFeatureExtractor(feature_size=8, chunk_length=1)
-    )
+    base = make_base("fluent", net, tiny_tokenizer)
     examples = Examples(
         read_manifest(folder / "tones.jsonl"), base.feature_extractor, tiny_tokenizer
     )
@@ -246,6 +271,8 @@ def fluent_folder(tmp_path_factory, tiny_tokenizer) -> Path:
 
 @pytest.fixture
 def fluent_base(fluent_folder) -> Base:
+    from blora_pyro.models import load_base
+
     return load_base(str(fluent_folder))
 
 
@@ -267,5 +294,9 @@ def fit_options(fluent_folder, tones_folder) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, fit_options) -> Run:
     """A run of `fit_options` with its folder. Read it, and leave it as it is."""
+    import torch
+
+    from blora_pyro.runs import fit
+
     torch.set_num_threads(1)
     return fit(tmp_path_factory.mktemp("runs") / "finished", **fit_options)

@@ -73,7 +73,7 @@ def learn_by_heart(base: Base) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(openai_tokenizers, tmp_path_factory) -> Path:
+def base(openai_tokenizer, tmp_path_factory) -> Path:
     """A narrow Whisper with OpenAI's window and vocabulary, without a generation config."""
     torch.set_num_threads(1)
     config = WhisperConfig(
@@ -93,7 +93,7 @@ def base(openai_tokenizers, tmp_path_factory) -> Path:
     )
     torch.manual_seed(0)
     net = WhisperForConditionalGeneration(config).eval()
-    made = Base("narrow", net, openai_tokenizers[51865], WhisperFeatureExtractor())
+    made = Base("narrow", net, openai_tokenizer(51865), WhisperFeatureExtractor())
     learn_by_heart(made)
     folder = tmp_path_factory.mktemp("deployment") / "base"
     made.save_pretrained(folder)

@@ -69,7 +69,7 @@ def make_net(size: Size) -> WhisperForConditionalGeneration:
 
 
 @pytest.fixture
-def checkpoint(request, openai_tokenizers, tmp_path) -> Path:
+def checkpoint(request, openai_tokenizer, tmp_path) -> Path:
     """A checkpoint of the size that `request.param` names, with two heads for the sake of time.
 
     Without a generation config, as fine-tuned ones often are.
@@ -78,7 +78,7 @@ def checkpoint(request, openai_tokenizers, tmp_path) -> Path:
     extractor = WhisperFeatureExtractor(feature_size=size.mels)
     folder = tmp_path / request.param
     Base(
-        request.param, make_net(size), openai_tokenizers[size.vocabulary], extractor
+        request.param, make_net(size), openai_tokenizer(size.vocabulary), extractor
     ).save_pretrained(folder)
     (folder / "generation_config.json").unlink()
     return folder
@@ -92,15 +92,15 @@ def checkpoint(request, openai_tokenizers, tmp_path) -> Path:
         (51866, [50258, 50261, 50360, 50364]),
     ],
 )
-def test_prompts_have_openais_ids(openai_tokenizers, size, german):
-    assert prompt_ids(openai_tokenizers[size], "de") == german
-    assert len(language_codes(openai_tokenizers[size])) == {51864: 0, 51865: 99, 51866: 100}[size]
+def test_prompts_have_openais_ids(openai_tokenizer, size, german):
+    assert prompt_ids(openai_tokenizer(size), "de") == german
+    assert len(language_codes(openai_tokenizer(size))) == {51864: 0, 51865: 99, 51866: 100}[size]
 
 
-def test_cantonese_is_a_language_of_the_third_version_alone(openai_tokenizers):
-    assert prompt_ids(openai_tokenizers[51866], "yue-en") == [50258, 50358, 50259, 50360, 50364]
+def test_cantonese_is_a_language_of_the_third_version_alone(openai_tokenizer):
+    assert prompt_ids(openai_tokenizer(51866), "yue-en") == [50258, 50358, 50259, 50360, 50364]
     with pytest.raises(UserError, match="'yue'"):
-        prompt_ids(openai_tokenizers[51865], "yue")
+        prompt_ids(openai_tokenizer(51865), "yue")
 
 
 @pytest.mark.parametrize("name", SIZES)
