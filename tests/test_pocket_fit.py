@@ -16,9 +16,9 @@ def test_the_pocket_whisper_recognises_speech(language):
 
 
 def test_a_short_fit_halves_the_error_and_forgets_little():
-    run = fit(
-        data="de-en", test=str(corpus_dir("de-en") / "dev.jsonl"), backward=("de", "en"), steps=50
-    )
+    dev = str(corpus_dir("de-en") / "dev.jsonl")
+    short = {"steps": 50, "batch_size": 8, "max_utterances": 200}
+    run = fit(data="de-en", test=dev, backward=("en",), **short)
     domain, backward = run.metrics["new_domain"], run.metrics["backward_error"]
     assert domain["adapted"]["wer"]["rate"] < 0.5 * domain["base"]["wer"]["rate"]
     assert backward["change"]["difference"] < 0.05

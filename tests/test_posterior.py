@@ -463,7 +463,7 @@ def test_draws_have_the_sites_shapes_and_depend_on_the_seed_alone(posterior):
 
 def test_draws_have_the_posteriors_mean_and_deviation(net):
     posterior = posterior_of(net, "fc1")
-    count = 4000
+    count = 1000
     draws = list(posterior.draws(count))
     for name, mean in posterior.mean.items():
         stacked = torch.stack([draw[name] for draw in draws]).double()
