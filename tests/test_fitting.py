@@ -143,7 +143,7 @@ def test_without_beta_there_is_no_kl(net, examples, guide):
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_the_loss_falls_on_a_set_that_can_be_learned_by_heart(fluent_base, examples, guide):
-    options = {"beta": 1e-6, "lr": 0.03, "steps": 40, "batch_size": 2}
+    options = {"beta": 1e-6, "lr": 0.05, "steps": 20, "batch_size": 2}
     history = fit_guide(*start(fluent_base.net, guide, rank=4), examples, **options)
     assert history[-1].loss < 0.5 * history[0].loss
     assert history[-1].nll < 0.5 * history[0].nll
@@ -598,8 +598,7 @@ def test_nine_in_a_row_are_skipped_and_ten_are_too_many(net, four):
         fit_guide(*start(net), Poisoned(four, range(2, 12)), **options)
 
 
-@pytest.mark.parametrize("guide", GUIDES)
-@pytest.mark.parametrize("lr", [1e30, 1e3])
+@pytest.mark.parametrize(("guide", "lr"), [*((guide, 1e30) for guide in GUIDES), ("normal", 1e3)])
 def test_a_fit_that_diverges_stops_and_its_checkpoint_is_from_before(
     net, four, guide, lr, tmp_path
 ):

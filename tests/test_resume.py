@@ -27,7 +27,7 @@ from blora_pyro.loading import Loader
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs import Listener, Run, evaluate_run, fit
 
-KILLS = int(os.environ.get("BLORA_PYRO_KILLS", "4"))
+KILLS = int(os.environ.get("BLORA_PYRO_KILLS", "2"))
 FINISHED_FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
