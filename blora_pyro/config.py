@@ -19,7 +19,7 @@ from blora_pyro.data import (
     named_sources,
 )
 from blora_pyro.errors import UserError, check_positive
-from blora_pyro.guides import prior_arguments
+from blora_pyro.guides import previous_posterior, prior_arguments
 from blora_pyro.models import POCKET, Base, build_estimator, check_device, check_dtype, load_base
 from blora_pyro.normalizers import check_normalizer
 from blora_pyro.schedules import SCHEDULES, Schedule, default_warmup_steps
@@ -70,6 +70,10 @@ class FitConfig:
             exact negative ELBO per token, and `"auto"` is `AUTO_TEMPERATURE` / N.
         prior_scale: The prior's `scale`, before that of `prior_args`; None is the family's default.
         prior_args: Further arguments of the prior family, by name (see `blora-pyro priors`).
+        prior_from: Folder of a run whose posterior is the prior, in place of a family's, and where
+            the fit starts; see `chains`.
+        prior_inflation: Factor on that posterior's standard deviations, to forget on purpose, 1 or
+            more; None is 1.
         rank: Rank of every update.
         alpha: Updates are scaled by alpha / rank; None is 2 · rank.
         target_modules: As in PEFT: `all-linear`, suffixes with commas between, or a regex.
@@ -120,6 +124,8 @@ class FitConfig:
     beta: float | Literal["auto", "elbo"] = 1e-4
     prior_scale: float | None = None
     prior_args: Mapping[str, Any] = field(default_factory=dict)
+    prior_from: str | None = None
+    prior_inflation: float | None = None
     rank: int = 16
     alpha: float | None = None
     target_modules: str = ALL_LINEAR
@@ -178,11 +184,38 @@ class FitConfig:
             raise UserError(f"seed is {self.seed}; give a whole number from 0 to 4294967295")
         if self.precision not in ("fp32", "bf16"):
             raise UserError(f"precision is '{self.precision}'; give fp32 or bf16")
+        if self.prior_from is not None:
+            keep("prior_from", str(self.prior_from))
+        self._check_prior()
         check_dtype(self.dtype)
         build_estimator(self.estimator)
         check_normalizer(self.normalizer)
         check_device(self.device)
         self._check_training()
+
+    def _check_prior(self) -> None:
+        """Refuse two priors at once; see `__post_init__`."""
+        inflation = self.prior_inflation
+        if inflation is not None and self.prior_from is None:
+            raise UserError(f"prior_inflation is {inflation}, but no prior_from; give both")
+        if inflation is not None and not 1 <= inflation < math.inf:
+            raise UserError(f"prior_inflation is {inflation}; give a number from 1, to forget more")
+        resolved = self.prior == previous_posterior.NAME  # as `with_prior_args` leaves it
+        if self.prior_from is None:
+            if resolved:
+                raise UserError(f"prior is '{self.prior}', but no prior_from; give that alone")
+            return
+        others = {
+            "prior": self.prior not in ("normal", previous_posterior.NAME),
+            "prior_scale": self.prior_scale is not None,
+            "prior_args": bool(self.prior_args) and not resolved,
+            "guide": self.guide not in (None, "normal"),
+        }
+        for name in (name for name, given in others.items() if given):
+            raise UserError(
+                f"{name} and prior_from are given, and the earlier run's posterior is prior and "
+                f"start of the guide; leave {name} out"
+            )
 
     def _check_training(self) -> None:
         """Refuse what the loop can't do; see `__post_init__`."""
@@ -238,6 +271,11 @@ class FitConfig:
         Raises:
             UserError: If there is no such family, argument or value.
         """
+        if self.prior_from is not None:
+            inflation = {"inflation": self.prior_inflation or 1.0}
+            return replace(
+                self, prior=previous_posterior.NAME, prior_args=inflation, guide="normal"
+            )
         given = dict(self.prior_args)
         if self.prior_scale is not None:
             given["scale"] = self.prior_scale

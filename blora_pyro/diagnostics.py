@@ -43,7 +43,8 @@ class FactorSummary:
             point, whose KL is infinite, and where these scales are gone, as after pruning.
         active_ranks: Sum over the ranks of s² / scale², the horseshoe's effective number of ranks
             (Piironen and Vehtari, arXiv 1707.01694, eq. 2.4 ff.); None for other priors.
-        prior_stddev: Standard deviation of a weight under the prior, its scales averaged over.
+        prior_stddev: Standard deviation of a weight under the prior, its scales averaged over, and
+            where weights have deviations of their own (root of the mean square), these, too.
     """
 
     module: str
@@ -158,7 +159,7 @@ def _summarise_site(
             module=module,
             factor=site.factor,
             weights=mean[i].numel(),
-            contraction=1 - float((stddev[i] ** 2).mean() / variances[site.name][i]),
+            contraction=1 - float((stddev[i] ** 2 / variances[site.name][i]).mean()),
             signal_to_noise=float(ratio.median()),
             share_of_signal=float((ratio > 1).float().mean()),
             near_zero=float((mean[i].abs() < NEAR_ZERO).float().mean()),
@@ -166,7 +167,7 @@ def _summarise_site(
             active_ranks=(
                 float((1 - shrinkage[site.name][i]).sum()) if site.name in shrinkage else None
             ),
-            prior_stddev=float(variances[site.name][i]) ** 0.5,
+            prior_stddev=float(variances[site.name][i].mean()) ** 0.5,
         )
         rows.append(row)
     return rows
@@ -189,7 +190,11 @@ def _is_point(trace: poutine.Trace, name: str) -> bool:
 
 
 def prior_variances(posterior: Posterior) -> dict[str, Tensor]:
-    """Var_p of a weight by site and layer, (modules,), the scales of the prior averaged over."""
+    """Var_p of every weight by site, of the site's shape.
+
+    The scales of a hierarchical prior, and with them the weights of a layer, are averaged over:
+    (modules, 1, 1).
+    """
     points = point_scales(posterior)
     prior = poutine.condition(posterior.prior, data=points)
     totals: dict[str, Tensor] = {}
@@ -198,10 +203,12 @@ def prior_variances(posterior: Posterior) -> dict[str, Tensor]:
         count += 1
         latent = latent_sites(trace)
         for name in posterior.mean:
-            # E[w | scales] = 0, so the law of total variance has one term
-            variance = latent[name]["fn"].variance.mean((1, 2))
+            variance = latent[name]["fn"].variance
+            if is_hierarchical := latent.keys() != posterior.mean.keys():
+                # E[w | scales] = 0, so the law of total variance has one term
+                variance = variance.mean((1, 2), keepdim=True)
             totals[name] = totals.get(name, torch.tensor(0.0)) + variance
-        if latent.keys() == posterior.mean.keys():
+        if not is_hierarchical:
             break  # nothing to average over
     return {name: total / count for name, total in totals.items()}
 

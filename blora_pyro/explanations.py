@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from blora_pyro.diagnostics import Summary
+from blora_pyro.guides import previous_posterior
 from blora_pyro.posterior import Posterior
 
 CLOSED = 0.9  # a rank with a shrinkage factor above this is switched off
@@ -59,6 +60,12 @@ HOW = {
         "A, and the spread of ΔW is what A leaves open."
     ),
 }
+HOW[previous_posterior.NAME] = (
+    "The prior is an earlier run's posterior, its deviations times {inflation:g}: every weight is "
+    "pulled to where that run left it, the harder the surer it was (the widths of layers are "
+    "{narrowest:.2g} to {widest:.2g}). Contraction is what the new data added, and KL how far they "
+    "led away."
+)
 OWN = "The prior is your own code ({prior}); these figures show what it did to the weights."
 
 

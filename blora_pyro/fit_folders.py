@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from blora_pyro.chains import Previous, previous_of
 from blora_pyro.checkpoints import replace_file, stored_step
 from blora_pyro.config import FitConfig
 from blora_pyro.errors import Interrupted, UserError
@@ -50,21 +51,39 @@ class FitFolder:
         path: The folder, or None.
         config: The options of the fit.
         about: What `run.json` holds.
+        previous: The run whose posterior is the prior of a fit that is to go on, if any.
     """
 
-    def __init__(self, path: Path | None, config: FitConfig, about: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        config: FitConfig,
+        about: dict[str, Any],
+        previous: Previous | None = None,
+    ) -> None:
         """See `create` and `reopen`."""
-        self.path, self.config, self.about = path, config, about
+        self.path, self.config, self.about, self.previous = path, config, about, previous
         self._occupied = False
 
     @classmethod
-    def create(cls, path: Path | None, config: FitConfig, overwrite: bool) -> "FitFolder":
+    def create(
+        cls,
+        path: Path | None,
+        config: FitConfig,
+        overwrite: bool,
+        previous: Previous | None = None,
+    ) -> "FitFolder":
         """A folder for a new fit. An earlier run in it stays whole until `begin`.
 
         Raises:
-            UserError: See `claim`.
+            UserError: See `claim`; or if it is the folder of the run that is carried on.
         """
-        folder = cls(path, config, {"state": FITTING, "options": config.to_json()})
+        about: dict[str, Any] = {"state": FITTING, "options": config.to_json()}
+        if previous is not None:
+            if path is not None and path.resolve() == Path(previous.folder).resolve():
+                raise UserError(f"output and prior_from are both {path}; give another output")
+            about["chain"] = previous.link(config.prior_inflation)
+        folder = cls(path, config, about, previous)
         if path is not None:
             claim(path, overwrite)
             folder._occupied = any((path / name).exists() for name in (RUN, *RESULTS))
@@ -86,7 +105,8 @@ class FitFolder:
                 must be among them: its code is run only where it is named.
 
         Raises:
-            UserError: If there is none, it is damaged, or an option is another.
+            UserError: If there is none, it is damaged, an option is another, or the run that it
+                carries on has changed before it was fitted.
         """
         try:
             about = json.loads((path / RUN).read_text(encoding="utf-8"))
@@ -111,7 +131,9 @@ class FitFolder:
                 raise UserError(
                     f"the run's {name} is code, in {stored[name]}; name it with --{name} to run it"
                 )
-        return cls(path, config, about)
+        going_on = about["state"] == FITTING
+        previous = previous_of(config, about.get("chain", [])) if going_on else None
+        return cls(path, config, about, previous)
 
     @property
     def state(self) -> str:

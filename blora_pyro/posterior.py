@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from blora_pyro.adapters import Adapters, Group
 from blora_pyro.draws import to_inference_data, traces
 from blora_pyro.errors import UserError
-from blora_pyro.guides import Guide, build_guide, build_prior, latent_sites
+from blora_pyro.guides import Guide, build_guide, build_prior, latent_sites, previous_posterior
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior
 
@@ -71,6 +71,7 @@ class Posterior:
         family: The prior and the guide.
         state: The guide's parameters, by the names of its `state_dict`.
         revision: Of the base model, if it was fitted on a certain one.
+        prior_tensors: Of the prior, if that is an earlier posterior: see `previous_posterior`.
     """
 
     base: str
@@ -81,6 +82,7 @@ class Posterior:
     family: Family = Family()
     state: Mapping[str, Tensor] = field(default_factory=dict)
     revision: str | None = None
+    prior_tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -90,19 +92,31 @@ class Posterior:
         assert isinstance(guide, torch.nn.Module)
         state = {name: value.detach() for name, value in guide.state_dict().items()}
         moments = guide.mean(), guide.stddev()
-        return cls(base, model.groups, model.alpha, *moments, family, state, revision)
+        prior = model.prior
+        tensors = prior.tensors if isinstance(prior, previous_posterior.Prior) else {}
+        return cls(base, model.groups, model.alpha, *moments, family, state, revision, tensors)
 
     @cached_property
     def prior(self) -> FactorPrior:
         """The prior as a Pyro program of all factors: `posterior.prior()` draws from it.
 
         Raises:
-            UserError: If it is in a user's file that has not been named.
+            UserError: If it is in a user's file that has not been named, or is gone with the basis
+                that it was in (an earlier posterior, after pruning).
         """
         if self.family.files and not self.family.runs_code:
             files = " and ".join(self.family.files)
             raise UserError(f"the run's prior is code, in {files}; name it with --prior to run it")
-        density = build_prior(self.family.prior, **self.family.prior_args)
+        arguments = self.family.prior_args
+        if self.family.prior != previous_posterior.NAME:
+            density = build_prior(self.family.prior, **arguments)
+        elif self.prior_tensors:
+            density = previous_posterior.Prior(self.groups, self.prior_tensors, **arguments)
+        else:
+            raise UserError(
+                "the adapter was turned away from its prior, an earlier posterior (by pruning, or "
+                "a strength by signal-to-noise); give the run itself"
+            )
         return FactorPrior(self.groups, density, torch.device("cpu"))
 
     @cached_property
@@ -129,10 +143,8 @@ class Posterior:
 
     def _moments_guide(self) -> Guide:
         program = FactorPrior(self.groups, build_prior("normal"), torch.device("cpu"))
-        guide = build_guide("normal", program)
-        for name, mean in self.mean.items():
-            guide.means[name].data.copy_(mean)  # type: ignore[attr-defined]
-            guide.rhos[name].data.copy_(self.stddev[name].expm1().log())  # type: ignore[attr-defined]
+        guide: Any = build_guide("normal", program)
+        previous_posterior.start_at(guide, self.mean, self.stddev)
         return guide
 
     @property
@@ -264,6 +276,7 @@ class Posterior:
         tensors = {f"{name}.mean": value for name, value in self.mean.items()}
         tensors |= {f"{name}.stddev": value for name, value in self.stddev.items()}
         tensors |= {f"guide.{name}": value for name, value in self.state.items()}
+        tensors |= {f"prior.{name}": value for name, value in self.prior_tensors.items()}
         about = {
             "base": self.base,
             "revision": self.revision,
@@ -328,8 +341,12 @@ class Posterior:
             sites = [site for group in groups for site in group.sites]
             mean = {site.name: tensors[f"{site.name}.mean"] for site in sites}
             stddev = {site.name: tensors[f"{site.name}.stddev"] for site in sites}
+            carried = {n[6:]: value for n, value in tensors.items() if n.startswith("prior.")}
             for site in sites:
-                for value in (mean[site.name], stddev[site.name]):
+                values = [mean[site.name], stddev[site.name]]
+                if carried:
+                    values += [carried[f"{site.name}.mean"], carried[f"{site.name}.stddev"]]
+                for value in values:
                     if tuple(value.shape) != site.shape:
                         raise ValueError(f"{site.name} has shape {tuple(value.shape)}")
             family = Family(about["prior"], about["prior_args"], about["guide"], runs_code=False)
@@ -337,7 +354,8 @@ class Posterior:
             if prior is not None:
                 family = family.with_file(prior)
             alpha, revision = about["alpha"], about.get("revision")
-            return cls(about["base"], groups, alpha, mean, stddev, family, state, revision)
+            moments = mean, stddev
+            return cls(about["base"], groups, alpha, *moments, family, state, revision, carried)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is damaged or of another version ({error}); fit again, or give another run"

@@ -58,7 +58,8 @@ def keep_directions(
     of their own.
 
     Args:
-        posterior: What was fitted. Its guide is replaced by independent Normals.
+        posterior: What was fitted. Its guide is replaced by independent Normals, and a prior that
+            is an earlier posterior is gone, for it is in the old basis.
         found: Its `spectra`.
         keep: Which directions, (modules, rank), likewise by group; none of them null.
     """
@@ -77,7 +78,15 @@ def keep_directions(
                 mean[site.name] = site_mean[chosen][:, *inner].contiguous()
                 stddev[site.name] = site_variance[chosen][:, *inner].sqrt().contiguous()
     alpha = posterior.scaling * max(group.rank for group in groups)
-    return replace(posterior, groups=tuple(groups), alpha=alpha, mean=mean, stddev=stddev, state={})
+    return replace(
+        posterior,
+        groups=tuple(groups),
+        alpha=alpha,
+        mean=mean,
+        stddev=stddev,
+        state={},
+        prior_tensors={},
+    )
 
 
 def ratios(spectrum: Spectrum) -> Tensor:

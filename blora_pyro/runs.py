@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 
+from blora_pyro.chains import Previous, carried_on, previous_of
 from blora_pyro.checkpoints import Checkpoints
 from blora_pyro.config import FitConfig, base_of
 from blora_pyro.data import Examples, describe_source, is_language, split_names
@@ -97,7 +98,8 @@ def fit(
             none has been started, `options` start one.
         checkpoint_every: Steps between two checkpoints; None is by time, see `Checkpoints`.
         progress: Told of stages and steps.
-        **options: The attributes of `FitConfig`.
+        **options: The attributes of `FitConfig`. With `prior_from`, base, revision, rank, alpha and
+            target_modules are that run's unless given, and must be the same.
 
     Raises:
         UserError: On bad options or data, a full disk or memory, or options that are not those of
@@ -131,9 +133,10 @@ def _open(
             return FitFolder.reopen(path, options)
         if not options:
             raise UserError(f"{path} holds no fit to go on with; start it without --resume")
+    options, previous = carried_on(options)
     config = FitConfig(**options)
     config.with_prior_args()  # refuses what can't be
-    return FitFolder.create(path, config, overwrite)
+    return FitFolder.create(path, config, overwrite, previous)
 
 
 def _fit(
@@ -155,10 +158,10 @@ def _fit(
     sets = evaluation_sets(base, config, loader) if evaluate else {}
     fitting = folder.state == FITTING
     stopping = early_stopping(loader, config, progress.evaluated) if fitting else None
-    model, guide = build(base, config)
     if fitting:
+        model, guide = build(base, config, folder.previous)
         regularise(model, loader, progress.stage)
-    folder.begin(config, train.main_language, train.num_tokens, model.num_weights)
+        folder.begin(config, train.main_language, train.num_tokens, model.num_weights)
     loader.tell(folder.list_skipped(loader.skipped))
     kept = folder.transcripts("base")
     scored = partial(measure, base, sets, normalizer=config.normalizer)
@@ -260,15 +263,35 @@ def regularise(
     model.penalty = ElasticPenalty(model.groups, model.adapters.scaling, fisher, config.ewc)
 
 
-def build(base: Base, config: FitConfig) -> tuple[BLoRA, Any]:
-    """The Pyro program of a resolved configuration, and its guide."""
+def build(base: Base, config: FitConfig, previous: Previous | None = None) -> tuple[BLoRA, Any]:
+    """The Pyro program of a resolved configuration, and its guide.
+
+    Args:
+        base: The base model.
+        config: As resolved.
+        previous: The run that is carried on; None reads it, if the configuration names one.
+
+    Raises:
+        UserError: If prior, guide or target layers can't be, or are not those of that run.
+    """
+    previous = previous or previous_of(config)
+    prior = (
+        build_prior(config.prior, **config.prior_args)
+        if previous is None
+        else previous.prior(config.prior_inflation)
+    )
     model = BLoRA(
         base.net,
-        build_prior(config.prior, **config.prior_args),
+        prior,
         rank=config.rank,
         alpha=float(config.alpha or 2 * config.rank),
         target_modules=config.target_modules,
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    return model, build_guide(str(config.guide), model)
+    if previous is not None:
+        previous.check(model.groups, config.target_modules)
+    guide: Any = build_guide(str(config.guide), model)
+    if previous is not None:
+        previous.start(guide)
+    return model, guide

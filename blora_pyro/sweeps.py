@@ -11,6 +11,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from blora_pyro.chains import carried_on
 from blora_pyro.commands import fit_command
 from blora_pyro.errors import Interrupted, check_positive
 from blora_pyro.interrupts import Interrupts
@@ -120,6 +121,7 @@ def sweep(
     """
     check_positive(trials=trials, timeout=timeout)
     until = time.monotonic() + (math.inf if timeout is None else timeout)
+    options, _ = carried_on(options)
     ranges = ranges_of(SEARCH if search is None else search, options)
     config = dev_config(options, ranges)
     folder = Path(output)

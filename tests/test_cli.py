@@ -95,6 +95,38 @@ def test_fit_with_json_prints_json_alone_on_stdout(short, tmp_path):
     assert "loading ..." in result.stderr
 
 
+def test_fit_carries_a_run_on_with_what_is_given_and_no_more(monkeypatch):
+    seen = {}
+
+    def fit(folder, **options):
+        seen.update(options, folder=folder)
+        raise UserError("enough")
+
+    monkeypatch.setattr(runs, "fit", fit)
+    more = ["--prior-inflation", 2, "--data", "es-en", "--seed", 3]
+    assert "enough" in complaint(run("fit", "--prior-from", "runs/first", *more))
+    for name in ("overwrite", "resume", "checkpoint_every", "progress"):
+        del seen[name]
+    assert seen == {
+        "folder": Path("runs/es-en-after-first-seed3"),
+        "prior_from": "runs/first",
+        "prior_inflation": 2.0,
+        "data": ("es-en",),
+        "seed": 3,
+    }
+
+
+def test_fit_carries_a_run_on_or_says_why_not(finished_run, tones_folder, tmp_path):
+    start = ["fit", "--prior-from", finished_run.output, "--data", tones_folder / "de.jsonl"]
+    start += ["--test", tones_folder / "de.jsonl", "--backward", "none", "--steps", 1]
+    out = well(*start, "--output", tmp_path / "second")
+    assert f"run folder: {tmp_path / 'second'}" in out
+    message = complaint(run(*start, "--output", tmp_path / "third", "--rank", 16))
+    assert f"rank is 16, and that of {finished_run.output} is 4; leave rank out" in message
+    message = complaint(run(*start, "--output", tmp_path / "third", "--prior", "normal"))
+    assert "prior is 'normal' and prior_from is" in message and "give one" in message
+
+
 def test_fit_hands_every_option_on(monkeypatch, tmp_path):
     seen = {}
 
@@ -153,6 +185,8 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
     assert seen == {
         **{name.replace("-", "_"): value for name, value in options.items()},
         "prior_args": {"df": "3"},
+        "prior_from": None,
+        "prior_inflation": None,
         "data": ("d",),
         "data_weights": (3.0,),
         "distillation_languages": ("de", "tr"),

@@ -16,8 +16,10 @@ import torch
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
+from torch.distributions import kl_divergence
 
 from blora_pyro.adapters import Adapters, group_by_shape
+from blora_pyro.guides import previous_posterior
 from blora_pyro.guides.normal import Guide, Prior
 from blora_pyro.models import Temper
 
@@ -55,12 +57,16 @@ def problem():
     model = Linear(net, Prior(SCALE))
     a = torch.randn(2, RANK, IN)
     z = torch.linalg.qr(torch.randn(2, ROWS, RANK)).Q * COLUMN_NORMS[:, None, :]
-    x = z @ torch.linalg.pinv(a).mT  # so that x Aᵀ = z
     b = SCALE * torch.randn(2, OUT, RANK)
+    return model, a, *observations(model, a, b, z)
+
+
+def observations(model, a, b, z):
+    """x with x Aᵀ = z, and y."""
+    x = z @ torch.linalg.pinv(a).mT
     with torch.no_grad():
-        base = torch.stack([layer(x[i]) for i, layer in enumerate(net.values())])
-    y = base + S * z @ b.mT + NOISE * torch.randn(2, ROWS, OUT)
-    return model, a, x, y
+        base = torch.stack([layer(x[i]) for i, layer in enumerate(model.net.values())])
+    return x, base + S * z @ b.mT + NOISE * torch.randn(2, ROWS, OUT)
 
 
 def known_posterior(model, a, x, y, beta):
@@ -118,3 +124,54 @@ def test_svi_recovers_the_known_posterior(problem, beta):
     assert error.abs().max() < 0.1
     assert error.square().mean().sqrt() < 0.05
     torch.testing.assert_close(guide.stddev()[B], stddev, rtol=0.07, atol=0)
+
+
+def exact_fit(guide, prior, site, expected_nll):
+    """The optimum of E[-log p(y | B)] + KL(q || p), both in closed form, for one site."""
+    parameters = [guide.means[site.name], guide.rhos[site.name]]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        q = guide.distribution(site)
+        value = expected_nll(q.mean, q.variance) + kl_divergence(q, prior(site)).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+
+
+@pytest.mark.parametrize("inflation", [1.0, 2.0, 1e4])
+def test_the_posterior_of_one_half_as_prior_of_the_other_gives_that_of_both(problem, inflation):
+    """Inflated it counts inflation² times less; beyond all measure the other half stands alone."""
+    model, a, x, y = problem
+    site = model.groups[0].B
+    z = torch.linalg.qr(torch.randn(2, ROWS, RANK)).Q * COLUMN_NORMS.flip(0)[:, None, :]
+    more_x, more_y = observations(model, a, SCALE * torch.randn(2, OUT, RANK), z)
+    base = torch.stack([layer(more_x[i]) for i, layer in enumerate(model.net.values())])
+    first = known_posterior(model, a, x, y, 1.0)
+
+    def expected_nll(mean, variance):
+        error = (more_y - base - S * z @ mean.mT).square().sum()
+        return (error + S**2 * (z.square() @ variance.mT).sum()) / (2 * NOISE**2)
+
+    tensors = dict(zip((f"{B}.mean", f"{B}.stddev"), first, strict=True))
+    prior = previous_posterior.Prior(model.groups, tensors, inflation)
+    guide = Guide(model)
+    previous_posterior.start_at(guide, {B: first[0]}, {B: first[1]})
+    exact_fit(guide, prior, site, expected_nll)
+
+    alone = S * (more_y - base).mT @ z / NOISE**2  # precision times mean, and precision
+    precision = S**2 * z.square().sum(1, keepdim=True) / NOISE**2
+    carried = 1 / (inflation * first[1]) ** 2
+    stddev = (carried + precision) ** -0.5
+    mean = (carried * first[0] + alone) * stddev**2
+    torch.testing.assert_close(guide.mean()[B], mean, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(guide.stddev()[B], stddev, rtol=1e-2, atol=0)
+    if inflation == 1:
+        both = torch.cat([x, more_x], 1), torch.cat([y, more_y], 1)
+        for found, one in zip((mean, stddev), known_posterior(model, a, *both, 1.0), strict=True):
+            torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-4)
+    if inflation == 1e4:
+        torch.testing.assert_close(mean, alone / precision, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(stddev, precision.expand_as(mean) ** -0.5, rtol=1e-4, atol=0)

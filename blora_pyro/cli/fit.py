@@ -89,6 +89,22 @@ def fit(
             metavar="KEY=VALUE", help="An argument of the prior family; may be given repeatedly."
         ),
     ] = None,
+    prior_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Carry an earlier fit on: its posterior is the prior, and where the guide starts; "
+            "its base, rank, alpha and target modules are taken over.",
+            show_default="a prior family",
+        ),
+    ] = None,
+    prior_inflation: Annotated[
+        float | None,
+        typer.Option(
+            help="Factor >= 1 on the deviations of --prior-from: forget some of it.",
+            show_default="1",
+        ),
+    ] = None,
     guide: Annotated[
         str | None,
         typer.Option(
@@ -210,8 +226,10 @@ def fit(
         from blora_pyro.report import dev_line, fit_tables, print_tables
 
         domain = "+".join(Path(source).stem for source in data or ["de-en"])
-        folder = output or Path("runs") / f"{domain}-{Path(prior).stem}-seed{seed}"
-        options = given_options(context) if resume else fit_options(context.params)
+        belief = f"after-{Path(prior_from).name}" if prior_from else Path(prior).stem
+        folder = output or Path("runs") / f"{domain}-{belief}-seed{seed}"
+        some = resume or prior_from is not None  # what is not given is that run's
+        options = given_options(context) if some else fit_options(context.params)
         with TerminalProgress() as progress:
             run = runs.fit(
                 folder,

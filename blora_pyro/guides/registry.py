@@ -21,6 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from blora_pyro.errors import UserError
+from blora_pyro.guides import previous_posterior
 from blora_pyro.models import FactorPrior, Prior
 
 FAMILIES = {
@@ -235,6 +236,8 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
 
 def _name_of(prior: Prior) -> str:
     """A built-in family's name, or the path of a user's file."""
+    if isinstance(prior, previous_posterior.Prior):
+        return previous_posterior.NAME
     home = type(prior).__module__
     names = [name for name, module in FAMILIES.items() if home == module]
     return names[0] if names else getattr(sys.modules.get(home), "__file__", None) or home
