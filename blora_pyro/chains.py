@@ -96,7 +96,7 @@ class Previous:
             UserError: If base, revision, rank or alpha are given, and are not the run's.
         """
         base = options.get("base")
-        if base is not None and not _is_same_place(base, self.posterior.base):
+        if base is not None and not is_same_place(base, self.posterior.base):
             raise UserError(
                 f"base is '{base}', and {self.folder} was fitted on '{self.posterior.base}'; leave "
                 "base out"
@@ -192,7 +192,8 @@ def previous_of(config: FitConfig, chain: list[dict[str, Any]] | None = None) ->
     return previous
 
 
-def _is_same_place(one: str, other: str) -> bool:
+def is_same_place(one: str, other: str) -> bool:
+    """Whether two names of bases are one, or paths of one folder."""
     return one == other or (
         Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
     )

@@ -133,12 +133,15 @@ def diagnose(
         on_stage: Told what begins.
 
     Raises:
-        UserError: If the run can't be read or is a pruned one, its prior has to be named, or
-            `output` can't be written.
+        UserError: If the run can't be read, or is a pruned or combined one, its prior has to be
+            named, or `output` can't be written.
     """
     if draws < MIN_RATIOS:
         raise UserError(f"draws is {draws}; k-hat needs {MIN_RATIOS} or more")
     posterior, about = read_run(run, device, prior)
+    if "combined" in about:
+        runs = " or ".join(about["combined"]["from"])
+        raise UserError(f"{run} is combined of several runs and has no prior; diagnose {runs}")
     if "pruned" in about:
         whole = about["pruned"]["from"]
         raise UserError(f"{run} is a pruned run, turned away from its prior; diagnose {whole}")

@@ -22,6 +22,7 @@ from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior
 
 FILE = "posterior.safetensors"
+NO_PRIOR = "none"  # of a posterior that is combined of several
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class Posterior:
         if self.family.files and not self.family.runs_code:
             files = " and ".join(self.family.files)
             raise UserError(f"the run's prior is code, in {files}; name it with --prior to run it")
+        if self.family.prior == NO_PRIOR:
+            raise UserError("the adapter is combined of several runs and has no prior; give a run")
         arguments = self.family.prior_args
         if self.family.prior != previous_posterior.NAME:
             density = build_prior(self.family.prior, **arguments)

@@ -64,6 +64,18 @@ def prune_tables(metrics: dict[str, Any]) -> list[Table | str]:
     return [*rates, size]
 
 
+def combine_line(found: dict[str, Any]) -> str:
+    """What `combine_runs` found."""
+    how = found["method"]
+    if found["weights"] is not None:
+        how += " by " + ", ".join(f"{one:g}" for one in found["weights"])
+    return (
+        f"{how} of {len(found['from'])} runs at rank {found['rank']}, "
+        f"{found['adapter_weights']:,} adapter weights: {found['kept_norm']:.2%} of the Frobenius "
+        "norm of ΔW is kept"
+    )
+
+
 def strength_tables(curve: dict[str, Any]) -> list[Table | str]:
     """What `strength_curve` found: a row a strength."""
     table = Table(

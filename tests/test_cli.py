@@ -23,6 +23,8 @@ COMMANDS = (
     "evaluate",
     "errors",
     "diagnose",
+    "prune",
+    "combine",
     "priors",
     "transcribe",
     "merge",
@@ -897,3 +899,35 @@ def test_a_pruned_run_is_evaluated_but_not_diagnosed(finished_run, tmp_path):
     assert "new domain" in well("evaluate", tmp_path / "small")
     message = complaint(run("diagnose", tmp_path / "small"))
     assert f"diagnose {finished_run.output}" in message
+
+
+# ---- combine
+
+
+def test_combine_says_what_is_kept_and_writes_a_run(finished_run, tones_folder, tmp_path):
+    two = [finished_run.output, finished_run.output]
+    out = well("combine", *two, "--output", tmp_path / "both", "--rank", 4)
+    assert "mean of 2 runs at rank 4" in out and "100.00% of the Frobenius norm" in out
+    assert out.splitlines()[-1] == f"run folder: {tmp_path / 'both'}"
+    weighted = ["--method", "weighted", "--weights", "0.5,0.5", "--output", tmp_path / "json"]
+    found = parsed(well("combine", *two, *weighted, "--json"))
+    assert (found["method"], found["weights"], found["rank"]) == ("weighted", [0.5, 0.5], 8)
+    audio = tones_folder / "train4.wav"
+    said = well("transcribe", audio, "--adapter", finished_run.output)
+    assert well("transcribe", audio, "--adapter", tmp_path / "both") == said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--weights", "a,b", "--method", "weighted"), "weights is 'a,b'; give numbers"),
+        (("--method", "sum"), "method is 'sum'; give one of product, mean, weighted"),
+        (("--rank", 99), "rank is 99; give a number from 1 to 16"),
+    ],
+)
+def test_combine_refuses_in_one_line(finished_run, tmp_path, options, words):
+    two = [finished_run.output, finished_run.output]
+    assert words in complaint(run("combine", *two, "--output", tmp_path / "out", *options))
+    one = run("combine", finished_run.output, "--output", tmp_path / "out")
+    assert "1 run is given; give two or more" in complaint(one)
+    assert not (tmp_path / "out").exists()

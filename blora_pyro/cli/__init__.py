@@ -8,7 +8,7 @@ from blora_pyro import __version__
 from blora_pyro.cli.compare import compare
 from blora_pyro.cli.data import data
 from blora_pyro.cli.fit import fit
-from blora_pyro.cli.runs import diagnose, errors, evaluate, merge, priors, prune
+from blora_pyro.cli.runs import combine, diagnose, errors, evaluate, merge, priors, prune
 from blora_pyro.cli.sweep import sweep
 from blora_pyro.cli.transcribe import transcribe
 
@@ -19,7 +19,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (fit, sweep, compare, evaluate, errors, diagnose, prune, priors, transcribe, merge):
+COMMANDS = (
+    *(fit, sweep, compare, evaluate, errors, diagnose, prune, combine, priors),
+    *(transcribe, merge),
+)
+for command in COMMANDS:
     app.command()(command)
 app.add_typer(data, name="data")
 

@@ -56,6 +56,18 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """Numbers with commas between.
+
+    Raises:
+        UserError: If one of them is none.
+    """
+    try:
+        return tuple(float(one) for one in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} is '{text}'; give numbers, such as 3,1") from None
+
+
 def tell(error: UserError) -> None:
     """One line on stderr."""
     typer.echo(f"blora-pyro: {' '.join(str(error).split())}", err=True)

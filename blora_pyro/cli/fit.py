@@ -16,6 +16,7 @@ from blora_pyro.cli.common import (
     LocalFilesOnly,
     Overwrite,
     Revision,
+    numbers,
     one_line_errors,
     print_json,
 )
@@ -259,7 +260,7 @@ def fit_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{one.name: given[one.name] for one in fields(FitConfig) if one.name in given},
         "data": tuple(given["data"] or ["de-en"]),
-        "data_weights": None if weights is None else _weights(weights),
+        "data_weights": None if weights is None else numbers("data-weights", weights),
         "backward": _names(backward) if backward else None,
         "beta": _beta(given["beta"]),
         "distillation_languages": None if languages is None else tuple(languages.split(",")),
@@ -284,13 +285,6 @@ def _names(texts: list[str]) -> tuple[str, ...]:
     parts = [[text] if os.path.exists(text) else text.split(",") for text in texts]
     names = [name.strip() for part in parts for name in part]
     return tuple(name for name in names if name != "none")
-
-
-def _weights(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(weight) for weight in text.split(","))
-    except ValueError:
-        raise UserError(f"data-weights is '{text}'; give numbers, such as 3,1") from None
 
 
 def _beta(text: str) -> float | str:

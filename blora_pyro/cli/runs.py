@@ -1,4 +1,4 @@
-"""What is done with a fit: `evaluate`, `errors`, `diagnose`, `prune`, `merge`; and `priors`."""
+"""With fits: `evaluate`, `errors`, `diagnose`, `prune`, `combine`, `merge`, `priors`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from blora_pyro.cli.common import (
     RunFolder,
     Strength,
     StrengthBy,
+    numbers,
     one_line_errors,
     print_json,
 )
@@ -218,6 +219,55 @@ def prune(
             print_json(metrics)
         else:
             print_tables(prune_tables(metrics), f"run folder: {out}")
+
+
+def combine(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of two fits or more.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="mean|weighted|product",
+            help="Of ΔW: mean; weighted, by --weights; product of the posteriors, every element as "
+            "heavy as its run is sure of it, the prior counted once.",
+        ),
+    ] = "mean",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W,...", help="Of the runs' ΔW, taken as they are.", show_default="none"
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Keep this many directions of ΔW in every layer.",
+            show_default="all; product: the runs' largest rank",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write one adapter of several that were fitted separately, on one base and the same layers."""
+    with one_line_errors():
+        from blora_pyro.combined_runs import combine_runs
+
+        found = combine_runs(
+            folders,
+            output,
+            method=method,
+            weights=None if weights is None else numbers("weights", weights),
+            rank=rank,
+            overwrite=overwrite,
+        )
+        if as_json:
+            print_json(found)
+        else:
+            from blora_pyro.report import combine_line, print_tables
+
+            print_tables([combine_line(found)], f"run folder: {output}")
 
 
 def merge(
