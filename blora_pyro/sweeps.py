@@ -106,7 +106,7 @@ def sweep(
         output: Folder of the sweep; every fit is a run folder in it.
         trials: How many are to be finished in all, those of earlier calls among them.
         search: `beta`, `lr`, `prior_scale` or an argument of the prior -> lowest and highest
-            value, above 0; None is `searching.SEARCH`.
+            value, above 0; None is `searching.SEARCH`, and with `prior_from` its beta alone.
         storage: URL of a database for the study (`sqlite:///FILE`, `postgresql://...`); None is
             the file `study.log` in the output.
         study_name: In the storage; None is the output's name.
@@ -121,8 +121,10 @@ def sweep(
     """
     check_positive(trials=trials, timeout=timeout)
     until = time.monotonic() + (math.inf if timeout is None else timeout)
-    options, _ = carried_on(options)
-    ranges = ranges_of(SEARCH if search is None else search, options)
+    options, previous = carried_on(options)
+    if search is None:  # an earlier posterior has no scale
+        search = {name: ends for name, ends in SEARCH.items() if not previous or name == "beta"}
+    ranges = ranges_of(search, options)
     config = dev_config(options, ranges)
     folder = Path(output)
     with quiet_optuna():
