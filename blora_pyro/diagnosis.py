@@ -185,6 +185,9 @@ def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draw
         return Khat(None, "not computed: with beta = 0 there is no posterior to be close to")
     if any(row.kl is None for row in summary.factors):
         return Khat(None, "not computed: the guide has points, which have no density")
+    if config.distillation or config.ewc:
+        name = "distillation" if config.distillation else "ewc"
+        return Khat(None, f"not computed: the fit had {name}, so its target is not the posterior")
     try:
         base = base_of(config)
         on_bad: OnBadRow = stop if config.on_bad_row == "stop" else lambda error: None

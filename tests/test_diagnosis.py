@@ -118,6 +118,18 @@ def test_where_khat_means_nothing_it_is_not_computed(fit_options, changes, reaso
     assert reason in khat.meaning
 
 
+@pytest.mark.parametrize("regularizer", ["distillation", "ewc"])
+def test_where_more_than_the_posterior_is_fitted_there_is_no_khat(finished_run, regularizer):
+    names = {"backward": {"de": "somewhere"}, regularizer: 1.0}
+    config = dataclasses.replace(finished_run.config, **names)
+    summary = summarise(finished_run.posterior)
+    khat = measure_khat(finished_run.posterior, summary, config, DRAWS)
+    assert (khat.value, khat.meaning.partition(",")[0]) == (
+        None,
+        f"not computed: the fit had {regularizer}",
+    )
+
+
 def test_without_training_data_there_is_no_khat_and_no_error(finished_run):
     config = dataclasses.replace(finished_run.config, data="/gone")
     khat = measure_khat(finished_run.posterior, summarise(finished_run.posterior), config, DRAWS)
