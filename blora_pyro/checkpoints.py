@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from blora_pyro.errors import UserError
@@ -89,11 +89,33 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         OSError: If it can't be written; the one at `path` is still there.
     """
+    replace_file(path, to_bytes(checkpoint))  # save_file leaves files behind when it is killed
+
+
+def to_bytes(checkpoint: Checkpoint) -> bytes:
+    """A checkpoint as it is in a file."""
     tensors = dict(checkpoint.tensors)
     about = {"version": VERSION, "step": checkpoint.step, **checkpoint.about}
     text = json.dumps(about, allow_nan=False)
-    metadata = {"blora_pyro": text, "crc32": str(_check_sum(text, tensors))}
-    replace_file(path, save(tensors, metadata))  # save_file leaves files behind when it is killed
+    return save(tensors, {"blora_pyro": text, "crc32": str(_check_sum(text, tensors))})
+
+
+def from_bytes(content: bytes) -> Checkpoint:
+    """A checkpoint from what `to_bytes` gave.
+
+    Raises:
+        SafetensorError, KeyError, TypeError, ValueError: If it is none, or damaged.
+    """
+    tensors = load(content)
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    metadata = json.loads(header)["__metadata__"]
+    text = metadata["blora_pyro"]
+    if int(metadata["crc32"]) != _check_sum(text, tensors):
+        raise ValueError("its check sum is wrong")
+    about = json.loads(text)
+    if about["version"] != VERSION:
+        raise ValueError(f"it has format {about['version']}, not {VERSION}")
+    return Checkpoint(about["step"], tensors, about)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -103,16 +125,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         UserError: If it can't be read, is damaged, or of another version.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        text = metadata["blora_pyro"]
-        if int(metadata["crc32"]) != _check_sum(text, tensors):
-            raise ValueError("its check sum is wrong")
-        about = json.loads(text)
-        if about["version"] != VERSION:
-            raise ValueError(f"it has format {about['version']}, not {VERSION}")
-        return Checkpoint(about["step"], tensors, about)
+        return from_bytes(path.read_bytes())
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged or of another version ({error}); delete it and the fit starts from "

@@ -10,6 +10,14 @@ class UserError(Exception):
     """
 
 
+class ProcessLost(UserError):
+    """One of several processes is gone, and this is the one to say so."""
+
+
+class Elsewhere(UserError):
+    """Another process of this fit says in one line what ended them all; this one keeps silent."""
+
+
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM, told in one line; the command line prints it and exits with its code."""
 

@@ -15,7 +15,7 @@ import torch
 from blora_pyro.chains import Previous, previous_of
 from blora_pyro.checkpoints import replace_file, stored_step
 from blora_pyro.config import FitConfig
-from blora_pyro.errors import Interrupted, UserError
+from blora_pyro.errors import Interrupted, ProcessLost, UserError
 from blora_pyro.fitting import Step
 from blora_pyro.loading import SKIPPED, SkippedRow
 from blora_pyro.posterior import Family, Posterior
@@ -134,6 +134,20 @@ class FitFolder:
         going_on = about["state"] == FITTING
         previous = previous_of(config, about.get("chain", [])) if going_on else None
         return cls(path, config, about, previous)
+
+    @classmethod
+    def follow(cls, about: Mapping[str, Any], given: Mapping[str, Any]) -> "FitFolder":
+        """What a process that writes nothing needs of the folder that the main process has opened.
+
+        Args:
+            about: `state`, `options` and `chain` of what `run.json` holds.
+            given: Options of the fit, in place of those that are texts in `run.json`.
+
+        Raises:
+            UserError: If the run that is carried on can't be read here.
+        """
+        config = replace(FitConfig(**about["options"]), **given)
+        return cls(None, config, dict(about), previous_of(config, about["chain"] or []))
 
     @property
     def state(self) -> str:
@@ -259,6 +273,8 @@ class FitFolder:
         """
         try:
             yield
+        except ProcessLost as error:
+            raise UserError(f"{error}; {self.safe()}; {self.way_on()}") from None
         except Interrupted as error:
             message = f"interrupted; {self.safe()}; {self.way_on()}"
             raise Interrupted(error.signum, message) from None

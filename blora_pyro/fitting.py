@@ -20,6 +20,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.guides import Guide
 from blora_pyro.models import BLoRA, build_estimator
 from blora_pyro.objective import Objective
+from blora_pyro.processes import Processes
 from blora_pyro.schedules import Schedule, learning_rate
 from blora_pyro.stopping import EarlyStopping
 
@@ -97,15 +98,18 @@ def batches(
     start: int = 0,
     weights: Sequence[float] | None = None,
     teacher: Teacher | None = None,
-) -> Iterator[Batch]:
+    processes: Processes | None = None,
+) -> Iterator[Batch | None]:
     """Endless batches, in the order of `batch_indices`.
 
-    The order depends on `seed` alone; `start` leaves out the first batches without making them.
+    The order depends on `seed` alone; `start` leaves out the first batches without making them. Of
+    several processes each gets its part of every batch, and None where there are not enough.
     """
     order = batch_indices(examples.sources, batch_size, seed, weights)
     for number, indices in islice(enumerate(order), start, None):
-        batch = examples.batch(indices)
-        yield batch if teacher is None else teacher(batch, indices, number)
+        own = (processes or Processes()).share(indices)
+        batch = examples.batch(own) if own else None
+        yield batch if batch is None or teacher is None else teacher(batch, own, number)
 
 
 def fit_guide(
@@ -117,6 +121,7 @@ def fit_guide(
     checkpoints: Checkpoints | None = None,
     early_stopping: EarlyStopping | None = None,
     teacher: Teacher | None = None,
+    processes: Processes | None = None,
     **options: Any,
 ) -> list[Step]:
     """Fit `guide` to `model` by SVI on `mean token NLL + beta · KL`, one weight draw a step.
@@ -140,6 +145,7 @@ def fit_guide(
         early_stopping: Measures the posterior mean on the way, may end the fit before its last
             step, and has the guide end with the best parameters. It changes no step before that.
         teacher: Gives batches their soft targets, see `Distillation`.
+        processes: Those that fit together; None is this one alone.
         **options: The attributes of `SviOptions`.
 
     Returns:
@@ -151,19 +157,23 @@ def fit_guide(
             the dev set has nothing to score.
         OSError: If a checkpoint can't be written.
         Interrupted: If a signal has come; a checkpoint has been written.
+        ProcessLost: If one of several processes is gone.
     """
     assert isinstance(guide, nn.Module)
     chosen, device = SviOptions(**options), model.net.device
+    together = processes or Processes()
     try:
         with pyro.get_param_store().scope(), _without_nan_warnings():
             guide.to(device)
             guide(examples.batch([0]).to(device))  # Pyro's own guides make their parameters here
-            loop = _Loop(model, guide, chosen, checkpoints or Checkpoints(None), early_stopping)
+            around = checkpoints or Checkpoints(None), early_stopping, together
+            loop = _Loop(model, guide, chosen, *around)
             order = chosen.batch_size, chosen.seed, loop.done, chosen.weights
-            data = batches(examples, *order, teacher)
+            data = batches(examples, *order, teacher, together)
             loop.evaluate()  # a checkpoint may be from just before
             while not loop.finished:
-                if step := loop.step(next(data).to(device)):
+                batch = next(data)
+                if step := loop.step(batch and batch.to(device)):
                     on_step(step)
                 loop.evaluate()
     finally:
@@ -199,15 +209,19 @@ class _Loop:
         options: SviOptions,
         checkpoints: Checkpoints,
         stopping: EarlyStopping | None,
+        processes: Processes,
     ) -> None:
         """At the first step, or where the checkpoint is."""
         self.model, self.guide, self.options, self.stopping = model, guide, options, stopping
+        self.processes = processes
         self.objective = Objective(
             model,
             guide,
             beta=options.beta,
             estimator=build_estimator(options.estimator),
             accumulation=options.gradient_accumulation,
+            processes=processes,
+            interrupts=checkpoints.interrupts,
         )
         self.augment = SpecAugment(model.net.config) if options.spec_augment else None
         self.device = model.net.device
@@ -217,7 +231,7 @@ class _Loop:
         self.done, self.skipped = 0, 0
         self.history: list[Step] = []
         self.checkpoints = checkpoints
-        if checkpoint := checkpoints.read():
+        if checkpoint := processes.checkpoint(checkpoints):
             self._restore(checkpoint)
 
     @property
@@ -227,14 +241,14 @@ class _Loop:
             return True
         return self.done >= self.options.steps and not self.skipped
 
-    def step(self, batch: Batch) -> Step | None:
+    def step(self, batch: Batch | None) -> Step | None:
         """One step of SVI; None if it is skipped, or only tried after the last.
 
         A checkpoint is written once the loss of the step after it is known to be finite, and so
         never of weights that have gone astray.
         """
         interrupts = self.checkpoints.interrupts
-        stop = interrupts.caught is not None
+        stop = self.processes.stops(interrupts)
         wanted = stop or self.checkpoints.due(self.done)
         before = self._state() if wanted else None
         value, nll = self._gradients(batch)
@@ -248,13 +262,14 @@ class _Loop:
         self.skipped = 0
         if self.done >= self.options.steps:
             return None
-        return self._update(value, nll, batch.num_tokens)
+        return self._update(value, nll, self.objective.tokens)
 
-    def _gradients(self, batch: Batch) -> tuple[float, float]:
+    def _gradients(self, batch: Batch | None) -> tuple[float, float]:
         """Loss (or the gradients' norm, if that is not finite) and NLL; leaves the gradients."""
-        if self.augment:
-            batch = self.augment(batch)
-        return self.objective.gradients(batch, self.options.max_grad_norm or math.inf)
+        with self.processes.noise(self.device):
+            if self.augment and batch is not None:
+                batch = self.augment(batch)
+            return self.objective.gradients(batch, self.options.max_grad_norm or math.inf)
 
     def _update(self, loss: float, nll: float, tokens: int) -> Step:
         chosen = self.options

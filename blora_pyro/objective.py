@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from blora_pyro.checkpoints import RandomState
 from blora_pyro.data import Batch, SoftTargets
+from blora_pyro.interrupts import Interrupts
 from blora_pyro.models import BLoRA, Temper
+from blora_pyro.processes import Processes, gradients_of
 
 
 class _Elbo(TraceMeanField_ELBO):
@@ -80,10 +82,15 @@ class Objective:
     overflows, and doubled after many steps without; but the step is not lost: it is computed
     again from the same draw.
 
+    In several processes each has a part of the batch, n_k of its n target tokens, as above: its
+    gradient is multiplied by n_k, and the sum of all divided by n, so that a step takes one
+    message. (The regularisers' terms are averaged with the same weights.)
+
     Attributes:
         scale: What the loss is multiplied by; 1 unless Whisper is in float16.
         steps_at_scale: Steps since it was changed.
         regularizer: What the last loss had of the program's regularisers.
+        tokens: Target tokens of the last batch, those of all processes.
     """
 
     GROWTH_STEPS = 2000
@@ -97,28 +104,36 @@ class Objective:
         beta: float,
         estimator: Messenger,
         accumulation: int = 1,
+        processes: Processes | None = None,
+        interrupts: Interrupts | None = None,
     ) -> None:
-        """The objective of a model and its guide."""
+        """The objective of a model and its guide, in one process or in several."""
         self.model, self.guide, self.estimator = model, guide, estimator
         self.temper, self.elbo, self.accumulation = Temper(beta), _Elbo(), accumulation
         self.scale = 2.0**16 if model.net.dtype is torch.float16 else 1.0
         self.steps_at_scale = 0
-        self.regularizer = 0.0
+        self.regularizer, self.tokens = 0.0, 0
+        self.processes = processes or Processes()
+        self.interrupts = interrupts or Interrupts(active=False)
 
-    def gradients(self, batch: Batch, max_norm: float = math.inf) -> tuple[float, float]:
+    def gradients(self, batch: Batch | None, max_norm: float = math.inf) -> tuple[float, float]:
         """Loss and NLL in nats; the gradient is left in the guide's parameters.
 
         Args:
-            batch: On the device of the model.
+            batch: On the device of the model; of several processes this one's part, None if it has
+                none.
             max_norm: Clip the gradient to this norm, all parameters together.
 
         Returns:
             The loss, or the gradient's norm where only that is not finite; the NLL.
+
+        Raises:
+            ProcessLost: If one of several processes is gone.
         """
         before = self.scale
         random = RandomState.now(self.model.device) if self.scale > 1 else None
         while True:
-            loss, nll = self._accumulate(batch)
+            loss, nll = self._meet(batch)
             if not math.isfinite(loss):
                 return loss, nll
             norm = nn.utils.clip_grad_norm_(self.guide.parameters(), max_norm).item()
@@ -137,6 +152,28 @@ class Objective:
         if before > 1 and self.steps_at_scale >= self.GROWTH_STEPS:
             self.scale = min(2 * self.scale, self.LARGEST_SCALE)
             self.steps_at_scale = 0
+
+    def _meet(self, batch: Batch | None) -> tuple[float, float]:
+        """Loss and NLL of all processes' parts; likewise the gradients."""
+        if self.processes.count == 1:
+            assert batch is not None
+            self.tokens = batch.num_tokens
+            return self._accumulate(batch)
+        self.guide.zero_grad()
+        loss, nll, tokens = 0.0, 0.0, 0
+        if batch is not None:
+            loss, nll = self._accumulate(batch)
+            tokens = batch.num_tokens
+        gradients = gradients_of(self.guide.parameters())
+        torch._foreach_mul_(gradients, float(tokens))
+        numbers = [loss, nll, self.regularizer] if tokens else [0.0] * 3
+        weighted = [tokens * one for one in numbers]
+        sums = self.processes.add_up(gradients, [*weighted, float(tokens)], self.interrupts)
+        *totals, total = sums
+        torch._foreach_div_(gradients, total)
+        loss, nll, self.regularizer = (one / total for one in totals)
+        self.tokens = round(total)
+        return loss, nll
 
     def _accumulate(self, batch: Batch) -> tuple[float, float]:
         """Loss and NLL; their gradients are added up, unless they are not finite."""

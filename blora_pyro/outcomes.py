@@ -81,9 +81,18 @@ def _new_domain(config: FitConfig, split: str) -> Source:
 
 
 def early_stopping(
-    loader: Loader, config: FitConfig, on_error: Callable[[DevError, DevError], None]
+    loader: Loader,
+    config: FitConfig,
+    on_error: Callable[[DevError, DevError], None],
+    once: Callable[[Callable[[], float]], Callable[[], float]] = lambda measure: measure,
 ) -> EarlyStopping | None:
     """What measures the net, as it is then, on the new domain's dev set; None if nothing is to.
+
+    Args:
+        loader: Of the base.
+        config: Of the fit.
+        on_error: See `EarlyStopping`.
+        once: Of several processes, has one measure for all; see `Processes.once`.
 
     Raises:
         UserError: If there is no dev set.
@@ -102,7 +111,7 @@ def early_stopping(
     def dev_error() -> float:
         return evaluate(loader.base, examples, config.normalizer).main.rate
 
-    return EarlyStopping(dev_error, config.eval_every, config.patience, on_error)
+    return EarlyStopping(once(dev_error), config.eval_every, config.patience, on_error)
 
 
 def _dev_split(names: Sequence[str], is_held_out: bool) -> str | None:

@@ -1,5 +1,6 @@
 """A run from base model to table: load, fit, evaluate, and keep it all in one folder."""
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from blora_pyro.loading import Loader, load_examples
 from blora_pyro.models import Base, BLoRA
 from blora_pyro.outcomes import NEW_DOMAIN, compare, early_stopping, evaluation_sets, measure
 from blora_pyro.posterior import Family, Posterior
+from blora_pyro.processes import Processes
 from blora_pyro.run_folders import FINISHED, FITTING, RUN, claim, read_run, write_json
 from blora_pyro.stopping import EarlyStopping
 from blora_pyro.utterances import utterance_rows
@@ -84,6 +86,9 @@ def fit(
 ) -> Run:
     """Fit BLoRA to a new domain, and measure what was gained and what was forgotten.
 
+    Started by `accelerate launch` or `torchrun`, several processes fit as one, see `fit_guide`; the
+    first of them, the main one, reads, measures and writes, and has the metrics at the end.
+
     With an output, checkpoints are written on the way, and SIGINT and SIGTERM end the fit after the
     step that they come in, with a checkpoint (in the main thread; `Interrupted` is raised).
 
@@ -107,17 +112,62 @@ def fit(
         FloatingPointError: If the loss stays not finite; see `fit_guide`.
         Interrupted: By a signal.
     """
-    progress = progress or Listener()
     check_positive(checkpoint_every=checkpoint_every)
-    folder = _open(output, options, overwrite, resume)
-    if folder.state == FINISHED:
-        progress.stage("finished already: reading")
-        folder.tidy()
-        posterior, history = folder.fitted()
-        metrics = folder.metrics()
-        return Run(folder.resolved, posterior, history, metrics, folder.path, folder.dev)
-    with folder.told(), Interrupts(active=folder.path is not None) as interrupts:
-        return _fit(folder, evaluate, checkpoint_every, progress, interrupts)
+    processes = Processes.join(_device(output, options))
+    progress = (processes.is_main and progress) or Listener()
+    try:
+        folder = _open_together(processes, output, options, overwrite, resume)
+        if folder.state == FINISHED or (folder.state != FITTING and not processes.is_main):
+            progress.stage("finished already: reading")
+            if processes.is_main:
+                folder.tidy()
+            return _read(folder)
+        together = processes.count > 1
+        with folder.told(), Interrupts(active=together or folder.path is not None) as interrupts:
+            return _fit(folder, evaluate, checkpoint_every, progress, interrupts, processes)
+    finally:
+        processes.leave()
+
+
+def _device(output: str | Path | None, options: dict[str, Any]) -> str:
+    """That of the options, or of the fit that goes on."""
+    if "device" in options or output is None:
+        return str(options.get("device", "cpu"))
+    try:
+        return str(
+            json.loads((Path(output) / RUN).read_text(encoding="utf-8"))["options"]["device"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return "cpu"  # that of a new fit; what is damaged is refused later
+
+
+def _read(folder: FitFolder) -> Run:
+    """A fit that is done."""
+    posterior, history = folder.fitted()
+    metrics = folder.metrics() if folder.state == FINISHED else {}
+    return Run(folder.resolved, posterior, history, metrics, folder.path, folder.dev)
+
+
+def _open_together(
+    processes: Processes,
+    output: str | Path | None,
+    options: dict[str, Any],
+    overwrite: bool,
+    resume: bool,
+) -> FitFolder:
+    """The folder in the main process; in the others what they need to know of it."""
+    opened: list[FitFolder] = []
+
+    def open_folder() -> dict[str, Any]:
+        opened.append(_open(output, options, overwrite, resume))
+        return {name: opened[0].about.get(name) for name in ("state", "options", "chain")}
+
+    about = processes.told_by_main(open_folder)
+    if opened:
+        return opened[0]
+    if about["state"] != FITTING:
+        return FitFolder.reopen(Path(str(output)), options)
+    return FitFolder.follow(about, options)
 
 
 def _open(
@@ -145,23 +195,25 @@ def _fit(
     checkpoint_every: int | None,
     progress: Listener,
     interrupts: Interrupts,
+    processes: Processes,
 ) -> Run:
     """From wherever the folder is to the end."""
     started = time.monotonic()
     progress.stage("loading")
     config = folder.config.with_prior_args()
     pyro.set_rng_seed(config.seed)
-    base = base_of(config)
-    loader = Loader(base, config, progress.features, progress.note)
-    train = loader.load(config.sources, "train", limit=config.max_utterances)
-    config = config.resolved(train.num_tokens, len(train))
-    sets = evaluation_sets(base, config, loader) if evaluate else {}
-    fitting = folder.state == FITTING
-    stopping = early_stopping(loader, config, progress.evaluated) if fitting else None
-    if fitting:
-        model, guide = build(base, config, folder.previous)
-        regularise(model, loader, progress.stage)
-        folder.begin(config, train.main_language, train.num_tokens, model.num_weights)
+    fitting, evaluate = folder.state == FITTING, evaluate and processes.is_main
+    with processes.main_first():  # which leaves features in the cache
+        base = base_of(config)
+        loader = Loader(base, config, progress.features, progress.note)
+        train = loader.load(config.sources, "train", limit=config.max_utterances)
+        config = config.resolved(train.num_tokens, len(train))
+        sets = evaluation_sets(base, config, loader) if evaluate else {}
+        if fitting:
+            stopping = early_stopping(loader, config, progress.evaluated, processes.once)
+            model, guide = build(base, config, folder.previous)
+            regularise(model, loader, progress.stage)
+            folder.begin(config, train.main_language, train.num_tokens, model.num_weights)
     loader.tell(folder.list_skipped(loader.skipped))
     kept = folder.transcripts("base")
     scored = partial(measure, base, sets, normalizer=config.normalizer)
@@ -176,7 +228,7 @@ def _fit(
         with interrupts.deferred():  # what is fitted is kept before they are answered
             fit_started = time.monotonic()
             teacher = teacher_of(base, model, config)
-            around = checkpoints, stopping, teacher
+            around = checkpoints, stopping, teacher, processes
             history = _fit_guide(model, guide, train, config, around, progress)
             family = Family(config.prior, config.prior_args, str(config.guide))
             posterior = Posterior.of(base.name, model, guide, family, config.revision)
@@ -198,11 +250,11 @@ def _fit_guide(
     guide: Guide,
     train: Examples,
     config: FitConfig,
-    around: tuple[Checkpoints, EarlyStopping | None, Teacher | None],
+    around: tuple[Checkpoints, EarlyStopping | None, Teacher | None, Processes],
     progress: Listener,
 ) -> list[Step]:
     """`fit_guide` by a resolved configuration."""
-    checkpoints, stopping, teacher = around
+    checkpoints, stopping, teacher, processes = around
     return fit_guide(
         model,
         guide,
@@ -224,6 +276,7 @@ def _fit_guide(
         checkpoints=checkpoints,
         early_stopping=stopping,
         teacher=teacher,
+        processes=processes,
     )
 
 

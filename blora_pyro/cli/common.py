@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from blora_pyro.errors import Interrupted, UserError
+from blora_pyro.errors import Elsewhere, Interrupted, UserError
+from blora_pyro.launched import is_main
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a fit.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -42,14 +43,18 @@ def one_line_errors() -> Iterator[None]:
     try:
         _quiet_transformers()
         yield
+    except Elsewhere:
+        raise typer.Exit(2) from None
     except UserError as error:
         tell(error)
         raise typer.Exit(2) from None
     except FloatingPointError as error:
-        typer.echo(f"blora-pyro: {error}; try a smaller --lr", err=True)
+        if is_main():  # the loss is that of all
+            typer.echo(f"blora-pyro: {error}; try a smaller --lr", err=True)
         raise typer.Exit(1) from None
     except Interrupted as error:
-        typer.echo(f"blora-pyro: {error}", err=True)
+        if is_main():
+            typer.echo(f"blora-pyro: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         typer.echo("blora-pyro: interrupted", err=True)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from blora_pyro.cli.common import (
     print_json,
 )
 from blora_pyro.errors import UserError
+from blora_pyro.launched import is_main
 
 
 def fit(
@@ -231,7 +233,7 @@ def fit(
         folder = output or Path("runs") / f"{domain}-{belief}-seed{seed}"
         some = resume or prior_from is not None  # what is not given is that run's
         options = given_options(context) if some else fit_options(context.params)
-        with TerminalProgress() as progress:
+        with TerminalProgress() if is_main() else nullcontext() as progress:
             run = runs.fit(
                 folder,
                 overwrite=overwrite,
@@ -240,6 +242,8 @@ def fit(
                 progress=progress,
                 **options,
             )
+        if not is_main():
+            return
         if as_json:
             print_json(run.metrics)
         else:

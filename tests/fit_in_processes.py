@@ -1,0 +1,104 @@
+"""What a process of `test_processes.py` does; not a test itself.
+
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python fit_in_processes.py BASE DATA OUT
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from blora_pyro.config import FitConfig
+from blora_pyro.data import read_manifest
+from blora_pyro.data.collation import Examples
+from blora_pyro.interrupts import Interrupts
+from blora_pyro.models import load_base
+from blora_pyro.models.estimators import build_estimator
+from blora_pyro.objective import Objective
+from blora_pyro.processes import Processes
+from blora_pyro.runs import build, fit
+
+SEED = 5
+INDICES = [0, 1, 1, 1, 0]  # of unequal parts
+
+
+def main(base_folder: str, manifest: str, output: str) -> None:
+    torch.set_num_threads(1)
+    together = Processes.join("cpu")
+    base = load_base(base_folder)
+    examples = Examples(read_manifest(Path(manifest)), base.feature_extractor, base.tokenizer)
+    found: dict[str, Any] = {"rank": together.rank, "count": together.count}
+
+    def objective(processes: Processes) -> Objective:
+        """Of a guide made from one seed."""
+        pyro.set_rng_seed(SEED)
+        config = FitConfig(base=base_folder, data=manifest, beta=1e-3, rank=2)
+        model, guide = build(base, config.with_prior_args().resolved(100, 5))
+        estimator = build_estimator("shared")
+        return Objective(model, guide, beta=1e-3, estimator=estimator, processes=processes)
+
+    def gradient(of: Objective, noise: int, indices: list[int]) -> tuple[Tensor, list[float]]:
+        """Of the joint batch of `indices`, with what is drawn after `noise`."""
+        own = of.processes.share(indices)
+        batch = examples.batch(own) if own else None
+        pyro.set_rng_seed(noise)
+        with of.processes.noise(of.model.device):
+            loss, nll = of.gradients(batch)
+        of.model.adapters.clear()  # the programs share one net
+        flat = torch.cat([one.grad.flatten() for one in of.guide.parameters()])
+        return flat, [loss, nll, of.tokens]
+
+    def distance(indices: list[int]) -> float:
+        """Relative, of the gradient of all processes to that of one with the joint batch."""
+        both, one = gradient(shared, 1, indices)[0], gradient(alone, 1, indices)[0]
+        return float((both - one).norm() / one.norm())
+
+    alone, own = objective(Forked()), objective(together)
+    shared = objective(Processes(together.rank, together.count, shared_noise=True))
+    found["figures"] = [gradient(one, 1, INDICES)[1] for one in (shared, alone)]
+    found["distances"] = {"joint": distance(INDICES), "lone": distance([1])}
+    found["spread"] = {
+        name: float(torch.stack([gradient(of, n, [0, 0, 1, 1])[0] for n in range(16)]).var(0).sum())
+        for name, of in (("shared", shared), ("own", own))
+    }
+    # messages
+    found["told"] = together.told_by_main(lambda: {"text": "ä", "rank": together.rank})
+    found["empty"] = len(together.tell(b"" if together.is_main else None))
+    found["once"] = together.once(lambda: together.rank + 0.5)()
+    interrupts = Interrupts(active=False)
+    interrupts.caught = 2 if together.rank == 1 else None
+    values = [torch.tensor([1.0, 2.0])]
+    found["sums"] = [together.add_up(values, [together.rank], interrupts), values[0].tolist()]
+    found["stops"] = [together.stops(interrupts), interrupts.caught]
+    Path(output).joinpath(f"{together.rank}.json").write_text(json.dumps(found))
+    together.leave()
+    fit_one(base_folder, manifest, Path(output))
+
+
+def fit_one(base_folder: str, manifest: str, output: Path) -> None:
+    """A fit from end to end, with distillation and a dev set."""
+    rank = Processes.join().rank
+    options = {"base": base_folder, "data": str(Path(manifest).parent), "batch_size": 3, "rank": 2}
+    backward = {"de": str(Path(manifest).parent / "de.jsonl")}
+    more = {"steps": 5, "lr": 0.03, "distillation": 0.1, "backward": backward, "beta": 1e-5}
+    dev = {"dev": str(Path(manifest).parent / "test.jsonl"), "eval_every": 2}
+    run = fit(output / "run", **options, **more, **dev)
+    total = sum(float(value.double().sum()) for value in run.posterior.mean.values())
+    steps = [[step.nll, step.tokens] for step in run.history]
+    about = {"sum": total, "steps": steps, "metrics": sorted(run.metrics), "dev": run.dev}
+    (output / f"fit{rank}.json").write_text(json.dumps(about))
+
+
+class Forked(Processes):
+    """One process that draws its noise as one of several does."""
+
+    def noise(self, device: torch.device) -> Any:
+        return Processes(0, 2, shared_noise=True).noise(device)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

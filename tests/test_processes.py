@@ -1,0 +1,170 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from blora_pyro.checkpoints import stored_step
+from blora_pyro.errors import Interrupted, UserError
+from blora_pyro.fitting import Step
+from blora_pyro.listeners import Listener
+from blora_pyro.processes import Processes
+from blora_pyro.runs import fit
+
+WORKER = Path(__file__).parent / "fit_in_processes.py"
+COMMAND = [sys.executable, "-c", "from blora_pyro.cli import app; app()"]
+
+
+def start(command: list[str], count: int = 2) -> list[subprocess.Popen]:
+    """As `torchrun` starts processes, without one to watch over them."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, env=common | rank, **pipes) for rank in ranks]
+
+
+def ended(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each."""
+    try:
+        outputs = [one.communicate(timeout=timeout) for one in processes]
+    finally:
+        for one in processes:
+            one.kill()
+    return [(one.returncode, *both) for one, both in zip(processes, outputs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def output(fluent_folder, tones_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("found")
+    arguments = [str(fluent_folder), str(tones_folder / "train.jsonl"), str(folder)]
+    for code, _, errors in ended(start([sys.executable, str(WORKER), *arguments])):
+        assert code == 0, errors
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(output):
+    return [json.loads((output / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_with_shared_noise_two_are_as_one_with_the_joint_batch(found):
+    for one in found:
+        assert one["distances"]["joint"] < 1e-5
+        mine, expected = one["figures"]
+        assert mine == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_that_has_no_utterance_of_a_batch_changes_nothing(found):
+    assert all(one["distances"]["lone"] < 1e-5 for one in found)
+
+
+def test_with_noise_of_their_own_the_gradient_varies_less(found):
+    for one in found:
+        assert one["spread"]["own"] < 0.8 * one["spread"]["shared"]
+    assert found[0]["spread"] == pytest.approx(found[1]["spread"], rel=1e-5)
+
+
+def test_what_the_main_process_says_all_hear(found):
+    for one in found:
+        assert (one["told"], one["empty"], one["once"]) == ({"text": "ä", "rank": 0}, 0, 0.5)
+    assert [one["rank"] for one in found] == [0, 1]
+
+
+def test_sums_and_a_signal_reach_all(found):
+    for one in found:
+        assert one["sums"] == [[1.0], [2.0, 4.0]]
+    assert found[0]["stops"] == [True, signal.SIGTERM]
+    assert found[1]["stops"] == [True, signal.SIGINT]
+
+
+def test_a_whole_fit_is_the_same_in_both_and_one_of_them_measures(output):
+    main, other = (json.loads((output / f"fit{rank}.json").read_text()) for rank in range(2))
+    assert main["sum"] == pytest.approx(other["sum"], rel=1e-6)
+    assert main["steps"] == other["steps"] and len(main["steps"]) == 5
+    assert main["dev"] == other["dev"]
+    assert [one["step"] for one in main["dev"]["errors"]] == [2, 4, 5]
+    assert "new_domain" in main["metrics"] and "new_domain" not in other["metrics"]
+    assert json.loads((output / "run" / "run.json").read_text())["state"] == "finished"
+
+
+def test_a_fit_outlives_its_processes_and_goes_on_in_another_number(fit_options, tmp_path):
+    folder = tmp_path / "run"
+    checkpoint = folder / "checkpoint.safetensors"
+    options = {**fit_options, "steps": 100_000, "backward": (), "batch_size": 3}
+    command = [*COMMAND, "fit", "--output", str(folder), "--checkpoint-every", "1"]
+    named = ("base", "data", "beta", "rank", "lr", "batch_size", "steps")
+    for name in named:
+        command += [f"--{name.replace('_', '-')}", str(options[name])]
+    command += ["--backward", "none"]
+
+    # of two the second is killed: the first says so in one line
+    pair = start(command)
+    wait_for(lambda: checkpoint.exists(), pair)
+    pair[1].kill()
+    (code, out, errors), _ = ended(pair)
+    assert (code, out) == (2, "")
+    (line,) = [one for one in errors.splitlines() if one.startswith("blora-pyro: ")]
+    assert line.startswith("blora-pyro: a process of 2 is gone; the checkpoint of step ")
+    assert f"go on with: blora-pyro fit --resume --output {folder}" in line
+
+    # one goes on alone
+    left = stored_step(checkpoint)
+    with pytest.raises(Interrupted):
+        fit(folder, resume=True, checkpoint_every=1, progress=Stops(left + 3))
+    later = stored_step(checkpoint)
+    assert later > left
+
+    # and two again; a signal to the second ends both, and the first reports
+    pair = start([*COMMAND, "fit", "--resume", "--output", str(folder), "--checkpoint-every", "1"])
+    wait_for(lambda: (stored_step(checkpoint) or 0) > later + 1, pair)
+    pair[1].send_signal(signal.SIGTERM)
+    (code, out, errors), (other, *silent) = ended(pair)
+    assert (code, other, out) == (143, 143, "")
+    assert "blora-pyro: interrupted; the checkpoint of step" in errors
+    assert silent == ["", ""]
+
+
+class Stops(Listener):
+    """Has the fit stopped by a signal after a step."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def step(self, step: Step) -> None:
+        if step.step == self.last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def wait_for(done, processes, seconds=200):
+    for _ in range(10 * seconds):
+        if done() or any(one.poll() is not None for one in processes):
+            break
+        time.sleep(0.1)
+    assert done()
+
+
+def test_a_device_with_a_number_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^device is 'cuda:1' in 2 processes; give cuda, and each"):
+        Processes.join("cuda:1")
+
+
+def test_alone_nothing_is_sent():
+    alone = Processes()
+    assert alone.is_main and alone.share([1, 2]) == [1, 2]
+    assert alone.tell(b"x") == b"x" and alone.total(2.5) == 2.5
