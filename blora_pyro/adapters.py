@@ -7,7 +7,7 @@ tensor, one Pyro sample statement, however deep the model is.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -197,6 +197,23 @@ class LinearMap:
         return functional.linear(x, self.weight.to(x.dtype))
 
 
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """x_i -> x_i w[rows_i]ᵀ for utterance i, the `Projection` where domains differ in a batch.
+
+    Attributes:
+        weights: (domains, out, in).
+        rows: (batch,), int64, which of them each utterance has.
+    """
+
+    weights: Tensor
+    rows: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(batch, tokens, in) -> (batch, tokens, out), in the dtype of x."""
+        return torch.bmm(x, self.weights.to(x.dtype).index_select(0, self.rows).mT)
+
+
 @effectful(type="project")
 def projections(factor: Tensor) -> list[Projection]:
     """The map x -> x wᵀ of every layer of a stacked factor (modules, out, in), in order.
@@ -205,6 +222,13 @@ def projections(factor: Tensor) -> list[Projection]:
     saw being drawn (see `models.estimators`): one a factor, however many layers there are.
     """
     return [LinearMap(weight) for weight in factor.unbind(0)]
+
+
+def _maps(factor: Tensor, rows: Tensor | None) -> Sequence[Projection]:
+    """The maps of every layer; of a factor (domains, modules, out, in), row by row."""
+    if rows is None:
+        return projections(factor)
+    return [RowMap(weights, rows) for weights in factor.unbind(1)]
 
 
 class _Hook:
@@ -276,11 +300,17 @@ class Adapters:
             layer.register_forward_hook(_Hook(self, name)) for name, layer in layers.items()
         ]
 
-    def put(self, factors: Factors) -> None:
-        """Put the factors of every site in place: site name -> tensor of the site's shape."""
+    def put(self, factors: Factors, rows: Tensor | None = None) -> None:
+        """Put the factors of every site in place.
+
+        Args:
+            factors: Site name -> tensor of the site's shape; with `rows` those of several domains,
+                (domains, *shape).
+            rows: (batch,), which of the domains each utterance of the next batch is computed with.
+        """
         for group in self.groups:
-            pairs = zip(*(projections(factors[site.name]) for site in group.sites), strict=True)
-            self._projections.update(zip(group.modules, pairs, strict=True))
+            maps = (_maps(factors[site.name], rows) for site in group.sites)
+            self._projections.update(zip(group.modules, zip(*maps, strict=True), strict=True))
 
     def clear(self) -> None:
         """Take the factors out: the net is the frozen base again."""

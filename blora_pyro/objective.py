@@ -38,8 +38,12 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
     features, inputs = (
         part.tensor_split(count) for part in (batch.input_features, batch.decoder_input_ids)
     )
-    labels = [None] * count if batch.labels is None else batch.labels.tensor_split(count)
-    parts = [Batch(*part) for part in zip(features, inputs, labels, strict=True)]
+    labels, sources = (
+        [None] * count if part is None else part.tensor_split(count)
+        for part in (batch.labels, batch.sources)
+    )
+    columns = zip(features, inputs, labels, sources, strict=True)
+    parts = [Batch(heard, said, told, sources=own) for heard, said, told, own in columns]
     if batch.soft is None:
         return parts
     softs = _soft_parts(batch.soft, count)

@@ -7,6 +7,7 @@ from blora_pyro.data.languages import is_language, language_code
 from blora_pyro.data.manifest import read_manifest
 from blora_pyro.data.messages import BadRow, OnBadRow, all_bad, stop
 from blora_pyro.data.mixtures import (
+    as_domains,
     as_sources,
     batch_indices,
     check_weights,
@@ -38,6 +39,7 @@ __all__ = [
     "SoftTargets",
     "Source",
     "all_bad",
+    "as_domains",
     "as_sources",
     "batch_indices",
     "check_weights",

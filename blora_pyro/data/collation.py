@@ -55,12 +55,14 @@ class Batch:
 
     `labels[i, t]` is the token that follows `decoder_input_ids[i, t]`, or -100 where that is no
     target: inside the prompt and in the padding. Without labels the Pyro program samples tokens.
+    `sources[i]` is the place of the utterance's source in a mixture, its domain; None is unknown.
     """
 
     input_features: Tensor  # (batch, mels, frames), float32
     decoder_input_ids: Tensor  # (batch, tokens), int64
     labels: Tensor | None  # (batch, tokens), int64
     soft: SoftTargets | None = None
+    sources: Tensor | None = None  # (batch,), int64
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +76,8 @@ class Batch:
         labels = None if self.labels is None else self.labels.to(device)
         soft = None if self.soft is None else self.soft.to(device)
         inputs = self.input_features.to(device), self.decoder_input_ids.to(device)
-        return Batch(*inputs, labels, soft)
+        sources = None if self.sources is None else self.sources.to(device)
+        return Batch(*inputs, labels, soft, sources)
 
 
 class Examples:
@@ -173,6 +176,14 @@ class Examples:
         """The most frequent language, "de" or "de-en"."""
         return max(sorted(set(self.languages)), key=self.languages.count)
 
+    @property
+    def source_languages(self) -> list[str]:
+        """The most frequent language of every source."""
+        rows: list[list[str]] = [[] for _ in range(max(self.sources) + 1)]
+        for place, language in zip(self.sources, self.languages, strict=True):
+            rows[place].append(language)
+        return [max(sorted(set(one)), key=one.count) for one in rows]
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return the utterances of these indices, padded to the longest of them."""
         rows = [(self.prompts[i], self.targets[i]) for i in indices]
@@ -183,7 +194,8 @@ class Examples:
             tokens = torch.tensor([*prompt, *target])
             inputs[row, : len(tokens) - 1] = tokens[:-1]
             labels[row, len(prompt) - 1 : len(tokens) - 1] = tokens[len(prompt) :]
-        return Batch(self.features[list(indices)].float(), inputs, labels)
+        sources = torch.tensor([self.sources[i] for i in indices])
+        return Batch(self.features[list(indices)].float(), inputs, labels, sources=sources)
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,38 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
 def as_sources(value: Any) -> tuple[Source, ...]:
-    """One source or several, as a tuple.
+    """One source or several, or sources by name, as a tuple.
 
     Raises:
         UserError: if there is none.
     """
+    if isinstance(value, Mapping) and not isinstance(value, TABLES):
+        value = tuple(value.values())
     one = isinstance(value, (str, os.PathLike, *TABLES))
     sources = (value,) if one else tuple(value)
     if not sources:
         raise UserError("data names no source; give one or more")
     return sources
+
+
+def as_domains(value: Any) -> tuple[Source, ...] | dict[str, Source]:
+    """Sources by name, if they are, or a text among them is "NAME=SOURCE"; else as a tuple.
+
+    Raises:
+        UserError: if there is none, or two have one name.
+    """
+    sources = as_sources(value)
+    if isinstance(value, Mapping) and not isinstance(value, TABLES):
+        return dict(value)
+    texts = [source for source in sources if isinstance(source, str)]
+    if len(texts) == len(sources) and any(map(_name_and_source, texts)):
+        return named_sources(texts)
+    return sources
+
+
+def _name_and_source(text: str) -> re.Match[str] | None:
+    """Of "NAME=SOURCE"; None for a text that is a path as it stands, or has no name."""
+    return None if os.path.exists(text) else _NAMED.fullmatch(text)
 
 
 def named_sources(value: Mapping[str, Source] | Sequence[str]) -> dict[str, Source]:
@@ -42,7 +64,7 @@ def named_sources(value: Mapping[str, Source] | Sequence[str]) -> dict[str, Sour
         raise UserError("backward must be a list of sources, or sources by name")
     found: dict[str, Source] = {}
     for text in map(str, value):
-        match = None if os.path.exists(text) else _NAMED.fullmatch(text)
+        match = _name_and_source(text)
         name, source = match.groups() if match else (text, text)
         if name in found:
             raise UserError(f"two sets are called '{name}'; name them apart: NAME=SOURCE")

@@ -196,6 +196,8 @@ def test_bad_rows_are_left_out_of_everything(mixed, extractor, tokenizer):
     for name in (*names, "audio_paths", "num_tokens", "fingerprint"):
         assert getattr(examples, name) == getattr(good, name)
     assert examples.texts == ["a", "e"] and examples.sources == [0, 1]
+    assert examples.batch([1, 0, 1]).sources.tolist() == [1, 0, 1]
+    assert len(examples.source_languages) == 2
     assert [origin[-6:] for origin in examples.origins] == ["line 1", "line 5"]
     assert [path[-5:] for path in examples.audio_paths] == ["0.wav", "4.wav"]
     assert torch.equal(examples.features[:], good.features[:])

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from blora_pyro.data import load_split
 from blora_pyro.data.messages import BadRow
-from blora_pyro.data.mixtures import as_sources, batch_indices, load_mixture, named_sources
+from blora_pyro.data.mixtures import (
+    as_domains,
+    as_sources,
+    batch_indices,
+    load_mixture,
+    named_sources,
+)
 from blora_pyro.data.sources import describe_source, split_names
 from blora_pyro.errors import UserError
 
@@ -158,3 +164,20 @@ def test_a_limit_draws_rows_of_the_first_source_by_the_seed():
         assert [text[0] for text in texts] == ["a"] * 5 + ["b"] * 20
         assert texts[:5] == sorted(set(texts[:5]))
     assert len(load_mixture(one, "train", limit=30)) == 20
+
+
+def test_sources_have_names_where_one_is_given_some(tmp_path):
+    assert as_domains("de-en") == ("de-en",)
+    assert as_domains(("de-en", "es-en")) == ("de-en", "es-en")
+    assert as_domains(("a=de-en", "es-en")) == {"a": "de-en", "es-en": "es-en"}
+    assert as_domains({"a": "de-en"}) == {"a": "de-en"}
+    assert as_sources({"a": "de-en", "b": "es-en"}) == ("de-en", "es-en")
+    path = tmp_path / "a=b.csv"
+    path.touch()
+    assert as_domains(str(path)) == (str(path),)
+
+
+def test_a_data_set_of_several_splits_is_one_source():
+    splits = DatasetDict(train=Dataset.from_dict({"text": ["a"]}))
+    assert as_sources(splits) == (splits,)
+    assert as_domains(splits) == (splits,)
