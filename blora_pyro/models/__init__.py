@@ -9,6 +9,7 @@ from blora_pyro.models.estimators import (
     build_estimator,
 )
 from blora_pyro.models.folders import find_folder
+from blora_pyro.models.pooling import POOLINGS, PooledBLoRA, Pooling
 from blora_pyro.models.tempering import Temper
 from blora_pyro.models.whisper import BLoRA, FactorPrior, Prior
 
@@ -16,11 +17,14 @@ __all__ = [
     "DTYPES",
     "ESTIMATORS",
     "POCKET",
+    "POOLINGS",
     "BLoRA",
     "Base",
     "FactorPrior",
     "Flipout",
     "LocalReparameterization",
+    "PooledBLoRA",
+    "Pooling",
     "Prior",
     "Shared",
     "Temper",

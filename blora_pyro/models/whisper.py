@@ -135,7 +135,7 @@ class BLoRA(FactorPrior):
         """Draw the factors, put them in place, score the tokens; logits (batch, tokens, vocab)."""
         whisper = pyro.module("whisper", self.net)
         factors = self.draw()
-        self.adapters.put(factors)
+        self.place(factors, batch)
         if self.penalty is not None:
             pyro.factor("penalty", -self.penalty(factors))
 
@@ -163,6 +163,10 @@ class BLoRA(FactorPrior):
                 "tokens", dist.Categorical(logits=logits, validate_args=False), obs=observed
             )
         return logits
+
+    def place(self, factors: Mapping[str, Tensor], batch: Batch) -> None:
+        """Put drawn factors in place for a batch: the same for all its utterances."""
+        self.adapters.put(factors)
 
     def _decode(self, heard: BaseModelOutput, tokens: Tensor) -> Tensor:
         """Logits (batch, tokens, vocab) of every next token, in float32."""

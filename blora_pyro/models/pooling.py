@@ -1,0 +1,200 @@
+"""Several domains in one program: factors shared by all of them, and deviations of each.
+
+With factors w (A or B) of a layer, A_d and B_d those of domain d of D:
+
+    complete      w_d = w,               w ~ prior            one adapter for the union of all data
+    none          w_d ~ prior                                 D adapters that know nothing of others
+    hierarchical  w_d = w_0 + tau z_d,   w_0, z_d ~ prior     D adapters around a shared one
+
+The last is partial pooling (Gelman and Hill, Data Analysis Using Regression and
+Multilevel/Hierarchical Models, 2007, chapter 12): a domain with little data stays near what all
+have in common, one with much goes its own way. It is written non-centred (Papaspiliopoulos,
+Roberts and Sköld, A General Framework for the Parametrization of Hierarchical Models, Statistical
+Science 22, 2007): w_0 and z_d are independent a priori, as the mean-field guides take them to be,
+while w_d given w_0 is as narrow as tau makes it. For the normal prior of deviation s it is
+w_d ~ Normal(w_0, (tau s)²), and tau = 0 is complete pooling.
+
+w_0 and z_d have one prior, so all of them are rows of the one stacked site that the program has
+anyway: the first M of the (1 + D) M rows are the shared layers, then come M for each domain. No
+prior, guide or KL has to know of domains, and there are no more sites than without them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from blora_pyro.adapters import Group
+from blora_pyro.data import Batch
+from blora_pyro.errors import UserError
+from blora_pyro.models.whisper import BLoRA, Prior
+
+COMPLETE, HIERARCHICAL, NONE = POOLINGS = ("complete", "hierarchical", "none")
+SCALE = 0.5  # tau unless given
+_OF = "@"  # between a layer's name and its domain's
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the factors of several domains come from the rows of the stacked sites.
+
+    Attributes:
+        kind: `hierarchical` or `none`, see above.
+        domains: Their names, in the order of the data's sources.
+        scale: tau, the width of a domain's deviations in units of the prior's own width; `none` has
+            no use for it.
+    """
+
+    kind: Literal["hierarchical", "none"]
+    domains: tuple[str, ...]
+    scale: float = SCALE
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the first rows are a part that all domains share."""
+        return self.kind == HIERARCHICAL
+
+    @property
+    def parts(self) -> int:
+        """How often a layer is among the rows."""
+        return self.is_shared + len(self.domains)
+
+    def stack(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        """The groups whose sites hold all parts: names of layers are `layer`, then `layer@domain`.
+
+        Args:
+            groups: Target layers by shape.
+        """
+        endings = [*([""] if self.is_shared else []), *(_OF + name for name in self.domains)]
+        return tuple(
+            replace(
+                group,
+                modules=tuple(name + ending for ending in endings for name in group.modules),
+                weight_stddevs=group.weight_stddevs * self.parts,
+            )
+            for group in groups
+        )
+
+    def unstack(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        """The target layers by shape, of which `stack` made these groups."""
+        return tuple(
+            replace(
+                group,
+                modules=tuple(
+                    name.partition(_OF)[0]
+                    for name in group.modules[: len(group.modules) // self.parts]
+                ),
+                weight_stddevs=group.weight_stddevs[: len(group.weight_stddevs) // self.parts],
+            )
+            for group in groups
+        )
+
+    def factors(self, stacked: Tensor, places: Tensor) -> Tensor:
+        """w_d of some domains.
+
+        Args:
+            stacked: A draw, or the mean, of a site: (parts · modules, rows, columns).
+            places: (n,), of the domains.
+
+        Returns:
+            (n, modules, rows, columns).
+        """
+        parts = stacked.unflatten(0, (self.parts, -1))
+        if not self.is_shared:
+            return parts[places]
+        return parts[0] + self.scale * parts[1 + places]
+
+    def shared(self, stacked: Tensor) -> Tensor:
+        """w_0, (modules, rows, columns): what holds for a domain that is not known, z = 0.
+
+        Raises:
+            UserError: If nothing is shared.
+        """
+        self.place_of(None)
+        return stacked.unflatten(0, (self.parts, -1))[0]
+
+    def place_of(self, domain: str | None) -> int | None:
+        """The place of a domain; None for the shared part, `domain` None.
+
+        Raises:
+            UserError: If there is no such domain, or no shared part.
+        """
+        known = ", ".join(self.domains)
+        if domain is None and not self.is_shared:
+            raise UserError(
+                f"the run was fitted with pooling none: each of its domains ({known}) has an "
+                "adapter of its own, and they share none; name the domain, with --domain"
+            )
+        if domain is not None and domain not in self.domains:
+            raise UserError(f"domain is '{domain}'; give one of: {known}")
+        return None if domain is None else self.domains.index(domain)
+
+    def moments(self, mean: Tensor, stddev: Tensor, domain: str | None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of w_d under q, or of w_0, each (modules, rows, columns).
+
+        q has its rows independent, so Var w_d = Var w_0 + tau² Var z_d.
+
+        Args:
+            mean: Of a site.
+            stddev: Of it.
+            domain: d; None is w_0.
+
+        Raises:
+            UserError: See `place_of`.
+        """
+        place = self.place_of(domain)
+        if place is None:
+            return self.shared(mean), self.shared(stddev)
+        variance = replace(self, scale=self.scale**2).factors(stddev**2, torch.tensor([place]))
+        return self.factors(mean, torch.tensor([place]))[0], variance[0].sqrt()
+
+    @torch.no_grad()
+    def start(self, guide: Any) -> None:
+        """Have a new guide begin with no deviation, E z_d = 0: at first all domains are one."""
+        if self.is_shared:
+            for mean in guide.means.values():
+                mean.unflatten(0, (self.parts, -1))[1:] = 0
+
+
+class PooledBLoRA(BLoRA):
+    """BLoRA over several domains: every utterance of a batch is computed with its own's factors.
+
+    The sites are those of `pooling.stack`; the KL counts every row once, the shared ones, too. The
+    loss is the mean over all target tokens, whoever's they are. So with `none` and beta = T/N the
+    gradient of a domain with N_d of the N tokens is N_d/N times that of a fit on it alone with
+    beta = T/N_d, at the same temperature.
+
+    The domain of an utterance is its place in `batch.sources`, in the order of `pooling.domains`. A
+    batch without them is of an unknown domain, and gets the shared part.
+    """
+
+    def __init__(self, net: Any, prior: Prior, pooling: Pooling, **options: Any) -> None:
+        """As `BLoRA`.
+
+        Args:
+            net: The base Whisper.
+            prior: Of every row; it may know a site's modules, and no row is to depend on another.
+            pooling: Of the domains.
+            **options: Of `BLoRA`.
+        """
+        super().__init__(net, prior, **options)
+        self.pooling = pooling
+        self.groups = pooling.stack(self.groups)
+
+    def place(self, factors: Mapping[str, Tensor], batch: Batch) -> None:
+        """Put the factors of the batch's domains in place.
+
+        Raises:
+            UserError: If the batch is of an unknown domain, and nothing is shared.
+        """
+        if batch.sources is None:
+            self.adapters.put({name: self.pooling.shared(w) for name, w in factors.items()})
+            return
+        places, rows = batch.sources.unique(return_inverse=True)
+        of_domains = {name: self.pooling.factors(w, places) for name, w in factors.items()}
+        if len(places) > 1:
+            self.adapters.put(of_domains, rows)
+        else:  # the plain way, which is faster
+            self.adapters.put({name: w[0] for name, w in of_domains.items()})
