@@ -36,10 +36,10 @@ def _texts(name: str, value: Any) -> Iterator[str | None]:
         yield ",".join(map(str, value))
     elif name == "prior_args":
         yield from (f"{key}={one}" for key, one in value.items())
-    elif name == "backward":
+    elif name == "backward" and not value:
+        yield "none"
+    elif isinstance(value, Mapping):
         yield from (key if key == one else f"{key}={one}" for key, one in value.items())
-        if not value:
-            yield "none"
     elif isinstance(value, list | tuple):
         yield from map(str, value)
     else:

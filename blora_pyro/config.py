@@ -11,6 +11,7 @@ from blora_pyro.data import (
     LANGUAGES,
     TASKS,
     Source,
+    as_domains,
     as_sources,
     check_weights,
     describe_source,
@@ -20,8 +21,18 @@ from blora_pyro.data import (
 )
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.guides import previous_posterior, prior_arguments
-from blora_pyro.models import POCKET, Base, build_estimator, check_device, check_dtype, load_base
+from blora_pyro.models import (
+    POCKET,
+    Base,
+    Pooling,
+    build_estimator,
+    check_device,
+    check_dtype,
+    load_base,
+)
+from blora_pyro.models.pooling import COMPLETE, SCALE
 from blora_pyro.normalizers import check_normalizer
+from blora_pyro.pooled_options import check_pooling
 from blora_pyro.schedules import SCHEDULES, Schedule, default_warmup_steps
 
 COUNTS = (
@@ -33,6 +44,8 @@ COUNTS = (
     "eval_every",
     "patience",
 )
+
+POSITIVE = ("alpha", "prior_scale", "pooling_scale", "lr", "epochs", "max_grad_norm")
 
 # A cold posterior (Wenzel et al., arXiv 2002.02405): of the temperatures tried on the pocket dev
 # sets the one of lowest new-domain and backward error, see benchmarks/forgetting.md.
@@ -50,9 +63,15 @@ class FitConfig:
         revision: Branch, tag or commit of the base, if it is a Hub id.
         local_files_only: Look for a Hub id in the Hub's local cache alone.
         data: One or more sources of training data, the first of them the new domain; see
-            `data.load_split` for what a source may be.
+            `data.load_split` for what a source may be. Also a mapping of names to sources, or texts
+            "NAME=SOURCE".
         data_weights: How often each source is drawn from, in proportion; None takes every
             utterance once an epoch.
+        pooling: What several sources have in common: `none`, an adapter for each;
+            `hierarchical`, a shared one and the deviations of each (see `models.pooling`);
+            `complete`, kept as None, one adapter for all of them.
+        pooling_scale: Width of those deviations in units of the prior's own; None is
+            `models.pooling.SCALE`.
         max_utterances: Use at most so many utterances of the new domain's training data, drawn at
             random by `seed`; None uses all.
         test: The new domain's test set; None is the test split of its source, if it has one.
@@ -110,8 +129,10 @@ class FitConfig:
     dtype: str = "float32"
     revision: str | None = None
     local_files_only: bool = False
-    data: Source | Sequence[Source] = "de-en"
+    data: Source | Sequence[Source] | Mapping[str, Source] = "de-en"
     data_weights: Sequence[float] | None = None
+    pooling: Literal["complete", "hierarchical", "none"] | None = None
+    pooling_scale: float | None = None
     max_utterances: int | None = None
     test: Source | None = None
     dev: Source | None = None
@@ -158,7 +179,9 @@ class FitConfig:
             UserError: Naming the value, what is allowed and what to do.
         """
         keep = partial(object.__setattr__, self)
-        keep("data", self.sources)
+        keep("data", as_domains(self.data))
+        if self.pooling == COMPLETE:  # as it was before there was a choice, in all that is stored
+            keep("pooling", None)
         if self.backward is not None:
             keep("backward", named_sources(self.backward))
         if self.data_weights is not None:
@@ -170,8 +193,7 @@ class FitConfig:
             raise UserError(f"task is '{self.task}'; give {' or '.join(TASKS)}")
         if self.on_bad_row not in ("stop", "skip"):
             raise UserError(f"on_bad_row is '{self.on_bad_row}'; give stop or skip")
-        positive = (*COUNTS, "alpha", "prior_scale", "lr", "epochs", "max_grad_norm")
-        check_positive(**{name: getattr(self, name) for name in positive})
+        check_positive(**{name: getattr(self, name) for name in (*COUNTS, *POSITIVE)})
         for name in (*COUNTS, "warmup_steps"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value == int(value)):
@@ -187,6 +209,7 @@ class FitConfig:
         if self.prior_from is not None:
             keep("prior_from", str(self.prior_from))
         self._check_prior()
+        check_pooling(self)
         check_dtype(self.dtype)
         build_estimator(self.estimator)
         check_normalizer(self.normalizer)
@@ -291,7 +314,7 @@ class FitConfig:
         steps = self.steps
         if self.epochs is not None:
             steps = max(1, round(self.epochs * math.ceil(num_utterances / self.batch_size)))
-        warm_up = self.warmup_steps
+        warm_up, pooled = self.warmup_steps, self.pooled
         resolved = replace(
             self,
             backward=self.backward_sets,
@@ -299,6 +322,7 @@ class FitConfig:
             alpha=self.alpha or 2.0 * self.rank,
             steps=steps,
             warmup_steps=default_warmup_steps(steps) if warm_up is None else warm_up,
+            pooling_scale=pooled.scale if pooled is not None and pooled.is_shared else None,
         )
         resolved._check_warm_up()
         return resolved
@@ -323,6 +347,21 @@ class FitConfig:
         return as_sources(self.data)
 
     @property
+    def domains(self) -> dict[str, Source]:
+        """The sources by name; one that has none is called as it is given."""
+        if isinstance(self.data, Mapping):
+            return dict(self.data)
+        return named_sources([describe_source(source) for source in self.sources])
+
+    @property
+    def pooled(self) -> Pooling | None:
+        """What the domains have in common; None for complete pooling."""
+        if self.pooling is None:
+            return None
+        kind: Any = self.pooling
+        return Pooling(kind, tuple(self.domains), self.pooling_scale or SCALE)
+
+    @property
     def new_domain(self) -> Source:
         """What the new domain's test set is read from."""
         return self.sources[0] if self.test is None else self.test
@@ -330,7 +369,10 @@ class FitConfig:
     def to_json(self) -> dict[str, Any]:
         """Attributes by name, as JSON has them; objects of `datasets` are described."""
         content = {one.name: getattr(self, one.name) for one in fields(self)}
-        content["data"] = [describe_source(source) for source in self.sources]
+        if isinstance(self.data, tuple):
+            content["data"] = [describe_source(source) for source in self.sources]
+        else:
+            content["data"] = {name: describe_source(one) for name, one in self.domains.items()}
         for name in ("test", "dev"):
             source = getattr(self, name)
             content[name] = None if source is None else describe_source(source)

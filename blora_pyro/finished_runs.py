@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,13 @@ from blora_pyro.errors import UserError
 from blora_pyro.listeners import Listener
 from blora_pyro.loading import Loader
 from blora_pyro.models import DTYPES, Base, check_dtype
-from blora_pyro.outcomes import check_split, compare, evaluation_sets, measure
+from blora_pyro.outcomes import (
+    check_split,
+    compare,
+    evaluation_sets,
+    measure,
+    measure_adapted,
+)
 from blora_pyro.run_folders import claim, claim_file, read_run
 from blora_pyro.strength import SCALE, at_strength
 from blora_pyro.transcription import Transcriber, transcribe_files
@@ -32,8 +37,13 @@ def evaluate_run(
     split: str = "test",
     strength: float = 1.0,
     strength_by: str = SCALE,
+    domain: str | None = None,
 ) -> dict[str, Any]:
     """Score a run, base and adapted, on its own test sets or on the test split of `data`.
+
+    A run of several domains with factors of their own is scored as it was after the fit (see
+    `measure_adapted`); one `domain` on its own test set and the backward sets, all with its own
+    factors. `data` is scored with the factors of `domain`, or else those that are shared.
 
     Args:
         folder: Of the run.
@@ -46,25 +56,30 @@ def evaluate_run(
         split: `test`, or `dev` to choose by.
         strength: Of the update, see `at_strength`.
         strength_by: See `at_strength`.
+        domain: One of the run's.
 
     Returns:
         What `metrics.json` holds; at another strength than 1 also `strength` and `strength_by`.
 
     Raises:
         UserError: If the run or the data can't be read, the file can't be written, or there is no
-            such normaliser, split or strength.
+            such normaliser, split, strength or domain.
     """
     progress = progress or Listener()
     if output is not None:
         claim_file(Path(output), overwrite)
-    posterior, about = read_run(folder, device)
+    posterior, about = read_run(folder, device, pooled=True)
+    config = about["config"]
+    if domain is not None or data is not None:
+        posterior, config = posterior.for_domain(domain), of_domain(config, domain)
     posterior = at_strength(posterior, strength, strength_by)
-    config = scoring_config(about["config"], data, normalizer)
+    config = scoring_config(config, data, normalizer)
     base, sets = scoring_sets(config, split, progress)
-    scored = partial(measure, base, sets, normalizer=config.normalizer)
-    before = scored(lambda name: progress.stage(f"base on {name}"))
-    with posterior.applied(base.net):
-        after = scored(lambda name: progress.stage(f"adapted on {name}"))
+    before = measure(
+        base, sets, lambda name: progress.stage(f"base on {name}"), normalizer=config.normalizer
+    )
+    stage = lambda name: progress.stage(f"adapted on {name}")  # noqa: E731
+    after = measure_adapted(base, posterior, sets, stage, normalizer=config.normalizer)
     if output is not None:
         rows = utterance_rows(sets, {"base": before, "adapted": after})
         try:
@@ -75,6 +90,15 @@ def evaluate_run(
     if strength != 1:
         metrics |= {"strength": strength, "strength_by": strength_by}
     return metrics
+
+
+def of_domain(config: FitConfig, domain: str | None) -> FitConfig:
+    """A run's configuration as if it had been fitted to one of its domains; None to all, pooled."""
+    if config.pooled is None:
+        return config
+    data = config.data if domain is None else config.domains[domain]
+    weights = config.data_weights if domain is None else None
+    return replace(config, data=data, data_weights=weights, pooling=None, pooling_scale=None)
 
 
 def scoring_config(config: FitConfig, data: Source | None, normalizer: str | None) -> FitConfig:
@@ -109,6 +133,7 @@ def merge_run(
     *,
     strength: float = 1.0,
     strength_by: str = SCALE,
+    domain: str | None = None,
 ) -> None:
     """Write the base model with the posterior mean merged in: a plain Whisper checkpoint.
 
@@ -122,13 +147,15 @@ def merge_run(
         dtype: Of the checkpoint. An update below the rounding step of a short one is lost.
         strength: Of the update, see `at_strength`.
         strength_by: See `at_strength`.
+        domain: Of a run whose domains have factors of their own; None is what they share.
 
     Raises:
-        UserError: If the run can't be read or `out` can't be written, or there is no such strength.
+        UserError: If the run can't be read or `out` can't be written, or there is no such strength
+            or domain.
     """
     check_dtype(dtype)
-    posterior, about = read_run(folder)
-    posterior = at_strength(posterior, strength, strength_by)
+    posterior, about = read_run(folder, pooled=True)
+    posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
     base = base_of(replace(about["config"], dtype="float32"))
     posterior.merge(base.net)
     base.net.to(DTYPES[dtype])
@@ -149,6 +176,7 @@ def transcribe(
     task: str | None = None,
     strength: float = 1.0,
     strength_by: str = SCALE,
+    domain: str | None = None,
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
     on_error: Callable[[int, UserError], None] | None = None,
     **options: Any,
@@ -170,6 +198,7 @@ def transcribe(
         task: `transcribe` or `translate`; None is that of the fit, or `transcribe`.
         strength: Of the adapter's update, see `at_strength`.
         strength_by: See `at_strength`.
+        domain: Of a run whose domains have factors of their own; None is what they share.
         on_transcript: Told each file's place and transcript, in order, as they come.
         on_error: Told the place of a file that can't be read, and why, which is then left out; None
             raises.
@@ -177,13 +206,16 @@ def transcribe(
 
     Raises:
         UserError: If a file or the run can't be read, the language is unknown to the model, draws
-            are asked for where there are none, or there is no such strength.
+            are asked for where there are none, or there is no such strength or domain.
     """
     posterior, config = None, FitConfig(device=device)
     if adapter is not None:
-        posterior, about = read_run(adapter, device, prior)
-        posterior = at_strength(posterior, strength, strength_by)
-        config, language = about["config"], language or about["language"]
+        posterior, about = read_run(adapter, device, prior, pooled=True)
+        posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
+        config = about["config"]
+        language = language or about.get("domain_languages", {}).get(domain, about["language"])
+    elif domain is not None:
+        raise UserError(f"domain is '{domain}', but there is no adapter; give one")
     elif strength != 1:
         raise UserError(f"strength is {strength:g}, but there is no adapter; give one")
     config = replace(

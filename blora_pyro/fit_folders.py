@@ -159,7 +159,14 @@ class FitFolder:
         if self.path is not None:
             write_json(self.path / RUN, self.about)
 
-    def begin(self, config: FitConfig, language: str, tokens: int, weights: int) -> None:
+    def begin(
+        self,
+        config: FitConfig,
+        language: str,
+        tokens: int,
+        weights: int,
+        domain_languages: Sequence[str] = (),
+    ) -> None:
         """All is loaded: keep the resolved configuration, and remove an earlier run's results.
 
         Args:
@@ -167,11 +174,13 @@ class FitFolder:
             language: Of the training data.
             tokens: Target tokens in it.
             weights: Number of adapter weights.
+            domain_languages: Of the training data of each domain, if they are told apart.
         """
         if self.state != FITTING:
             return
         if self.path is not None and self._occupied:
             remove_files(self.path, *UNFINISHED)
+        apart = dict(zip(config.domains, domain_languages, strict=True)) if domain_languages else {}
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         self._write(
             config=config.to_json(),
@@ -179,6 +188,7 @@ class FitFolder:
             training_tokens=tokens,
             temperature=float(config.beta) * tokens,
             adapter_weights=weights,
+            **({"domain_languages": apart} if apart else {}),
             versions={"python": platform.python_version(), **versions},
         )
         if self.path is not None and self._occupied:

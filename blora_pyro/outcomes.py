@@ -1,7 +1,7 @@
 """What a fit gained and what was forgotten: test sets, measured before and after, compared."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ def evaluation_sets(
 ) -> dict[str, Examples]:
     """The new domain's set under `new_domain`, and every backward set under its name.
 
+    Of domains with factors of their own each one's set, under `domain NAME`, and where they share
+    none every backward set for each of them, `BACKWARD (NAME)`; see `measure_adapted`.
+
     Args:
         base: Whose tokenizer and feature extractor are to be used.
         config: Names the sets.
@@ -47,16 +50,35 @@ def evaluation_sets(
     loader = loader or Loader(base, config)
     load = loader.load
     sets = {}
-    source = _new_domain(config, split)
-    if split == "dev":
-        is_held_out = config.dev is not None or config.test == source
-        sets[NEW_DOMAIN] = load(source, _existing_dev_split(loader, source, is_held_out))
-    elif config.test is not None or "test" in split_names(source):
-        sets[NEW_DOMAIN] = load(source, "test")
+    for key, source in _new_domains(config, split).items():
+        if split == "dev":
+            is_held_out = config.dev is not None or config.test == source
+            sets[key] = load(source, _existing_dev_split(loader, source, is_held_out))
+        elif config.test is not None or "test" in split_names(source):
+            sets[key] = load(source, "test")
+    apart = config.domains if config.pooled and not config.pooled.is_shared else None
     for name, source in config.backward_sets.items():
         its = _existing_dev_split(loader, source) if split == "dev" else "test"
-        sets[name] = load(source, its, name if is_language(name) else None)
+        examples = load(source, its, name if is_language(name) else None)
+        sets |= dict.fromkeys(_names_for(name, apart), examples)
     return sets
+
+
+def _new_domains(config: FitConfig, split: str) -> dict[str, Source]:
+    """What the domains' sets of a split are read from, by the names of the sets."""
+    if config.pooled is None:
+        return {NEW_DOMAIN: _new_domain(config, split)}
+    return {domain_set(name): source for name, source in config.domains.items()}
+
+
+def domain_set(name: str) -> str:
+    """What the set of a domain with factors of its own is called."""
+    return f"domain {name}"
+
+
+def _names_for(backward: str, domains: Iterable[str] | None) -> list[str]:
+    """What a backward set is called: once, or with each domain that it is measured for."""
+    return [backward] if domains is None else [f"{backward} ({name})" for name in domains]
 
 
 def check_split(split: str) -> None:
@@ -142,7 +164,7 @@ def measure(
     keep: Path | None = None,
     normalizer: str = "whisper",
 ) -> dict[str, Evaluation]:
-    """Evaluate the net, as it is, on every set.
+    """Evaluate the net, as it is, on every set, and a set that is there twice once.
 
     Args:
         base: The net.
@@ -153,15 +175,59 @@ def measure(
     """
     normalize = normalizer_for(base, normalizer)
     known = _read_transcripts(keep)
-    results = {}
+    results, heard = {}, {}
     for name, examples in sets.items():
         if len(known.get(name, ())) != len(examples):
-            on_set("the new domain" if name == NEW_DOMAIN else name)
-            known[name] = transcribe_features(base, examples.features, examples.prompts)
+            if examples not in heard:
+                on_set("the new domain" if name == NEW_DOMAIN else name)
+                heard[examples] = transcribe_features(base, examples.features, examples.prompts)
+            known[name] = heard[examples]
             if keep:
                 write_json(keep, known)
         results[name] = score(examples, known[name], normalize)
     return results
+
+
+def measure_adapted(
+    base: Base,
+    posterior: Posterior,
+    sets: dict[str, Examples],
+    on_set: Callable[[str], None],
+    keep: Path | None = None,
+    normalizer: str = "whisper",
+) -> dict[str, Evaluation]:
+    """Evaluate the net adapted by the posterior mean on every set.
+
+    Of several domains each one's set is measured with its own factors, and the backward sets with
+    what the domains share; where that is nothing, with the factors of each.
+
+    Args:
+        base: The net.
+        posterior: What adapts it.
+        sets: Of `evaluation_sets`.
+        on_set: Told what is transcribed.
+        keep: See `measure`.
+        normalizer: See `measure`.
+    """
+    results: dict[str, Evaluation] = {}
+    for domain, chosen in _by_domain(posterior, sets).items():
+        with posterior.for_domain(domain).applied(base.net):
+            results |= measure(base, chosen, on_set, keep, normalizer)
+    return {name: results[name] for name in sets}
+
+
+def _by_domain(
+    posterior: Posterior, sets: dict[str, Examples]
+) -> dict[str | None, dict[str, Examples]]:
+    """The sets that are measured with the factors of each domain, or with the shared ones, None."""
+    pooling, rest = posterior.pooling, dict(sets)
+    found: dict[str | None, dict[str, Examples]] = {}
+    for domain in () if pooling is None else pooling.domains:
+        names = {domain_set(domain)}
+        if pooling is not None and not pooling.is_shared:
+            names |= {name for name in rest if name.endswith(f" ({domain})")}
+        found[domain] = {name: rest.pop(name) for name in sets if name in names}
+    return {**found, None: rest} if rest else found
 
 
 def _read_transcripts(path: Path | None) -> dict[str, list[str]]:
@@ -180,14 +246,18 @@ def compare(
     config: FitConfig,
     split: str = "test",
 ) -> dict[str, Any]:
-    """The content of `metrics.json`: rates before and after, forgetting, sparsity."""
+    """The content of `metrics.json`: rates before and after, forgetting, sparsity.
+
+    With factors for every domain there is `domains`, by name, and no `new_domain`.
+    """
     metrics: dict[str, Any] = {
         "normalizer": config.normalizer,
         "split": split,
         "backward": {},
         "sparsity": posterior.sparsity(),
     }
-    backward = [name for name in before if name != NEW_DOMAIN]
+    domains = {domain_set(name): name for name in config.domains} if config.pooled else {}
+    backward = [name for name in before if name != NEW_DOMAIN and name not in domains]
     for name, base in before.items():
         adapted = after[name]
         both = {
@@ -199,6 +269,8 @@ def compare(
         }
         if name == NEW_DOMAIN:
             metrics[NEW_DOMAIN] = {"name": domain_name(config, split), **both}
+        elif name in domains:
+            metrics.setdefault("domains", {})[domains[name]] = both
         else:
             metrics["backward"][name] = both
     if backward:

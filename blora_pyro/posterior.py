@@ -19,10 +19,11 @@ from blora_pyro.draws import to_inference_data, traces
 from blora_pyro.errors import UserError
 from blora_pyro.guides import Guide, build_guide, build_prior, latent_sites, previous_posterior
 from blora_pyro.metrics import sparsity
-from blora_pyro.models import BLoRA, FactorPrior
+from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
 
 FILE = "posterior.safetensors"
-NO_PRIOR = "none"  # of a posterior that is combined of several
+DOMAINS = "domains"  # folder of a PEFT adapter for each domain
+NO_PRIOR = "none"  # of a posterior that is combined of several, or one domain's
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class Posterior:
         state: The guide's parameters, by the names of its `state_dict`.
         revision: Of the base model, if it was fitted on a certain one.
         prior_tensors: Of the prior, if that is an earlier posterior: see `previous_posterior`.
+        pooling: Of a fit to several domains with factors of their own: groups, moments, prior and
+            guide are then those of all rows (see `models.pooling`), and `for_domain` gives the
+            posterior that a net can take. None for any other.
     """
 
     base: str
@@ -84,6 +88,7 @@ class Posterior:
     state: Mapping[str, Tensor] = field(default_factory=dict)
     revision: str | None = None
     prior_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    pooling: Pooling | None = None
 
     @classmethod
     def of(
@@ -95,7 +100,48 @@ class Posterior:
         moments = guide.mean(), guide.stddev()
         prior = model.prior
         tensors = prior.tensors if isinstance(prior, previous_posterior.Prior) else {}
-        return cls(base, model.groups, model.alpha, *moments, family, state, revision, tensors)
+        pooling = model.pooling if isinstance(model, PooledBLoRA) else None
+        groups, alpha = model.groups, model.alpha
+        return cls(base, groups, alpha, *moments, family, state, revision, tensors, pooling)
+
+    def for_domain(self, domain: str | None = None) -> "Posterior":
+        """The posterior of one domain's factors, or of what all domains share.
+
+        Element by element a Normal with the moments of `Pooling.moments`, which is exact, for the
+        guides that can be pooled are mean-field Normal or points. Its prior is not carried on.
+
+        Args:
+            domain: None is the shared part, for data of a domain that was not among them; and all
+                that there is of a posterior without domains.
+
+        Raises:
+            UserError: If there is no such domain, or nothing is shared.
+        """
+        if self.pooling is None:
+            if domain is not None:
+                raise UserError(
+                    f"domain is '{domain}', and the run has one adapter for all its data; leave "
+                    "domain out"
+                )
+            return self
+        found = {
+            name: self.pooling.moments(mean, self.stddev[name], domain)
+            for name, mean in self.mean.items()
+        }
+        return replace(
+            self,
+            groups=self.pooling.unstack(self.groups),
+            mean={name: mean for name, (mean, _) in found.items()},
+            stddev={name: stddev for name, (_, stddev) in found.items()},
+            family=Family(prior=NO_PRIOR),
+            state={},
+            pooling=None,
+        )
+
+    def _check_one(self) -> None:
+        if self.pooling is not None:
+            known = ", ".join(self.pooling.domains)
+            raise UserError(f"the posterior has several domains ({known}); choose by for_domain")
 
     @cached_property
     def prior(self) -> FactorPrior:
@@ -109,7 +155,10 @@ class Posterior:
             files = " and ".join(self.family.files)
             raise UserError(f"the run's prior is code, in {files}; name it with --prior to run it")
         if self.family.prior == NO_PRIOR:
-            raise UserError("the adapter is combined of several runs and has no prior; give a run")
+            raise UserError(
+                "the adapter is combined of several runs, or part of one, and has no prior; give a "
+                "run"
+            )
         arguments = self.family.prior_args
         if self.family.prior != previous_posterior.NAME:
             density = build_prior(self.family.prior, **arguments)
@@ -234,7 +283,12 @@ class Posterior:
             yield name, self.scaling * (b @ a)
 
     def sparsity(self, threshold: float = 1e-3) -> dict[str, float]:
-        """Share of elements with |w| < threshold at the posterior mean, for `A`, `B`, `delta_w`."""
+        """Share of elements with |w| < threshold at the posterior mean, for `A`, `B`, `delta_w`.
+
+        Of several domains: of what they share, or if that is nothing, of all their adapters.
+        """
+        if self.pooling is not None and self.pooling.is_shared:
+            return self.for_domain().sparsity(threshold)
         parts: dict[str, list[Tensor]] = {"A": [], "B": []}
         for name, mean in self.mean.items():
             parts[name[0]].append(mean.cpu())
@@ -250,8 +304,9 @@ class Posterior:
         """`net` adapted by the posterior mean, or by `factors` (a draw), inside a `with`.
 
         Raises:
-            UserError: If the net lacks the layers.
+            UserError: If the net lacks the layers, or this is of several domains.
         """
+        self._check_one()
         adapters = Adapters(net, self.groups, self.alpha)
         device = next(net.parameters()).device
         placed = {name: value.to(device) for name, value in (factors or self.mean).items()}
@@ -266,15 +321,20 @@ class Posterior:
         """Add ΔW of the posterior mean to the weights of `net`: no inference cost from then on.
 
         Raises:
-            UserError: If the net lacks the layers.
+            UserError: If the net lacks the layers, or this is of several domains.
         """
+        self._check_one()
         Adapters(net, self.groups, self.alpha).remove()  # checks names and shapes
         for name, delta in self.delta_weights():
             weight = net.get_parameter(f"{name}.weight")
             weight.copy_(weight.float() + delta.to(weight.device))
 
     def save(self, folder: Path) -> None:
-        """Write `posterior.safetensors`, and the mean as a PEFT adapter beside it."""
+        """Write `posterior.safetensors`, and the mean as a PEFT adapter beside it.
+
+        Of several domains what they share is the adapter beside it, if they do, and each one's own
+        is in `domains/NAME`.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}.mean": value for name, value in self.mean.items()}
         tensors |= {f"{name}.stddev": value for name, value in self.stddev.items()}
@@ -289,9 +349,16 @@ class Posterior:
             "prior_args": dict(self.family.prior_args),
             "guide": self.family.guide,
         }
+        if self.pooling is not None:
+            about["pooling"] = asdict(self.pooling)
         tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
         save_file(tensors, folder / FILE, metadata={"blora_pyro": json.dumps(about)})
-        self._save_adapter(folder)
+        if self.pooling is None:
+            return self._save_adapter(folder)
+        if self.pooling.is_shared:
+            self.for_domain()._save_adapter(folder)
+        for name in self.pooling.domains:
+            self.for_domain(name)._save_adapter(folder / DOMAINS / name)
 
     def _save_adapter(self, folder: Path) -> None:
         from peft import LoraConfig
@@ -357,8 +424,9 @@ class Posterior:
             if prior is not None:
                 family = family.with_file(prior)
             alpha, revision = about["alpha"], about.get("revision")
-            moments = mean, stddev
-            return cls(about["base"], groups, alpha, *moments, family, state, revision, carried)
+            pooling = _pooling(about.get("pooling"), groups)
+            more = state, revision, carried, pooling
+            return cls(about["base"], groups, alpha, mean, stddev, family, *more)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is damaged or of another version ({error}); fit again, or give another run"
@@ -369,3 +437,13 @@ def _group(stored: dict[str, Any]) -> Group:
     """A group as JSON has it, its lists tuples again."""
     lists = {name: tuple(stored[name]) for name in ("modules", "weight_stddevs")}
     return Group(**{**stored, **lists})
+
+
+def _pooling(stored: dict[str, Any] | None, groups: tuple[Group, ...]) -> Pooling | None:
+    """A pooling as JSON has it."""
+    if stored is None:
+        return None
+    pooling = Pooling(**{**stored, "domains": tuple(stored["domains"])})
+    if pooling.stack(pooling.unstack(groups)) != groups:
+        raise ValueError("its layers are not those of its domains")
+    return pooling

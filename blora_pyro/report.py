@@ -103,16 +103,18 @@ def strength_tables(curve: dict[str, Any]) -> list[Table | str]:
 
 def _rate_tables(metrics: dict[str, Any], states: tuple[str, str]) -> list[Table | str]:
     """Rates of two states of the model, and their change; nothing if nothing was measured."""
-    if NEW_DOMAIN not in metrics and not metrics["backward"]:
+    domains = {f"domain {name}": one for name, one in metrics.get("domains", {}).items()}
+    if domain := metrics.get(NEW_DOMAIN):
+        domains[f"new domain {domain['name']}"] = domain
+    if not domains and not metrics["backward"]:
         return []
     sets = " on the dev sets" if metrics.get("split") == "dev" else ""
     table = Table(title=f"error in % [95% interval]{sets}, before and after", title_justify="left")
     for name in ("set", "measure", *states, "change"):
         table.add_column(name, justify="left" if name in ("set", "measure") else "right")
-    if domain := metrics.get(NEW_DOMAIN):
+    for name, domain in domains.items():
         for index, measure in enumerate(domain["change"]):
-            name = f"new domain {domain['name']}" if index == 0 else ""
-            _add_row(table, name, measure, _only(domain, measure))
+            _add_row(table, name if index == 0 else "", measure, _only(domain, measure))
         table.add_section()
     for name, both in metrics["backward"].items():
         measure = both["base"]["metric"]

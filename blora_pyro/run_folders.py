@@ -21,7 +21,7 @@ RUN, METRICS, CHECKPOINT = "run.json", "metrics.json", checkpoints.FILE
 UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
 TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-RESULTS = (posterior.FILE, *ADAPTER, METRICS, UTTERANCES, SKIPPED, STRENGTH_PLOT)
+RESULTS = (posterior.FILE, *ADAPTER, posterior.DOMAINS, METRICS, UTTERANCES, SKIPPED, STRENGTH_PLOT)
 HALF_WRITTEN = "posterior.new"
 UNFINISHED = (CHECKPOINT, *TRANSCRIPTS.values())
 
@@ -44,8 +44,9 @@ def save_posterior(folder: Path, fitted: Posterior) -> None:
     try:
         shutil.rmtree(fresh, ignore_errors=True)
         fitted.save(fresh)
-        for file in fresh.iterdir():
+        for file in fresh.rglob("*"):
             sync(file)
+        for file in fresh.iterdir():
             os.replace(file, folder / file.name)
         sync(folder)
     except SafetensorError as error:
@@ -56,9 +57,12 @@ def save_posterior(folder: Path, fitted: Posterior) -> None:
 
 
 def remove_files(folder: Path, *names: str) -> None:
-    """Remove files, and what a killed process left half-written."""
+    """Remove files (or folders), and what a killed process left half-written."""
     shutil.rmtree(folder / HALF_WRITTEN, ignore_errors=True)
     for name in names:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+            continue
         for file in (folder / name, folder / f"{name}.new"):
             file.unlink(missing_ok=True)
 
@@ -112,7 +116,7 @@ def state_of(folder: Path) -> str | None:
 
 
 def read_run(
-    folder: str | Path, device: str = "cpu", prior: str | None = None
+    folder: str | Path, device: str = "cpu", prior: str | None = None, *, pooled: bool = False
 ) -> tuple[Posterior, dict[str, Any]]:
     """The posterior and `run.json` of a run folder.
 
@@ -120,9 +124,10 @@ def read_run(
         folder: Where they are.
         device: A torch device, for the configuration.
         prior: The file of the prior, if it is a user's own and its code is to be run.
+        pooled: Whether a run of several domains with factors of their own will do.
 
     Raises:
-        UserError: If it is no run folder, unfinished, or damaged.
+        UserError: If it is no run folder, unfinished, or damaged, or has several domains.
     """
     if state_of(Path(folder)) == FITTING:
         raise UserError(
@@ -130,6 +135,12 @@ def read_run(
             f"{shlex.quote(str(folder))}"
         )
     loaded = Posterior.load(folder, prior)
+    if loaded.pooling is not None and not pooled:
+        raise UserError(
+            f"{folder} was fitted with pooling {loaded.pooling.kind}, of which evaluate, "
+            "transcribe and merge can take a domain, and nothing else can; give a run with pooling "
+            "complete"
+        )
     path = Path(folder) / RUN
     try:
         about = json.loads(path.read_text(encoding="utf-8"))

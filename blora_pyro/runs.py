@@ -25,8 +25,15 @@ from blora_pyro.guides import Guide, build_guide, build_prior
 from blora_pyro.interrupts import Interrupts
 from blora_pyro.listeners import Listener
 from blora_pyro.loading import Loader, load_examples
-from blora_pyro.models import Base, BLoRA
-from blora_pyro.outcomes import NEW_DOMAIN, compare, early_stopping, evaluation_sets, measure
+from blora_pyro.models import Base, BLoRA, PooledBLoRA
+from blora_pyro.outcomes import (
+    NEW_DOMAIN,
+    compare,
+    early_stopping,
+    evaluation_sets,
+    measure,
+    measure_adapted,
+)
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.processes import Processes
 from blora_pyro.run_folders import FINISHED, FITTING, RUN, claim, read_run, write_json
@@ -213,11 +220,13 @@ def _fit(
             stopping = early_stopping(loader, config, progress.evaluated, processes.once)
             model, guide = build(base, config, folder.previous)
             regularise(model, loader, progress.stage)
-            folder.begin(config, train.main_language, train.num_tokens, model.num_weights)
+            languages = train.source_languages if config.pooled else ()
+            counts = train.num_tokens, model.num_weights
+            folder.begin(config, train.main_language, *counts, languages)
     loader.tell(folder.list_skipped(loader.skipped))
     kept = folder.transcripts("base")
-    scored = partial(measure, base, sets, normalizer=config.normalizer)
-    before = scored(lambda name: progress.stage(f"base on {name}"), kept)
+    stage = lambda name: progress.stage(f"base on {name}")  # noqa: E731
+    before = measure(base, sets, stage, kept, config.normalizer)
     if fitting:
         about = {**config.to_json(), "tokens": train.num_tokens, "utterances": len(train)}
         about["training_data"] = train.fingerprint
@@ -237,8 +246,8 @@ def _fit(
     else:
         posterior, history = folder.fitted()
     kept = folder.transcripts("adapted")
-    with posterior.applied(base.net):
-        after = scored(lambda name: progress.stage(f"adapted on {name}"), kept)
+    stage = lambda name: progress.stage(f"adapted on {name}")  # noqa: E731
+    after = measure_adapted(base, posterior, sets, stage, kept, config.normalizer)
     metrics = compare(posterior, before, after, config)
     rows = utterance_rows(sets, {"base": before, "adapted": after})
     folder.finish(metrics, rows, time.monotonic() - started)
@@ -333,7 +342,9 @@ def build(base: Base, config: FitConfig, previous: Previous | None = None) -> tu
         if previous is None
         else previous.prior(config.prior_inflation)
     )
-    model = BLoRA(
+    pooling = config.pooled
+    program: Any = BLoRA if pooling is None else partial(PooledBLoRA, pooling=pooling)
+    model = program(
         base.net,
         prior,
         rank=config.rank,
@@ -347,4 +358,6 @@ def build(base: Base, config: FitConfig, previous: Previous | None = None) -> tu
     guide: Any = build_guide(str(config.guide), model)
     if previous is not None:
         previous.start(guide)
+    if pooling is not None:
+        pooling.start(guide)
     return model, guide

@@ -73,6 +73,11 @@ def dev_config(options: Mapping[str, Any], ranges: Ranges) -> FitConfig:
     if options.get("dev") is not None and "dev" not in given:
         given |= {"dev": options["dev"], "eval_every": 1}  # a fit takes it with both only
     config = FitConfig(**given).with_prior_args()
+    if config.pooled is not None:
+        raise UserError(
+            f"pooling is {config.pooling}, and a sweep looks at the error of one domain; give "
+            "pooling complete"
+        )
     if not config.backward_sets:
         raise UserError("there are no backward sets to forget; give some as backward")
     return config

@@ -68,7 +68,7 @@ def check_strength(posterior: Posterior, strength: float, by: str = SCALE) -> No
 
     Raises:
         UserError: If the strength is out of range, there is no such `by`, or the signal-to-noise of
-            a point estimate is asked for.
+            a point estimate, or of several domains, is asked for.
     """
     if by not in LARGEST:
         raise UserError(f"strength_by is '{by}'; give {' or '.join(LARGEST)}")
@@ -77,6 +77,8 @@ def check_strength(posterior: Posterior, strength: float, by: str = SCALE) -> No
             f"strength is {strength:g}; give a number from 0 (the base) to {LARGEST[by]:g}, "
             "where 1 is the fit"
         )
+    if by == SIGNAL_TO_NOISE and posterior.pooling is not None:
+        raise UserError(f"strength_by is {by}, and the run has several domains; give one as domain")
     if by == SIGNAL_TO_NOISE and not any(value.any() for value in posterior.stddev.values()):
         raise UserError(
             f"strength_by is {by}, but the adapter is a point estimate without spread; give {SCALE}"

@@ -143,6 +143,8 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "revision": "v1",
         "data": "d",
         "data-weights": "3",
+        "pooling": "hierarchical",
+        "pooling-scale": 0.2,
         "max-utterances": 12,
         "test": "t",
         "backward": "x, y",
@@ -648,7 +650,7 @@ def test_transcribe_hands_every_option_on(monkeypatch, tmp_path):
     flags = ["--adapter", "run", "--base", "b", "--language", "de-en", "--device", "cuda:1"]
     flags += ["--task", "translate", "--samples", 4, "--batch-size", 5, "--seed", 6, "--json"]
     flags += ["--dtype", "bfloat16", "--revision", "v1", "--local-files-only"]
-    flags += ["--strength", 0.5, "--strength-by", "signal-to-noise"]
+    flags += ["--strength", 0.5, "--strength-by", "signal-to-noise", "--domain", "court"]
     assert well("transcribe", "a.wav", *flags, "--prior", "mine.py") == ""
     assert seen == {
         "audio": [Path("a.wav")],
@@ -660,6 +662,7 @@ def test_transcribe_hands_every_option_on(monkeypatch, tmp_path):
         "task": "translate",
         "strength": 0.5,
         "strength_by": "signal-to-noise",
+        "domain": "court",
         "timestamps": False,
         "samples": 4,
         "batch_size": 5,
@@ -692,6 +695,7 @@ def test_evaluate_hands_strength_and_split_on(monkeypatch):
     assert "enough" in complaint(run("evaluate", "r", *options))
     assert (seen["strength"], seen["strength_by"]) == (0.25, "signal-to-noise")
     assert seen["split"] == "dev"
+    assert seen["domain"] is None
 
 
 def test_evaluate_at_strength_0_is_the_base(finished_run):
@@ -721,7 +725,8 @@ def test_evaluate_at_several_strengths_draws_the_curve(finished_run, tmp_path):
         (["--strength", "0,1", "--split", "train"], "split is 'train'; give test or dev"),
         (["--split", "dev"], "has no dev split; give a set that has one"),
         (["--strength", "0,1", "--output", "u.jsonl"], "--output are for a single strength"),
-        (["--strength", "0,1", "--data", "de"], "--data and --output are for a single strength"),
+        (["--strength", "0,1", "--data", "de"], "--data, --domain and --output are for a single"),
+        (["--strength", "0,1", "--domain", "a"], "--data, --domain and --output are for a single"),
         (["--strength", "0,1", "--plot", "x.doc"], "plot is 'x.doc'; give a file that ends in"),
         (["--plot", "x.png"], "there is one strength; give several"),
     ],

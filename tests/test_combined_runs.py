@@ -70,7 +70,7 @@ def test_the_mean_of_a_run_and_itself_is_scored_and_pruned_as_that_run(
         diagnose(tmp_path / "same")
     with pytest.raises(UserError, match="a combined run; give"):
         fit(prior_from=tmp_path / "same")
-    with pytest.raises(UserError, match="combined of several runs and has no prior"):
+    with pytest.raises(UserError, match=r"combined of several runs, .* has no prior"):
         Posterior.load(tmp_path / "same").to_arviz(draws=2)
 
 

@@ -37,6 +37,8 @@ def parsed(command: str):
         {"distillation": 0.3, "distillation_languages": ("de", "en"), "max_utterances": 150},
         {"backward": {"German": "my de.csv", "en": "en"}, "base": "owner/whisper"},
         {"backward": ()},
+        {"data": {"a": "my a.csv", "es-en": "es-en"}, "pooling": "hierarchical"},
+        {"data": {"a": "de-en", "b": "es-en"}, "pooling": "complete", "pooling_scale": None},
         {"prior_from": "runs/my first", "prior_inflation": 1.5, "rank": 8},
         {"spec_augment": True, "gradient_checkpointing": True, "target_modules": "q_proj,v_proj"},
         {"dev": "de", "eval_every": 5, "patience": 2, "epochs": 1.5, "dtype": "bfloat16"},

@@ -31,6 +31,14 @@ StrengthBy = Annotated[
         "of ΔW that the posterior is surest of, that share of its squared norm.",
     ),
 ]
+Domain = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Of a fit with --pooling hierarchical or none: use this domain's adapter.",
+        show_default="what the domains share",
+    ),
+]
 Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ...")]
 
 

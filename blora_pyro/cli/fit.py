@@ -36,8 +36,10 @@ def fit(
     data: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="[NAME=]SOURCE",
             help="New domain: de-en, es-en, zh-en, a folder, a manifest (JSONL, CSV, TSV) or a Hub "
-            "data set; given repeatedly, all are mixed, and the first is scored.",
+            "data set; given repeatedly, all are mixed, and the first is scored (but see "
+            "--pooling).",
             show_default="de-en",
         ),
     ] = None,
@@ -47,6 +49,21 @@ def fit(
             metavar="W,W,...",
             help="How often each --data is drawn from, in proportion.",
             show_default="every utterance once an epoch",
+        ),
+    ] = None,
+    pooling: Annotated[
+        str,
+        typer.Option(
+            metavar="complete|hierarchical|none",
+            help="One adapter for all --data; or one for each, around a shared one; or one for "
+            "each and nothing shared.",
+        ),
+    ] = "complete",
+    pooling_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="How wide the domains lie around the shared adapter, over the prior's own width.",
+            show_default="0.5, if --pooling hierarchical",
         ),
     ] = None,
     max_utterances: Annotated[
@@ -228,9 +245,11 @@ def fit(
         from blora_pyro.progress import TerminalProgress
         from blora_pyro.report import dev_line, fit_tables, print_tables
 
-        domain = "+".join(Path(source).stem for source in data or ["de-en"])
+        names = [source.partition("=")[2] or source for source in data or ["de-en"]]
+        domain = "+".join(Path(name).stem for name in names)
         belief = f"after-{Path(prior_from).name}" if prior_from else Path(prior).stem
-        folder = output or Path("runs") / f"{domain}-{belief}-seed{seed}"
+        how = belief if pooling == "complete" else f"{belief}-{pooling}"
+        folder = output or Path("runs") / f"{domain}-{how}-seed{seed}"
         some = resume or prior_from is not None  # what is not given is that run's
         options = given_options(context) if some else fit_options(context.params)
         with TerminalProgress() if is_main() else nullcontext() as progress:

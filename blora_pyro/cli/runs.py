@@ -10,6 +10,7 @@ from blora_pyro.cli.common import (
     NORMALIZER_HELP,
     STRENGTH_HELP,
     Device,
+    Domain,
     Dtype,
     Json,
     Overwrite,
@@ -46,6 +47,14 @@ def evaluate(
     split: Annotated[
         str, typer.Option(metavar="test|dev", help="Of the sets; dev to choose a strength by.")
     ] = "test",
+    domain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of a fit with --pooling hierarchical or none: score this domain's adapter.",
+            show_default="as after the fit: each domain's on its set, the shared one on the others",
+        ),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -65,8 +74,10 @@ def evaluate(
 
         strengths = parse_strengths(strength)
         if len(strengths) > 1:
-            if data is not None or output is not None:
-                raise UserError("--data and --output are for a single strength; leave them out")
+            if data is not None or output is not None or domain is not None:
+                raise UserError(
+                    "--data, --domain and --output are for a single strength; leave them out"
+                )
             _draw_curve(
                 run,
                 strengths,
@@ -93,6 +104,7 @@ def evaluate(
                 split=split,
                 strength=strengths[0],
                 strength_by=strength_by,
+                domain=domain,
             )
         if as_json:
             print_json(metrics)
@@ -276,13 +288,22 @@ def merge(
     dtype: Dtype = "float32",
     strength: Strength = 1.0,
     strength_by: StrengthBy = "scale",
+    domain: Domain = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the base with the posterior mean merged in: a plain Whisper checkpoint."""
     with one_line_errors():
         from blora_pyro import runs
 
-        runs.merge_run(run, out, overwrite, dtype, strength=strength, strength_by=strength_by)
+        runs.merge_run(
+            run,
+            out,
+            overwrite,
+            dtype,
+            strength=strength,
+            strength_by=strength_by,
+            domain=domain,
+        )
         typer.echo(f"merged checkpoint: {out}")
 
 

@@ -8,6 +8,7 @@ import typer
 
 from blora_pyro.cli.common import (
     Device,
+    Domain,
     LocalFilesOnly,
     Overwrite,
     Revision,
@@ -48,6 +49,7 @@ def transcribe(
     ] = None,
     strength: Strength = 1.0,
     strength_by: StrengthBy = "scale",
+    domain: Domain = None,
     form: Annotated[str, typer.Option("--format", help="text, json, srt or vtt.")] = "text",
     output: Annotated[
         Path | None,
@@ -123,6 +125,7 @@ def transcribe(
                 task=task,
                 strength=strength,
                 strength_by=strength_by,
+                domain=domain,
                 timestamps=form in ("srt", "vtt"),
                 batch_size=batch_size,
                 samples=samples,

@@ -10,9 +10,10 @@ The last is partial pooling (Gelman and Hill, Data Analysis Using Regression and
 Multilevel/Hierarchical Models, 2007, chapter 12): a domain with little data stays near what all
 have in common, one with much goes its own way. It is written non-centred (Papaspiliopoulos,
 Roberts and Sköld, A General Framework for the Parametrization of Hierarchical Models, Statistical
-Science 22, 2007): w_0 and z_d are independent a priori, as the mean-field guides take them to be,
-while w_d given w_0 is as narrow as tau makes it. For the normal prior of deviation s it is
-w_d ~ Normal(w_0, (tau s)²), and tau = 0 is complete pooling.
+Science 22, 2007, arXiv 0708.3797): w_0 and z_d are independent a priori, as the mean-field guides
+take them to be, while w_d given w_0 is as narrow as tau makes it. For the normal prior of deviation
+s it is w_d ~ Normal(w_0, (tau s)²), and tau -> 0 is complete pooling. It also scales a step of
+Adam: w_d - w_0 moves tau times as fast as w_0.
 
 w_0 and z_d have one prior, so all of them are rows of the one stacked site that the program has
 anyway: the first M of the (1 + D) M rows are the shared layers, then come M for each domain. No
@@ -25,6 +26,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.adapters import Group
 from blora_pyro.data import Batch
@@ -170,7 +172,13 @@ class PooledBLoRA(BLoRA):
     batch without them is of an unknown domain, and gets the shared part.
     """
 
-    def __init__(self, net: Any, prior: Prior, pooling: Pooling, **options: Any) -> None:
+    def __init__(
+        self,
+        net: WhisperForConditionalGeneration,
+        prior: Prior,
+        pooling: Pooling,
+        **options: Any,
+    ) -> None:
         """As `BLoRA`.
 
         Args:
