@@ -43,8 +43,7 @@ def main() -> None:
     for folder in arguments.runs:
         config = read_run(folder, "cpu")[1]["config"]
         (domain,) = config.data
-        samples = 1 if config.guide == "point" else arguments.samples
-        found = score(base, folder, domain, "test", samples)
+        found = score(base, folder, domain, "test", arguments.samples)
         kinds.setdefault(kind(config), {})[domain, config.seed] = found
         print(f"{folder}: {kind(config)}, {domain}", flush=True)
     result = {name: rows(found, kinds.get(LORA, {})) for name, found in kinds.items()}

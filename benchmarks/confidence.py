@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,15 @@ def score(base: Base, folder: Path, domain: str, split: str, samples: int) -> Sc
     columns: dict[str, list[float]] = {name: [] for name in (SOFTMAX, "agreement", "exp(log_prob)")}
     right: list[bool] = []
     utterances: list[int] = []
+    posterior, mean = Posterior.load(folder), Mean.load(folder)
+    if not any(spread.any() for spread in posterior.stddev.values()):
+        # a point has no draws: its mean stands in for them, with a spread that is not looked at
+        stddev = {name: torch.ones_like(value) for name, value in mean.stddev.items()}
+        posterior = mean = replace(mean, stddev=stddev)
+        samples = 1
     transcripts = [
-        Transcriber(base, posterior, domain, samples=count, batch_size=64).transcribe(recordings)
-        for posterior, count in ((Mean.load(folder), 1), (Posterior.load(folder), samples))
+        Transcriber(base, one, domain, samples=count, batch_size=64).transcribe(recordings)
+        for one, count in ((mean, 1), (posterior, samples))
     ]
     for place, (text, mean, drawn) in enumerate(zip(dataset["text"], *transcripts, strict=True)):
         plain, sure = (
