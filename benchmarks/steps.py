@@ -1,0 +1,98 @@
+"""Time of a step (forward, backward, optimiser) of ours and of its peers, against PEFT LoRA.
+
+    python benchmarks/steps.py
+
+Random weights in the shapes of whisper-tiny, -base and -small, windows of 30 s, 30 tokens. In every
+case all contestants take a step in every round, in an order drawn anew; a ratio is that of two
+steps of one round. bf16 is autocast, which a processor without such instructions emulates slowly.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from common import Results, compared, interleaved, parse, parser, print_table, shown
+from contestants import BATCH_SIZES, CONTESTANTS, PEER, geometry, random_batch, random_net
+
+ROUNDS = {"tiny": 12, "base": 8, "small": 5}
+RANKS = (8, 32)
+TARGETS = ("q_proj,v_proj", "all-linear")
+QUICK = [("tiny", "fp32", "all-linear", 8)]
+
+
+def main() -> None:
+    """Measure case by case, print a table, write JSON."""
+    found = parser(__doc__)
+    found.add_argument("--geometries", default=",".join(ROUNDS))
+    found.add_argument("--precisions", default="fp32,bf16")
+    found.add_argument("--contestants", default=";".join(CONTESTANTS), help="PEFT LoRA first")
+    arguments = parse(found)
+    names = arguments.contestants.split(";")
+    results = Results(arguments, contestants=names, rounds=ROUNDS)
+    cases: list[tuple[str, str, str, int]] = [
+        (size, precision, targets, rank)
+        for size in arguments.geometries.split(",")
+        for precision in arguments.precisions.split(",")
+        for targets in TARGETS
+        for rank in RANKS
+    ]
+    for size, precision, targets, rank in QUICK if arguments.quick else cases:
+        rounds = 2 if arguments.quick else ROUNDS[size]
+        case = f"{size}, {precision}, {targets}, rank {rank}"
+        options = names, size, precision == "bf16", targets, rank, rounds
+        found_there = results.case(case, partial(measure, *options))
+        print(f"{case}: {line(found_there)}", flush=True)
+    summary = summarise(results.cases)
+    results.write(summary=summary)
+    rows = [
+        (name, f"{one['geometric_mean']:.2f}", f"{one['worst']:.2f}", one["worst_case"])
+        for name, one in summary.items()
+    ]
+    print_table((f"time of a step, {PEER} = 1", "geometric mean", "worst", "where"), rows)
+
+
+def measure(
+    names: list[str], size: str, bf16: bool, targets: str, rank: int, rounds: int
+) -> dict[str, Any]:
+    """Seconds and ratios of every contestant in one case."""
+    config = geometry(size)
+    net = random_net(config)
+    batch = random_batch(config, BATCH_SIZES.get(size, 4))
+    torch.manual_seed(1)
+    those = {name: CONTESTANTS[name](net, rank, targets, bf16) for name in names}
+    seconds = interleaved(
+        {name: lambda one=one: one.step(batch) for name, one in those.items()},
+        rounds,
+        warm_up=1 if rounds < 3 else 2,
+        around=lambda name: those[name].store_in_place(),
+    )
+    return compared(seconds, PEER)
+
+
+def line(case: Mapping[str, Any]) -> str:
+    """Seconds of the peer, ratios of the others."""
+    ratios = [f"{name} {shown(one['ratio'])}" for name, one in case.items() if name != PEER]
+    return "; ".join([f"{PEER} {shown(case[PEER]['seconds'])} s", *ratios])
+
+
+def summarise(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of every contestant's median ratios: the geometric mean over cases, and the worst."""
+    names = dict.fromkeys(name for case in cases.values() for name in case)
+    found = {}
+    for name in names:
+        ratios = {case: one[name]["ratio"]["median"] for case, one in cases.items() if name in one}
+        worst = max(ratios, key=lambda case: ratios[case])
+        mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+        found[name] = {
+            "geometric_mean": mean,
+            "worst": ratios[worst],
+            "worst_case": worst,
+            "cases": len(ratios),
+        }
+    return found
+
+
+if __name__ == "__main__":
+    main()
