@@ -3,12 +3,18 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import TraceMeanField_ELBO
+from pyro.distributions.score_parts import ScoreParts
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
 from blora_pyro.checkpoints import RandomState
 from blora_pyro.data import Batch, SoftTargets
@@ -17,7 +23,49 @@ from blora_pyro.models import BLoRA, Temper
 from blora_pyro.processes import Processes, gradients_of
 
 
-class _Elbo(TraceMeanField_ELBO):
+class _Traces(Trace_ELBO):
+    """Traces of guide and model as Pyro makes them, without the densities that nothing looks at.
+
+    Pyro computes the log-density of every latent site in both, also where the KL has a closed form,
+    which takes their place: a quarter of a step's time without Whisper. The loss is the same to the
+    bit.
+    """
+
+    def __init__(self) -> None:
+        """Of one model and its guide."""
+        super().__init__()
+        self._closed: dict[str, bool] = {}  # latent site -> whether its KL has a closed form
+
+    def _get_trace(self, model, guide, args, kwargs):
+        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+        scored = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+        if is_validation_enabled():
+            check_model_guide_match(scored, drawn, self.max_plate_nesting)
+        drawn, scored = prune_subsample_sites(drawn), prune_subsample_sites(scored)
+        sites, own = scored.nodes, drawn.nodes
+        closed = {n for n in scored.stochastic_nodes if self._is_closed(n, own[n], sites[n])}
+        scored.compute_log_prob(lambda name, site: name not in closed)
+        for name in closed:  # as if computed
+            own[name]["score_parts"] = ScoreParts(math.nan, 0.0, math.nan)
+        drawn.compute_score_parts()
+        if is_validation_enabled():
+            for site in (*sites.values(), *own.values()):
+                if "log_prob" in site:
+                    check_site_shape(site, self.max_plate_nesting)
+        return scored, drawn
+
+    def _is_closed(self, name: str, own: Any, prior: Any) -> bool:
+        if name not in self._closed:
+            try:
+                with torch.no_grad():
+                    kl_divergence(own["fn"], prior["fn"])
+                self._closed[name] = True
+            except NotImplementedError:
+                self._closed[name] = False
+        return self._closed[name]
+
+
+class _Elbo(TraceMeanField_ELBO, _Traces):
     """`TraceMeanField_ELBO` that remembers the observed terms of its last trace."""
 
     nll: Tensor

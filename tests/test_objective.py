@@ -6,6 +6,7 @@ import weakref
 import pyro
 import pytest
 import torch
+from pyro.infer import TraceMeanField_ELBO
 
 from blora_pyro.checkpoints import RandomState
 from blora_pyro.data import Batch
@@ -55,6 +56,40 @@ def assert_same(found, expected, tolerance=1e-3):
     for name, gradient in expected[2].items():
         assert gradient.norm() > 0
         assert (found[2][name] - gradient).norm() < tolerance * gradient.norm(), name
+
+
+# ---- the ELBO
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.0])
+@pytest.mark.parametrize("name", sorted({*FAMILIES, *GUIDES}))
+def test_the_loss_is_that_of_pyros_own_elbo_to_the_bit(net, batch, name, beta):
+    objective = start(net, batch, name, beta=beta)
+    pyro.set_rng_seed(2)
+    loss, _ = objective.gradients(batch)
+    found = {name: one.grad for name, one in objective.guide.named_parameters()}
+    objective.guide.zero_grad()
+    pyro.set_rng_seed(2)
+    programs = objective.temper(objective.model), objective.temper(objective.guide)
+    expected = TraceMeanField_ELBO().differentiable_loss(*programs, batch)
+    expected.backward()
+    assert loss == expected.item()
+    for name, parameter in objective.guide.named_parameters():
+        if parameter.grad is None:  # of a scale, where there is no KL
+            assert found[name] is None
+        else:
+            assert torch.equal(found[name], parameter.grad)
+
+
+def test_a_density_is_computed_only_where_there_is_no_closed_form(net, batch):
+    for name, needed in (("normal", False), ("student-t", True)):
+        objective = start(net, batch, name)
+        traces = objective.elbo._get_trace(objective.model, objective.guide, (batch,), {})
+        objective.model.adapters.clear()
+        for trace in traces:
+            latent = [trace.nodes[site.name] for site in objective.model.sites]
+            assert all(("log_prob" in site) == needed for site in latent)
+        assert "log_prob" in traces[0].nodes["tokens"]
 
 
 # ---- gradient accumulation
