@@ -1,110 +1,83 @@
-"""Time of one adapted layer, forward and backward: the fused update against torch's operations.
+"""Time of one adapted layer, forward and backward: ours, PEFT's, and the update written out.
 
-    python benchmarks/layers.py --output benchmarks/results/layers.json
+    python benchmarks/layers.py
 
-The peers, interleaved: PEFT's LoRA layer, the same written out in torch's operations with the
-scaling in the addition, and `blora_pyro.low_rank`. Medians; ratios are to PEFT's.
+Linear layers of whisper-tiny and -small, on as many rows as four windows of 30 s have in the
+encoder (6,000) and four short transcripts in the decoder (120). A ratio is that to PEFT's layer.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import Linear as PeftLinear
+from common import Results, compared, interleaved, parse, parser, print_table, shown
+from contestants import PEER
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn import functional
 
-from blora_pyro.low_rank import add_low_rank_update
+from blora_pyro.adapters import Adapters, Group
 
-# utterances, positions, in features, out features, rank: of the pocket Whisper, and of whisper-tiny
-CASES = (
-    (16, 150, 192, 192, 16),
-    (16, 150, 192, 768, 16),
-    (16, 150, 768, 192, 16),
-    (4, 1500, 384, 384, 8),
-    (4, 1500, 384, 1536, 8),
-    (4, 1500, 1536, 384, 8),
-    (4, 1500, 384, 384, 32),
-)
-PEFT, WRITTEN_OUT, FUSED = "PEFT", "written out", "fused"
+SHAPES = ((384, 384), (1536, 384), (384, 1536), (768, 768), (3072, 768), (768, 3072))
+ROWS, RANKS = (6000, 120), (8, 32)
+CALLS, SCALING = 4, 2.0  # in a round; of the update
+FROZEN, OURS, WRITTEN_OUT = "frozen layer", "ours", "written out"
 
 
 def main() -> None:
-    """Time every case, print a line each, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    rows = []
-    for case in CASES:
-        rows.append(measure(*case, repeats=arguments.repeats))
-        print(json.dumps(rows[-1]), flush=True)
-    if arguments.output:
-        write(arguments, rows)
+    """A row a shape."""
+    arguments = parse(parser(__doc__))
+    results = Results(arguments, calls=CALLS)
+    cases = [*product(ROWS, SHAPES, RANKS)]
+    table = []
+    for rows, (outputs, inputs), rank in cases[:2] if arguments.quick else cases:
+        name = f"{rows} rows, {inputs} to {outputs}, rank {rank}"
+        rounds = 5 if arguments.quick else 40
+        found = results.case(name, partial(measure, rows, outputs, inputs, rank, rounds))
+        cells = [shown(found[one]["ratio"]) for one in (OURS, WRITTEN_OUT, FROZEN)]
+        table.append((name, shown(found[PEER]["seconds"], ".2f", 1e3 / CALLS), *cells))
+    print_table(("layer", f"{PEER}, ms", OURS, WRITTEN_OUT, FROZEN), table)
 
 
-def measure(n: int, length: int, ins: int, outs: int, rank: int, repeats: int) -> dict[str, Any]:
-    """Median seconds of every peer, and ratios to PEFT's."""
-    layer = nn.Linear(ins, outs).requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank)
-    stock = PeftLinear(layer, "default", config, r=rank, lora_alpha=2 * rank)
-    a, b = stock.lora_A["default"].weight, stock.lora_B["default"].weight
-    x = torch.randn(n, length, ins, requires_grad=True)
+def measure(rows: int, outputs: int, inputs: int, rank: int, rounds: int) -> dict[str, Any]:
+    """Seconds of `CALLS` calls and their backward passes."""
+    torch.manual_seed(0)
+    x = torch.randn(4, rows // 4, inputs, requires_grad=True)
+    a = (torch.randn(rank, inputs) / inputs).requires_grad_()
+    b = torch.zeros(outputs, rank, requires_grad=True)
+    frozen, adapted, rival = (frozen_layer(outputs, inputs) for _ in range(3))
+    group = Group(("0",), outputs, inputs, rank)
+    adapters = Adapters(adapted, (group,), SCALING * rank)
+    adapters.put({group.A.name: a[None], group.B.name: b[None]})
+    lora = LoraConfig(r=rank, lora_alpha=int(SCALING * rank), target_modules=["0"])
+    peft: Any = get_peft_model(rival, lora)
 
-    def written_out() -> Tensor:
-        return torch.add(layer(x), linear(linear(x, a), b), alpha=2.0)
+    def written_out(x: Tensor) -> Tensor:
+        update = functional.linear(functional.linear(x, a), b)
+        return frozen(x) + SCALING * update
 
-    def fused() -> Tensor:
-        return add_low_rank_update(layer(x), x, layer.weight, a, b, 2.0)
-
-    peers: dict[str, Callable[[], Tensor]] = {
-        PEFT: lambda: stock(x),
+    layers: dict[str, Callable[[Tensor], Tensor]] = {
+        PEER: peft,
+        OURS: adapted,
         WRITTEN_OUT: written_out,
-        FUSED: fused,
+        FROZEN: frozen,
     }
-    pull = torch.randn(n, length, outs)
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    for turn in range(repeats + 3):
-        for name, forward in peers.items():
-            x.grad = a.grad = b.grad = None
-            start = time.perf_counter()
-            forward().backward(pull)
-            if turn >= 3:
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(one) for name, one in times.items()}
-    return {
-        "shape": {"utterances": n, "positions": length, "in": ins, "out": outs, "rank": rank},
-        "milliseconds": {name: round(1000 * one, 2) for name, one in medians.items()},
-        "ratios": {name: round(one / medians[PEFT], 3) for name, one in medians.items()},
-    }
+    gradient = torch.randn(4, rows // 4, outputs)
+
+    def calls(layer: Callable[[Tensor], Tensor]) -> None:
+        for _ in range(CALLS):
+            layer(x).backward(gradient, retain_graph=True)
+        x.grad = a.grad = b.grad = None
+
+    steps = {name: partial(calls, layer) for name, layer in layers.items()}
+    return compared(interleaved(steps, rounds), PEER)
 
 
-def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """JSON."""
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
-        "machine": {
-            "processor": platform.machine(),
-            "threads": arguments.threads,
-            "torch": torch.__version__,
-        },
-        "rows": rows,
-    }
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+def frozen_layer(outputs: int, inputs: int) -> nn.Sequential:
+    """A layer by itself."""
+    return nn.Sequential(nn.Linear(inputs, outputs)).requires_grad_(False)
 
 
 if __name__ == "__main__":
