@@ -11,14 +11,13 @@ of the same resampled utterances.
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import about
 from confidence import CONFIDENCE, MEASURES, RESAMPLES, SOFTMAX, Scored, score, with_interval
 from sparsity import kind
 
@@ -103,16 +102,9 @@ def words_of(scored: Scored, count: int) -> list[np.ndarray]:
 
 def write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     """JSON."""
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     report = {
+        **about(arguments.threads),
         "command": f"python {sys.argv[0]} RUN... --samples {arguments.samples}",
-        "commit": commit,
-        "machine": {
-            "processor": platform.machine(),
-            "threads": arguments.threads,
-            "torch": torch.__version__,
-        },
         "samples": arguments.samples,
         "kinds": result,
     }

@@ -54,12 +54,7 @@ class Results:
             **settings: Whatever else results depend on.
         """
         self.path: Path | None = None if arguments.quick else arguments.output
-        self.about = {
-            "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-            "commit": commit(),
-            "machine": machine(arguments.threads),
-            "settings": settings,
-        }
+        self.about = {**about(arguments.threads), "settings": settings}
         self.cases: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         if self.path and self.path.is_file() and not arguments.fresh:
@@ -85,6 +80,12 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(fresh, self.path)
+
+
+def about(threads: int) -> dict[str, Any]:
+    """Where figures are from."""
+    command = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    return {"command": " ".join(command), "commit": commit(), "machine": machine(threads)}
 
 
 def commit() -> str:

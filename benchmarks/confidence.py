@@ -9,9 +9,6 @@ dev. Logistic maps are fitted on dev. Beside the JSON goes a figure, of the test
 
 import argparse
 import json
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import about
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -203,16 +201,8 @@ def print_table(domain: str, found: dict[str, Any]) -> None:
 
 def write(arguments: argparse.Namespace, domains: dict[str, Any], tests: dict[str, Scored]) -> None:
     """JSON, and the figure beside it."""
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     report = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
-        "machine": {
-            "processor": platform.machine(),
-            "threads": arguments.threads,
-            "torch": torch.__version__,
-        },
+        **about(arguments.threads),
         "samples": arguments.samples,
         "domains": domains,
     }

@@ -9,10 +9,7 @@ of them alike. Variance is summed over the parameters, step time is that of forw
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any
 
 import pyro
 import torch
+from common import about
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
@@ -51,13 +49,7 @@ def main() -> None:
         for prior in ("normal", "a-only")
     }
     report = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": _output("git", "describe", "--always", "--dirty"),
-        "machine": {
-            "processor": _processor(),
-            "threads": arguments.threads,
-            "torch": torch.__version__,
-        },
+        **about(arguments.threads),
         "draws": arguments.draws,
         "fit_steps": arguments.steps,
         "priors": results,
@@ -176,17 +168,6 @@ def print_table(prior: str, result: dict[str, Any]) -> None:
     cells = [f"{part['variance'] / part['squared_norm_of_mean']:.2g}" for part in scale]
     seconds = result["estimators"]["shared"]["median_seconds"]
     print(f"| `shared`: variance / squared mean | {' | '.join(cells)} | {seconds:.2f} s |")
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

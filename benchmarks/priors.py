@@ -8,12 +8,11 @@ deviation. Run folders that are there already are used as they are, so that it c
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import about
 
 from blora_pyro import fit
 from blora_pyro.diagnostics import summarise
@@ -42,14 +41,7 @@ def main() -> None:
         families[prior] = row(folder, small)
         print(line(prior, families[prior]), flush=True)
     if arguments.output:
-        git = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-        report = {
-            "command": " ".join(["python", *sys.argv]),
-            "commit": commit,
-            "machine": {"threads": arguments.threads, "torch": torch.__version__},
-            "families": families,
-        }
+        report = {**about(arguments.threads), "families": families}
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         arguments.output.write_text(text, encoding="utf-8")
 

@@ -10,8 +10,6 @@ the JSON goes a figure: fits of one kind (method, distillation) averaged over do
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import about
 from matplotlib.figure import Figure
 
 from blora_pyro import Posterior
@@ -96,16 +95,9 @@ def zeroed(posterior: Posterior, share: float) -> Posterior:
 
 def write(arguments: argparse.Namespace, found: list[dict[str, Any]]) -> None:
     """JSON, and the figure beside it."""
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     report = {
+        **about(arguments.threads),
         "command": f"python {sys.argv[0]} RUN... --split {arguments.split}",
-        "commit": commit,
-        "machine": {
-            "processor": platform.machine(),
-            "threads": arguments.threads,
-            "torch": torch.__version__,
-        },
         "rows": found,
     }
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
