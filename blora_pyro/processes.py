@@ -23,9 +23,7 @@ from blora_pyro.interrupts import Interrupts
 from blora_pyro.launched import started
 
 T = TypeVar("T")
-PATIENCE = timedelta(
-    days=1
-)  # until a process that is silent counts as lost; a dead one does at once
+PATIENCE = timedelta(days=1)  # with a silent process; a dead one is lost at once
 
 
 class Processes:
@@ -36,13 +34,11 @@ class Processes:
         count: How many there are.
         shared_noise: Every process draws the same weights. The default, weights of each process's
             own, averages the gradient over as many draws, which lowers its variance.
-        bytes_sent: What this one has given to the sums so far.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, shared_noise: bool = False) -> None:
         """One that is alone, or one of several that have joined already."""
         self.rank, self.count, self.shared_noise = rank, count, shared_noise
-        self.bytes_sent = 0
         self._stop = False
 
     @classmethod
@@ -107,7 +103,6 @@ class Processes:
         device = tensors[0].device
         told = [*numbers, float(interrupts.caught is not None)]
         flat = torch.cat([*(one.reshape(-1) for one in tensors), torch.tensor(told, device=device)])
-        self.bytes_sent += flat.numel() * flat.element_size()
         with self._lost():
             torch.distributed.all_reduce(flat)
         sizes = [one.numel() for one in tensors]
@@ -117,19 +112,6 @@ class Processes:
         *totals, caught = rest.tolist()
         self._stop = caught > 0
         return totals
-
-    def total(self, number: float) -> float:
-        """The sum of a number over all processes.
-
-        Raises:
-            ProcessLost: If one is gone.
-        """
-        if self.count == 1:
-            return number
-        value = torch.tensor([number], dtype=torch.float64, device=_device())
-        with self._lost():
-            torch.distributed.all_reduce(value)
-        return float(value)
 
     def stops(self, interrupts: Interrupts) -> bool:
         """Whether this is the last step, because some process has caught a signal.
