@@ -1,9 +1,11 @@
-"""What a process of `test_processes.py` does; not a test itself.
+"""The processes of `test_processes.py`, and what they do; not a test itself.
 
-RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python fit_in_processes.py BASE DATA OUT
+All that takes long to import is imported once: a pair is forked off for each line of input.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from blora_pyro.cli import app
 from blora_pyro.config import FitConfig
 from blora_pyro.data import read_manifest
 from blora_pyro.data.collation import Examples
@@ -100,5 +103,29 @@ class Forked(Processes):
         return Processes(0, 2, shared_noise=True).noise(device)
 
 
+def serve() -> None:
+    """Start two processes for every line, tell their ids and then their exit codes."""
+    for line in sys.stdin:
+        pids = []
+        for rank in range(2):
+            if not (pid := os.fork()):
+                return become(rank, **json.loads(line))
+            pids.append(pid)
+        print(json.dumps(pids), flush=True)
+        ended = dict(os.wait() for _ in pids)
+        print(json.dumps([os.waitstatus_to_exitcode(ended[pid]) for pid in pids]), flush=True)
+
+
+def become(rank: int, port: int, logs: str, command: list[str]) -> None:
+    """Be one of two as `torchrun` starts them, without one to watch over them."""
+    signal.alarm(240)
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(here, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    for stream in (1, 2):
+        os.dup2(os.open(f"{logs}-{rank}-{stream}", os.O_WRONLY | os.O_CREAT), stream)
+    app(command) if command[0] == "fit" else main(*command)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve()

@@ -1,5 +1,6 @@
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -16,43 +17,49 @@ from blora_pyro.listeners import Listener
 from blora_pyro.processes import Processes
 from blora_pyro.runs import fit
 
-WORKER = Path(__file__).parent / "fit_in_processes.py"
-COMMAND = [sys.executable, "-c", "from blora_pyro.cli import app; app()"]
+SERVER = Path(__file__).parent / "fit_in_processes.py"
 
 
-def start(command: list[str], count: int = 2) -> list[subprocess.Popen]:
-    """As `torchrun` starts processes, without one to watch over them."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    common = {
-        **os.environ,
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen(command, env=common | rank, **pipes) for rank in ranks]
+class Pair:
+    """Two processes; with "fit" as its first word, a command is one of the command line."""
 
+    def __init__(self, server: subprocess.Popen, logs: Path, command: list[str]) -> None:
+        self.server, self.logs = server, logs
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+        request = {"port": port, "logs": str(logs), "command": command}
+        print(json.dumps(request), file=server.stdin, flush=True)
+        self.pids = json.loads(server.stdout.readline())
 
-def ended(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each."""
-    try:
-        outputs = [one.communicate(timeout=timeout) for one in processes]
-    finally:
-        for one in processes:
-            one.kill()
-    return [(one.returncode, *both) for one, both in zip(processes, outputs, strict=True)]
+    def ended(self) -> list[tuple[int, str, str]]:
+        """Exit code, output and errors of each."""
+        codes = json.loads(self.server.stdout.readline())
+        texts = [[Path(f"{self.logs}-{i}-{k}").read_text() for k in (1, 2)] for i in range(2)]
+        return [(code, *both) for code, both in zip(codes, texts, strict=True)]
 
 
 @pytest.fixture(scope="module")
-def output(fluent_folder, tones_folder, tmp_path_factory):
+def start(tmp_path_factory):
+    """Starts pairs, one after the other."""
+    logs = tmp_path_factory.mktemp("logs")
+    server = subprocess.Popen(
+        [sys.executable, str(SERVER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with server:
+        yield lambda command: Pair(server, logs / secrets.token_hex(4), command)
+        server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def output(start, fluent_folder, tones_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("found")
-    arguments = [str(fluent_folder), str(tones_folder / "train.jsonl"), str(folder)]
-    for code, _, errors in ended(start([sys.executable, str(WORKER), *arguments])):
+    command = [str(fluent_folder), str(tones_folder / "train.jsonl"), str(folder)]
+    for code, _, errors in start(command).ended():
         assert code == 0, errors
     return folder
 
@@ -102,11 +109,11 @@ def test_a_whole_fit_is_the_same_in_both_and_one_of_them_measures(output):
     assert json.loads((output / "run" / "run.json").read_text())["state"] == "finished"
 
 
-def test_a_fit_outlives_its_processes_and_goes_on_in_another_number(fit_options, tmp_path):
+def test_a_fit_outlives_its_processes_and_goes_on_in_another_number(start, fit_options, tmp_path):
     folder = tmp_path / "run"
     checkpoint = folder / "checkpoint.safetensors"
     options = {**fit_options, "steps": 100_000, "backward": (), "batch_size": 3}
-    command = [*COMMAND, "fit", "--output", str(folder), "--checkpoint-every", "1"]
+    command = ["fit", "--output", str(folder), "--checkpoint-every", "1"]
     named = ("base", "data", "beta", "rank", "lr", "batch_size", "steps")
     for name in named:
         command += [f"--{name.replace('_', '-')}", str(options[name])]
@@ -115,8 +122,8 @@ def test_a_fit_outlives_its_processes_and_goes_on_in_another_number(fit_options,
     # of two the second is killed: the first says so in one line
     pair = start(command)
     wait_for(lambda: checkpoint.exists(), pair)
-    pair[1].kill()
-    (code, out, errors), _ = ended(pair)
+    os.kill(pair.pids[1], signal.SIGKILL)
+    (code, out, errors), _ = pair.ended()
     assert (code, out) == (2, "")
     (line,) = [one for one in errors.splitlines() if one.startswith("blora-pyro: ")]
     assert line.startswith("blora-pyro: a process of 2 is gone; the checkpoint of step ")
@@ -130,10 +137,10 @@ def test_a_fit_outlives_its_processes_and_goes_on_in_another_number(fit_options,
     assert later > left
 
     # and two again; a signal to the second ends both, and the first reports
-    pair = start([*COMMAND, "fit", "--resume", "--output", str(folder), "--checkpoint-every", "1"])
+    pair = start(["fit", "--resume", "--output", str(folder), "--checkpoint-every", "1"])
     wait_for(lambda: (stored_step(checkpoint) or 0) > later + 1, pair)
-    pair[1].send_signal(signal.SIGTERM)
-    (code, out, errors), (other, *silent) = ended(pair)
+    os.kill(pair.pids[1], signal.SIGTERM)
+    (code, out, errors), (other, *silent) = pair.ended()
     assert (code, other, out) == (143, 143, "")
     assert "blora-pyro: interrupted; the checkpoint of step" in errors
     assert silent == ["", ""]
@@ -150,12 +157,14 @@ class Stops(Listener):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def wait_for(done, processes, seconds=200):
+def wait_for(done, pair, seconds=200):
     for _ in range(10 * seconds):
-        if done() or any(one.poll() is not None for one in processes):
-            break
+        if done():
+            return
+        for pid in pair.pids:
+            os.kill(pid, 0)  # raises if it has ended
         time.sleep(0.1)
-    assert done()
+    raise TimeoutError
 
 
 def test_a_device_with_a_number_is_refused(monkeypatch):
