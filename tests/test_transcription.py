@@ -34,15 +34,24 @@ def prompts(fluent_base) -> list[list[int]]:
 @torch.no_grad()
 def greedy(base, features, prompt) -> str:
     """The transcript of one utterance (mels, frames): the most probable token, again and again."""
-    net, tokens = base.net, list(prompt)
-    while len(tokens) < net.config.max_target_positions:
-        logits = net(
-            input_features=features[None].float(), decoder_input_ids=torch.tensor([tokens])
-        ).logits
-        tokens.append(int(logits[0, -1].argmax()))
-        if tokens[-1] == net.config.eos_token_id:
+    encoded, tokens = encode(base, features), list(prompt)
+    while len(tokens) < base.net.config.max_target_positions:
+        tokens.append(int(next_logits(base, encoded, tokens).argmax()))
+        if tokens[-1] == base.net.config.eos_token_id:
             break
     return base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def encode(base, features) -> torch.Tensor:
+    return base.net.model.encoder(features[None].float()).last_hidden_state
+
+
+def next_logits(base, encoded, tokens) -> torch.Tensor:
+    """Of the token after these, nothing being kept from one call to the next."""
+    ids = torch.tensor([tokens])
+    return base.net(encoder_outputs=(encoded,), decoder_input_ids=ids, use_cache=False).logits[
+        0, -1
+    ]
 
 
 def noise(seconds: float, seed: int = 0) -> Recording:
@@ -214,7 +223,7 @@ def test_a_long_file_without_timestamps_has_a_segment_for_what_lies_between_paus
 
 
 def test_long_recordings_have_segments_in_order_whatever_the_model_babbles(timed_base):
-    recordings = [noise(3.7, 1), noise(0.4, 2), noise(1.2, 3)]
+    recordings = [noise(2.3, 1), noise(0.4, 2), noise(1.2, 3)]
     found = Transcriber(timed_base, language="de-en", timestamps=True).transcribe(recordings)
     for recording, one in zip(recordings, found, strict=True):
         assert one.audio == recording.name
@@ -229,26 +238,23 @@ def test_long_recordings_have_segments_in_order_whatever_the_model_babbles(timed
 def test_the_seed_decides_about_windows_that_go_astray_and_no_one_elses_numbers(timed_base):
     state = torch.get_rng_state()
     transcriber = Transcriber(timed_base, language="de", timestamps=True)
-    first = transcriber.transcribe([noise(2.0)])
+    first = transcriber.transcribe([noise(1.2)])
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(9)
-    assert transcriber.transcribe([noise(2.0)]) == first
-    assert replace(transcriber, seed=1).transcribe([noise(2.0)]) != first
+    assert transcriber.transcribe([noise(1.2)]) == first
+    assert replace(transcriber, seed=1).transcribe([noise(1.2)]) != first
 
 
 # ---- confidences
 
 
+@torch.no_grad()
 def log_probs_one_by_one(base, features, prompt, tokens):
-    found = []
-    for place, token in enumerate(tokens):
-        with torch.no_grad():
-            logits = base.net(
-                input_features=features[None].float(),
-                decoder_input_ids=torch.tensor([[*prompt, *tokens[:place]]]),
-            ).logits[0, -1]
-        found.append(logits.log_softmax(-1)[token].item())
-    return found
+    encoded = encode(base, features)
+    return [
+        next_logits(base, encoded, [*prompt, *tokens[:place]]).log_softmax(-1)[token].item()
+        for place, token in enumerate(tokens)
+    ]
 
 
 @pytest.mark.parametrize("stddev", [1e-4, 0.5])
