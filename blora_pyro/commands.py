@@ -32,7 +32,7 @@ def _texts(name: str, value: Any) -> Iterator[str | None]:
     """What stands after the option, once for every time that it is given; None is a switch."""
     if value is True:
         yield None
-    elif name in ("data_weights", "distillation_languages"):
+    elif name in ("data_weights", "distillation_languages", "track"):
         yield ",".join(map(str, value))
     elif name == "prior_args":
         yield from (f"{key}={one}" for key, one in value.items())

@@ -123,6 +123,9 @@ class FitConfig:
             `blora_pyro.normalizers`).
         seed: Of the start, the data order and the noise.
         device: A torch device.
+        track: Experiment trackers that are told of the fit, names with commas between or a
+            sequence of them (see `tracking`); None is none. What the fit finds does not depend on
+            them.
     """
 
     base: str = POCKET
@@ -171,6 +174,7 @@ class FitConfig:
     normalizer: str = "whisper"
     seed: int = 0
     device: str = "cpu"
+    track: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what can't be fitted.
@@ -187,6 +191,9 @@ class FitConfig:
         if self.data_weights is not None:
             keep("data_weights", tuple(self.data_weights))
         check_weights(self.data_weights, self.sources)
+        if self.track is not None:
+            names = self.track.split(",") if isinstance(self.track, str) else self.track
+            keep("track", tuple(dict.fromkeys(name.strip() for name in names)) or None)
         if self.language is not None:
             keep("language", language_code(self.language))
         if self.task not in TASKS:

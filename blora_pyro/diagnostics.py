@@ -3,6 +3,7 @@
 Everything here but `log_ratios` is in closed form or needs a few draws, at any size of model.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.distributions import biject_to, kl_divergence
 
 from blora_pyro.adapters import Site
 from blora_pyro.data import IGNORED, Examples
-from blora_pyro.draws import log_density, traces
+from blora_pyro.draws import Program, log_density, traces
 from blora_pyro.guides import latent_sites
 from blora_pyro.inference_data import pareto_khat
 from blora_pyro.models import Base
@@ -175,11 +176,16 @@ def _summarise_site(
 
 def point_scales(posterior: Posterior) -> dict[str, Tensor]:
     """Scales of a hierarchical prior that the guide has as points: as good as parameters."""
-    (trace,) = traces(posterior.guide, 1)
+    return point_scales_of(posterior.guide, posterior.mean)
+
+
+def point_scales_of(guide: Program, factors: Collection[str]) -> dict[str, Tensor]:
+    """`point_scales` of a guide that samples these factors, and maybe scales."""
+    (trace,) = traces(guide, 1)
     return {
         name: node["value"]
         for name, node in latent_sites(trace).items()
-        if name not in posterior.mean and _is_point(trace, name)
+        if name not in factors and _is_point(trace, name)
     }
 
 
@@ -195,16 +201,22 @@ def prior_variances(posterior: Posterior) -> dict[str, Tensor]:
     The scales of a hierarchical prior, and with them the weights of a layer, are averaged over:
     (modules, 1, 1).
     """
-    points = point_scales(posterior)
-    prior = poutine.condition(posterior.prior, data=points)
+    return prior_variances_at(posterior.prior, point_scales(posterior), posterior.mean)
+
+
+def prior_variances_at(
+    prior: Program, points: Mapping[str, Tensor], factors: Collection[str]
+) -> dict[str, Tensor]:
+    """`prior_variances` of a program that samples these factors, some of its scales being given."""
+    prior = poutine.condition(prior, data=points)
     totals: dict[str, Tensor] = {}
     count = 0
     for trace in traces(prior, PRIOR_DRAWS):
         count += 1
         latent = latent_sites(trace)
-        for name in posterior.mean:
+        for name in factors:
             variance = latent[name]["fn"].variance
-            if is_hierarchical := latent.keys() != posterior.mean.keys():
+            if is_hierarchical := latent.keys() != set(factors):
                 # E[w | scales] = 0, so the law of total variance has one term
                 variance = variance.mean((1, 2), keepdim=True)
             totals[name] = totals.get(name, torch.tensor(0.0)) + variance

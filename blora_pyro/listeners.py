@@ -1,7 +1,13 @@
 """Whoever is told how a run goes."""
 
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
 from blora_pyro.config import FitConfig
 from blora_pyro.fitting import Step
+from blora_pyro.guides import Guide
+from blora_pyro.models import BLoRA
 from blora_pyro.stopping import DevError
 
 
@@ -17,6 +23,9 @@ class Listener:
     def note(self, text: str) -> None:
         """Something worth knowing, in one line."""
 
+    def built(self, model: BLoRA, guide: Guide) -> None:
+        """Program and guide are made."""
+
     def ready(self, config: FitConfig, num_tokens: int, num_weights: int) -> None:
         """SVI begins: the resolved configuration, N target tokens, number of adapter weights."""
 
@@ -28,3 +37,20 @@ class Listener:
 
     def fitted(self) -> None:
         """The last step is done."""
+
+    def measured(self, metrics: Mapping[str, Any], step: int) -> None:
+        """All is measured: the content of `metrics.json`, and the last step of SVI."""
+
+
+class Listeners(Listener):
+    """Several, each told in turn of whatever there is to tell."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        """In the order that they are told."""
+        for name in (one for one in vars(Listener) if not one.startswith("_")):
+            setattr(self, name, partial(_tell, [getattr(one, name) for one in listeners]))
+
+
+def _tell(methods: Iterable[Callable[..., None]], *what: object) -> None:
+    for method in methods:
+        method(*what)

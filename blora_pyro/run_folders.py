@@ -19,11 +19,22 @@ from blora_pyro.posterior import Posterior
 
 RUN, METRICS, CHECKPOINT = "run.json", "metrics.json", checkpoints.FILE
 UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
+TRACKING = "tracking"  # folder of what trackers write
 TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-RESULTS = (posterior.FILE, *ADAPTER, posterior.DOMAINS, METRICS, UTTERANCES, SKIPPED, STRENGTH_PLOT)
+RESULTS = (
+    posterior.FILE,
+    *ADAPTER,
+    posterior.DOMAINS,
+    METRICS,
+    UTTERANCES,
+    SKIPPED,
+    STRENGTH_PLOT,
+    TRACKING,
+)
 HALF_WRITTEN = "posterior.new"
 UNFINISHED = (CHECKPOINT, *TRANSCRIPTS.values())
+WITHOUT_STEP = {RUN, SKIPPED, TRACKING, *TRANSCRIPTS.values()}  # of a fit before its checkpoints
 
 FITTING, EVALUATING, FINISHED = "fitting", "evaluating", "finished"  # "state" in run.json
 
@@ -78,7 +89,7 @@ def claim(folder: Path, overwrite: bool) -> Path:
         (folder / ".blora-pyro").touch()
         (folder / ".blora-pyro").unlink()
         left = {path.name.removesuffix(".new") for path in folder.iterdir()}
-        if state_of(folder) == FITTING and left <= {RUN, SKIPPED, *UNFINISHED} - {CHECKPOINT}:
+        if state_of(folder) == FITTING and left <= WITHOUT_STEP:
             remove_files(folder, *left)
             left = set()
     except OSError as error:

@@ -38,6 +38,7 @@ from blora_pyro.posterior import Family, Posterior
 from blora_pyro.processes import Processes
 from blora_pyro.run_folders import FINISHED, FITTING, RUN, claim, read_run, write_json
 from blora_pyro.stopping import EarlyStopping
+from blora_pyro.tracking import check_trackers, tracked
 from blora_pyro.utterances import utterance_rows
 
 __all__ = [
@@ -130,8 +131,13 @@ def fit(
                 folder.tidy()
             return _read(folder)
         together = processes.count > 1
-        with folder.told(), Interrupts(active=together or folder.path is not None) as interrupts:
-            return _fit(folder, evaluate, checkpoint_every, progress, interrupts, processes)
+        track = folder.config.track if processes.is_main else None
+        with (
+            folder.told(),
+            Interrupts(active=together or folder.path is not None) as interrupts,
+            tracked(progress, track, folder.path) as listener,
+        ):
+            return _fit(folder, evaluate, checkpoint_every, listener, interrupts, processes)
     finally:
         processes.leave()
 
@@ -187,12 +193,16 @@ def _open(
         raise UserError(f"resume is given with {wrong}; give the output of a fit and resume")
     if resume and path is not None:
         if (path / RUN).exists():
-            return FitFolder.reopen(path, options)
+            folder = FitFolder.reopen(path, options)
+            if folder.state != FINISHED:
+                check_trackers(folder.config.track, path)
+            return folder
         if not options:
             raise UserError(f"{path} holds no fit to go on with; start it without --resume")
     options, previous = carried_on(options)
     config = FitConfig(**options)
     config.with_prior_args()  # refuses what can't be
+    check_trackers(config.track, path)
     return FitFolder.create(path, config, overwrite, previous)
 
 
@@ -223,6 +233,7 @@ def _fit(
             languages = train.source_languages if config.pooled else ()
             counts = train.num_tokens, model.num_weights
             folder.begin(config, train.main_language, *counts, languages)
+            progress.built(model, guide)
     loader.tell(folder.list_skipped(loader.skipped))
     kept = folder.transcripts("base")
     stage = lambda name: progress.stage(f"base on {name}")  # noqa: E731
@@ -251,6 +262,7 @@ def _fit(
     metrics = compare(posterior, before, after, config)
     rows = utterance_rows(sets, {"base": before, "adapted": after})
     folder.finish(metrics, rows, time.monotonic() - started)
+    progress.measured(metrics, history[-1].step if history else 0)
     return Run(config, posterior, history, metrics, folder.path, folder.dev)
 
 

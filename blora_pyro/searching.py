@@ -12,7 +12,7 @@ Ranges = dict[str, tuple[float, float]]  # name -> lowest and highest value
 
 SEARCH: Ranges = {"beta": (1e-6, 1e-3), "prior_scale": (0.01, 0.3)}
 OPTIONS = ("beta", "lr", "prior_scale")  # any other name is an argument of the prior
-ANYWHERE = ("device", "local_files_only")  # processes at one sweep may differ in them
+ANYWHERE = ("device", "local_files_only", "track")  # processes at one sweep may differ in them
 
 
 def ranges_of(search: Mapping[str, tuple[float, float]], options: Mapping[str, Any]) -> Ranges:

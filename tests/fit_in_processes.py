@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from torch import Tensor
 
 from blora_pyro.cli import app
@@ -83,17 +84,33 @@ def main(base_folder: str, manifest: str, output: str) -> None:
 
 
 def fit_one(base_folder: str, manifest: str, output: Path) -> None:
-    """A fit from end to end, with distillation and a dev set."""
+    """A fit from end to end, with distillation, a dev set and a tracker."""
     rank = Processes.join().rank
+    LOGGER_TYPE_TO_CLASS["ranks"] = Ranks
     options = {"base": base_folder, "data": str(Path(manifest).parent), "batch_size": 3, "rank": 2}
     backward = {"de": str(Path(manifest).parent / "de.jsonl")}
     more = {"steps": 5, "lr": 0.03, "distillation": 0.1, "backward": backward, "beta": 1e-5}
-    dev = {"dev": str(Path(manifest).parent / "test.jsonl"), "eval_every": 2}
+    dev = {"dev": str(Path(manifest).parent / "test.jsonl"), "eval_every": 2, "track": "ranks"}
     run = fit(output / "run", **options, **more, **dev)
     total = sum(float(value.double().sum()) for value in run.posterior.mean.values())
     steps = [[step.nll, step.tokens] for step in run.history]
     about = {"sum": total, "steps": steps, "metrics": sorted(run.metrics), "dev": run.dev}
     (output / f"fit{rank}.json").write_text(json.dumps(about))
+
+
+class Ranks(GeneralTracker):
+    """Leaves a file for every process that tells it of steps."""
+
+    name = "ranks"
+    requires_logging_directory = True
+
+    def __init__(self, run_name: str, logging_dir: str) -> None:
+        self.tracker = Path(logging_dir) / f"rank{os.environ['RANK']}"
+        super().__init__()
+
+    def log(self, values: dict, step: int | None = None, **_: Any) -> None:
+        with self.tracker.open("a") as file:
+            print(*([step] if "loss" in values else []), file=file)
 
 
 class Forked(Processes):

@@ -41,6 +41,7 @@ def parsed(command: str):
         {"data": {"a": "de-en", "b": "es-en"}, "pooling": "complete", "pooling_scale": None},
         {"prior_from": "runs/my first", "prior_inflation": 1.5, "rank": 8},
         {"spec_augment": True, "gradient_checkpointing": True, "target_modules": "q_proj,v_proj"},
+        {"track": ("tensorboard", "wandb")},
         {"dev": "de", "eval_every": 5, "patience": 2, "epochs": 1.5, "dtype": "bfloat16"},
     ],
 )

@@ -107,6 +107,8 @@ def test_a_whole_fit_is_the_same_in_both_and_one_of_them_measures(output):
     assert [one["step"] for one in main["dev"]["errors"]] == [2, 4, 5]
     assert "new_domain" in main["metrics"] and "new_domain" not in other["metrics"]
     assert json.loads((output / "run" / "run.json").read_text())["state"] == "finished"
+    (told,) = (output / "run" / "tracking").glob("rank*")  # by the tracker of one process
+    assert (told.name, told.read_text().split()) == ("rank0", ["1", "2", "3", "4", "5"])
 
 
 def test_a_fit_outlives_its_processes_and_goes_on_in_another_number(start, fit_options, tmp_path):

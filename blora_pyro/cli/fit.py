@@ -234,6 +234,14 @@ def fit(
         typer.Option(help="Steps between checkpoints.", show_default="every two seconds or more"),
     ] = None,
     device: Device = "cpu",
+    track: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACKER,...",
+            help="Tell tensorboard, wandb, trackio or mlflow of every step.",
+            show_default="none",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fit BLoRA to a new domain; show what was gained and what was forgotten.

@@ -27,8 +27,17 @@ from blora_pyro.posterior import Posterior
 from blora_pyro.run_folders import ADAPTER, RUN, state_of
 from blora_pyro.strength import at_strength
 
-# What changes no weight that a fit finds: where it computes, and how texts are scored.
-_INDIFFERENT = ("base", "revision", "local_files_only", "device", "normalizer", "test", "dev")
+# What changes no weight that a fit finds: where it computes, who is told, how texts are scored.
+_INDIFFERENT = (
+    "base",
+    "revision",
+    "local_files_only",
+    "device",
+    "normalizer",
+    "test",
+    "dev",
+    "track",
+)
 
 
 @dataclass(frozen=True)
