@@ -41,6 +41,7 @@ from blora_pyro.data import Batch
 from blora_pyro.fitting import SviOptions, _Loop
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import FactorPrior
+from blora_pyro.processes import Processes
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 WIDTHS = (("tiny", 8), ("tiny", 32), ("small", 8), ("small", 32), ("large-v3", 8), ("large-v3", 32))
@@ -184,7 +185,9 @@ def measure_width(size: str, rank: int, rounds: int) -> dict[str, Any]:
     for name, guide_name, beta in (("ours", "normal", BETA), ("ours, point", "point", 0.0)):
         guide: Any = build_guide(guide_name, model)
         options = SviOptions(beta=beta, lr=LR, steps=FOREVER, batch_size=1)
-        steps[name] = partial(_Loop(model, guide, options, Checkpoints(None), None).step, NOTHING)
+        steps[name] = partial(
+            _Loop(model, guide, options, Checkpoints(None), None, Processes()).step, NOTHING
+        )
     steps[PLAIN] = plain_lora([site.shape[1:] for site in model.sites for _ in site.modules])
     source = torch.zeros(2 * model.num_weights)
     steps[COPY] = partial(torch.empty_like(source).copy_, source)
