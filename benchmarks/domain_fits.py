@@ -1,0 +1,122 @@
+"""The fits of `domains.py`: alone, one after the other, together, and put together afterwards."""
+
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from domain_figures import DOMAINS
+
+from blora_pyro import Posterior, fit
+from blora_pyro.combining import combine
+from blora_pyro.data import load_split
+from blora_pyro.finished_runs import merge_run
+
+UTTERANCES, STEPS = 150, 200  # of each domain
+BAYES = {"beta": "auto", "lr": 5e-3}
+LORA = {"guide": "point", "beta": 0.0, "lr": 2e-3}
+NOWHERE: dict[str, str] = {}  # no backward sets: nothing is measured during a fit
+
+
+class Fits:
+    """The fits of one seed, made when they are asked for; methods are named as in `METHODS`.
+
+    Args:
+        root: Their folder.
+        seed: Of all of them, and of the utterances.
+        steps: A domain.
+    """
+
+    def __init__(self, root: Path, seed: int, steps: int = STEPS) -> None:
+        """Nothing is made yet."""
+        self.root, self.seed, self.steps = root / f"seed{seed}", seed, steps
+
+    def data(self, domain: str) -> str:
+        """A folder with the train split: the same utterances for every method."""
+        folder = self.root / "data" / domain
+        with locked(folder):
+            folder.mkdir(exist_ok=True)
+            if not (folder / "train.jsonl").is_file():
+                rows = load_split(domain, "train").shuffle(seed=self.seed).select(range(UTTERANCES))
+                lines = [
+                    json.dumps(
+                        {
+                            "audio": row["audio"]["path"],
+                            "text": row["text"],
+                            "language": row["language"],
+                            "word_languages": row["word_languages"],
+                        },
+                        ensure_ascii=False,
+                    )
+                    for row in rows
+                ]
+                (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(folder)
+
+    def fitted(self, name: str, **options: Any) -> Path:
+        """A run folder."""
+        folder = self.root / name
+        with locked(folder):
+            shared = {"seed": self.seed, "steps": self.steps, "backward": NOWHERE}
+            fit(folder, evaluate=False, resume=True, **{**shared, **options})
+        return folder
+
+    def alone(self, method: str, domain: str) -> Path:
+        """`lora` or `blora` of one domain."""
+        options = {"lora": LORA, "blora": BAYES}[method]
+        return self.fitted(f"{method}_{domain}", data=self.data(domain), **options)
+
+    def chain(self, order: Sequence[str], inflation: float) -> Path:
+        """`chain`: every posterior is the prior of the next fit; the knob is its inflation."""
+        if len(order) == 1:
+            return self.alone("blora", order[0])
+        before = self.chain(order[:-1], inflation)
+        name = f"chain-{inflation:g}_{'+'.join(order)}"
+        options = {"prior_from": str(before), "prior_inflation": inflation, **BAYES}
+        return self.fitted(name, data=self.data(order[-1]), **options)
+
+    def sequence(self, order: Sequence[str], lr: float, ewc: float = 0.0) -> Path:
+        """Every LoRA is merged into the net, on which the next one is fitted.
+
+        `sequential-lora`: the knob is the learning rate after the first domain. `ewc-lora`: what is
+        merged is held by elastic weight consolidation, with the Fisher information of the earlier
+        domains' training data, which it so has to keep; the knob is its strength.
+        """
+        if len(order) == 1:
+            return self.alone("lora", order[0])
+        before = self.sequence(order[:-1], lr, ewc)
+        merged = before.with_name(f"{before.name}-merged")
+        with locked(merged):
+            if not (merged / "config.json").is_file():
+                merge_run(before, merged, overwrite=True)
+        kept = {domain: self.data(domain) for domain in order[:-1]} if ewc else NOWHERE
+        name = f"sequence-{lr:g}-{ewc:g}_{'+'.join(order)}"
+        options = {**LORA, "lr": lr, "ewc": ewc, "backward": kept, "base": str(merged)}
+        return self.fitted(name, data=self.data(order[-1]), **options)
+
+    def together(self, method: str, **options: Any) -> Path:
+        """`union-lora`, `union-blora`: one adapter for all; `hierarchical`: partial pooling."""
+        data = {domain: self.data(domain) for domain in DOMAINS}
+        return self.fitted(method, data=data, **{"steps": len(DOMAINS) * self.steps, **options})
+
+    def combined(self, method: str) -> Posterior:
+        """`averaged-lora`, `combined-mean`, `combined-product`: one adapter of those apart."""
+        kind = "lora" if method == "averaged-lora" else "blora"
+        how = "product" if method == "combined-product" else "mean"
+        parts = [Posterior.load(self.alone(kind, domain)) for domain in DOMAINS]
+        return combine(parts, how)[0]
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Whether this process alone is in the `with`; the kernel releases those that die."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
