@@ -1,4 +1,4 @@
-"""The fitted posterior: draws, mean, sparsity, its file, and its export as a stock PEFT adapter."""
+"""The fitted posterior: draws, mean, sparsity, and its file."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.guides import Guide, build_guide, build_prior, latent_sites, previous_posterior
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
+from blora_pyro.peft_export import save_adapter
 
 FILE = "posterior.safetensors"
 DOMAINS = "domains"  # folder of a PEFT adapter for each domain
@@ -354,37 +355,11 @@ class Posterior:
         tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
         save_file(tensors, folder / FILE, metadata={"blora_pyro": json.dumps(about)})
         if self.pooling is None:
-            return self._save_adapter(folder)
+            return save_adapter(self, folder)
         if self.pooling.is_shared:
-            self.for_domain()._save_adapter(folder)
+            save_adapter(self.for_domain(), folder)
         for name in self.pooling.domains:
-            self.for_domain(name)._save_adapter(folder / DOMAINS / name)
-
-    def _save_adapter(self, folder: Path) -> None:
-        from peft import LoraConfig
-
-        # task_type stays None: PEFT's sequence-to-sequence wrapper does not take Whisper's inputs.
-        ranks = {name: group.rank for group in self.groups for name in group.modules}
-        other = {name: rank for name, rank in ranks.items() if rank != self.rank}
-        LoraConfig(
-            base_model_name_or_path=self.base,
-            revision=self.revision,
-            r=self.rank,
-            lora_alpha=self.alpha,
-            target_modules=list(ranks),
-            rank_pattern=other,
-            alpha_pattern={name: self.scaling * rank for name, rank in other.items()},
-            inference_mode=True,
-        ).save_pretrained(str(folder))
-        path = folder / "adapter_config.json"  # PEFT keeps the targets in a set: fix their order
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["target_modules"].sort()
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        tensors = {}
-        for name, a, b in self.layer_means():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_adapter(self.for_domain(name), folder / DOMAINS / name)
 
     @classmethod
     def load(cls, folder: Path | str, prior: str | None = None) -> "Posterior":

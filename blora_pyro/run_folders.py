@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from blora_pyro import checkpoints, posterior
+from blora_pyro import checkpoints, peft_export, posterior
 from blora_pyro.checkpoints import replace_file, sync
 from blora_pyro.config import FitConfig
 from blora_pyro.errors import UserError
@@ -21,7 +21,7 @@ RUN, METRICS, CHECKPOINT = "run.json", "metrics.json", checkpoints.FILE
 UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
 TRACKING = "tracking"  # folder of what trackers write
 TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER = (peft_export.CONFIG, peft_export.WEIGHTS)
 RESULTS = (
     posterior.FILE,
     *ADAPTER,
