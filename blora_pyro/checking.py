@@ -33,7 +33,7 @@ from blora_pyro.data import (
 from blora_pyro.errors import UserError
 from blora_pyro.findings import DataCheck, Finding, SetCheck
 from blora_pyro.loading import check_tags
-from blora_pyro.models import POCKET, find_folder
+from blora_pyro.models import POCKET, adapter_in, find_folder
 
 CHUNK = 64  # recordings heard at a time
 TOLERANCE = 0.1  # seconds by which a duration may be another than is said
@@ -87,6 +87,8 @@ def load_processor(
     folder = MODEL_DIR
     if base != POCKET:
         folder = find_folder(base, revision, local_files_only, weights=False)
+        if adapter := adapter_in(base, folder):
+            return load_processor(*adapter, local_files_only)
     try:
         tokenizer = WhisperTokenizer.from_pretrained(folder)
         extractor = WhisperFeatureExtractor.from_pretrained(folder)

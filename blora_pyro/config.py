@@ -58,7 +58,7 @@ class FitConfig:
     """Everything that decides a fit; `run.json` holds it resolved.
 
     Attributes:
-        base: `"pocket"`, a local Whisper checkpoint, or a Hub id.
+        base: `"pocket"`, a folder with a Whisper checkpoint or an adapter, or a Hub id of either.
         dtype: Of the frozen base's weights, `float32`, `bfloat16` or `float16`.
         revision: Branch, tag or commit of the base, if it is a Hub id.
         local_files_only: Look for a Hub id in the Hub's local cache alone.
@@ -89,8 +89,8 @@ class FitConfig:
             exact negative ELBO per token, and `"auto"` is `AUTO_TEMPERATURE` / N.
         prior_scale: The prior's `scale`, before that of `prior_args`; None is the family's default.
         prior_args: Further arguments of the prior family, by name (see `blora-pyro priors`).
-        prior_from: Folder of a run whose posterior is the prior, in place of a family's, and where
-            the fit starts; see `chains`.
+        prior_from: Folder, or Hub id, of a run whose posterior is the prior, in place of a
+            family's, and where the fit starts; see `chains`.
         prior_inflation: Factor on that posterior's standard deviations, to forget on purpose, 1 or
             more; None is 1.
         rank: Rank of every update.

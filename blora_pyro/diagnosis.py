@@ -19,6 +19,7 @@ from blora_pyro.inference_data import MIN_RATIOS
 from blora_pyro.layers import Place, kinds
 from blora_pyro.plots import all_plots, save_plots
 from blora_pyro.posterior import Posterior
+from blora_pyro.run_folders import beside
 from blora_pyro.runs import claim, read_run
 
 KHAT_DRAWS = 30
@@ -124,7 +125,7 @@ def diagnose(
     """Look into a run: figures, k-hat, plots.
 
     Args:
-        run: Folder of a fit.
+        run: Folder of a fit, or its Hub id.
         output: Folder for the plots; None is `diagnostics` in the run's.
         prior: File of the prior, for a run that was fitted with a user's own: its code is run.
         khat: Compute k-hat, on up to 64 utterances of the run's training set.
@@ -150,7 +151,7 @@ def diagnose(
     history = _history(run, about)
     on_stage("figures")
     summary = summarise(posterior)
-    folder = claim(Path(output or Path(run) / "diagnostics"), overwrite=True)
+    folder = claim(Path(output or beside(run, "diagnostics", "output")), overwrite=True)
     shrinkage = Shrinkage.of(posterior, summary)
     found = Khat(None, "not asked for")
     if khat:

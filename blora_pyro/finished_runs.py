@@ -46,7 +46,7 @@ def evaluate_run(
     factors. `data` is scored with the factors of `domain`, or else those that are shared.
 
     Args:
-        folder: Of the run.
+        folder: Of the run, or its Hub id.
         data: None is the run's own test sets.
         progress: Told of stages.
         device: A torch device.
@@ -141,7 +141,7 @@ def merge_run(
     and the sum is rounded to `dtype` once.
 
     Args:
-        folder: A run folder.
+        folder: A run folder, or its Hub id.
         out: Folder for the checkpoint.
         overwrite: Write into a folder that holds something.
         dtype: Of the checkpoint. An update below the rounding step of a short one is lost.
@@ -185,7 +185,7 @@ def transcribe(
 
     Args:
         audio: wav, flac, ogg/opus or mp3 files, of any length.
-        adapter: Folder of a run.
+        adapter: Folder of a run, or its Hub id.
         base: Base model; None is the adapter's, or the pocket Whisper.
         language: A Whisper code, or "de-en" for code-switched speech; "auto" is what the model
             detects in each file. None is that of the adapter's training data, and without an
@@ -193,7 +193,7 @@ def transcribe(
         device: A torch device.
         dtype: Of the base's weights; None is that of the fit, or `float32`.
         revision: Of the base, if it is a Hub id; None is that of the fit, unless a base is given.
-        local_files_only: Look for a Hub id in the Hub's local cache alone.
+        local_files_only: Look for Hub ids in the Hub's local cache alone.
         prior: The file of the prior, if draws are asked for and the run has one: its code is run.
         task: `transcribe` or `translate`; None is that of the fit, or `transcribe`.
         strength: Of the adapter's update, see `at_strength`.
@@ -210,7 +210,9 @@ def transcribe(
     """
     posterior, config = None, FitConfig(device=device)
     if adapter is not None:
-        posterior, about = read_run(adapter, device, prior, pooled=True)
+        posterior, about = read_run(
+            adapter, device, prior, pooled=True, local_files_only=local_files_only
+        )
         posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
         config = about["config"]
         language = language or about.get("domain_languages", {}).get(domain, about["language"])

@@ -163,6 +163,7 @@ class FitFolder:
         self,
         config: FitConfig,
         language: str,
+        utterances: int,
         tokens: int,
         weights: int,
         domain_languages: Sequence[str] = (),
@@ -172,6 +173,7 @@ class FitFolder:
         Args:
             config: The resolved configuration.
             language: Of the training data.
+            utterances: In it.
             tokens: Target tokens in it.
             weights: Number of adapter weights.
             domain_languages: Of the training data of each domain, if they are told apart.
@@ -185,6 +187,7 @@ class FitFolder:
         self._write(
             config=config.to_json(),
             language=language,
+            training_utterances=utterances,
             training_tokens=tokens,
             temperature=float(config.beta) * tokens,
             adapter_weights=weights,

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
+from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
 if TYPE_CHECKING:
     from blora_pyro.posterior import Posterior
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_adapter(posterior: "Posterior", folder: Path) -> None:
@@ -36,7 +36,7 @@ def save_adapter(posterior: "Posterior", folder: Path) -> None:
         alpha_pattern={name: posterior.scaling * rank for name, rank in other.items()},
         inference_mode=True,
     ).save_pretrained(str(folder))
-    path = folder / CONFIG  # PEFT keeps the targets in a set: fix their order
+    path = folder / ADAPTER_CONFIG  # PEFT keeps the targets in a set: fix their order
     config = json.loads(path.read_text(encoding="utf-8"))
     config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -44,4 +44,4 @@ def save_adapter(posterior: "Posterior", folder: Path) -> None:
     for name, a, b in posterior.layer_means():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -18,6 +18,7 @@ from blora_pyro.adapters import Adapters, Group
 from blora_pyro.draws import to_inference_data, traces
 from blora_pyro.errors import UserError
 from blora_pyro.guides import Guide, build_guide, build_prior, latent_sites, previous_posterior
+from blora_pyro.hub import find_run
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
 from blora_pyro.peft_export import save_adapter
@@ -363,17 +364,17 @@ class Posterior:
 
     @classmethod
     def load(cls, folder: Path | str, prior: str | None = None) -> "Posterior":
-        """Read `posterior.safetensors` of a run folder.
+        """Read `posterior.safetensors` of a run folder, or of a run on the Hub.
 
         Args:
-            folder: A run folder.
+            folder: A run folder, or `OWNER/NAME[@REVISION]`, see `find_run`.
             prior: The file of the prior, for a run that was fitted with a user's own: its code is
                 run only where it is named. Without it draws and densities are not to be had.
 
         Raises:
             UserError: If there is none, or it is damaged.
         """
-        path = Path(folder) / FILE
+        path = find_run(folder) / FILE
         if not path.is_file():
             raise UserError(f"{folder} is no run folder (no {FILE}); give the --output of a fit")
         try:

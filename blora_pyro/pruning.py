@@ -14,6 +14,7 @@ from blora_pyro.adapters import Group
 from blora_pyro.config import base_of
 from blora_pyro.diagnostics import Spectrum, spectra
 from blora_pyro.errors import UserError
+from blora_pyro.hub import find_run
 from blora_pyro.listeners import Listener
 from blora_pyro.outcomes import compare, evaluation_sets, measure
 from blora_pyro.posterior import Posterior
@@ -185,7 +186,7 @@ def prune_run(
         metrics |= compare(pruned, full, fewer, config)
     pruned.save(target)
     write_json(target / "metrics.json", metrics)
-    _write_about(Path(folder), target, {"from": str(folder), "rank": rank, "snr": snr, **size})
+    _write_about(find_run(folder), target, {"from": str(folder), "rank": rank, "snr": snr, **size})
     return metrics
 
 

@@ -10,18 +10,20 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from blora_pyro import checkpoints, peft_export, posterior
+from blora_pyro import checkpoints, posterior
 from blora_pyro.checkpoints import replace_file, sync
 from blora_pyro.config import FitConfig
 from blora_pyro.errors import UserError
+from blora_pyro.hub import find_run
 from blora_pyro.loading import SKIPPED
+from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from blora_pyro.posterior import Posterior
 
 RUN, METRICS, CHECKPOINT = "run.json", "metrics.json", checkpoints.FILE
 UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
 TRACKING = "tracking"  # folder of what trackers write
 TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
-ADAPTER = (peft_export.CONFIG, peft_export.WEIGHTS)
+ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 RESULTS = (
     posterior.FILE,
     *ADAPTER,
@@ -117,6 +119,22 @@ def claim_file(file: Path, overwrite: bool) -> None:
         raise UserError(f"output '{file}' is there already; give another, or --overwrite")
 
 
+def beside(run: str | Path, name: str, option: str) -> Path:
+    """Where in a run's own folder something new goes that was given no place.
+
+    Args:
+        run: As the user gave it.
+        name: Of what goes there.
+        option: By which a place is given.
+
+    Raises:
+        UserError: If the run is on the Hub.
+    """
+    if not Path(run).is_dir():
+        raise UserError(f"{run} is on the Hub and has no folder for {name}; give {option}")
+    return Path(run) / name
+
+
 def state_of(folder: Path) -> str | None:
     """How far the run in a folder has come; None if there is none, or it can't be read."""
     try:
@@ -127,32 +145,39 @@ def state_of(folder: Path) -> str | None:
 
 
 def read_run(
-    folder: str | Path, device: str = "cpu", prior: str | None = None, *, pooled: bool = False
+    folder: str | Path,
+    device: str = "cpu",
+    prior: str | None = None,
+    *,
+    pooled: bool = False,
+    local_files_only: bool = False,
 ) -> tuple[Posterior, dict[str, Any]]:
     """The posterior and `run.json` of a run folder.
 
     Args:
-        folder: Where they are.
+        folder: Where they are, or `OWNER/NAME[@REVISION]` on the Hub, see `find_run`.
         device: A torch device, for the configuration.
         prior: The file of the prior, if it is a user's own and its code is to be run.
         pooled: Whether a run of several domains with factors of their own will do.
+        local_files_only: Look for a Hub id in the Hub's local cache alone.
 
     Raises:
         UserError: If it is no run folder, unfinished, or damaged, or has several domains.
     """
-    if state_of(Path(folder)) == FITTING:
+    found = find_run(folder, local_files_only)
+    if state_of(found) == FITTING:
         raise UserError(
             f"the fit in {folder} is not finished; go on with: blora-pyro fit --resume --output "
             f"{shlex.quote(str(folder))}"
         )
-    loaded = Posterior.load(folder, prior)
+    loaded = Posterior.load(found, prior)
     if loaded.pooling is not None and not pooled:
         raise UserError(
             f"{folder} was fitted with pooling {loaded.pooling.kind}, of which evaluate, "
             "transcribe and merge can take a domain, and nothing else can; give a run with pooling "
             "complete"
         )
-    path = Path(folder) / RUN
+    path = found / RUN
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         about["config"] = FitConfig(**{**about["config"], "device": device})

@@ -231,7 +231,7 @@ def _fit(
             model, guide = build(base, config, folder.previous)
             regularise(model, loader, progress.stage)
             languages = train.source_languages if config.pooled else ()
-            counts = train.num_tokens, model.num_weights
+            counts = len(train), train.num_tokens, model.num_weights
             folder.begin(config, train.main_language, *counts, languages)
             progress.built(model, guide)
     loader.tell(folder.list_skipped(loader.skipped))

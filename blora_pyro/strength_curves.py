@@ -10,7 +10,7 @@ from blora_pyro.finished_runs import scoring_config, scoring_sets
 from blora_pyro.listeners import Listener
 from blora_pyro.metrics import forgetting_removed
 from blora_pyro.outcomes import NEW_DOMAIN, domain_name, measure
-from blora_pyro.run_folders import STRENGTH_PLOT, claim_file, read_run
+from blora_pyro.run_folders import STRENGTH_PLOT, beside, claim_file, read_run
 from blora_pyro.strength import SCALE, at_strength, check_strength
 from blora_pyro.strength_plot import check_plot_file, save_strength_plot
 
@@ -30,7 +30,7 @@ def strength_curve(
     """Score a run at several strengths, and draw new-domain error against backward error.
 
     Args:
-        folder: Of the run.
+        folder: Of the run, or its Hub id.
         strengths: See `at_strength`. 0 (the base) and 1 (the fit) are scored in any case.
         progress: Told of stages.
         device: A torch device.
@@ -52,7 +52,7 @@ def strength_curve(
     """
     progress = progress or Listener()
     posterior, about = read_run(folder, device)
-    file = _claim_plot(Path(folder), plot, overwrite)
+    file = _claim_plot(folder, plot, overwrite)
     strengths = sorted({0.0, 1.0, *strengths})
     for strength in strengths:
         check_strength(posterior, strength, by)
@@ -80,9 +80,9 @@ def strength_curve(
     return curve | {"plot": str(file)}
 
 
-def _claim_plot(folder: Path, plot: str | Path | None, overwrite: bool) -> Path:
+def _claim_plot(folder: str | Path, plot: str | Path | None, overwrite: bool) -> Path:
     """The file of the picture, before there is one."""
-    file = folder / STRENGTH_PLOT if plot is None else Path(plot)
+    file = beside(folder, STRENGTH_PLOT, "plot") if plot is None else Path(plot)
     check_plot_file(file)
     claim_file(file, overwrite or plot is None)
     return file

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,14 @@ def cache_dir(monkeypatch, tmp_path_factory) -> Path:
     folder = tmp_path_factory.getbasetemp() / "caches" / secrets.token_hex(4)
     monkeypatch.setenv("BLORA_PYRO_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[Any]:
+    """A stand-in for the Hub, of class `Hub` there, in whose place huggingface_hub has it."""
+    stand_in = runpy.run_path(str(Path(__file__).parent / "hub_stand_in.py"))
+    with stand_in["serving"](tmp_path / "hub-cache", monkeypatch) as hub:
+        yield hub
 
 
 def make_tokenizer(special: tuple[str, ...]) -> WhisperTokenizer:

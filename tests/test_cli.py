@@ -28,6 +28,7 @@ COMMANDS = (
     "priors",
     "transcribe",
     "merge",
+    "push-to-hub",
     "data",
 )
 

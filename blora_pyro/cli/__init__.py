@@ -8,6 +8,7 @@ from blora_pyro import __version__
 from blora_pyro.cli.compare import compare
 from blora_pyro.cli.data import data
 from blora_pyro.cli.fit import fit
+from blora_pyro.cli.hub import push_to_hub
 from blora_pyro.cli.runs import combine, diagnose, errors, evaluate, merge, priors, prune
 from blora_pyro.cli.sweep import sweep
 from blora_pyro.cli.transcribe import transcribe
@@ -21,7 +22,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(fit, sweep, compare, evaluate, errors, diagnose, prune, combine, priors),
-    *(transcribe, merge),
+    *(transcribe, merge, push_to_hub),
 )
 for command in COMMANDS:
     app.command()(command)

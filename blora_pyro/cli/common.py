@@ -12,7 +12,10 @@ import typer
 from blora_pyro.errors import Elsewhere, Interrupted, UserError
 from blora_pyro.launched import is_main
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a fit.")]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Folder of a fit, or OWNER/NAME[@REVISION] on the Hub."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over what is there.")]
 Dtype = Annotated[str, typer.Option(help="Of the base's weights: float32, bfloat16 or float16.")]

@@ -28,7 +28,11 @@ from blora_pyro.launched import is_main
 def fit(
     context: typer.Context,
     base: Annotated[
-        str, typer.Option(help="'pocket', a Whisper checkpoint folder, or a Hub id.")
+        str,
+        typer.Option(
+            help="'pocket', a folder with a Whisper checkpoint or with an adapter, which is merged "
+            "into its base, or a Hub id of either."
+        ),
     ] = "pocket",
     dtype: Dtype = "float32",
     revision: Revision = None,

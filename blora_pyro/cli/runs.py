@@ -235,7 +235,7 @@ def prune(
 
 def combine(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of two fits or more.")
+        list[Path], typer.Argument(metavar="RUN...", help="Folders or Hub ids of two fits or more.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     method: Annotated[

@@ -29,7 +29,12 @@ def transcribe(
         list[Path], typer.Argument(help="wav, flac, ogg/opus or mp3 files, or folders of them.")
     ],
     adapter: Annotated[
-        Path | None, typer.Option(help="Folder of a fit.", show_default="the base model alone")
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Folder of a fit, or OWNER/NAME[@REVISION] on the Hub.",
+            show_default="the base model alone",
+        ),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model.", show_default="the adapter's, or pocket")

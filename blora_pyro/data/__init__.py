@@ -16,7 +16,7 @@ from blora_pyro.data.mixtures import (
 )
 from blora_pyro.data.pocket import DOMAINS, LANGUAGES, MODEL_DIR, POCKET_DIR, corpus_dir
 from blora_pyro.data.prompts import TASKS, Encoder, language_codes, prompt_ids, text_ids
-from blora_pyro.data.sources import Source, describe_source, load_split, split_names
+from blora_pyro.data.sources import Source, describe_source, is_hub_id, load_split, split_names
 
 __all__ = [
     "DOMAINS",
@@ -46,6 +46,7 @@ __all__ = [
     "corpus_dir",
     "describe_source",
     "featurise",
+    "is_hub_id",
     "is_language",
     "language_code",
     "language_codes",

@@ -54,7 +54,7 @@ def load_split(source: Source, split: str, on_bad: OnBadRow = stop) -> Dataset:
     name = str(source)
     if os.path.isfile(name):
         return read_manifest(name, split, on_bad)
-    if _is_hub_id(name):
+    if is_hub_id(name):
         return table_split(load_hub(name, split), split, f"{name}, {split}", on_bad)
     folder = _folder(name)
     if is_saved(folder):
@@ -84,7 +84,7 @@ def split_names(source: Source) -> list[str]:
     name = str(source)
     if os.path.isfile(name):
         return manifest_splits(name)
-    if _is_hub_id(name):
+    if is_hub_id(name):
         return hub_splits(name)
     folder = _folder(name)
     if is_saved(folder):
@@ -110,7 +110,7 @@ def describe_source(source: Source) -> str:
     return f"{_OBJECT}{kind}>"
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Tell whether a name that is no path and no built-in corpus has the form of a Hub id."""
     manifest = Path(name).suffix.lower() in READERS
     return not (os.path.exists(name) or manifest) and bool(_HUB_ID.fullmatch(name))

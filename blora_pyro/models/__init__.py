@@ -8,7 +8,7 @@ from blora_pyro.models.estimators import (
     Shared,
     build_estimator,
 )
-from blora_pyro.models.folders import find_folder
+from blora_pyro.models.folders import adapter_in, find_folder
 from blora_pyro.models.pooling import POOLINGS, PooledBLoRA, Pooling
 from blora_pyro.models.tempering import Temper
 from blora_pyro.models.whisper import BLoRA, FactorPrior, Prior
@@ -28,6 +28,7 @@ __all__ = [
     "Prior",
     "Shared",
     "Temper",
+    "adapter_in",
     "build_estimator",
     "check_device",
     "check_dtype",

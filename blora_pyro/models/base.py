@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,13 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 from blora_pyro.data import MODEL_DIR, language_codes
 from blora_pyro.data.prompts import END, NO_TIMESTAMPS, START, TASKS
 from blora_pyro.errors import UserError
-from blora_pyro.models.folders import TOKENIZER_FILES, check_folder, find_folder
+from blora_pyro.models.folders import (
+    ADAPTER_WEIGHTS,
+    TOKENIZER_FILES,
+    adapter_in,
+    check_folder,
+    find_folder,
+)
 
 POCKET = "pocket"
 DTYPES = {
@@ -93,10 +99,12 @@ def load_base(
     """Load a Whisper of any size, multilingual or English-only.
 
     Weights are read from safetensors, and no code of a checkpoint is run. What an older checkpoint
-    does not say for `generate` (its languages, tasks, timestamps) is taken from its tokenizer.
+    does not say for `generate` (its languages, tasks, timestamps) is taken from its tokenizer. A
+    PEFT adapter of a Whisper, such as a run folder or what `push_run` uploads, is merged into the
+    base that it names.
 
     Args:
-        name: `"pocket"`, a local checkpoint folder, or a Hub id.
+        name: `"pocket"`, a folder with a checkpoint or an adapter, or a Hub id of either.
         device: A torch device.
         dtype: Of the weights, `float32`, `bfloat16` or `float16`, whatever the checkpoint has.
         revision: Branch, tag or commit of a Hub id.
@@ -111,6 +119,10 @@ def load_base(
     if name == POCKET and revision is not None:
         raise UserError(f"revision '{revision}' is given with the pocket base; leave it out")
     folder = MODEL_DIR if name == POCKET else find_folder(name, revision, local_files_only)
+    if adapter := adapter_in(name, folder):
+        below = load_base(adapter[0], "cpu", "float32", adapter[1], local_files_only)
+        net = _merged(name, below.net, folder).to(device, DTYPES[dtype])
+        return replace(below, name=name, net=net.eval())
     check_folder(name, folder)
     try:
         net, report = WhisperForConditionalGeneration.from_pretrained(
@@ -134,6 +146,26 @@ def load_base(
 
 
 _BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
+
+
+def _merged(
+    name: str, net: WhisperForConditionalGeneration, folder: Path
+) -> WhisperForConditionalGeneration:
+    """`net`, in float32, with a PEFT adapter merged into its weights."""
+    from peft import PeftModel
+
+    if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would look for pickled ones
+        raise UserError(
+            f"base model '{name}' is an adapter without {ADAPTER_WEIGHTS}; give another"
+        )
+    try:
+        adapted = PeftModel.from_pretrained(net, folder, torch_device="cpu")
+        return adapted.merge_and_unload().requires_grad_(True)
+    except _BROKEN as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"base model '{name}' is an adapter that can't be merged ({reason}); give another"
+        ) from None
 
 
 def _check_parts(base: Base, report: dict[str, Any]) -> None:

@@ -4,18 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from blora_pyro.errors import UserError
+from blora_pyro.hub import BASE, download
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,13 +17,15 @@ TOKENIZER_FILES = (
     "normalizer.json",
 )
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HUB_FILES = (
     *TOKENIZER_FILES,
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "adapter_config.json",
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     INDEX,
     WEIGHTS,
     "model-*-of-*.safetensors",
@@ -48,8 +40,7 @@ def find_folder(
 ) -> Path:
     """The folder of a checkpoint: a local one, or that of a Hub id in the Hub's cache.
 
-    What the cache lacks is downloaded, unless `local_files_only`. One request tells whether the Hub
-    can be reached, so that a refusal takes no longer.
+    What the cache lacks is downloaded, unless `local_files_only`.
 
     Args:
         name: A local folder, or a Hub id.
@@ -69,64 +60,30 @@ def find_folder(
                 f"revision '{revision}' is given with a local folder, '{name}'; leave one out"
             )
         return path
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=local_files_only,
-                allow_patterns=[file for file in HUB_FILES if weights or "model" not in file],
-            )
-        )
-    except LocalEntryNotFoundError as error:
-        if partial := getattr(error, "snapshot_path", None):
-            return Path(partial)  # what is needed may be there
-        raise UserError(_unreached(name, revision, error.__cause__, local_files_only)) from None
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise UserError(_refused(name, revision, error)) from None
+    files = [file for file in HUB_FILES if weights or "model" not in file]
+    return download(BASE, name, revision, local_files_only, files)
 
 
-def _unreached(
-    name: str, revision: str | None, cause: BaseException | None, local_files_only: bool
-) -> str:
-    what = f"base model '{name}'" + (f" at revision '{revision}'" if revision else "")
-    if local_files_only or isinstance(cause, OfflineModeIsEnabled):
-        why = "local-files-only is given" if local_files_only else "HF_HUB_OFFLINE is set"
-        return (
-            f"{what} is no local folder and not in the Hub's cache, and {why}; leave that out to "
-            "download it, or give a folder with a Whisper checkpoint"
-        )
-    reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}" if cause else "no word"
-    return (
-        f"{what} is no local folder, is not in the Hub's cache, and the Hub can't be reached "
-        f"({reason}); go online, or give a folder with a Whisper checkpoint, or 'pocket'"
-    )
+def adapter_in(name: str, folder: Path) -> tuple[str, str | None] | None:
+    """The base of a PEFT adapter, and its revision; None of a folder that holds something else.
 
+    Args:
+        name: What the user calls the folder.
+        folder: Where it is.
 
-def _refused(name: str, revision: str | None, error: Exception) -> str:
-    """What the Hub says no to, most special first."""
-    if isinstance(error, HFValidationError):
-        return (
-            f"base model '{name}' does not exist; give 'pocket', a folder with a Whisper "
-            "checkpoint, or a Hub id such as openai/whisper-tiny"
+    Raises:
+        UserError: If the adapter does not name its base.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+        return None
+    config = _read_json(name, folder, ADAPTER_CONFIG)
+    base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
+    if not isinstance(base, str) or base == name:
+        raise UserError(
+            f"base model '{name}' is an adapter whose {ADAPTER_CONFIG} does not name its base; "
+            "give what `blora-pyro merge` makes of it"
         )
-    if isinstance(error, GatedRepoError):
-        return (
-            f"base model '{name}' is gated; ask for access on its page, https://hf.co/{name}, and "
-            "log in with: hf auth login"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"base model '{name}' is no local folder, and the Hub has no such repository, or a "
-            "private one; check the spelling, or log in with: hf auth login"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return (
-            f"base model '{name}' has no revision '{revision}'; give a branch, tag or commit of "
-            f"https://hf.co/{name}/commits/main"
-        )
-    reason = " ".join(str(error).split())
-    return f"base model '{name}' can't be downloaded ({reason}); try again, or give a local folder"
+    return base, revision
 
 
 def check_folder(name: str, folder: Path) -> None:
@@ -139,10 +96,10 @@ def check_folder(name: str, folder: Path) -> None:
     Raises:
         UserError: Naming what is wrong, or which file is missing.
     """
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER_CONFIG).exists():
         raise UserError(
-            f"base model '{name}' holds an adapter (adapter_config.json); give the base that it is "
-            "for, or what `blora-pyro merge` made of it"
+            f"base model '{name}' holds an adapter ({ADAPTER_CONFIG}) beside a model; give a "
+            "folder with one of them, or what `blora-pyro merge` made of it"
         )
     config = _read_json(name, folder, "config.json")
     if (kind := config.get("model_type")) != "whisper":

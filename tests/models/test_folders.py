@@ -1,67 +1,20 @@
-"""The Hub in these tests is a few files behind a server on this machine."""
+"""The Hub in these tests is a stand-in on this machine, see `hub_stand_in.py`."""
 
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants
 
 from blora_pyro.checking import load_processor
 from blora_pyro.errors import UserError
 from blora_pyro.models import load_base
 from blora_pyro.models.folders import check_folder, find_folder
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REFUSALS = {  # status and error code, as the Hub has them
-    "someone/nothing": (401, "RepoNotFound"),
-    "someone/gated": (403, "GatedRepo"),
-    "someone/down": (500, None),
-}
-
-
-class Hub(BaseHTTPRequestHandler):
-    """One repository, `someone/whisper`, whose only revisions are `main` and a tag, `v1`."""
-
-    folder: Path
-    requests: list[str]
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status, content=b"", **headers):
-        self.send_response(status)
-        for name, value in {"Content-Length": len(content), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        self.requests.append(path)
-        for name, (status, code) in REFUSALS.items():
-            if f"/{name}/" in path:
-                return self.answer(status, X_Error_Code=code or "")
-        files = {file.name: file for file in self.folder.iterdir()}
-        if "/revision/" in path:
-            if path.rpartition("/")[2] not in ("main", "v1", COMMIT):
-                return self.answer(404, X_Error_Code="RevisionNotFound")
-            info = {"id": "someone/whisper", "sha": COMMIT, "siblings": []}
-            return self.answer(200, json.dumps(info).encode())
-        if "/tree/" in path:
-            rows = [
-                {"type": "file", "path": name, "size": file.stat().st_size, "oid": name}
-                for name, file in files.items()
-            ]
-            return self.answer(200, json.dumps(rows).encode())
-        content = files[path.rpartition("/")[2]].read_bytes()
-        return self.answer(200, content, ETag=f'"{len(content)}"', X_Repo_Commit=COMMIT)
-
-    do_HEAD = do_GET
+from blora_pyro.run_folders import ADAPTER
+from blora_pyro.runs import merge_run
 
 
 @pytest.fixture
@@ -74,30 +27,12 @@ def repository(fluent_folder, tmp_path) -> Path:
 
 
 @pytest.fixture
-def hub(repository, tmp_path, monkeypatch):
-    """The Hub within reach, and an empty cache."""
-    handler = type("Handler", (Hub,), {"folder": repository, "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=[0.01])
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    yield handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
-    huggingface_hub.close_session()
+def commit(hub, repository) -> str:
+    """Of `someone/whisper`, whose only revisions are `main` and a tag, `v1`."""
+    return hub.add("someone/whisper", repository)
 
 
-def test_a_hub_id_is_downloaded_with_what_is_needed_and_no_more(hub, repository):
+def test_a_hub_id_is_downloaded_with_what_is_needed_and_no_more(commit, repository):
     folder = find_folder("someone/whisper")
     wanted = {path.name for path in repository.iterdir()}
     wanted -= {"pytorch_model.bin", "model.fp32-00001-of-00002.safetensors", "README.md"}
@@ -107,7 +42,7 @@ def test_a_hub_id_is_downloaded_with_what_is_needed_and_no_more(hub, repository)
     assert load_base("someone/whisper").folder == folder
 
 
-def test_weights_are_left_where_they_are_not_wanted(hub):
+def test_weights_are_left_where_they_are_not_wanted(commit):
     _, extractor, max_tokens = load_processor("someone/whisper")
     assert (extractor.feature_size, max_tokens) == (8, 24)
     folder = find_folder("someone/whisper", local_files_only=True)
@@ -116,7 +51,7 @@ def test_weights_are_left_where_they_are_not_wanted(hub):
     assert load_base("someone/whisper").folder == folder  # what lacked has come
 
 
-def test_a_downloaded_base_is_there_when_the_hub_is_not(hub, monkeypatch):
+def test_a_downloaded_base_is_there_when_the_hub_is_not(hub, commit, monkeypatch):
     folder = find_folder("someone/whisper")
     hub.requests.clear()
     assert find_folder("someone/whisper", local_files_only=True) == folder
@@ -128,16 +63,16 @@ def test_a_downloaded_base_is_there_when_the_hub_is_not(hub, monkeypatch):
     assert find_folder("someone/whisper") == folder
 
 
-def test_a_cache_that_lacks_only_what_is_not_needed_will_do(hub):
+def test_a_cache_that_lacks_only_what_is_not_needed_will_do(commit):
     folder = find_folder("someone/whisper")
     (folder / "vocab.json").unlink()
     assert find_folder("someone/whisper", local_files_only=True) == folder
     check_folder("someone/whisper", folder)
 
 
-def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
-    for revision in (None, "main", "v1", COMMIT):
-        assert find_folder("someone/whisper", revision).name == COMMIT
+def test_a_revision_is_a_branch_a_tag_or_a_commit(commit):
+    for revision in (None, "main", "v1", commit):
+        assert find_folder("someone/whisper", revision).name == commit
     with pytest.raises(UserError, match=r"no revision 'v2'.*branch, tag or commit"):
         find_folder("someone/whisper", "v2")
 
@@ -252,6 +187,37 @@ def test_a_folder_says_what_it_lacks(checkpoint, harm, words):
     assert str(checkpoint) in str(caught.value)
 
 
-def test_a_run_folder_is_no_base(finished_run):
-    with pytest.raises(UserError, match="holds an adapter"):
-        load_base(str(finished_run.output))
+# ---- an adapter as a base
+
+
+def test_an_adapter_is_a_base_that_it_is_merged_into(finished_run, tmp_path):
+    merge_run(finished_run.output, tmp_path)
+    merged, base = load_base(str(tmp_path)), load_base(str(finished_run.output))
+    assert base.name == str(finished_run.output)
+    for name, weight in merged.net.state_dict().items():
+        torch.testing.assert_close(base.net.state_dict()[name], weight, msg=name)
+    half = load_base(str(finished_run.output), dtype="bfloat16").net.state_dict()
+    assert all(torch.equal(half[k], one.bfloat16()) for k, one in base.net.state_dict().items())
+    base.save_pretrained(tmp_path / "again")  # a checkpoint as any other
+    assert load_base(str(tmp_path / "again")).net.config.model_type == "whisper"
+    assert load_processor(str(finished_run.output))[2] == merged.net.config.max_target_positions
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (written("adapter_config.json", "{}"), "does not name its base"),
+        (written("adapter_config.json", "{"), "damaged adapter_config.json"),
+        (without("adapter_model.safetensors"), "an adapter without adapter_model.safetensors"),
+        (written("adapter_model.safetensors", "no tensors"), "an adapter that can't be merged"),
+    ],
+)
+def test_an_adapter_that_is_no_base_says_why(finished_run, tmp_path, harm, words):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in ADAPTER:
+        shutil.copyfile(finished_run.output / name, folder / name)
+    harm(folder)
+    with pytest.raises(UserError, match=words) as caught:
+        load_base(str(folder))
+    assert "\n" not in str(caught.value)
