@@ -107,6 +107,10 @@ class FitConfig:
         gradient_checkpointing: Compute Whisper's activations twice, to save memory.
         max_grad_norm: Clip the gradient to this norm, all parameters together; None does not.
         spec_augment: Mask the features of the training data (see `augmentation`).
+        cache_encoder: Compute the encoder's states before its first adapted layer once for every
+            utterance, and keep them on disk during the fit (see `EncoderCache`).
+        trim_audio: Cut every batch after its longest utterance, in the fit and wherever the run is
+            used (see `data.trim`).
         estimator: `shared`, `flipout`, `flipout-token` or `local` (see `models.estimators`).
         precision: `fp32`, or `bf16` for Whisper under autocast with float32 factors.
         distillation: Weight of the divergence from the frozen base where the new domain's audio is
@@ -163,6 +167,8 @@ class FitConfig:
     gradient_checkpointing: bool = False
     max_grad_norm: float | None = None
     spec_augment: bool = False
+    cache_encoder: bool = False
+    trim_audio: bool = False
     estimator: str = "shared"
     precision: Literal["fp32", "bf16"] = "fp32"
     distillation: float = 0.0
@@ -259,6 +265,12 @@ class FitConfig:
                 f"gradient_accumulation is {self.gradient_accumulation}, more than the "
                 f"{self.batch_size} utterances of a step; give batch_size or less"
             )
+        for name in ("spec_augment", "trim_audio"):
+            if self.cache_encoder and getattr(self, name):
+                raise UserError(
+                    f"cache_encoder and {name} are given, and with {name} the encoder hears an "
+                    "utterance otherwise in every batch; leave one out"
+                )
         for name in ("dev", "patience"):
             if self.eval_every is None and getattr(self, name) is not None:
                 raise UserError(f"{name} is given, but no eval_every; give both")
@@ -391,6 +403,7 @@ class FitConfig:
 
 def base_of(config: FitConfig) -> Base:
     """The base model of a configuration; see `load_base`."""
-    return load_base(
+    base = load_base(
         config.base, config.device, config.dtype, config.revision, config.local_files_only
     )
+    return replace(base, trim_audio=config.trim_audio)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
-from blora_pyro.models import Base
+from blora_pyro.data import trim
+from blora_pyro.models import Base, encoder
 
 TIME_PRECISION = 0.02  # seconds between two timestamp tokens
 NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")  # two names of one token, below <|notimestamps|>
@@ -61,8 +62,8 @@ def timestamp_begin(base: Base) -> int | None:
 @torch.inference_mode()
 def encode(base: Base, features: Tensor) -> Tensor:
     """The encoder's states, (batch, positions, width), of log-mels (batch, mels, frames)."""
-    net = base.net
-    return net.get_encoder()(features.to(net.device, net.dtype)).last_hidden_state
+    heard = trim(features) if base.trim_audio else features
+    return encoder.encode(base.net, heard.to(base.net.device))
 
 
 @torch.inference_mode()

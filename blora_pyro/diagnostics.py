@@ -20,6 +20,7 @@ from blora_pyro.draws import Program, log_density, traces
 from blora_pyro.guides import latent_sites
 from blora_pyro.inference_data import pareto_khat
 from blora_pyro.models import Base
+from blora_pyro.models.encoder import encode
 from blora_pyro.posterior import Posterior
 
 NEAR_ZERO = 1e-3
@@ -363,7 +364,7 @@ def _mean_nll(base: Base, examples: Examples, batch_size: int = 32) -> float:
         batch = examples.batch(indices.tolist()).to(base.net.device)
         assert batch.labels is not None
         logits = base.net(
-            input_features=batch.input_features.to(base.net.dtype),
+            encoder_outputs=(encode(base.net, batch.input_features),),
             decoder_input_ids=batch.decoder_input_ids,
             use_cache=False,
         ).logits.float()

@@ -8,6 +8,7 @@ from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.adapters import Group
 from blora_pyro.data import Batch, Examples
+from blora_pyro.models.encoder import encode
 
 UTTERANCES = 64  # of every set, spread evenly over it
 
@@ -66,7 +67,7 @@ def _score(
         weight.requires_grad_(True)
     try:
         logits = net(
-            input_features=batch.input_features.to(net.dtype),
+            encoder_outputs=(encode(net, batch.input_features),),
             decoder_input_ids=batch.decoder_input_ids,
             use_cache=False,
         ).logits[is_target]

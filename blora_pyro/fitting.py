@@ -26,7 +26,8 @@ from blora_pyro.stopping import EarlyStopping
 
 MAX_SKIPPED = 10  # steps in a row
 
-# Gives a batch, of these utterances, the batch of this number, its soft targets.
+# Gives a batch, of these utterances, the batch of this number, its soft targets, or states of the
+# encoder.
 Teacher = Callable[[Batch, Sequence[int], int], Batch]
 
 
@@ -144,7 +145,7 @@ def fit_guide(
         checkpoints: Where to go on from, and what to write on the way.
         early_stopping: Measures the posterior mean on the way, may end the fit before its last
             step, and has the guide end with the best parameters. It changes no step before that.
-        teacher: Gives batches their soft targets, see `Distillation`.
+        teacher: Gives batches what is more than data, see `Distillation` and `EncoderCache`.
         processes: Those that fit together; None is this one alone.
         **options: The attributes of `SviOptions`.
 

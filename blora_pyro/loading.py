@@ -116,6 +116,7 @@ class Loader:
             self.config.task,
             self.base.net.config.max_target_positions,
             language=language or self.config.language,
+            trim=self.base.trim_audio,
             on_bad=on_bad,
             on_progress=functools.partial(self.on_progress, f"{', '.join(sources)} {split}"),
             on_note=self.on_note,

@@ -86,12 +86,12 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
     features, inputs = (
         part.tensor_split(count) for part in (batch.input_features, batch.decoder_input_ids)
     )
-    labels, sources = (
+    labels, sources, states = (
         [None] * count if part is None else part.tensor_split(count)
-        for part in (batch.labels, batch.sources)
+        for part in (batch.labels, batch.sources, batch.encoder_states)
     )
-    columns = zip(features, inputs, labels, sources, strict=True)
-    parts = [Batch(heard, said, told, sources=own) for heard, said, told, own in columns]
+    columns = zip(features, inputs, labels, sources, states, strict=True)
+    parts = [Batch(*own[:3], sources=own[3], encoder_states=own[4]) for own in columns]
     if batch.soft is None:
         return parts
     softs = _soft_parts(batch.soft, count)

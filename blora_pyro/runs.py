@@ -17,6 +17,7 @@ from blora_pyro.config import FitConfig, base_of
 from blora_pyro.data import Examples, describe_source, is_language, split_names
 from blora_pyro.distillation import Distillation
 from blora_pyro.elastic import ElasticPenalty, fisher_information
+from blora_pyro.encoder_cache import EncoderCache
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.finished_runs import evaluate_run, merge_run, transcribe
 from blora_pyro.fit_folders import FitFolder
@@ -230,6 +231,7 @@ def _fit(
             stopping = early_stopping(loader, config, progress.evaluated, processes.once)
             model, guide = build(base, config, folder.previous)
             regularise(model, loader, progress.stage)
+            teacher = teacher_of(base, model, config, len(train))
             languages = train.source_languages if config.pooled else ()
             counts = len(train), train.num_tokens, model.num_weights
             folder.begin(config, train.main_language, *counts, languages)
@@ -247,7 +249,6 @@ def _fit(
         progress.ready(config, train.num_tokens, model.num_weights)
         with interrupts.deferred():  # what is fitted is kept before they are answered
             fit_started = time.monotonic()
-            teacher = teacher_of(base, model, config)
             around = checkpoints, stopping, teacher, processes
             history = _fit_guide(model, guide, train, config, around, progress)
             family = Family(config.prior, config.prior_args, str(config.guide))
@@ -301,12 +302,17 @@ def _fit_guide(
     )
 
 
-def teacher_of(base: Base, model: BLoRA, config: FitConfig) -> Teacher | None:
-    """What distils the base into the fit; None without distillation."""
-    if not config.distillation:
-        return None
-    languages, weight = config.taught_languages, config.distillation
-    return Distillation(base, model.adapters, languages, weight, config.seed, config.task)
+def teacher_of(base: Base, model: BLoRA, config: FitConfig, utterances: int) -> Teacher | None:
+    """What batches get besides audio and text: states of the encoder, what the base says.
+
+    Raises:
+        UserError: See `EncoderCache` and `Distillation`.
+    """
+    teacher: Teacher | None = None
+    if config.distillation:
+        languages, weight = config.taught_languages, config.distillation
+        teacher = Distillation(base, model.adapters, languages, weight, config.seed, config.task)
+    return EncoderCache(model, utterances, teacher) if config.cache_encoder else teacher
 
 
 def regularise(

@@ -183,7 +183,8 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "output": tmp_path,
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-    switches = ("gradient-checkpointing", "spec-augment", "local-files-only", "overwrite")
+    switches = ["gradient-checkpointing", "spec-augment", "local-files-only", "overwrite"]
+    switches += ["cache-encoder", "trim-audio"]
     well("fit", *flags, *(f"--{name}" for name in switches), "--checkpoint-every", 5)
     del seen["progress"]
     del options["output"], options["prior-arg"]
@@ -199,6 +200,8 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "beta": 2e-3,
         "gradient_checkpointing": True,
         "spec_augment": True,
+        "cache_encoder": True,
+        "trim_audio": True,
         "local_files_only": True,
         "overwrite": True,
         "resume": False,

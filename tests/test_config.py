@@ -12,7 +12,7 @@ from blora_pyro import config
 from blora_pyro.config import AUTO_TEMPERATURE, COUNTS, FitConfig, base_of
 from blora_pyro.data import LANGUAGES
 from blora_pyro.errors import UserError
-from blora_pyro.models import POCKET
+from blora_pyro.models import POCKET, Base
 
 quick = settings(deadline=None, max_examples=60)
 
@@ -86,9 +86,15 @@ def test_the_new_domain_is_the_first_source_or_the_test_set():
 
 def test_a_base_is_loaded_as_the_configuration_says(monkeypatch):
     seen = []
-    monkeypatch.setattr(config, "load_base", lambda *arguments: seen.append(arguments))
-    base_of(FitConfig())
-    base_of(FitConfig(base="b", dtype="float16", revision="v1", local_files_only=True))
+
+    def load(*arguments):
+        seen.append(arguments)
+        return Base(arguments[0], None, None, None)
+
+    monkeypatch.setattr(config, "load_base", load)
+    assert not base_of(FitConfig()).trim_audio
+    options = {"dtype": "float16", "revision": "v1", "local_files_only": True}
+    assert base_of(FitConfig(base="b", trim_audio=True, **options)).trim_audio
     default = (POCKET, "cpu", "float32", None, False)
     assert seen == [default, ("b", "cpu", "float16", "v1", True)]
 

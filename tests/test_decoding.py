@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,31 @@ def test_timed_pieces_are_those_of_transformers(timed_base):
         assert [piece.tokens for piece in pieces] == [one["tokens"].tolist() for one in segments]
         assert [piece.start for piece in pieces] == [float(one["start"]) for one in segments]
         assert [piece.end for piece in pieces] == [float(one["end"]) for one in segments]
+
+
+def test_trimmed_audio_is_encoded_as_long_as_it_is(tiny_base, monkeypatch):
+    features = noise(4)
+    features[..., 50:] = features.min()
+    trimmed = replace(tiny_base, trim_audio=True)
+    assert encode(trimmed, features).shape[1] == 50  # half a second is left, and the window short
+    monkeypatch.setattr("blora_pyro.data.trimming.MARGIN", 9)
+    assert torch.equal(encode(trimmed, features), encode(tiny_base, features[..., :60]))
+
+
+def test_of_it_is_said_what_a_model_of_so_short_a_window_would_say(tiny_base, timed_base):
+    features = noise(4)[..., :60]
+    plain = [prompt_ids(tiny_base.tokenizer, "de")] * 4
+    timed = [ids(timed_base, "startoftranscript", "de", "transcribe")] * 4
+
+    def said():
+        heard, other = encode(tiny_base, features), encode(timed_base, features)
+        pieces = decode_timed(timed_base, other, timed)
+        return decode(tiny_base, heard, plain), detect_languages(tiny_base, heard), pieces
+
+    before = said()
+    assert sum(map(len, before[2])) > 4
+    tiny_base.net.config.max_source_positions = timed_base.net.config.max_source_positions = 30
+    assert said() == before
 
 
 def test_a_prompt_of_two_languages_is_given_as_it_is(timed_base):

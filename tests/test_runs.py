@@ -14,6 +14,7 @@ from blora_pyro.config import FitConfig
 from blora_pyro.data import load_split
 from blora_pyro.errors import UserError
 from blora_pyro.models import load_base
+from blora_pyro.models.encoder import embed
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs import (
     Listener,
@@ -218,6 +219,29 @@ def test_a_run_keeps_its_normalizer_and_may_be_scored_by_another(short, tmp_path
     assert evaluate_run(run.output, normalizer="basic")["normalizer"] == "basic"
     rates = run.metrics["new_domain"]["base"]["wer"]
     assert rates["raw"] == {"rate": rates["rate"], "interval": rates["interval"]}
+
+
+def test_a_run_that_was_fitted_to_trimmed_audio_is_used_on_it(
+    short, fluent_folder, tones_folder, tmp_path, monkeypatch
+):
+    lengths = []
+
+    def seen(net, features):
+        lengths.append(features.shape[-1])
+        return embed(net, features)
+
+    monkeypatch.setattr("blora_pyro.data.trimming.MARGIN", 10)  # of windows of a second
+    for where in ("encoder", "whisper"):
+        monkeypatch.setattr(f"blora_pyro.models.{where}.embed", seen)
+    distilled = {"distillation": 0.1, "distillation_languages": ("en",)}
+    run = fit(tmp_path / "run", **short, **distilled, trim_audio=True)
+    assert evaluate_run(run.output) == run.metrics
+    transcribe([tones_folder / "en0.wav"], run.output)
+    assert set(lengths) == {62}  # a frame looks a little way back
+    assert run.config.trim_audio
+    padded = fit(**short, **distilled)
+    assert padded.history[0].loss != run.history[0].loss
+    assert set(lengths) == {62, 100}
 
 
 @pytest.mark.parametrize("split", ["dev", "validation"])

@@ -179,6 +179,20 @@ def fit(
     spec_augment: Annotated[
         bool, typer.Option("--spec-augment", help="Mask training features, as SpecAugment does.")
     ] = False,
+    cache_encoder: Annotated[
+        bool,
+        typer.Option(
+            "--cache-encoder",
+            help="Keep on disk what the encoder does before its first adapted layer; exact.",
+        ),
+    ] = False,
+    trim_audio: Annotated[
+        bool,
+        typer.Option(
+            "--trim-audio",
+            help="Hear batches without the silence after their longest utterance; not exact.",
+        ),
+    ] = False,
     estimator: Annotated[
         str, typer.Option(help="Noise of a step: shared, flipout, flipout-token or local.")
     ] = "shared",

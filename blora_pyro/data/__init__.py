@@ -14,9 +14,17 @@ from blora_pyro.data.mixtures import (
     load_mixture,
     named_sources,
 )
-from blora_pyro.data.pocket import DOMAINS, LANGUAGES, MODEL_DIR, POCKET_DIR, corpus_dir
+from blora_pyro.data.pocket import (
+    DOMAINS,
+    LANGUAGES,
+    MODEL_DIR,
+    POCKET_DIR,
+    cache_dir,
+    corpus_dir,
+)
 from blora_pyro.data.prompts import TASKS, Encoder, language_codes, prompt_ids, text_ids
 from blora_pyro.data.sources import Source, describe_source, is_hub_id, load_split, split_names
+from blora_pyro.data.trimming import trim
 
 __all__ = [
     "DOMAINS",
@@ -42,6 +50,7 @@ __all__ = [
     "as_domains",
     "as_sources",
     "batch_indices",
+    "cache_dir",
     "check_weights",
     "corpus_dir",
     "describe_source",
@@ -60,5 +69,6 @@ __all__ = [
     "split_names",
     "stop",
     "text_ids",
+    "trim",
     "usable_cores",
 ]

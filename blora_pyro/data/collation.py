@@ -14,6 +14,7 @@ from blora_pyro.data.features import OnNote, OnProgress, load_features
 from blora_pyro.data.languages import language_code
 from blora_pyro.data.messages import BadRow, OnBadRow, all_bad, located, stop
 from blora_pyro.data.prompts import Encoder
+from blora_pyro.data.trimming import trim
 from blora_pyro.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Batch:
     `labels[i, t]` is the token that follows `decoder_input_ids[i, t]`, or -100 where that is no
     target: inside the prompt and in the padding. Without labels the Pyro program samples tokens.
     `sources[i]` is the place of the utterance's source in a mixture, its domain; None is unknown.
+    `encoder_states` are those before the encoder's first adapted layer; None has them computed.
     """
 
     input_features: Tensor  # (batch, mels, frames), float32
@@ -63,6 +65,7 @@ class Batch:
     labels: Tensor | None  # (batch, tokens), int64
     soft: SoftTargets | None = None
     sources: Tensor | None = None  # (batch,), int64
+    encoder_states: Tensor | None = None  # (batch, positions, width)
 
     @property
     def num_tokens(self) -> int:
@@ -77,7 +80,8 @@ class Batch:
         soft = None if self.soft is None else self.soft.to(device)
         inputs = self.input_features.to(device), self.decoder_input_ids.to(device)
         sources = None if self.sources is None else self.sources.to(device)
-        return Batch(*inputs, labels, soft, sources)
+        states = None if self.encoder_states is None else self.encoder_states.to(device)
+        return Batch(*inputs, labels, soft, sources, states)
 
 
 class Examples:
@@ -108,6 +112,7 @@ class Examples:
         language: str | None = None,
         on_bad: OnBadRow = stop,
         cache: bool = True,
+        trim: bool = False,
         on_progress: OnProgress = lambda done, total: None,
         on_note: OnNote = lambda note: None,
     ) -> None:
@@ -124,6 +129,7 @@ class Examples:
                 window, whose language is unknown to the tokenizer, or whose transcript is longer
                 than the decoder. Where it does not raise, the row is left out.
             cache: keep the features on disk, see `load_features`.
+            trim: cut every batch after its longest utterance, see `trimming`.
             on_progress: told how many utterances are featurised.
             on_note: told if the cache cannot be written.
 
@@ -137,7 +143,7 @@ class Examples:
             on_bad(error)
 
         encoder = Encoder(tokenizer, language, task, max_tokens)
-        self._end = encoder.end
+        self._end, self._trim = encoder.end, trim
         encoded = _encode(dataset, encoder, tell)
         numbers = list(encoded)
         good = dataset if len(numbers) == len(dataset) else dataset.select(numbers)
@@ -185,7 +191,7 @@ class Examples:
         return [max(sorted(set(one)), key=one.count) for one in rows]
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Return the utterances of these indices, padded to the longest of them."""
+        """Return the utterances of these indices, tokens padded to the longest of them."""
         rows = [(self.prompts[i], self.targets[i]) for i in indices]
         longest = max(len(prompt) + len(target) - 1 for prompt, target in rows)
         inputs = torch.full((len(rows), longest), self._end)
@@ -195,7 +201,9 @@ class Examples:
             inputs[row, : len(tokens) - 1] = tokens[:-1]
             labels[row, len(prompt) - 1 : len(tokens) - 1] = tokens[len(prompt) :]
         sources = torch.tensor([self.sources[i] for i in indices])
-        return Batch(self.features[list(indices)].float(), inputs, labels, sources=sources)
+        features = self.features[list(indices)]
+        features = trim(features) if self._trim else features
+        return Batch(features.float(), inputs, labels, sources=sources)
 
 
 @dataclass(frozen=True)

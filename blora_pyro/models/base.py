@@ -39,6 +39,7 @@ class Base:
         tokenizer: Its tokenizer.
         feature_extractor: Its log-mels.
         folder: Where it was loaded from, if it was.
+        trim_audio: Whether it hears batches that are cut after their longest utterance.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Base:
     tokenizer: WhisperTokenizer
     feature_extractor: WhisperFeatureExtractor
     folder: Path | None = None
+    trim_audio: bool = False
 
     def save_pretrained(self, folder: Path) -> None:
         """A plain checkpoint folder, with all that other programs read.

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from blora_pyro.adapters import ALL_LINEAR, Adapters, Group, Site, find_targets, group_by_shape
 from blora_pyro.data import IGNORED, Batch, SoftTargets
 from blora_pyro.errors import UserError
+from blora_pyro.models.encoder import embed, first_adapted, run_layers
 from blora_pyro.models.gradient_checkpointing import checkpointed, enable_checkpointing
 
 Prior = Callable[[Site], dist.Distribution]
@@ -129,21 +130,21 @@ class BLoRA(FactorPrior):
         if gradient_checkpointing:
             enable_checkpointing(net)
         self.adapters = Adapters(net, groups, alpha)
+        modules = (name for group in groups for name in group.modules)
+        self.first_adapted = first_adapted(net, modules)
         self.penalty = penalty
 
     def __call__(self, batch: Batch) -> Tensor:  # type: ignore[override]
         """Draw the factors, put them in place, score the tokens; logits (batch, tokens, vocab)."""
-        whisper = pyro.module("whisper", self.net)
+        pyro.module("whisper", self.net)
         factors = self.draw()
         self.place(factors, batch)
         if self.penalty is not None:
             pyro.factor("penalty", -self.penalty(factors))
 
-        device = batch.input_features.device.type
         layers = checkpointed(self.net) if self.gradient_checkpointing else nullcontext()
-        autocast = torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
-        with autocast, layers:
-            heard = whisper.get_encoder()(batch.input_features.to(whisper.dtype))
+        with self._autocast(), layers:
+            heard = self._encode(batch)
             logits = self._decode(heard, batch.decoder_input_ids)
             if batch.soft is not None:
                 divergence = self._divergence(heard, batch.soft)
@@ -167,6 +168,31 @@ class BLoRA(FactorPrior):
     def place(self, factors: Mapping[str, Tensor], batch: Batch) -> None:
         """Put drawn factors in place for a batch: the same for all its utterances."""
         self.adapters.put(factors)
+
+    def frozen_states(self, features: Tensor) -> Tensor:
+        """The encoder's states before its first adapted layer: no factor changes them.
+
+        Args:
+            features: (batch, mels, frames), as `models.encoder.embed` takes them.
+
+        Returns:
+            (batch, frames / 2, width).
+        """
+        with self._autocast():
+            layers = self.net.model.encoder.layers[: self.first_adapted]
+            return run_layers(layers, embed(self.net, features))
+
+    def _encode(self, batch: Batch) -> BaseModelOutput:
+        """The encoder's states (batch, positions, width), with the factors in place."""
+        states, encoder = batch.encoder_states, self.net.model.encoder
+        if states is None:
+            states = self.frozen_states(batch.input_features)
+        states = run_layers(encoder.layers[self.first_adapted :], states)
+        return BaseModelOutput(last_hidden_state=encoder.layer_norm(states))
+
+    def _autocast(self) -> torch.autocast:
+        kind, dtype = self.net.device.type, self.autocast
+        return torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
 
     def _decode(self, heard: BaseModelOutput, tokens: Tensor) -> Tensor:
         """Logits (batch, tokens, vocab) of every next token, in float32."""

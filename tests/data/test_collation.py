@@ -8,6 +8,7 @@ from blora_pyro.data.collation import Batch, Examples
 from blora_pyro.data.manifest import read_manifest
 from blora_pyro.data.messages import BadRow
 from blora_pyro.data.prompts import text_ids
+from blora_pyro.data.trimming import trim
 from blora_pyro.errors import UserError
 
 ROWS = [
@@ -71,6 +72,15 @@ def test_features_are_the_extractor_s(examples, extractor, dataset):
         wave = read_audio(row["audio"])
         expected = extractor(wave, sampling_rate=16_000, return_tensors="np")["input_features"][0]
         np.testing.assert_allclose(features.numpy(), expected, atol=2e-3)
+
+
+def test_trimmed_batches_are_cut_after_their_longest_utterance(dataset, extractor, tokenizer):
+    whole, cut = (Examples(dataset(ROWS), extractor, tokenizer, trim=one) for one in (False, True))
+    for indices in ([0], [2], [0, 1, 2]):
+        expected, found = (one.batch(indices).input_features for one in (whole, cut))
+        assert torch.equal(found, trim(expected))
+    assert cut.batch([0]).input_features.shape[-1] < cut.batch([0, 2]).input_features.shape[-1]
+    assert torch.equal(cut.features[:], whole.features[:])
 
 
 def test_batch_to_device(examples):
