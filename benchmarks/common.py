@@ -54,7 +54,7 @@ class Results:
             **settings: Whatever else results depend on.
         """
         self.path: Path | None = None if arguments.quick else arguments.output
-        self.about = {**about(arguments.threads), "settings": settings}
+        self.about = {**about(arguments.threads), "settings": json.loads(json.dumps(settings))}
         self.cases: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         if self.path and self.path.is_file() and not arguments.fresh:
