@@ -69,6 +69,7 @@ class PlainWhisper(BLoRA):
         self.gradient_checkpointing = False
         self.penalty = None
         self.adapters = Adapters(net, (), self.alpha)
+        self.first_adapted = 0  # any layer may be trained
 
 
 def _nothing(site: Site) -> dist.Distribution:
