@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from blora_pyro.adapters import ALL_LINEAR
 from blora_pyro.data import (
+    BUFFER,
     LANGUAGES,
     TASKS,
     Source,
@@ -34,9 +35,11 @@ from blora_pyro.models.pooling import COMPLETE, SCALE
 from blora_pyro.normalizers import check_normalizer
 from blora_pyro.pooled_options import check_pooling
 from blora_pyro.schedules import SCHEDULES, Schedule, default_warmup_steps
+from blora_pyro.streaming_options import check_streaming
 
 COUNTS = (
     "max_utterances",
+    "shuffle_buffer",
     "rank",
     "steps",
     "batch_size",
@@ -74,6 +77,9 @@ class FitConfig:
             `models.pooling.SCALE`.
         max_utterances: Use at most so many utterances of the new domain's training data, drawn at
             random by `seed`; None uses all.
+        streaming: Read, featurise and tokenise the training data as the fit draws them, and keep
+            none of them (see `data.Stream`); for more than fits into memory or on the disk.
+        shuffle_buffer: Rows that a stream is shuffled in at a time; None is 1000.
         test: The new domain's test set; None is the test split of its source, if it has one.
         dev: The new domain's dev set, for `eval_every`; None is the dev split of its source.
         backward: Held-out sets of what the base already knows: a mapping of names to sources, or
@@ -141,6 +147,8 @@ class FitConfig:
     pooling: Literal["complete", "hierarchical", "none"] | None = None
     pooling_scale: float | None = None
     max_utterances: int | None = None
+    streaming: bool = False
+    shuffle_buffer: int | None = None
     test: Source | None = None
     dev: Source | None = None
     backward: Mapping[str, Source] | Sequence[str] | None = None
@@ -223,6 +231,7 @@ class FitConfig:
             keep("prior_from", str(self.prior_from))
         self._check_prior()
         check_pooling(self)
+        check_streaming(self)
         check_dtype(self.dtype)
         build_estimator(self.estimator)
         check_normalizer(self.normalizer)
@@ -324,24 +333,31 @@ class FitConfig:
         arguments = prior_arguments(self.prior, **given)
         return replace(self, prior_args=arguments, guide=self.guide or self.prior)
 
-    def resolved(self, num_tokens: int, num_utterances: int) -> "FitConfig":
+    def resolved(self, num_tokens: int | None, num_utterances: int | None) -> "FitConfig":
         """The same with every default worked out, given the size of the training set.
+
+        Args:
+            num_tokens: Target tokens in it; None is not known, of a stream.
+            num_utterances: Likewise.
 
         Raises:
             UserError: If the warm-up is longer than the fit.
         """
-        steps = self.steps
-        if self.epochs is not None:
+        steps, beta = self.steps, self.beta
+        if self.epochs is not None and num_utterances is not None:
             steps = max(1, round(self.epochs * math.ceil(num_utterances / self.batch_size)))
+        if isinstance(beta, str) and num_tokens is not None:
+            beta = TEMPERATURES[beta] / num_tokens
         warm_up, pooled = self.warmup_steps, self.pooled
         resolved = replace(
             self,
             backward=self.backward_sets,
-            beta=TEMPERATURES[self.beta] / num_tokens if isinstance(self.beta, str) else self.beta,
+            beta=beta,
             alpha=self.alpha or 2.0 * self.rank,
             steps=steps,
             warmup_steps=default_warmup_steps(steps) if warm_up is None else warm_up,
             pooling_scale=pooled.scale if pooled is not None and pooled.is_shared else None,
+            shuffle_buffer=(self.shuffle_buffer or BUFFER) if self.streaming else None,
         )
         resolved._check_warm_up()
         return resolved

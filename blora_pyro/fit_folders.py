@@ -64,6 +64,7 @@ class FitFolder:
         """See `create` and `reopen`."""
         self.path, self.config, self.about, self.previous = path, config, about, previous
         self._occupied = False
+        self._listed: dict[str, None] | None = None  # of the rows that were left out
 
     @classmethod
     def create(
@@ -163,8 +164,8 @@ class FitFolder:
         self,
         config: FitConfig,
         language: str,
-        utterances: int,
-        tokens: int,
+        utterances: int | None,
+        tokens: int | None,
         weights: int,
         domain_languages: Sequence[str] = (),
     ) -> None:
@@ -173,8 +174,8 @@ class FitFolder:
         Args:
             config: The resolved configuration.
             language: Of the training data.
-            utterances: In it.
-            tokens: Target tokens in it.
+            utterances: In it; None is not known, of a stream.
+            tokens: Target tokens in it, likewise.
             weights: Number of adapter weights.
             domain_languages: Of the training data of each domain, if they are told apart.
         """
@@ -189,7 +190,7 @@ class FitFolder:
             language=language,
             training_utterances=utterances,
             training_tokens=tokens,
-            temperature=float(config.beta) * tokens,
+            temperature=None if tokens is None else float(config.beta) * tokens,
             adapter_weights=weights,
             **({"domain_languages": apart} if apart else {}),
             versions={"python": platform.python_version(), **versions},
@@ -199,12 +200,17 @@ class FitFolder:
         self._occupied = False
 
     def list_skipped(self, rows: Sequence[SkippedRow]) -> str:
-        """Keep a list of the rows that were left out; return where, "" if nowhere."""
+        """Add the rows that were left out to a list of them; return where, "" if nowhere."""
         if self.path is None or not rows:
             return ""
-        if self.state == FITTING:
+        if self.state == FITTING and not self._occupied:
+            if self._listed is None:
+                self._listed = _whole_lines(self.path / SKIPPED)
+                replace_file(self.path / SKIPPED, "".join(self._listed).encode())
             lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
-            replace_file(self.path / SKIPPED, "".join(lines).encode())
+            with open(self.path / SKIPPED, "a", encoding="utf-8") as file:
+                file.writelines(line for line in lines if line not in self._listed)
+            self._listed |= dict.fromkeys(lines)
         return str(self.path / SKIPPED)
 
     def save(
@@ -359,6 +365,15 @@ class FitFolder:
                 f"{self.path / METRICS} is missing or damaged ({error}); measure again with: "
                 f"blora-pyro evaluate {shlex.quote(str(self.path))}"
             ) from None
+
+
+def _whole_lines(path: Path) -> dict[str, None]:
+    """Those of a file, but half a line of a process that was killed; none if it is not there."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return {}
+    return dict.fromkeys(f"{line}\n" for line in lines[:-1])
 
 
 def _is_out_of_memory(error: Exception) -> bool:

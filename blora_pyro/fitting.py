@@ -2,9 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from blora_pyro.augmentation import SpecAugment
 from blora_pyro.averaging import Average
 from blora_pyro.checkpoints import Checkpoint, Checkpoints, RandomState
-from blora_pyro.data import Batch, Examples, batch_indices
+from blora_pyro.data import Batch, Examples, Place, Stream, batch_indices
 from blora_pyro.errors import UserError
 from blora_pyro.guides import Guide
 from blora_pyro.models import BLoRA, build_estimator
@@ -113,10 +113,24 @@ def batches(
         yield batch if batch is None or teacher is None else teacher(batch, own, number)
 
 
+def _drawn(
+    examples: Examples | Stream, loop: "_Loop", teacher: Teacher | None
+) -> Generator[tuple[Batch | None, Place | None], None, None]:
+    """Endless batches from where the loop is, and of a stream the places that they are from."""
+    chosen, processes = loop.options, loop.processes
+    if isinstance(examples, Stream):
+        own = loop.place, processes.rank, processes.count
+        yield from examples.batches(chosen.batch_size, *own)
+    else:
+        order = chosen.batch_size, chosen.seed, loop.done, chosen.weights
+        for batch in batches(examples, *order, teacher, processes):
+            yield batch, None
+
+
 def fit_guide(
     model: BLoRA,
     guide: Guide,
-    examples: Examples,
+    examples: Examples | Stream,
     *,
     on_step: Callable[[Step], None] = lambda step: None,
     checkpoints: Checkpoints | None = None,
@@ -140,7 +154,7 @@ def fit_guide(
     Args:
         model: The Pyro program.
         guide: An `nn.Module` with the model's arguments; moved to the model's device.
-        examples: Training data.
+        examples: Training data; a stream has no `weights` and no teacher.
         on_step: Called after every step.
         checkpoints: Where to go on from, and what to write on the way.
         early_stopping: Measures the posterior mean on the way, may end the fit before its last
@@ -154,8 +168,8 @@ def fit_guide(
 
     Raises:
         FloatingPointError: If loss or gradient are not finite ten times in a row.
-        UserError: If there is no such estimator, the checkpoint is damaged or of another fit, or
-            the dev set has nothing to score.
+        UserError: If there is no such estimator, the checkpoint is damaged or of another fit, the
+            dev set has nothing to score, or a stream can't be read on.
         OSError: If a checkpoint can't be written.
         Interrupted: If a signal has come; a checkpoint has been written.
         ProcessLost: If one of several processes is gone.
@@ -169,14 +183,13 @@ def fit_guide(
             guide(examples.batch([0]).to(device))  # Pyro's own guides make their parameters here
             around = checkpoints or Checkpoints(None), early_stopping, together
             loop = _Loop(model, guide, chosen, *around)
-            order = chosen.batch_size, chosen.seed, loop.done, chosen.weights
-            data = batches(examples, *order, teacher, together)
             loop.evaluate()  # a checkpoint may be from just before
-            while not loop.finished:
-                batch = next(data)
-                if step := loop.step(batch and batch.to(device)):
-                    on_step(step)
-                loop.evaluate()
+            with closing(_drawn(examples, loop, teacher)) as data:
+                while not loop.finished:
+                    batch, place = next(data)
+                    if step := loop.step(batch and batch.to(device), place):
+                        on_step(step)
+                    loop.evaluate()
     finally:
         model.adapters.clear()
     if early_stopping:
@@ -201,6 +214,7 @@ class _Loop:
         done: Steps behind us, the skipped ones among them.
         skipped: How many were skipped last, in a row.
         history: Those that were not.
+        place: Where a stream goes on; None is its beginning.
     """
 
     def __init__(
@@ -231,6 +245,7 @@ class _Loop:
         self.average = None if start is None else Average(start * options.steps)
         self.done, self.skipped = 0, 0
         self.history: list[Step] = []
+        self.place: Place | None = None
         self.checkpoints = checkpoints
         if checkpoint := processes.checkpoint(checkpoints):
             self._restore(checkpoint)
@@ -242,8 +257,10 @@ class _Loop:
             return True
         return self.done >= self.options.steps and not self.skipped
 
-    def step(self, batch: Batch | None) -> Step | None:
+    def step(self, batch: Batch | None, place: Place | None = None) -> Step | None:
         """One step of SVI; None if it is skipped, or only tried after the last.
+
+        `place` is where the batch was in a stream.
 
         A checkpoint is written once the loss of the step after it is known to be finite, and so
         never of weights that have gone astray.
@@ -252,7 +269,11 @@ class _Loop:
         stop = self.processes.stops(interrupts)
         wanted = stop or self.checkpoints.due(self.done)
         before = self._state() if wanted else None
+        self.processes.wants_checkpoint = wanted
         value, nll = self._gradients(batch)
+        if place is not None and self.processes.wants_checkpoint:
+            places = self.processes.of_all(place)
+            before = before and replace(before, about={**before.about, "places": places})
         if before and math.isfinite(value):
             self.checkpoints.write(before)
         if stop:
@@ -346,6 +367,7 @@ class _Loop:
                 count = checkpoint.about["averaged_steps"]
                 self.average.load_state(parts.get("average", {}), count)
             RandomState.of(checkpoint).restore(self.device)
+            self._go_to(checkpoint.about.get("places", []))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             why = " ".join(str(error).split())
             raise UserError(
@@ -353,3 +375,13 @@ class _Loop:
                 "start again with --overwrite"
             ) from None
         self.done = checkpoint.step
+
+    def _go_to(self, places: Sequence[Place]) -> None:
+        """Have a stream go on where it was; there is a place for each process."""
+        count = self.processes.count
+        if places and len(places) != count:
+            raise UserError(
+                f"the checkpoint is of a stream in {len(places)} processes, and now there are "
+                f"{count}; start {len(places)}"
+            )
+        self.place = places[self.processes.rank] if places else None

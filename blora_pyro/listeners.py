@@ -26,8 +26,11 @@ class Listener:
     def built(self, model: BLoRA, guide: Guide) -> None:
         """Program and guide are made."""
 
-    def ready(self, config: FitConfig, num_tokens: int, num_weights: int) -> None:
-        """SVI begins: the resolved configuration, N target tokens, number of adapter weights."""
+    def ready(self, config: FitConfig, num_tokens: int | None, num_weights: int) -> None:
+        """SVI begins: the resolved configuration, N target tokens, number of adapter weights.
+
+        N is not known of a stream, and None.
+        """
 
     def step(self, step: Step) -> None:
         """A step of SVI is done."""

@@ -10,16 +10,19 @@ from datasets import Dataset
 
 from blora_pyro.config import FitConfig
 from blora_pyro.data import (
+    BUFFER,
     BadRow,
     Examples,
     OnBadRow,
     OnNote,
     Source,
+    Stream,
     all_bad,
     as_sources,
     describe_source,
     load_mixture,
     prompt_ids,
+    stream_split,
 )
 from blora_pyro.errors import UserError
 from blora_pyro.metrics import words
@@ -78,6 +81,7 @@ class Loader:
         self.on_progress = on_progress
         self.on_note = functools.cache(on_note)  # every set says the same of the cache
         self.skipped: list[SkippedRow] = []
+        self._told = 0
 
     def load(
         self,
@@ -98,14 +102,7 @@ class Loader:
             UserError: See `load_mixture` and `Examples`.
         """
         sources = [describe_source(one) for one in as_sources(source)]
-
-        def on_bad(error: BadRow) -> None:
-            if self.config.on_bad_row == "stop":
-                raise error
-            self.skipped.append(
-                SkippedRow(sources[error.source], split, error.origin, error.reason)
-            )
-
+        on_bad = self._on_bad(sources, split)
         dataset = load_mixture(source, split, on_bad, limit, self.config.seed)
         if split != "train":  # which is not scored
             dataset = without_bad_tags(dataset, on_bad)
@@ -122,14 +119,57 @@ class Loader:
             on_note=self.on_note,
         )
 
+    def stream(self, source: Source, on_skipped: Callable[[SkippedRow], object]) -> Stream:
+        """The train split of a source, to be read, featurised and tokenised as it is drawn.
+
+        Args:
+            source: See `data.sources.stream_split`.
+            on_skipped: Told of every row that is left out, once, and from another thread.
+
+        Raises:
+            UserError: See `stream_split` and `Stream`.
+        """
+        return Stream(
+            stream_split(source, "train"),
+            self.base.feature_extractor,
+            self.base.tokenizer,
+            self.config.task,
+            self.base.net.config.max_target_positions,
+            language=self.config.language,
+            buffer=self.config.shuffle_buffer or BUFFER,
+            seed=self.config.seed,
+            trim=self.base.trim_audio,
+            on_bad=self._on_bad([describe_source(source)], "train", on_skipped),
+        )
+
+    def _on_bad(
+        self,
+        sources: Sequence[str],
+        split: str,
+        on_skipped: Callable[[SkippedRow], object] = lambda row: None,
+    ) -> OnBadRow:
+        known: set[SkippedRow] = set()
+
+        def on_bad(error: BadRow) -> None:
+            if self.config.on_bad_row == "stop":
+                raise error
+            row = SkippedRow(sources[error.source], split, error.origin, error.reason)
+            if row not in known:  # a stream has it again in every epoch
+                known.add(row)
+                self.skipped.append(row)
+                on_skipped(row)
+
+        return on_bad
+
     def tell(self, where: str = "") -> None:
-        """Say in one line what was left out, if anything was.
+        """Say in one line what was left out, if anything was since it was told last.
 
         Args:
             where: The list of it is.
         """
-        if not self.skipped:
+        if len(self.skipped) == self._told:
             return
+        self._told = len(self.skipped)
         counts = Counter(f"{row.source} {row.split}" for row in self.skipped)
         sets = ", ".join(f"{count} of {name}" for name, count in counts.items())
         first = self.skipped[0]

@@ -32,6 +32,7 @@ class Processes:
     Attributes:
         rank: The number of this one; 0 is the main process, which alone writes and reports.
         count: How many there are.
+        wants_checkpoint: Whether some process, in a step all, is to write a checkpoint.
         shared_noise: Every process draws the same weights. The default, weights of each process's
             own, averages the gradient over as many draws, which lowers its variance.
     """
@@ -39,6 +40,7 @@ class Processes:
     def __init__(self, rank: int = 0, count: int = 1, shared_noise: bool = False) -> None:
         """One that is alone, or one of several that have joined already."""
         self.rank, self.count, self.shared_noise = rank, count, shared_noise
+        self.wants_checkpoint = False
         self._stop = False
 
     @classmethod
@@ -85,7 +87,7 @@ class Processes:
     def add_up(
         self, tensors: Sequence[Tensor], numbers: Sequence[float], interrupts: Interrupts
     ) -> list[float]:
-        """Sums over all processes, in one message, which tells of signals, too.
+        """Sums over all processes, in one message, which tells of signals and checkpoints, too.
 
         Args:
             tensors: The same shapes in every process, on one device; summed in place.
@@ -101,7 +103,7 @@ class Processes:
         if self.count == 1:
             return list(numbers)
         device = tensors[0].device
-        told = [*numbers, float(interrupts.caught is not None)]
+        told = [*numbers, float(interrupts.caught is not None), float(self.wants_checkpoint)]
         flat = torch.cat([*(one.reshape(-1) for one in tensors), torch.tensor(told, device=device)])
         with self._lost():
             torch.distributed.all_reduce(flat)
@@ -109,8 +111,8 @@ class Processes:
         *sums, rest = flat.split([*sizes, len(told)])
         for one, total in zip(tensors, sums, strict=True):
             one.copy_(total.view_as(one))
-        *totals, caught = rest.tolist()
-        self._stop = caught > 0
+        *totals, caught, wanted = rest.tolist()
+        self._stop, self.wants_checkpoint = caught > 0, wanted > 0
         return totals
 
     def stops(self, interrupts: Interrupts) -> bool:
@@ -141,11 +143,12 @@ class Processes:
 
     # ---- what the main process tells
 
-    def tell(self, content: bytes | None) -> bytes:
-        """What the main process gives, in all of them.
+    def tell(self, content: bytes | None, source: int = 0) -> bytes:
+        """What the main process gives, or another, in all of them.
 
         Args:
-            content: In the main process; elsewhere None.
+            content: In that process; elsewhere it does not count.
+            source: Its rank.
 
         Raises:
             ProcessLost: If one is gone.
@@ -157,11 +160,20 @@ class Processes:
         data = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8).to(device)
         size = torch.tensor([len(content or b"")], device=device)
         with self._lost():
-            torch.distributed.broadcast(size, 0)
-            if not self.is_main:
+            torch.distributed.broadcast(size, source)
+            if self.rank != source:
                 data = torch.empty(max(int(size), 1), dtype=torch.uint8, device=device)
-            torch.distributed.broadcast(data, 0)
+            torch.distributed.broadcast(data, source)
         return data[: int(size)].cpu().numpy().tobytes()
+
+    def of_all(self, value: Any) -> list[Any]:
+        """A JSON value of every process, by rank, in all of them.
+
+        Raises:
+            ProcessLost: If one is gone.
+        """
+        own = json.dumps(value).encode()
+        return [json.loads(self.tell(own, source=rank)) for rank in range(self.count)]
 
     def once(self, function: Callable[[], T]) -> Callable[[], T]:
         """The function, computed by the main process alone and told to all; a JSON value."""

@@ -72,13 +72,16 @@ class TerminalProgress(Listener):
         """One line, in another colour."""
         self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
-    def ready(self, config: FitConfig, num_tokens: int, num_weights: int) -> None:
+    def ready(self, config: FitConfig, num_tokens: int | None, num_weights: int) -> None:
         """Say what is fitted, and at which temperature."""
         self.beta = float(config.beta)
-        self.console.print(
-            f"fit: {num_weights:,} adapter weights, N = {num_tokens:,} target tokens, beta "
-            f"{self.beta:.3g}, effective temperature T = beta · N = {self.beta * num_tokens:.3g}"
-        )
+        size = temperature = ""
+        if num_tokens is not None:
+            size = f"N = {num_tokens:,} target tokens, "
+            product = self.beta * num_tokens
+            temperature = f", effective temperature T = beta · N = {product:.3g}"
+        line = f"fit: {num_weights:,} adapter weights, {size}beta {self.beta:.3g}{temperature}"
+        self.console.print(line)
         if self.task is None:
             self.task = self.bar.add_task("fit", total=config.steps, figures="")
         else:  # one fit after another

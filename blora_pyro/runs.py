@@ -14,7 +14,7 @@ import torch
 from blora_pyro.chains import Previous, carried_on, previous_of
 from blora_pyro.checkpoints import Checkpoints
 from blora_pyro.config import FitConfig, base_of
-from blora_pyro.data import Examples, describe_source, is_language, split_names
+from blora_pyro.data import Examples, Stream, describe_source, is_language, split_names
 from blora_pyro.distillation import Distillation
 from blora_pyro.elastic import ElasticPenalty, fisher_information
 from blora_pyro.encoder_cache import EncoderCache
@@ -25,7 +25,7 @@ from blora_pyro.fitting import Step, Teacher, fit_guide
 from blora_pyro.guides import Guide, build_guide, build_prior
 from blora_pyro.interrupts import Interrupts
 from blora_pyro.listeners import Listener
-from blora_pyro.loading import Loader, load_examples
+from blora_pyro.loading import Loader, SkippedRow, load_examples
 from blora_pyro.models import Base, BLoRA, PooledBLoRA
 from blora_pyro.outcomes import (
     NEW_DOMAIN,
@@ -224,33 +224,33 @@ def _fit(
     with processes.main_first():  # which leaves features in the cache
         base = base_of(config)
         loader = Loader(base, config, progress.features, progress.note)
-        train = loader.load(config.sources, "train", limit=config.max_utterances)
-        config = config.resolved(train.num_tokens, len(train))
+        train, size = training_set(loader, lambda row: folder.list_skipped([row]))
+        config = config.resolved(size["tokens"], size["utterances"])
         sets = evaluation_sets(base, config, loader) if evaluate else {}
         if fitting:
             stopping = early_stopping(loader, config, progress.evaluated, processes.once)
             model, guide = build(base, config, folder.previous)
             regularise(model, loader, progress.stage)
-            teacher = teacher_of(base, model, config, len(train))
-            languages = train.source_languages if config.pooled else ()
-            counts = len(train), train.num_tokens, model.num_weights
-            folder.begin(config, train.main_language, *counts, languages)
+            teacher = teacher_of(base, model, config, size["utterances"])
+            languages = train.source_languages if isinstance(train, Examples) else ()
+            counts = size["utterances"], size["tokens"], model.num_weights
+            folder.begin(config, train.main_language, *counts, languages if config.pooled else ())
             progress.built(model, guide)
     loader.tell(folder.list_skipped(loader.skipped))
     kept = folder.transcripts("base")
     stage = lambda name: progress.stage(f"base on {name}")  # noqa: E731
     before = measure(base, sets, stage, kept, config.normalizer)
     if fitting:
-        about = {**config.to_json(), "tokens": train.num_tokens, "utterances": len(train)}
-        about["training_data"] = train.fingerprint
+        about = {**config.to_json(), **size, "training_data": train.fingerprint}
         checkpoints = Checkpoints(folder.path, about, checkpoint_every, interrupts)
         if (done := checkpoints.stored_step()) is not None:
             progress.stage(f"going on from step {done}")
-        progress.ready(config, train.num_tokens, model.num_weights)
+        progress.ready(config, size["tokens"], model.num_weights)
         with interrupts.deferred():  # what is fitted is kept before they are answered
             fit_started = time.monotonic()
             around = checkpoints, stopping, teacher, processes
             history = _fit_guide(model, guide, train, config, around, progress)
+            loader.tell(folder.list_skipped(loader.skipped))  # what a stream had
             family = Family(config.prior, config.prior_args, str(config.guide))
             posterior = Posterior.of(base.name, model, guide, family, config.revision)
             folder.save(posterior, history, stopping, time.monotonic() - fit_started)
@@ -270,7 +270,7 @@ def _fit(
 def _fit_guide(
     model: BLoRA,
     guide: Guide,
-    train: Examples,
+    train: Examples | Stream,
     config: FitConfig,
     around: tuple[Checkpoints, EarlyStopping | None, Teacher | None, Processes],
     progress: Listener,
@@ -302,7 +302,26 @@ def _fit_guide(
     )
 
 
-def teacher_of(base: Base, model: BLoRA, config: FitConfig, utterances: int) -> Teacher | None:
+def training_set(
+    loader: Loader, on_skipped: Callable[[SkippedRow], object]
+) -> tuple[Examples | Stream, dict[str, int | None]]:
+    """The training data, and the number of their target `tokens` and `utterances`, if it is known.
+
+    Args:
+        loader: Of the fit's configuration.
+        on_skipped: See `Loader.stream`.
+    """
+    config = loader.config
+    if config.streaming:
+        stream = loader.stream(config.sources[0], on_skipped)
+        return stream, {"tokens": None, "utterances": None}
+    examples = loader.load(config.sources, "train", limit=config.max_utterances)
+    return examples, {"tokens": examples.num_tokens, "utterances": len(examples)}
+
+
+def teacher_of(
+    base: Base, model: BLoRA, config: FitConfig, utterances: int | None
+) -> Teacher | None:
     """What batches get besides audio and text: states of the encoder, what the base says.
 
     Raises:
@@ -312,7 +331,10 @@ def teacher_of(base: Base, model: BLoRA, config: FitConfig, utterances: int) -> 
     if config.distillation:
         languages, weight = config.taught_languages, config.distillation
         teacher = Distillation(base, model.adapters, languages, weight, config.seed, config.task)
-    return EncoderCache(model, utterances, teacher) if config.cache_encoder else teacher
+    if not config.cache_encoder:
+        return teacher
+    assert utterances is not None  # a stream can't have it
+    return EncoderCache(model, utterances, teacher)
 
 
 def regularise(

@@ -105,7 +105,7 @@ class Tracking(Listener):
         """Keep what is looked at."""
         self.figures = PosteriorFigures(model, guide)
 
-    def ready(self, config: FitConfig, num_tokens: int, num_weights: int) -> None:
+    def ready(self, config: FitConfig, num_tokens: int | None, num_weights: int) -> None:
         """Start the trackers, with the configuration as hyperparameters."""
         self.steps = config.steps
         counts = {"training_tokens": num_tokens, "adapter_weights": num_weights}

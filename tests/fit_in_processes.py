@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from blora_pyro.cli import app
 from blora_pyro.config import FitConfig
 from blora_pyro.data import read_manifest
 from blora_pyro.data.collation import Examples
+from blora_pyro.errors import Interrupted
+from blora_pyro.fitting import Step
 from blora_pyro.interrupts import Interrupts
+from blora_pyro.listeners import Listener
 from blora_pyro.models import load_base
 from blora_pyro.models.estimators import build_estimator
 from blora_pyro.objective import Objective
@@ -72,15 +77,19 @@ def main(base_folder: str, manifest: str, output: str) -> None:
     # messages
     found["told"] = together.told_by_main(lambda: {"text": "ä", "rank": together.rank})
     found["empty"] = len(together.tell(b"" if together.is_main else None))
+    found["all"] = together.of_all({"rank": together.rank})
     found["once"] = together.once(lambda: together.rank + 0.5)()
     interrupts = Interrupts(active=False)
     interrupts.caught = 2 if together.rank == 1 else None
     values = [torch.tensor([1.0, 2.0])]
+    together.wants_checkpoint = together.is_main
     found["sums"] = [together.add_up(values, [together.rank], interrupts), values[0].tolist()]
     found["stops"] = [together.stops(interrupts), interrupts.caught]
+    found["wanted"] = together.wants_checkpoint
     Path(output).joinpath(f"{together.rank}.json").write_text(json.dumps(found))
     together.leave()
     fit_one(base_folder, manifest, Path(output))
+    fit_streams(base_folder, manifest, Path(output))
 
 
 def fit_one(base_folder: str, manifest: str, output: Path) -> None:
@@ -111,6 +120,42 @@ class Ranks(GeneralTracker):
     def log(self, values: dict, step: int | None = None, **_: Any) -> None:
         with self.tracker.open("a") as file:
             print(*([step] if "loss" in values else []), file=file)
+
+
+def fit_streams(base_folder: str, manifest: str, output: Path) -> None:
+    """A fit on a stream, and the same stopped and resumed."""
+    rank = int(os.environ["RANK"])
+    more = {"streaming": True, "steps": 6, "beta": 1e-5, "batch_size": 3, "rank": 2}
+    options = {"base": base_folder, "data": manifest, "backward": (), **more}
+    stops: Any = {"progress": Stops(3), "checkpoint_every": 1, **options}
+    found = []
+    for number, (name, given) in enumerate(
+        [("straight", options), ("stopped", stops), ("stopped", {"resume": True})]
+    ):
+        together_again(output / f"next{number}")
+        with suppress(Interrupted):
+            run = fit(output / name, evaluate=False, **given)
+            found.append([[step.loss, step.tokens] for step in run.history])
+    (output / f"streams{rank}.json").write_text(json.dumps(found))
+
+
+def together_again(mark: Path) -> None:
+    """Wait for the main process, which is where all are to meet, to have left the fit before."""
+    if os.environ["RANK"] == "0":
+        mark.touch()
+    while not mark.exists():
+        time.sleep(0.01)
+
+
+class Stops(Listener):
+    """Has the fit stopped by a signal after a step."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def step(self, step: Step) -> None:
+        if step.step == self.last:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Forked(Processes):

@@ -89,11 +89,13 @@ def test_with_noise_of_their_own_the_gradient_varies_less(found):
 def test_what_the_main_process_says_all_hear(found):
     for one in found:
         assert (one["told"], one["empty"], one["once"]) == ({"text": "ä", "rank": 0}, 0, 0.5)
+        assert one["all"] == [{"rank": 0}, {"rank": 1}]
     assert [one["rank"] for one in found] == [0, 1]
 
 
-def test_sums_and_a_signal_reach_all(found):
+def test_sums_a_signal_and_a_wish_reach_all(found):
     for one in found:
+        assert one["wanted"]
         assert one["sums"] == [[1.0], [2.0, 4.0]]
     assert found[0]["stops"] == [True, signal.SIGTERM]
     assert found[1]["stops"] == [True, signal.SIGINT]
@@ -109,6 +111,13 @@ def test_a_whole_fit_is_the_same_in_both_and_one_of_them_measures(output):
     assert json.loads((output / "run" / "run.json").read_text())["state"] == "finished"
     (told,) = (output / "run" / "tracking").glob("rank*")  # by the tracker of one process
     assert (told.name, told.read_text().split()) == ("rank0", ["1", "2", "3", "4", "5"])
+
+
+def test_a_stream_is_shared_out_and_goes_on_where_each_process_was(output):
+    main, other = (json.loads((output / f"streams{rank}.json").read_text()) for rank in range(2))
+    straight, resumed = main
+    assert straight == resumed and len(straight) == 6
+    assert main == other
 
 
 def test_a_fit_outlives_its_processes_and_goes_on_in_another_number(start, fit_options, tmp_path):

@@ -74,6 +74,17 @@ def fit(
         int | None,
         typer.Option(help="Use so many utterances of the first --data.", show_default="all"),
     ] = None,
+    streaming: Annotated[
+        bool,
+        typer.Option(
+            "--streaming",
+            help="Read the training data as they are needed, for more than the disk holds.",
+        ),
+    ] = False,
+    shuffle_buffer: Annotated[
+        int | None,
+        typer.Option(help="Rows that a stream is shuffled in at a time.", show_default="1000"),
+    ] = None,
     test: Annotated[
         str | None, typer.Option(help="Its test set, if not the test split of --data.")
     ] = None,

@@ -23,10 +23,19 @@ from blora_pyro.data.pocket import (
     corpus_dir,
 )
 from blora_pyro.data.prompts import TASKS, Encoder, language_codes, prompt_ids, text_ids
-from blora_pyro.data.sources import Source, describe_source, is_hub_id, load_split, split_names
+from blora_pyro.data.sources import (
+    Source,
+    describe_source,
+    is_hub_id,
+    load_split,
+    split_names,
+    stream_split,
+)
+from blora_pyro.data.streaming import BUFFER, Place, Stream
 from blora_pyro.data.trimming import trim
 
 __all__ = [
+    "BUFFER",
     "DOMAINS",
     "IGNORED",
     "LANGUAGES",
@@ -44,8 +53,10 @@ __all__ = [
     "OnBadRow",
     "OnNote",
     "OnProgress",
+    "Place",
     "SoftTargets",
     "Source",
+    "Stream",
     "all_bad",
     "as_domains",
     "as_sources",
@@ -68,6 +79,7 @@ __all__ = [
     "read_manifest",
     "split_names",
     "stop",
+    "stream_split",
     "text_ids",
     "trim",
     "usable_cores",

@@ -1,16 +1,16 @@
 """Examples, featurised and tokenised once, and the batches made of them."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from blora_pyro.data.features import OnNote, OnProgress, load_features
+from blora_pyro.data.features import Features, OnNote, OnProgress, load_features
 from blora_pyro.data.languages import language_code
 from blora_pyro.data.messages import BadRow, OnBadRow, all_bad, located, stop
 from blora_pyro.data.prompts import Encoder
@@ -143,7 +143,7 @@ class Examples:
             on_bad(error)
 
         encoder = Encoder(tokenizer, language, task, max_tokens)
-        self._end, self._trim = encoder.end, trim
+        self._trim = trim
         encoded = _encode(dataset, encoder, tell)
         numbers = list(encoded)
         good = dataset if len(numbers) == len(dataset) else dataset.select(numbers)
@@ -155,7 +155,31 @@ class Examples:
             on_progress=on_progress,
             on_note=on_note,
         )
-        rows = [encoded[numbers[number]] for number in contents]
+        self._keep([encoded[numbers[number]] for number in contents], encoder.end)
+        _check_left(bad, self.sources)
+        self.fingerprint = _fingerprint(contents.values(), self.languages, self.texts)
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[tuple["Encoded", Tensor]], end: int, trim: bool = False
+    ) -> "Examples":
+        """One or more rows that are tokenised and featurised already; see `Stream`.
+
+        Args:
+            rows: what was encoded, and log-mels, (mels, frames), float16.
+            end: the tokenizer's end token.
+            trim: cut every batch after its longest utterance.
+        """
+        examples = cls.__new__(cls)
+        examples._trim = trim
+        mels, frames = rows[0][1].shape
+        examples.features = Features([(one[None], 0) for _, one in rows], (mels, frames))
+        examples._keep([row for row, _ in rows], end)
+        examples.fingerprint = _fingerprint(examples.languages, examples.texts)
+        return examples
+
+    def _keep(self, rows: Sequence["Encoded"], end: int) -> None:
+        self._end = end
         self.texts: list[str] = [row.text for row in rows]
         self.languages: list[str] = [row.language for row in rows]
         self.word_languages: list[list[str]] = [row.word_languages for row in rows]
@@ -165,8 +189,6 @@ class Examples:
         self.sources: list[int] = [row.source for row in rows]
         self.prompts: list[list[int]] = [row.prompt for row in rows]
         self.targets: list[list[int]] = [row.target for row in rows]
-        _check_left(bad, self.sources)
-        self.fingerprint = _fingerprint(contents.values(), self.languages, self.texts)
 
     def __len__(self) -> int:
         """The number of utterances."""
@@ -207,7 +229,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class Encoded:
     """A row of `Examples`, all but its features."""
 
     text: str
@@ -221,24 +243,38 @@ class _Encoded:
     target: list[int]
 
 
-def _encode(dataset: Dataset, encoder: Encoder, on_bad: OnBadRow) -> dict[int, _Encoded]:
+def encode_row(row: Mapping[str, Any], path: str | None, encoder: Encoder) -> Encoded:
+    """Return a row with the columns of `read_manifest`, tokenised.
+
+    Args:
+        row: all but its audio, if that is not at hand.
+        path: of the audio, if it has one.
+        encoder: of the model.
+
+    Raises:
+        BadRow: if the language is unknown to the tokenizer, or the transcript too long.
+    """
+    place = row.get("source", 0)
+    try:
+        with located(row["origin"]):
+            language, prompt, target = encoder.encode(row["text"], row["language"])
+            tags = [language_code(tag) for tag in row["word_languages"]]
+    except BadRow as error:
+        error.source = place
+        raise
+    segment = row["start"], row["end"]
+    return Encoded(row["text"], language, tags, row["origin"], path, segment, place, prompt, target)
+
+
+def _encode(dataset: Dataset, encoder: Encoder, on_bad: OnBadRow) -> dict[int, Encoded]:
     """Return the good rows by their numbers."""
     encoded = {}
     rows = zip(dataset.remove_columns("audio"), _audio_paths(dataset), strict=True)
     for number, (row, path) in enumerate(rows):
-        text, origin, place = row["text"], row["origin"], row.get("source", 0)
         try:
-            with located(origin):
-                language, prompt, target = encoder.encode(text, row["language"])
-                tags = [language_code(tag) for tag in row["word_languages"]]
+            encoded[number] = encode_row(row, path, encoder)
         except BadRow as error:
-            error.source = place
             on_bad(error)
-        else:
-            segment = row["start"], row["end"]
-            encoded[number] = _Encoded(
-                text, language, tags, origin, path, segment, place, prompt, target
-            )
     return encoded
 
 

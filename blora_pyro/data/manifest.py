@@ -1,18 +1,18 @@
 """Manifests: JSON lines, CSV or TSV, a row an utterance."""
 
 import csv
-import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from blora_pyro.data.messages import BadRow, OnBadRow, Unreadable, printable, stop
 from blora_pyro.data.rows import (
     Record,
     Row,
+    RowStream,
     check_columns,
     good_rows,
     parse_row,
@@ -79,6 +79,27 @@ def manifest_rows(path: str | Path, split: str | None = None) -> Iterator[Row | 
     return parse_rows(records, partial(parse_row, folder=Path(path).parent))
 
 
+def manifest_stream(path: str | Path, split: str | None = None) -> RowStream:
+    """Return what `read_manifest` reads as a stream, of which little is in memory; see there."""
+    arguments = {"path": str(path), "split": split}
+    return RowStream(
+        IterableDataset.from_generator(_stream_records, gen_kwargs=arguments),
+        _streamed_row,
+        printable(path),
+    )
+
+
+def _stream_records(path: str, split: str | None) -> Iterator[dict[str, Row | BadRow]]:
+    for row in manifest_rows(path, split):
+        yield {"row": row}
+
+
+def _streamed_row(record: Record) -> Row:
+    if isinstance(row := record["row"], BadRow):
+        raise row
+    return row
+
+
 def manifest_splits(path: str | Path) -> list[str]:
     """Return the names in a manifest's column `split`, sorted; [] without one.
 
@@ -91,22 +112,24 @@ def manifest_splits(path: str | Path) -> list[str]:
 
 
 def _records(path: Path) -> Records:
+    """Yield the records of a file, of which no more than a record is in memory."""
     if (suffix := path.suffix.lower()) not in READERS:
         raise UserError(
             f"cannot read the manifest '{printable(path)}': its name must end in "
             f"{', '.join(READERS)}"
         )
+    reader, newline = READERS[suffix]
     try:
-        data = path.read_bytes()
+        file = open(path, encoding="utf-8-sig", errors=_ESCAPED, newline=newline)
     except (OSError, ValueError) as error:  # missing, a folder, a name that cannot be
         why = getattr(error, "strerror", None) or "there is no such file"
         raise UserError(f"cannot read the manifest '{printable(path)}': {why}") from error
-    return READERS[suffix](data.decode("utf-8-sig", errors=_ESCAPED))
+    with file:
+        yield from reader(file)
 
 
-def _json_records(text: str) -> Records:
-    # Not splitlines: JSON may hold U+2028 and other line ends of Unicode as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
+def _json_records(lines: Iterable[str]) -> Records:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield number, _parse_json(line)
@@ -133,9 +156,9 @@ def _parse_json(line: str) -> Record:
     return row
 
 
-def _csv_records(text: str, delimiter: str) -> Records:
+def _csv_records(lines: Iterable[str], delimiter: str) -> Records:
     """Yield the rows below the header; a record is numbered by the first of its lines."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
@@ -190,9 +213,11 @@ def _number(name: str, cell: str) -> float | None:
         raise UserError(f"{name} must be a number of seconds, got {shown(cell)}") from error
 
 
-READERS: dict[str, Callable[[str], Records]] = {
-    ".jsonl": _json_records,
-    ".json": _json_records,
-    ".csv": partial(_csv_records, delimiter=","),
-    ".tsv": partial(_csv_records, delimiter="\t"),
+# What reads a file's lines, and what ends them: JSON may hold U+2028 and a carriage return as they
+# are, CSV line ends inside of quotes.
+READERS: dict[str, tuple[Callable[[Iterable[str]], Records], str]] = {
+    ".jsonl": (_json_records, "\n"),
+    ".json": (_json_records, "\n"),
+    ".csv": (partial(_csv_records, delimiter=","), ""),
+    ".tsv": (partial(_csv_records, delimiter="\t"), ""),
 }

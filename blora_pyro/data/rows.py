@@ -4,11 +4,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Audio, Dataset, Features, List, Value
+from datasets import Audio, Dataset, Features, IterableDataset, List, Value
 
 from blora_pyro.data.messages import BadRow, OnBadRow, located, printable, stop
 from blora_pyro.errors import UserError
@@ -34,6 +35,21 @@ FEATURES = Features({"audio": {"bytes": Value("binary"), "path": Value("string")
 
 Row = dict[str, Any]
 Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """Rows that are read when they are needed.
+
+    Attributes:
+        records: raw ones, in shards.
+        parse: makes a row of `FEATURES` of a record, its audio not decoded, or raises a `BadRow`.
+        name: what messages call it.
+    """
+
+    records: IterableDataset
+    parse: Callable[[Record], Row]
+    name: str
 
 
 def check_columns(names: Iterable[str]) -> None:

@@ -2,13 +2,17 @@
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from blora_pyro.data.manifest import READERS, manifest_splits, read_manifest
+from blora_pyro.data.manifest import READERS, manifest_splits, manifest_stream, read_manifest
 from blora_pyro.data.messages import OnBadRow, printable, stop
 from blora_pyro.data.pocket import DOMAINS, LANGUAGES, corpus_dir
+from blora_pyro.data.rows import RowStream
 from blora_pyro.data.tables import (
     Table,
     hub_splits,
@@ -19,6 +23,7 @@ from blora_pyro.data.tables import (
     parquet_files,
     table_split,
     table_splits,
+    table_stream,
 )
 from blora_pyro.errors import UserError
 
@@ -49,23 +54,60 @@ def load_split(source: Source, split: str, on_bad: OnBadRow = stop) -> Dataset:
     Raises:
         UserError: if the source is none of these, lacks the split, or `read_manifest` raises.
     """
+    found = _find(source, split)
+    if isinstance(found, _Manifest):
+        return read_manifest(found.path, found.split, on_bad)
+    return table_split(found.load(False), split, found.name, on_bad)
+
+
+def stream_split(source: Source, split: str) -> RowStream:
+    """Return a split of a source of `load_split` as a stream.
+
+    Shards are the files of a data set of the Hub or of a folder of parquet files, parts of one that
+    was saved or is an object of `datasets`, and the shards of a stream. A manifest is one shard.
+
+    Raises:
+        UserError: if the source is none of these, or lacks the split or columns.
+    """
+    found = _find(source, split)
+    if isinstance(found, _Manifest):
+        return manifest_stream(found.path, found.split)
+    return table_stream(found.load(True), split, found.name)
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """A manifest, and the split to be picked from it; None is all of it."""
+
+    path: str | Path
+    split: str | None
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What loads a table, as a stream or not, and what messages call it."""
+
+    load: Callable[[bool], Table]
+    name: str
+
+
+def _find(source: Source, split: str) -> _Manifest | _Table:
     if isinstance(source, TABLES):
-        return table_split(source, split, on_bad=on_bad)
+        return _Table(lambda streaming: source, "the data set")
     name = str(source)
     if os.path.isfile(name):
-        return read_manifest(name, split, on_bad)
+        return _Manifest(name, split)
     if is_hub_id(name):
-        return table_split(load_hub(name, split), split, f"{name}, {split}", on_bad)
+        return _Table(partial(load_hub, name, split), f"{name}, {split}")
     folder = _folder(name)
     if is_saved(folder):
-        return table_split(load_saved(folder), split, printable(folder), on_bad)
+        return _Table(lambda streaming: load_saved(folder), printable(folder))
     if manifest := _own_manifest(folder, split):
-        return read_manifest(manifest, None, on_bad)
+        return _Manifest(manifest, None)
     if manifest := _only(folder, "metadata"):
-        return read_manifest(manifest, split, on_bad)
+        return _Manifest(manifest, split)
     if files := parquet_files(folder).get(split):
-        name = f"{printable(folder)}, {split}"
-        return table_split(load_parquet(files, split), split, name, on_bad)
+        return _Table(partial(load_parquet, files, split), f"{printable(folder)}, {split}")
     splits = ", ".join(split_names(folder)) or "none"
     raise UserError(
         f"{printable(folder)} has no {split}.jsonl (.csv, .tsv, or {split}/metadata.csv); "

@@ -4,6 +4,7 @@ import glob
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,13 +22,22 @@ from datasets import (
 )
 
 from blora_pyro.data.audio import check_array
-from blora_pyro.data.messages import BadRow, OnBadRow, Unreadable, printable, reason, stop
+from blora_pyro.data.messages import (
+    BadRow,
+    OnBadRow,
+    Unreadable,
+    located,
+    printable,
+    reason,
+    stop,
+)
 from blora_pyro.data.rows import (
     ALIASES,
     DETAILS,
     OPTIONAL,
     Record,
     Row,
+    RowStream,
     check_columns,
     check_text,
     column,
@@ -42,6 +52,7 @@ from blora_pyro.errors import UserError
 Table: TypeAlias = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
 
 _KNOWN = {*OPTIONAL, *itertools.chain(*ALIASES.values())}
+SHARDS = 64  # that a data set on disk is streamed in
 _CHUNK = 200  # streamed rows that become one table: Arrow's binary columns hold 2 GB each
 
 
@@ -63,6 +74,42 @@ def table_split(
     Raises:
         UserError: if the split or the columns are missing, there are no rows, or `on_bad` raises.
     """
+    table, name = _chosen(table, split, name)
+    if isinstance(table, Dataset) and len(table) and not _has_arrays(table):
+        return _lazy(table, name, on_bad)
+    return _gathered(table, name, on_bad)
+
+
+def table_stream(table: Table, split: str, name: str = "the data set") -> RowStream:
+    """Return what `table_split` returns as a stream; see there.
+
+    A stream must not be shuffled yet: its buffer would be lost whenever a fit is resumed.
+    """
+    table, name = _chosen(table, split, name)
+    if table.column_names is not None:
+        table = table.select_columns(sorted(_KNOWN & set(table.column_names)))
+    for known, feature in (table.features or {}).items():
+        if isinstance(feature, Audio):
+            table = _undecoded(table, name, known)
+    if isinstance(table, Dataset):
+        table = table.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(table))))
+    return RowStream(table, partial(_streamed_row, name=name), name)
+
+
+def _streamed_row(record: Record, name: str) -> Row:
+    """A record as a row; a stream has no row numbers: the audio's path, or the text, is its own."""
+    audio, text = (
+        next((record[one] for one in names if record.get(one) is not None), None)
+        for names in ALIASES.values()
+    )
+    path = audio.get("path") if isinstance(audio, Mapping) else audio
+    origin = f"{name}, the row with {printable(path if isinstance(path, str) else text, 80)!r}"
+    with located(origin):
+        return {**_parse_row(record), "origin": origin}
+
+
+def _chosen(table: Table, split: str, name: str) -> tuple[Dataset | IterableDataset, str]:
+    """One split, its columns checked, and what messages call it."""
     if isinstance(table, dict):
         if split not in table:
             splits = ", ".join(map(str, table)) or "none"
@@ -74,9 +121,7 @@ def table_split(
             check_columns(table.column_names)
     except UserError as error:
         raise UserError(f"the columns of {name}: {error}") from error
-    if isinstance(table, Dataset) and len(table) and not _has_arrays(table):
-        return _lazy(table, name, on_bad)
-    return _gathered(table, name, on_bad)
+    return table, name
 
 
 def table_splits(table: Table) -> list[str]:
@@ -114,33 +159,36 @@ def parquet_files(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def load_parquet(files: Iterable[Path], split: str) -> Dataset:
-    """Load the parquet files of a split, through the cache of `datasets`.
+def load_parquet(
+    files: Iterable[Path], split: str, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Load the parquet files of a split, through the cache of `datasets`, or stream them.
 
     Raises:
         UserError: if they cannot be loaded.
     """
     names = [glob.escape(str(path)) for path in files]
     try:
-        return load_dataset("parquet", data_files={split: names}, split=split)
+        return load_dataset("parquet", data_files={split: names}, split=split, streaming=streaming)
     except Exception as error:  # as for saved ones
         cause = reason(error.__cause__ or error)
         raise UserError(f"cannot load {printable(names[0])}: {cause}; save it anew") from error
 
 
-def load_hub(name: str, split: str) -> Dataset:
+def load_hub(name: str, split: str, streaming: bool = False) -> Dataset | IterableDataset:
     """Load a split of a data set of the Hub, through the cache of `datasets`; runs no code of it.
 
     Args:
         name: "owner/name" or "owner/name:config".
         split: of the data set.
+        streaming: its files are read when they are needed, and not kept.
 
     Raises:
         UserError: if it cannot be reached or loaded, or has no such split.
     """
     repository, _, config = name.partition(":")
     try:
-        return load_dataset(repository, config or None, split=split)
+        return load_dataset(repository, config or None, split=split, streaming=streaming)
     except Exception as error:  # of the network, of the Hub, of any of the loaders
         raise _hub_error(name, error) from error
 

@@ -296,7 +296,7 @@ def hub(monkeypatch, saved, tmp_path):
 
 def test_hub(hub, monkeypatch, tmp_path):
     check(load_split("owner/name:small", "train"))
-    assert hub == [("owner/name", "small", {"split": "train"})]
+    assert hub == [("owner/name", "small", {"split": "train", "streaming": False})]
     dataset = load_split("owner/name", "train")
     check(dataset)
     assert dataset["origin"][0] == "owner/name, train, row 0"

@@ -1,0 +1,240 @@
+"""Training data as a stream: rows are read, decoded and featurised as a fit draws them."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor
+
+from blora_pyro.data.audio import read_audio
+from blora_pyro.data.collation import Batch, Encoded, Examples, encode_row
+from blora_pyro.data.features import log_mels
+from blora_pyro.data.messages import BadRow, OnBadRow, all_bad, located, reason, stop
+from blora_pyro.data.prompts import Encoder
+from blora_pyro.data.rows import Record, Row, RowStream
+from blora_pyro.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
+
+BUFFER = 1000  # rows, as in `datasets`
+SAMPLE = 16  # rows that are looked at before a fit
+READERS = 4  # threads; torch may use several cores in each
+
+Place = dict[str, Any]  # where a process is in its stream, as JSON has it; see `_records`
+START: Place = {"epoch": 0, "block": 0, "taken": 0, "state": None}
+
+
+class Stream:
+    """Training data of any size; no more of them is in memory than a buffer of rows, undecoded.
+
+    Every epoch has every row once. The shards come in a new order (where the data have several),
+    and their rows are shuffled in blocks of the buffer's size. The order depends on the seed, the
+    epoch and the number of processes alone.
+
+    Attributes:
+        sample: the first rows of the data, as `Examples`.
+    """
+
+    def __init__(
+        self,
+        rows: RowStream,
+        feature_extractor: "WhisperFeatureExtractor",
+        tokenizer: "PreTrainedTokenizerBase",
+        task: str = "transcribe",
+        max_tokens: int = 448,
+        *,
+        language: str | None = None,
+        buffer: int = BUFFER,
+        seed: int = 0,
+        trim: bool = False,
+        on_bad: OnBadRow = stop,
+    ) -> None:
+        """Look at the first rows.
+
+        Args:
+            rows: see `stream_split`.
+            feature_extractor: the model's; its window is the longest audio allowed.
+            tokenizer: the model's.
+            task: "transcribe" or "translate".
+            max_tokens: the decoder's length, the model's `max_target_positions`.
+            language: of rows that name none, see `language_code`.
+            buffer: rows that are shuffled at a time; 1 keeps their order within a shard.
+            seed: of the order.
+            trim: cut every batch after its longest utterance, see `trimming`.
+            on_bad: told of every bad row, again in every epoch and from another thread; see
+                `Examples`. Where it does not raise, the row is left out.
+
+        Raises:
+            UserError: if there is no good row, or by `on_bad`.
+        """
+        self.rows, self.feature_extractor = rows, feature_extractor
+        # Rust's tokenizers can't be used by two threads at once.
+        self._encoder = Encoder(copy.deepcopy(tokenizer), language, task, max_tokens)
+        self.buffer, self.seed, self._trim, self._on_bad = buffer, seed, trim, on_bad
+        self.sample = self._sample(on_bad)
+
+    @property
+    def main_language(self) -> str:
+        """The most frequent language of the sample."""
+        return self.sample.main_language
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that changes with the texts and languages of the sample."""
+        return self.sample.fingerprint
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return these rows of the sample."""
+        return self.sample.batch(indices)
+
+    def batches(
+        self, batch_size: int, place: Place | None = None, rank: int = 0, count: int = 1
+    ) -> Iterator[tuple[Batch, Place]]:
+        """Endless batches, each with the place from which it was drawn; the next is made meanwhile.
+
+        Of several processes each has its own shards, or where their number is no multiple of that
+        of the processes every `count`-th row, and draws its part of every batch from them. A batch
+        may reach into the next epoch. Close the iterator when it is not needed any more.
+
+        Args:
+            batch_size: of all processes together.
+            place: a batch's, to go on from there; None is the beginning.
+            rank: of this process.
+            count: of processes.
+
+        Raises:
+            UserError: if the data can't be read, a process has no good rows, or by `on_bad`.
+        """
+        with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as ahead:
+            batches = self._batches(batch_size, place or START, rank, count, readers)
+            following = ahead.submit(next, batches)
+            while True:
+                drawn = following.result()
+                following = ahead.submit(next, batches)
+                yield drawn
+
+    def _batches(
+        self, batch_size: int, place: Place, rank: int, count: int, readers: ThreadPoolExecutor
+    ) -> Iterator[tuple[Batch, Place]]:
+        records = self._records(place, rank, count)
+        size = len(range(rank, batch_size, count))
+        if not size:
+            raise UserError(
+                f"a batch has {batch_size} utterances for {count} processes; give a batch_size of "
+                f"{count} or more"
+            )
+        good_epoch = place["epoch"]  # the last one that had a good row
+        while True:
+            rows: list[tuple[Encoded, Tensor]] = []
+            start = place
+            while len(rows) < size:
+                drawn = list(islice(records, size - len(rows)))
+                place = drawn[-1][1]
+                rows += self._good([record for record, _ in drawn], readers, self._on_bad)
+                if rows:
+                    good_epoch = place["epoch"]
+                elif place["epoch"] > good_epoch + 1:
+                    raise UserError(f"{self._name(rank, count)} has nothing but bad rows")
+            yield self._examples(rows).batch(range(size)), start
+
+    def _records(self, place: Place, rank: int, count: int) -> Iterator[tuple[Record, Place]]:
+        """Endless records from a place on, each with the place behind it.
+
+        A block is `buffer` rows on end. A place is the epoch, the number of the block, the state of
+        `datasets` before it, and how many of its rows have been taken.
+        """
+        stream = split_dataset_by_node(self.rows.records, rank, count)
+        epoch, block, taken, state = (place[name] for name in START)
+        while True:
+            stream.set_epoch(self.seed * 1_000_003 + epoch + 1)  # orders the shards
+            if state:
+                stream.load_state_dict(state)
+            reader, empty = self._read(stream), not state
+            while rows := list(islice(reader, self.buffer)):
+                empty = False
+                order = np.random.default_rng([self.seed, epoch, block]).permutation(len(rows))
+                later = stream.state_dict()
+                for number, row in enumerate(order.tolist()):
+                    record, rows[row] = rows[row], {}  # what is taken is not held
+                    if number >= taken:
+                        at = {"epoch": epoch, "block": block, "taken": number + 1, "state": state}
+                        yield record, at
+                block, taken, state = block + 1, 0, later
+            if empty:
+                raise UserError(f"{self._name(rank, count)} has no rows; give data with rows")
+            epoch, block, state = epoch + 1, 0, None
+
+    def _read(self, records: Any) -> Iterator[Record]:
+        rows = iter(records)
+        while True:
+            try:
+                record = next(rows)
+            except StopIteration:
+                return
+            except UserError:
+                raise
+            except Exception as error:  # of a generator, a network or a file
+                raise UserError(f"{self.rows.name} cannot be read on: {reason(error)}") from error
+            yield record
+
+    def _good(
+        self, records: list[Record], readers: ThreadPoolExecutor, on_bad: OnBadRow
+    ) -> list[tuple[Encoded, Tensor]]:
+        """The good ones of raw records, in their order."""
+        rows: list[tuple[Row, Encoded]] = []
+        for record in records:
+            try:
+                row = self.rows.parse(record)
+                rows.append((row, encode_row(row, row["audio"]["path"], self._encoder)))
+            except BadRow as error:
+                on_bad(error)
+        good = []
+        heard = readers.map(self._hear, [row for row, _ in rows])
+        for (_, encoded), found in zip(rows, heard, strict=True):
+            if isinstance(found, BadRow):
+                on_bad(found)
+            else:
+                good.append((encoded, found))
+        return good
+
+    def _hear(self, row: Row) -> Tensor | BadRow:
+        """Log-mels, (mels, frames), float16, or what is wrong with the audio."""
+        window = self.feature_extractor.chunk_length
+        try:
+            with located(row["origin"]):
+                wave = read_audio(
+                    row["audio"], start=row["start"], end=row["end"], max_seconds=window
+                )
+        except BadRow as error:
+            return error
+        return log_mels(wave, self.feature_extractor)
+
+    def _sample(self, on_bad: OnBadRow) -> Examples:
+        """The good ones of the first rows; if there are none, the first that is good."""
+        good: list[tuple[Encoded, Tensor]] = []
+        bad: list[BadRow] = []
+
+        def tell(error: BadRow) -> None:
+            bad.append(error)
+            on_bad(error)
+
+        with ThreadPoolExecutor(1) as reader:
+            for number, record in enumerate(self._read(self.rows.records)):
+                if good and number >= SAMPLE:
+                    break
+                good += self._good([record], reader, tell)
+        if good:
+            return self._examples(good)
+        raise UserError(all_bad(bad) if bad else f"{self.rows.name} has no rows; give some")
+
+    def _examples(self, rows: list[tuple[Encoded, Tensor]]) -> Examples:
+        return Examples.of_rows(rows, self._encoder.end, self._trim)
+
+    def _name(self, rank: int, count: int) -> str:
+        name = self.rows.name
+        return name if count == 1 else f"process {rank + 1} of {count}: its part of {name}"
