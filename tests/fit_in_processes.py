@@ -90,6 +90,7 @@ def main(base_folder: str, manifest: str, output: str) -> None:
     together.leave()
     fit_one(base_folder, manifest, Path(output))
     fit_streams(base_folder, manifest, Path(output))
+    fit_pooled(base_folder, Path(manifest), Path(output))
 
 
 def fit_one(base_folder: str, manifest: str, output: Path) -> None:
@@ -137,6 +138,16 @@ def fit_streams(base_folder: str, manifest: str, output: Path) -> None:
             run = fit(output / name, evaluate=False, **given)
             found.append([[step.loss, step.tokens] for step in run.history])
     (output / f"streams{rank}.json").write_text(json.dumps(found))
+
+
+def fit_pooled(base_folder: str, manifest: Path, output: Path) -> None:
+    """A fit to two domains that have something in common."""
+    together_again(output / "pooled.next")
+    data = {"mixed": str(manifest), "german": str(manifest.parent / "de.jsonl")}
+    options = {"base": base_folder, "steps": 3, "beta": 1e-5, "batch_size": 3, "rank": 2}
+    run = fit(output / "pooled", data=data, pooling="hierarchical", backward=(), **options)
+    sums = {name: float(mean.double().sum()) for name, mean in run.posterior.mean.items()}
+    (output / f"pooled{os.environ['RANK']}.json").write_text(json.dumps(sums))
 
 
 def together_again(mark: Path) -> None:

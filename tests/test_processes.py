@@ -120,6 +120,11 @@ def test_a_stream_is_shared_out_and_goes_on_where_each_process_was(output):
     assert main == other
 
 
+def test_domains_are_pooled_alike_in_both(output):
+    main, other = (json.loads((output / f"pooled{rank}.json").read_text()) for rank in range(2))
+    assert main == pytest.approx(other, rel=1e-6) and any(main.values())
+
+
 def test_a_fit_outlives_its_processes_and_goes_on_in_another_number(start, fit_options, tmp_path):
     folder = tmp_path / "run"
     checkpoint = folder / "checkpoint.safetensors"
