@@ -63,7 +63,7 @@ METHODS = {
     for method in (
         Method(BASE, "base model", "base"),
         Method(
-            "full", "full fine-tuning", "full", "lr", (1e-5, 3e-5, 1e-4, 3e-4), POINT, kind=FULL
+            "full", "full fine-tuning", "full", "lr", (3e-5, 1e-4, 3e-4, 1e-3), POINT, kind=FULL
         ),
         Method(LORA, "LoRA", "lora", "lr", RATES, POINT),
         Method("peft-lora", "LoRA (stock PEFT)", "lora", "lr", RATES, POINT, kind=PEFT),
@@ -80,7 +80,7 @@ METHODS = {
             {"prior": "normal", "prior_scale": 0.05},
             of=LORA,
         ),
-        Method("ewc-lora", "LoRA, EWC", "regularised", "ewc", (1.0, 10.0, 100.0, 1e3), of=LORA),
+        Method("ewc-lora", "LoRA, EWC", "regularised", "ewc", (10.0, 100.0, 1e3, 1e4), of=LORA),
         Method("replay-lora", "LoRA, replay", "regularised", SHARE, SHARES, of=LORA),
         Method(
             "distilled-lora",
@@ -105,6 +105,7 @@ METHODS = {
         _bayes("learned-scale", "BLoRA, learned scale", prior="learned-scale"),
         _bayes("pretrained-scale", "BLoRA, pretrained scale", prior="pretrained-scale"),
         Method("scaled-blora", "BLoRA, ΔW scaled", "both", FACTOR, FACTORS, of="blora"),
+        Method("blora-ewc", "BLoRA, EWC", "both", "ewc", (100.0, 1e3, 1e4), of="blora"),
         Method("blora-replay", "BLoRA, replay", "both", SHARE, SHARES, of="blora"),
         Method(
             "blora-distilled",
