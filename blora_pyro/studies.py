@@ -8,10 +8,8 @@ go back into the queue, and whoever takes them goes on with its fit.
 
 import fcntl
 import json
-import logging
 import os
 import socket
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,31 +18,18 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from blora_pyro.errors import UserError
+from blora_pyro.storages import begin_study, join_database, kind_of, reason
 
 JOURNAL, LOCK = "study.log", "study.lock"
-HEARTBEAT = 60  # seconds; a trial on another machine that misses three is dead
+METRICS = ("new-domain error", "backward error")
 FOLDER, RETRIED, FAILURE = "folder", "retry_of", "failure"  # attributes of a trial
 
 Objective = Callable[[Trial, Path], Sequence[float]]
-
-
-@contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Keep Optuna's log and its warnings of what may change in it out of the terminal."""
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(logging.CRITICAL)  # an error is raised, too
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(level)
 
 
 class FileLock:
@@ -129,40 +114,22 @@ class SharedStudy:
 
     @property
     def _kind(self) -> str:
-        """Of storage; what follows in a URL may hold a password."""
-        return JOURNAL if self._storage is None else self._storage.partition("://")[0]
+        return JOURNAL if self._storage is None else kind_of(self._storage)
 
     def _open(self, name: str) -> optuna.Study:
-        try:
-            study = optuna.create_study(
-                storage=self._connect(),
-                study_name=name,
-                directions=["minimize", "minimize"],
-                load_if_exists=True,
-            )
-            if len(study.directions) == 2 and not study.metric_names:
-                study.set_metric_names(["new-domain error", "backward error"])
-        except Exception as error:  # whatever a database and its driver raise, or a damaged file
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            if self._storage is None:
-                raise UserError(
-                    f"{self.folder / JOURNAL} is damaged ({why}); bring back a copy, or start "
-                    "another sweep in another output"
-                ) from None
-            raise UserError(
-                f"storage '{self._kind}' can't be opened ({why}); give sqlite:///FILE or "
-                "postgresql://..., or leave it out for a file in the output"
-            ) from None
-        if len(study.directions) != 2:
-            raise UserError(f"study '{name}' is of something else; give another study name")
-        return study
-
-    def _connect(self) -> BaseStorage:
         if self._storage is not None:
-            beat: dict[str, int] = {"heartbeat_interval": HEARTBEAT, "grace_period": 3 * HEARTBEAT}
-            return RDBStorage(self._storage, **beat)  # type: ignore[arg-type]
-        journal = str((self.folder / JOURNAL).resolve())
-        return JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal)))
+            return join_database(self._storage, name, METRICS)[0]
+        path = str((self.folder / JOURNAL).resolve())
+        try:
+            journal = JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path)))
+            return begin_study(journal, name, METRICS)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a damaged file leads to
+            raise UserError(
+                f"{self.folder / JOURNAL} is damaged ({reason(error)}); bring back a copy, or "
+                "start another sweep in another output"
+            ) from None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -181,8 +148,9 @@ class SharedStudy:
         """
         wanted = json.loads(json.dumps(options))
         with self.locked():
+            begun = self.trials()  # before the options, which another machine sets before a trial
             known = self.study.user_attrs.get("options")
-            if known is None and self.trials():
+            if known is None and begun:
                 raise UserError(
                     f"study '{self.study.study_name}' is of something else; give another study name"
                 )
@@ -223,6 +191,8 @@ class SharedStudy:
             mine.append(self._lock_of(trial.number))
             mine[0].acquire()
             self._lock.release()  # the trial is taken; others may come
+            if self._outrun(trial, total):
+                raise optuna.TrialPruned  # which is no outcome
             try:
                 return objective(trial, self.folder / folder_of(trial))
             except FloatingPointError as error:
@@ -242,6 +212,19 @@ class SharedStudy:
                 lock.path.unlink(missing_ok=True)
                 lock.release()
         return True
+
+    def _outrun(self, trial: Trial, total: int) -> bool:
+        """Whether another machine, which `locked` does not keep out, was first with this trial.
+
+        The database numbers trials in the order in which they come in, so that of two machines
+        that retry the same dead one, or begin the last one, exactly one goes on.
+        """
+        before = [one for one in self.trials() if one.number < trial.number]
+        if (lost := trial.user_attrs.get(RETRIED)) is not None:
+            return any(one.user_attrs.get(RETRIED) == lost for one in before)
+        taken = {one.number for one in self.finished()}
+        taken |= {one.number for one in before if one.state == TrialState.RUNNING}
+        return len(taken) >= total
 
     def _next_seed(self) -> int:
         """Of the next trial's parameters: no two trials share it, whoever runs them.

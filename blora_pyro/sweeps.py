@@ -20,11 +20,13 @@ from blora_pyro.outcomes import NEW_DOMAIN
 from blora_pyro.pareto import knee, pareto_front
 from blora_pyro.run_folders import write_json
 from blora_pyro.searching import SEARCH, Ranges, agreed_options, dev_config, ranges_of, with_values
-from blora_pyro.studies import FAILURE, SharedStudy, quiet_optuna
+from blora_pyro.storages import quiet_optuna
+from blora_pyro.studies import FAILURE, SharedStudy
 from blora_pyro.sweep_plot import sweep_plot
 from blora_pyro.sweep_trials import BACKWARD, BASE, Objective, Trial
 
 RESULT, PLOT = "sweep.json", "sweep.png"
+PATIENCE = 2.0  # seconds until other processes' trials are looked for again
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,16 @@ def sweep(
     Optuna's TPE sampler for several objectives (Ozaki et al., "Multiobjective Tree-Structured
     Parzen Estimator", JAIR 73, 2022) chooses the values on a logarithmic scale, the first ten at
     random. Test sets are not touched. The same call goes on with a sweep that was stopped, and
-    several processes may be at one sweep (see `studies`). What came of it is in `sweep.json` and
-    `sweep.png` in the output.
+    several processes may be at one sweep (see `studies`), and all of them wait for its last trial.
+    What came of it is in `sweep.json` and `sweep.png` in the output.
 
     Args:
         output: Folder of the sweep; every fit is a run folder in it.
         trials: How many are to be finished in all, those of earlier calls among them.
         search: `beta`, `lr`, `prior_scale` or an argument of the prior -> lowest and highest
             value, above 0; None is `searching.SEARCH`, and with `prior_from` its beta alone.
-        storage: URL of a database for the study (`sqlite:///FILE`, `postgresql://...`); None is
-            the file `study.log` in the output.
+        storage: URL of a database for the study (`sqlite:///FILE`, `postgresql+psycopg://...`);
+            None is the file `study.log` in the output.
         study_name: In the storage; None is the output's name.
         timeout: Seconds after which no further trial begins.
         progress: Told of stages and steps.
@@ -133,8 +135,9 @@ def sweep(
         objective = Objective(study, config, options, ranges, progress or Listener())
         try:
             with Interrupts():
-                while time.monotonic() < until and study.run_next(objective, trials):
-                    pass
+                while time.monotonic() < until and len(study.finished()) < trials:
+                    if not study.run_next(objective, trials):
+                        time.sleep(PATIENCE)  # others are at the last ones, and may die
         except KeyboardInterrupt as error:
             raise Interrupted(
                 getattr(error, "signum", signal.SIGINT),

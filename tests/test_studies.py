@@ -8,7 +8,8 @@ import pytest
 from optuna.trial import TrialState
 
 from blora_pyro.errors import UserError
-from blora_pyro.studies import FileLock, SharedStudy, quiet_optuna
+from blora_pyro.storages import quiet_optuna
+from blora_pyro.studies import FileLock, SharedStudy
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,11 @@ def values_of(trial):
 
 def ends_well(trial, folder):
     return values_of(trial)
+
+
+def fails(trial, folder):
+    values_of(trial)
+    raise UserError("the disk is full")
 
 
 def params(study, *states):
@@ -123,7 +129,8 @@ def test_what_is_no_fault_of_the_values_is_tried_again_in_the_same_folder(opened
 WORKER = """
 import os, signal, sys
 from pathlib import Path
-from blora_pyro.studies import SharedStudy, quiet_optuna
+from blora_pyro.storages import quiet_optuna
+from blora_pyro.studies import SharedStudy
 
 folder, how = Path(sys.argv[1]), sys.argv[2]
 
@@ -201,6 +208,30 @@ def test_with_a_database_a_trial_in_another_folder_is_left_to_its_heartbeat(tmp_
         )
     assert here.run_next(ends_well, 1)
     assert here.finished()[0].params["x"] == trial.params["x"]
+
+
+def test_of_two_machines_at_the_last_trial_one_withdraws(opened, tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    here, there = opened(url, "here", "shared"), opened(url, "there", "shared")
+    here._requeue_dead = lambda: there.study.ask()  # the other one begins after we have counted
+    here.trials = lambda *states: [] if states == (TrialState.RUNNING,) else there.trials(*states)
+    with pytest.warns(UserWarning, match="Heartbeat of storage"):
+        assert here.run_next(ends_well, 1)
+    assert [one.state for one in there.trials()] == [TrialState.RUNNING, TrialState.PRUNED]
+    assert here.finished() == []
+
+
+def test_of_two_machines_that_retry_a_trial_one_withdraws(opened, tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    here, there = opened(url, "here", "shared"), opened(url, "there", "shared")
+    with pytest.raises(UserError):
+        here.run_next(fails, 1)
+    for _ in range(2):  # both saw it dead at once
+        here.study.enqueue_trial(here.trials()[0].params, user_attrs={"retry_of": 0})
+    assert here.run_next(ends_well, 9)
+    assert there.run_next(ends_well, 9)
+    states = [TrialState.FAIL, TrialState.COMPLETE, TrialState.PRUNED]
+    assert [one.state for one in here.trials()] == states
 
 
 # ---- what is refused

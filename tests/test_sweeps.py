@@ -13,7 +13,8 @@ from blora_pyro.data import read_manifest
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.listeners import Listener
 from blora_pyro.posterior import Posterior
-from blora_pyro.studies import SharedStudy, quiet_optuna
+from blora_pyro.storages import quiet_optuna
+from blora_pyro.studies import SharedStudy
 from blora_pyro.sweeps import sweep
 
 SEARCH = {"beta": (1e-6, 1e-3), "prior_scale": (0.01, 0.3)}

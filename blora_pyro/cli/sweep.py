@@ -32,7 +32,7 @@ def sweep(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Database for the Optuna study: sqlite:///FILE, postgresql://...",
+            help="Database for the Optuna study: sqlite:///FILE, postgresql+psycopg://...",
             show_default="OUTPUT/study.log",
         ),
     ] = None,
