@@ -50,6 +50,18 @@ def compare(
     report: Annotated[
         bool, typer.Option("--report", help="Fit nothing: tables of the rows that are there.")
     ] = False,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Database by which machines without a common folder share the rows: "
+            "postgresql+psycopg://..., sqlite:///FILE",
+            show_default="none: processes share OUTPUT",
+        ),
+    ] = None,
+    study_name: Annotated[
+        str | None, typer.Option(help="In the storage.", show_default="name of the output")
+    ] = None,
     base: Annotated[
         str, typer.Option(help="'pocket', a Whisper checkpoint folder, or a Hub id.")
     ] = "pocket",
@@ -71,7 +83,8 @@ def compare(
 
     Every method's knob is chosen on dev sets, by the mean of new-domain and backward error, and the
     chosen value is scored on test sets. Stopped at any moment, the same command goes on; started
-    again in another terminal meanwhile, the two share the work.
+    again in another terminal, or with --storage on another machine, meanwhile, the two share the
+    work.
     """
     with one_line_errors():
         import torch
@@ -96,6 +109,8 @@ def compare(
                 only_choose=only_choose,
                 neighbours=not chosen_only,
                 work=not (dry_run or report),
+                storage=storage,
+                study_name=study_name,
                 progress=progress,
                 **options,
                 **({} if backward is None else {"backward": backward}),

@@ -10,7 +10,8 @@ other method at its own best strength, chosen alike and without a look at the te
 - `methods`: what is compared, as data;
 - `plan`: which rows there are to be, and which value is chosen;
 - `fits`, `rivals`: a fit in its folder, by the Pyro program or as full fine-tuning or stock PEFT;
-- `rows`: what one fit gives on one domain, kept as counts of every utterance;
+- `rows`: what one fit gives on one domain, kept as counts of every utterance; `shared_rows`: by way
+  of a database;
 - `study`: how a row is made; `comparing`: the work, shared by as many processes as are started;
 - `measures`, `tables`, `picture`: what comes out.
 """

@@ -20,6 +20,8 @@ from blora_pyro.comparison.study import Study
 from blora_pyro.data import DOMAINS, Source, named_sources
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.listeners import Listener
+from blora_pyro.run_folders import FINISHED, state_of
+from blora_pyro.storages import quiet_optuna
 
 SEEDS = (0, 1, 2)
 PATIENCE = 2.0  # seconds until another process's rows are looked for again
@@ -39,6 +41,7 @@ class Comparison:
 
     def unmade(self) -> list[RowSpec]:
         """Rows that are known to be wanted and are not there, each once."""
+        self.study.store.refresh()
         found: dict[str, RowSpec] = {}
         for spec in self.plan.rows():
             if self.study.row_of(spec) is None:
@@ -59,8 +62,23 @@ class Comparison:
         """
         with self._told():
             while todo := self.unmade():
-                if not any(self._try(spec, len(todo)) for spec in todo):
+                if not any(self._try(spec, len(todo)) for spec in self._nearest_first(todo)):
                     time.sleep(PATIENCE)  # all of them are another process's
+
+    def _nearest_first(self, todo: Sequence[RowSpec]) -> list[RowSpec]:
+        """Rows whose fit is in the output, then those of new fits, then of fits made elsewhere.
+
+        Fits stay on the machine that made them; another one makes them again, sooner than wait.
+        """
+        rows = [self.study.row_of(spec) for spec in self.plan.rows()]
+        fits = {row.about.get("fit") for row in rows if row is not None}
+
+        def distance(spec: RowSpec) -> int:
+            fit = self.study.lock_of(spec)
+            here = state_of(self.study.output / "fits" / fit) == FINISHED
+            return 0 if here else 1 + (fit in fits)
+
+        return sorted(todo, key=distance)
 
     def _try(self, spec: RowSpec, left: int) -> bool:
         """Make a row, unless another process does; whether it was made here."""
@@ -83,6 +101,7 @@ class Comparison:
             raise Interrupted(error.signum, f"{message}; {again}") from None
 
 
+@quiet_optuna()
 def compare_methods(
     output: str | Path,
     *,
@@ -94,6 +113,8 @@ def compare_methods(
     only_choose: bool = False,
     neighbours: bool = True,
     work: bool = True,
+    storage: str | None = None,
+    study_name: str | None = None,
     progress: Listener | None = None,
     **options: Any,
 ) -> Comparison:
@@ -101,7 +122,8 @@ def compare_methods(
 
     Rows lie in `output`, and are made once: started again, a comparison goes on where it was, also
     with further methods, domains, seeds or settings. Started several times at once, the processes
-    share the work.
+    share the work. With a `storage`, machines without a common folder do: all rows come to all of
+    them, a fit stays where it was made, and one whose machine dies is made again by another.
 
     Args:
         output: Folder for rows and fits.
@@ -115,6 +137,9 @@ def compare_methods(
         only_choose: End after the choice on dev.
         neighbours: Score the two values beside the chosen one on test, too.
         work: Make the rows; off, those that are there are taken.
+        storage: URL of a database (`sqlite:///FILE`, `postgresql+psycopg://...`) for an Optuna
+            study whose trials are the rows; None is the output alone.
+        study_name: In the storage; None is the output's name.
         progress: Told of stages and steps.
         **options: Of `FitConfig`, for all fits: `base`, `backward` (each set with dev and test,
             for replay and EWC with train), `rank`, ...
@@ -127,7 +152,7 @@ def compare_methods(
     named, seeds = named_sources(domains), list(dict.fromkeys(seeds))
     if not (named and seeds and wanted):
         raise UserError("no domain, seed or setting is given; give one of each, or more")
-    study = Study(Path(output), named, options, progress or Listener())
+    study = Study(Path(output), named, options, progress or Listener(), storage, study_name)
     plan: Plan
     if row is not None:
         plan = RowPlan(read_candidate(row), wanted, [*named], seeds, study.row_of)

@@ -166,15 +166,20 @@ class RowStore:
         self.rows, self.locks = output / "rows", output / "locks"
         self._known: dict[str, Row] = {}
 
+    def refresh(self) -> None:
+        """Look for rows of others: files need no looking for."""
+
     def get(self, key: str) -> Row | None:
         """The row of a key; None if there is none, or its file is damaged (it is made again)."""
         if key not in self._known:
             try:
-                content = json.loads((self.rows / f"{key}.json").read_text(encoding="utf-8"))
-                self._known[key] = read_row(content)
+                self._known[key] = read_row(self._read(key))
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 return None
         return self._known[key]
+
+    def _read(self, key: str) -> dict[str, Any]:
+        return json.loads((self.rows / f"{key}.json").read_text(encoding="utf-8"))
 
     def put(self, key: str, content: Mapping[str, Any]) -> None:
         """Write a row; another process sees all of it or nothing.

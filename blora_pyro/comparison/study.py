@@ -26,6 +26,7 @@ from blora_pyro.comparison.rows import (
     counts_to_json,
     hash_of,
 )
+from blora_pyro.comparison.shared_rows import SharedRows
 from blora_pyro.config import FitConfig, base_of
 from blora_pyro.data import (
     Examples,
@@ -64,6 +65,8 @@ class Study:
         domains: Mapping[str, Source],
         options: Mapping[str, Any],
         progress: Listener,
+        storage: str | None = None,
+        study_name: str | None = None,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -72,12 +75,15 @@ class Study:
             domains: Name -> source.
             options: Of `FitConfig`, for all fits.
             progress: Told of stages and steps.
+            storage: URL of a database by which machines share rows; None is the output alone.
+            study_name: In the storage; None is the output's name.
 
         Raises:
-            UserError: If an option is not possible, or there are no backward sets.
+            UserError: If an option is not possible, there are no backward sets, or the storage
+                can't be opened.
         """
         self.output, self.domains, self.options = output, dict(domains), dict(options)
-        self.progress, self.store = progress, RowStore(output)
+        self.progress = progress
         self.common = FitConfig(**self.options)
         self.backward = self.common.backward_sets
         if not self.backward:
@@ -85,6 +91,7 @@ class Study:
                 f"base '{self.common.base}' has no backward sets of its own, and none is given; "
                 "give sets of what it already knows as backward"
             )
+        self.store = SharedRows(output, storage, study_name) if storage else RowStore(output)
         self._keys: dict[str, str] = {}
         self._sets: dict[tuple[str, str], Examples] = {}
 
