@@ -9,6 +9,9 @@ from blora_pyro.comparison.methods import POINT, Method
 from blora_pyro.comparison.study import Study
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.listeners import Listener
+from blora_pyro.run_folders import write_json
+
+from .conftest import row_content
 
 LORA = Method("lora", "LoRA", "lora", "lr", (0.01, 0.03), POINT)
 BLORA = Method("blora", "BLoRA", "bayes", "beta", (1e-5,), {"lr": 0.03})
@@ -94,6 +97,19 @@ def test_rows_of_another_process_are_left_to_it_and_waited_for(compare, fake_row
     assert waits == [3]  # all others were made before
     assert not any(title.startswith(theirs.title) for title in stages.seen)
     assert comparison.unmade() == []
+
+
+def test_rows_whose_fit_is_at_hand_come_first_and_those_of_fits_elsewhere_last(compare, tmp_path):
+    comparison = compare(work=False, only_choose=True)
+    study, (base, elsewhere, made, at_hand) = comparison.study, comparison.unmade()
+    content = row_content(0.2, {"de": 0.1}, fit=study.lock_of(elsewhere))
+    study.store.put(study.key_of(made), content)
+    folder = tmp_path / "out" / "fits" / study.lock_of(at_hand)
+    folder.mkdir(parents=True)
+    write_json(folder / "run.json", {"state": "finished"})
+    todo = comparison.unmade()
+    assert todo == [base, elsewhere, at_hand]
+    assert comparison._nearest_first(todo) == [at_hand, base, elsewhere]
 
 
 def test_an_interrupted_comparison_says_what_is_safe(compare, fake_rows, monkeypatch, tmp_path):
