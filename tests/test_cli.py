@@ -147,6 +147,7 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "pooling": "hierarchical",
         "pooling-scale": 0.2,
         "max-utterances": 12,
+        "shuffle-buffer": 50,
         "test": "t",
         "backward": "x, y",
         "language": "German",
@@ -180,11 +181,12 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "normalizer": "basic",
         "seed": 9,
         "device": "cuda:1",
+        "track": "tensorboard,wandb",
         "output": tmp_path,
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
     switches = ["gradient-checkpointing", "spec-augment", "local-files-only", "overwrite"]
-    switches += ["cache-encoder", "trim-audio"]
+    switches += ["cache-encoder", "trim-audio", "streaming"]
     well("fit", *flags, *(f"--{name}" for name in switches), "--checkpoint-every", 5)
     del seen["progress"]
     del options["output"], options["prior-arg"]
@@ -202,6 +204,7 @@ def test_fit_hands_every_option_on(monkeypatch, tmp_path):
         "spec_augment": True,
         "cache_encoder": True,
         "trim_audio": True,
+        "streaming": True,
         "local_files_only": True,
         "overwrite": True,
         "resume": False,
