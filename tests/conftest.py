@@ -10,6 +10,7 @@ import json
 import os
 import runpy
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
     from blora_pyro.models import Base
     from blora_pyro.runs import Run
 
-os.environ["BLORA_PYRO_CACHE"] = ""  # fixtures of a session keep out of the user's home
+# Fixtures of a session, notebooks and pages of the docs keep out of the user's home, and share
+# what they have computed, in all workers.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="blora-pyro-tests-")
+    os.environ["BLORA_PYRO_CACHE"] = _cache.name
 
 SPECIAL = ("startoftranscript", "en", "de", "translate", "transcribe", "notimestamps")
 
