@@ -87,29 +87,36 @@ class Figures:
             self._rates |= {(at, own): rate for (at, own, _), rate in zip(seen, rates, strict=True)}
 
     def of(self, method: str, figure: str) -> dict[int, FloatArray]:
-        """Seed -> the figure, observed and resampled, averaged over the rows of the seed."""
+        """Seed -> the figure, observed and resampled, averaged over the rows of the seed.
+
+        What is said of a first domain is of the rows whose first fit has been scored, too.
+        """
         found: dict[int, list[FloatArray]] = {}
         for place, row in enumerate(self.rows):
-            if row.method == method:
-                found.setdefault(row.seed, []).append(self._figure(place, row, figure))
+            if row.method != method:
+                continue
+            first = self._first(row)
+            if figure in (AFTER_FIRST, AFTER_LAST) and first is None:
+                continue
+            at = first if figure == AFTER_FIRST and first is not None else place
+            curves = [self._rates[at, name] for name in self._sets(row, figure)]
+            found.setdefault(row.seed, []).append(np.mean(curves, axis=0))
         return {seed: np.mean(curves, axis=0) for seed, curves in found.items()}
 
-    def _figure(self, place: int, row: Row, figure: str) -> FloatArray:
-        names = {
+    def _sets(self, row: Row, figure: str) -> Sequence[str]:
+        return {
             NEW: row.order if row.method in APART else DOMAINS,
             BACKWARD: row.backward,
             SHARED: [f"{domain} (shared)" for domain in DOMAINS],
+            AFTER_FIRST: row.order[:1],
             AFTER_LAST: row.order[:1],
-        }
-        if figure != AFTER_FIRST:
-            return np.mean([self._rates[place, name] for name in names[figure]], axis=0)
-        before = IN_SEQUENCE[row.method], row.order[:1], row.seed
-        (first,) = [
-            one
-            for one, other in enumerate(self.rows)
-            if (other.method, other.order, other.seed) == before
-        ]
-        return self._rates[first, row.order[0]]
+        }[figure]
+
+    def _first(self, row: Row) -> int | None:
+        """The place of the row of a sequence's first fit; None if it is not there."""
+        wanted = IN_SEQUENCE.get(row.method), row.order[:1], row.seed
+        rows = enumerate((one.method, one.order, one.seed) for one in self.rows)
+        return next((place for place, one in rows if one == wanted), None)
 
     def base(self, figure: str) -> FloatArray:
         """Of the base model, which has no seed."""
@@ -151,8 +158,8 @@ def _of_method(figures: Figures, method: str) -> dict[str, Any]:
     if method in IN_SEQUENCE:
         wanted += [AFTER_FIRST, AFTER_LAST]
     curves = {figure: figures.of(method, figure) for figure in wanted}
-    found = {figure: estimate(curve) for figure, curve in curves.items()}
-    if method in IN_SEQUENCE:
+    found = {figure: estimate(curve) for figure, curve in curves.items() if curve}
+    if curves.get(AFTER_LAST):
         first, last = curves[AFTER_FIRST], curves[AFTER_LAST]
         base = figures.base(NEW)
         found["relative_rise"] = estimate(combined(lambda a, b: b / a - 1, first, last))

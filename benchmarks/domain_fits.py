@@ -12,7 +12,6 @@ from domain_figures import DOMAINS
 from blora_pyro import Posterior, fit
 from blora_pyro.combining import combine
 from blora_pyro.data import load_split
-from blora_pyro.finished_runs import merge_run
 
 UTTERANCES, STEPS = 150, 200  # of each domain
 BAYES = {"beta": "auto", "lr": 5e-3}
@@ -87,13 +86,9 @@ class Fits:
         if len(order) == 1:
             return self.alone("lora", order[0])
         before = self.sequence(order[:-1], lr, ewc)
-        merged = before.with_name(f"{before.name}-merged")
-        with locked(merged):
-            if not (merged / "config.json").is_file():
-                merge_run(before, merged, overwrite=True)
         kept = {domain: self.data(domain) for domain in order[:-1]} if ewc else NOWHERE
         name = f"sequence-{lr:g}-{ewc:g}_{'+'.join(order)}"
-        options = {**LORA, "lr": lr, "ewc": ewc, "backward": kept, "base": str(merged)}
+        options = {**LORA, "lr": lr, "ewc": ewc, "backward": kept, "base": str(before)}
         return self.fitted(name, data=self.data(order[-1]), **options)
 
     def together(self, method: str, **options: Any) -> Path:

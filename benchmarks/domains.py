@@ -21,7 +21,6 @@ import common
 import torch
 from domain_figures import APART, BASE, DOMAINS, IN_SEQUENCE, Row, show, summarise
 from domain_fits import BAYES, LORA, STEPS, Fits, locked
-from torch import nn
 
 from blora_pyro import Posterior, load_base
 from blora_pyro.comparison.rows import counts_to_json
@@ -124,8 +123,6 @@ class Scorer:
             return self._measured(self.base, sets)
 
     def _measured(self, base: Base, sets: Mapping[str, Examples]) -> Results:
-        net: nn.Module = base.net
-        net.eval()
         return measure(base, dict(sets), lambda name: None)
 
 
@@ -227,10 +224,12 @@ def main() -> None:
         arguments.seeds, arguments.runs = arguments.seeds[:1], arguments.runs / "quick"
     study = Study(Store(rows_in), arguments.runs, arguments.quick)
     first = arguments.seeds[0]
+    wanted = {BASE, *arguments.methods, *(IN_SEQUENCE.get(one, BASE) for one in arguments.methods)}
     if not arguments.report:
         chosen = {
             method: study.choose(method, DOMAINS if method in IN_SEQUENCE else (), first)
-            for method in arguments.methods
+            for method in METHODS
+            if method in wanted
         }
         for seed in arguments.seeds:
             for method, value in chosen.items():
