@@ -98,7 +98,7 @@ def peak(size: str, rank: int, name: str) -> float:
     """MiB that three steps take at most, beyond what is there before them."""
     config = geometry(size)
     one = CONTESTANTS[name](random_net(config), rank, ALL_LINEAR, False)
-    batch = random_batch(config, BATCH_SIZES.get(size, 4))
+    batch = random_batch(config, BATCH_SIZES[size])
     try:
         # Linux: the peak so far is forgotten, lest that of making the net hides the steps'.
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
