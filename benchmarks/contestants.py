@@ -37,7 +37,6 @@ GEOMETRIES = {
     "small": (768, 12, 12, 12, 80),
     "large-v3": (1280, 32, 32, 20, 128),
 }
-BATCH_SIZES = {"tiny": 4, "base": 2, "small": 1}  # a processor alone takes minutes for more
 BETA, LR, PRIOR_SCALE = 1e-4, 1e-3, 0.05
 START_RHO = -5.0
 PEER = "PEFT LoRA"

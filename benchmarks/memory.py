@@ -3,7 +3,7 @@
     python benchmarks/memory.py
 
 Every contestant in a process of its own: the most memory of three steps beyond what there was
-before the first. Activations are most of it. Files are those of whisper-tiny's shape: a posterior,
+before the first, on one window of 30 s. Files are those of whisper-tiny's shape: a posterior,
 a checkpoint to resume from, and what PEFT and `Trainer` keep for the same two purposes; a float32
 number for every adapter weight is one moment.
 """
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from common import Results, parse, parser, print_table
 from contestants import (
-    BATCH_SIZES,
     CONTESTANTS,
     PEER,
     Ours,
@@ -98,7 +97,7 @@ def peak(size: str, rank: int, name: str) -> float:
     """MiB that three steps take at most, beyond what is there before them."""
     config = geometry(size)
     one = CONTESTANTS[name](random_net(config), rank, ALL_LINEAR, False)
-    batch = random_batch(config, BATCH_SIZES[size])
+    batch = random_batch(config, 1)
     try:
         # Linux: the peak so far is forgotten, lest that of making the net hides the steps'.
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
