@@ -37,7 +37,7 @@ from blora_pyro.posterior import Family, Posterior
 
 SIZES = ("tiny", "base", "small")
 RANKS = (8, 32)
-NAMES = (PEER, "ours", "ours, point", "plain mean field")
+NAMES = (PEER, "ours")
 REPEATS = 3
 MIB = 2**20
 

@@ -34,7 +34,7 @@ from blora_pyro.loading import Loader
 from blora_pyro.models import Base
 from blora_pyro.transcription import transcribe_features
 
-RANK, BATCH_SIZE, ROUNDS, SECONDS = 8, 8, 15, (3, 5)
+RANK, BATCH_SIZE, ROUNDS, SECONDS = 8, 4, 10, (3, 5)
 TARGETS = {
     "all-linear": "all-linear",
     "last layer of the encoder, decoder": r".*(encoder\.layers\.3|decoder)\..*",
