@@ -20,7 +20,7 @@ from blora_pyro.data import (
     language_code,
     named_sources,
 )
-from blora_pyro.errors import UserError, check_positive
+from blora_pyro.errors import UserError
 from blora_pyro.guides import previous_posterior, prior_arguments
 from blora_pyro.models import (
     POCKET,
@@ -34,26 +34,10 @@ from blora_pyro.models import (
 from blora_pyro.models.pooling import COMPLETE, SCALE
 from blora_pyro.normalizers import check_normalizer
 from blora_pyro.pooled_options import check_pooling
-from blora_pyro.schedules import SCHEDULES, Schedule, default_warmup_steps
+from blora_pyro.prior_options import check_prior
+from blora_pyro.schedules import Schedule, default_warmup_steps
 from blora_pyro.streaming_options import check_streaming
-
-COUNTS = (
-    "max_utterances",
-    "shuffle_buffer",
-    "rank",
-    "steps",
-    "batch_size",
-    "gradient_accumulation",
-    "eval_every",
-    "patience",
-)
-
-POSITIVE = ("alpha", "prior_scale", "pooling_scale", "lr", "epochs", "max_grad_norm")
-
-# A cold posterior (Wenzel et al., arXiv 2002.02405): of the temperatures tried on the pocket dev
-# sets the one of lowest new-domain and backward error, see benchmarks/forgetting.md.
-AUTO_TEMPERATURE = 0.03
-TEMPERATURES = {"auto": AUTO_TEMPERATURE, "elbo": 1.0}  # beta = T / N
+from blora_pyro.training_options import TEMPERATURES, check_training, check_warm_up
 
 
 @dataclass(frozen=True)
@@ -210,109 +194,24 @@ class FitConfig:
             keep("track", tuple(dict.fromkeys(name.strip() for name in names)) or None)
         if self.language is not None:
             keep("language", language_code(self.language))
+        if self.distillation_languages is not None:
+            keep("distillation_languages", tuple(map(language_code, self.distillation_languages)))
+        if self.prior_from is not None:
+            keep("prior_from", str(self.prior_from))
         if self.task not in TASKS:
             raise UserError(f"task is '{self.task}'; give {' or '.join(TASKS)}")
         if self.on_bad_row not in ("stop", "skip"):
             raise UserError(f"on_bad_row is '{self.on_bad_row}'; give stop or skip")
-        check_positive(**{name: getattr(self, name) for name in (*COUNTS, *POSITIVE)})
-        for name in (*COUNTS, "warmup_steps"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value == int(value)):
-                raise UserError(f"{name} is {value}; give a whole number")
-        if self.beta not in TEMPERATURES and (
-            isinstance(self.beta, str) or not (self.beta >= 0 and math.isfinite(self.beta))
-        ):
-            raise UserError(f"beta is {self.beta!r}; give a number >= 0, 'auto' or 'elbo'")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}; give a whole number from 0 to 4294967295")
-        if self.precision not in ("fp32", "bf16"):
-            raise UserError(f"precision is '{self.precision}'; give fp32 or bf16")
         if self.prior_from is not None:
             keep("prior_from", str(self.prior_from))
-        self._check_prior()
+        check_training(self)
+        check_prior(self)
         check_pooling(self)
         check_streaming(self)
         check_dtype(self.dtype)
         build_estimator(self.estimator)
         check_normalizer(self.normalizer)
         check_device(self.device)
-        self._check_training()
-
-    def _check_prior(self) -> None:
-        """Refuse two priors at once; see `__post_init__`."""
-        inflation = self.prior_inflation
-        if inflation is not None and self.prior_from is None:
-            raise UserError(f"prior_inflation is {inflation}, but no prior_from; give both")
-        if inflation is not None and not 1 <= inflation < math.inf:
-            raise UserError(f"prior_inflation is {inflation}; give a number from 1, to forget more")
-        resolved = self.prior == previous_posterior.NAME  # as `with_prior_args` leaves it
-        if self.prior_from is None:
-            if resolved:
-                raise UserError(f"prior is '{self.prior}', but no prior_from; give that alone")
-            return
-        others = {
-            "prior": self.prior not in ("normal", previous_posterior.NAME),
-            "prior_scale": self.prior_scale is not None,
-            "prior_args": bool(self.prior_args) and not resolved,
-            "guide": self.guide not in (None, "normal"),
-        }
-        for name in (name for name, given in others.items() if given):
-            raise UserError(
-                f"{name} and prior_from are given, and the earlier run's posterior is prior and "
-                f"start of the guide; leave {name} out"
-            )
-
-    def _check_training(self) -> None:
-        """Refuse what the loop can't do; see `__post_init__`."""
-        self._check_regularizers()
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"schedule is '{self.schedule}'; give one of {', '.join(SCHEDULES)}")
-        if self.epochs is None:
-            self._check_warm_up()
-        if self.gradient_accumulation > self.batch_size:
-            raise UserError(
-                f"gradient_accumulation is {self.gradient_accumulation}, more than the "
-                f"{self.batch_size} utterances of a step; give batch_size or less"
-            )
-        for name in ("spec_augment", "trim_audio"):
-            if self.cache_encoder and getattr(self, name):
-                raise UserError(
-                    f"cache_encoder and {name} are given, and with {name} the encoder hears an "
-                    "utterance otherwise in every batch; leave one out"
-                )
-        for name in ("dev", "patience"):
-            if self.eval_every is None and getattr(self, name) is not None:
-                raise UserError(f"{name} is given, but no eval_every; give both")
-
-    def _check_regularizers(self) -> None:
-        for name in ("distillation", "ewc"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise UserError(f"{name} is {value}; give a number >= 0")
-        if self.ewc and not self.backward_sets:
-            raise UserError("ewc is given, but no backward set to take Fisher from; give some")
-        if self.distillation_languages is not None:
-            codes = tuple(map(language_code, self.distillation_languages))
-            object.__setattr__(self, "distillation_languages", codes)
-        if self.distillation and not self.taught_languages:
-            raise UserError(
-                "distillation is given, and no backward set is called by a language; name the "
-                "languages in distillation_languages"
-            )
-        if self.average_from is not None and not 0 <= self.average_from < 1:
-            raise UserError(
-                f"average_from is {self.average_from}; give a share of the steps below 1"
-            )
-        if self.average_from is not None and self.eval_every is not None:
-            raise UserError("average_from and eval_every both choose the posterior; give one")
-
-    def _check_warm_up(self) -> None:
-        """Refuse a warm-up that does not fit; the steps must have been worked out."""
-        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
-            raise UserError(
-                f"warmup_steps is {self.warmup_steps}; give a whole number from 0 to the steps "
-                f"of the fit, {self.steps}"
-            )
 
     def with_prior_args(self) -> "FitConfig":
         """The same with every argument of the prior in `prior_args`, and the guide's name.
@@ -359,7 +258,7 @@ class FitConfig:
             pooling_scale=pooled.scale if pooled is not None and pooled.is_shared else None,
             shuffle_buffer=(self.shuffle_buffer or BUFFER) if self.streaming else None,
         )
-        resolved._check_warm_up()
+        check_warm_up(resolved)
         return resolved
 
     @property
