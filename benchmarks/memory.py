@@ -33,7 +33,8 @@ from safetensors.torch import save_file
 
 from blora_pyro.adapters import ALL_LINEAR
 from blora_pyro.checkpoints import write_checkpoint
-from blora_pyro.posterior import Family, Posterior
+from blora_pyro.families import Family
+from blora_pyro.posterior import Posterior
 
 SIZES = ("tiny", "base", "small")
 RANKS = (8, 32)

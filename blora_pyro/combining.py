@@ -15,7 +15,8 @@ from blora_pyro.adapters import Group
 from blora_pyro.chains import SAME_WEIGHTS, is_same_place
 from blora_pyro.diagnostics import prior_variances, spectra
 from blora_pyro.errors import UserError
-from blora_pyro.posterior import NO_PRIOR, Family, Posterior
+from blora_pyro.families import NO_PRIOR, Family
+from blora_pyro.posterior import Posterior
 from blora_pyro.pruning import keep_directions, not_null
 
 PRODUCT, MEAN, WEIGHTED = METHODS = ("product", "mean", "weighted")

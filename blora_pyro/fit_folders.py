@@ -16,9 +16,10 @@ from blora_pyro.chains import Previous, previous_of
 from blora_pyro.checkpoints import replace_file, stored_step
 from blora_pyro.config import FitConfig
 from blora_pyro.errors import Interrupted, ProcessLost, UserError
+from blora_pyro.families import Family
 from blora_pyro.fitting import Step
 from blora_pyro.loading import SKIPPED, SkippedRow
-from blora_pyro.posterior import Family, Posterior
+from blora_pyro.posterior import Posterior
 from blora_pyro.run_folders import (
     CHECKPOINT,
     EVALUATING,

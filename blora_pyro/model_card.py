@@ -12,7 +12,8 @@ from rich.table import Table
 from blora_pyro.data import is_hub_id
 from blora_pyro.hub import is_run_id
 from blora_pyro.models import POCKET
-from blora_pyro.posterior import DOMAINS, Posterior
+from blora_pyro.posterior import Posterior
+from blora_pyro.posterior_files import DOMAINS
 from blora_pyro.report import fit_tables, prune_tables
 
 TASK = "automatic-speech-recognition"

@@ -1,64 +1,27 @@
-"""The fitted posterior: draws, mean, sparsity, and its file."""
+"""The fitted posterior: draws, mean, sparsity, and what it is applied to."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blora_pyro.adapters import Adapters, Group
 from blora_pyro.draws import to_inference_data, traces
 from blora_pyro.errors import UserError
+from blora_pyro.families import NO_PRIOR, Family
 from blora_pyro.guides import Guide, build_guide, build_prior, latent_sites, previous_posterior
 from blora_pyro.hub import find_run
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
 from blora_pyro.peft_export import save_adapter
-
-FILE = "posterior.safetensors"
-DOMAINS = "domains"  # folder of a PEFT adapter for each domain
-NO_PRIOR = "none"  # of a posterior that is combined of several, or one domain's
-
-
-@dataclass(frozen=True)
-class Family:
-    """Which prior and guide a posterior comes from, and so how to build them again.
-
-    Attributes:
-        prior: Name of the prior family, or the path of a user's file.
-        prior_args: Its arguments.
-        guide: Name of the guide, or the path of a user's file.
-        runs_code: Whether the user has named those files here and now, so that they may be run.
-    """
-
-    prior: str = "normal"
-    prior_args: Mapping[str, Any] = field(default_factory=dict)
-    guide: str = "normal"
-    runs_code: bool = True
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The user's files among prior and guide."""
-        return tuple(dict.fromkeys(n for n in (self.prior, self.guide) if n.endswith(".py")))
-
-    def with_file(self, path: str) -> "Family":
-        """The same with `path`, which the user has just named, for the user's file.
-
-        Raises:
-            UserError: If the run was not fitted with one file.
-        """
-        if len(self.files) != 1:
-            raise UserError(f"the run's prior is {self.prior}, not one file; leave --prior out")
-        prior, guide = (path if n in self.files else n for n in (self.prior, self.guide))
-        return replace(self, prior=prior, guide=guide, runs_code=True)
+from blora_pyro.posterior_files import DOMAINS, FILE, read_posterior, write_posterior
 
 
 @dataclass(frozen=True)
@@ -86,7 +49,7 @@ class Posterior:
     alpha: float
     mean: Mapping[str, Tensor]
     stddev: Mapping[str, Tensor]
-    family: Family = Family()
+    family: Family = field(default_factory=Family)
     state: Mapping[str, Tensor] = field(default_factory=dict)
     revision: str | None = None
     prior_tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -338,23 +301,7 @@ class Posterior:
         is in `domains/NAME`.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{name}.mean": value for name, value in self.mean.items()}
-        tensors |= {f"{name}.stddev": value for name, value in self.stddev.items()}
-        tensors |= {f"guide.{name}": value for name, value in self.state.items()}
-        tensors |= {f"prior.{name}": value for name, value in self.prior_tensors.items()}
-        about = {
-            "base": self.base,
-            "revision": self.revision,
-            "alpha": self.alpha,
-            "groups": [asdict(group) for group in self.groups],
-            "prior": self.family.prior,
-            "prior_args": dict(self.family.prior_args),
-            "guide": self.family.guide,
-        }
-        if self.pooling is not None:
-            about["pooling"] = asdict(self.pooling)
-        tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-        save_file(tensors, folder / FILE, metadata={"blora_pyro": json.dumps(about)})
+        write_posterior(self, folder / FILE)
         if self.pooling is None:
             return save_adapter(self, folder)
         if self.pooling.is_shared:
@@ -377,49 +324,4 @@ class Posterior:
         path = find_run(folder) / FILE
         if not path.is_file():
             raise UserError(f"{folder} is no run folder (no {FILE}); give the --output of a fit")
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["blora_pyro"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            groups = tuple(_group(group) for group in about["groups"])
-            if not groups:
-                raise ValueError("no layers")
-            sites = [site for group in groups for site in group.sites]
-            mean = {site.name: tensors[f"{site.name}.mean"] for site in sites}
-            stddev = {site.name: tensors[f"{site.name}.stddev"] for site in sites}
-            carried = {n[6:]: value for n, value in tensors.items() if n.startswith("prior.")}
-            for site in sites:
-                values = [mean[site.name], stddev[site.name]]
-                if carried:
-                    values += [carried[f"{site.name}.mean"], carried[f"{site.name}.stddev"]]
-                for value in values:
-                    if tuple(value.shape) != site.shape:
-                        raise ValueError(f"{site.name} has shape {tuple(value.shape)}")
-            family = Family(about["prior"], about["prior_args"], about["guide"], runs_code=False)
-            state = {n[6:]: value for n, value in tensors.items() if n.startswith("guide.")}
-            if prior is not None:
-                family = family.with_file(prior)
-            alpha, revision = about["alpha"], about.get("revision")
-            pooling = _pooling(about.get("pooling"), groups)
-            more = state, revision, carried, pooling
-            return cls(about["base"], groups, alpha, mean, stddev, family, *more)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path} is damaged or of another version ({error}); fit again, or give another run"
-            ) from None
-
-
-def _group(stored: dict[str, Any]) -> Group:
-    """A group as JSON has it, its lists tuples again."""
-    lists = {name: tuple(stored[name]) for name in ("modules", "weight_stddevs")}
-    return Group(**{**stored, **lists})
-
-
-def _pooling(stored: dict[str, Any] | None, groups: tuple[Group, ...]) -> Pooling | None:
-    """A pooling as JSON has it."""
-    if stored is None:
-        return None
-    pooling = Pooling(**{**stored, "domains": tuple(stored["domains"])})
-    if pooling.stack(pooling.unstack(groups)) != groups:
-        raise ValueError("its layers are not those of its domains")
-    return pooling
+        return cls(**read_posterior(path, prior))

@@ -26,8 +26,9 @@ from blora_pyro.errors import UserError
 from blora_pyro.hub import REPO_ID, is_run_id
 from blora_pyro.model_card import model_card
 from blora_pyro.models import POCKET
-from blora_pyro.posterior import DOMAINS as DOMAIN_FOLDERS
-from blora_pyro.posterior import FILE, Posterior
+from blora_pyro.posterior import Posterior
+from blora_pyro.posterior_files import DOMAINS as DOMAIN_FOLDERS
+from blora_pyro.posterior_files import FILE
 from blora_pyro.run_folders import ADAPTER, METRICS, RUN, read_run, write_json
 
 UPLOADED = (*ADAPTER, FILE, RUN, METRICS, f"{DOMAIN_FOLDERS}/*", "README.md")

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from blora_pyro import checkpoints, posterior
+from blora_pyro import checkpoints, posterior_files
 from blora_pyro.checkpoints import replace_file, sync
 from blora_pyro.config import FitConfig
 from blora_pyro.errors import UserError
@@ -25,9 +25,9 @@ TRACKING = "tracking"  # folder of what trackers write
 TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
 ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 RESULTS = (
-    posterior.FILE,
+    posterior_files.FILE,
     *ADAPTER,
-    posterior.DOMAINS,
+    posterior_files.DOMAINS,
     METRICS,
     UTTERANCES,
     SKIPPED,
@@ -64,7 +64,7 @@ def save_posterior(folder: Path, fitted: Posterior) -> None:
         sync(folder)
     except SafetensorError as error:
         why = str(error).rpartition("error: ")[2]
-        raise OSError(None, why, str(folder / posterior.FILE)) from error
+        raise OSError(None, why, str(folder / posterior_files.FILE)) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

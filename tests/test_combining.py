@@ -14,8 +14,9 @@ from blora_pyro.combining import (
     prior_factors,
 )
 from blora_pyro.errors import UserError
+from blora_pyro.families import Family
 from blora_pyro.guides import previous_posterior
-from blora_pyro.posterior import Family, Posterior
+from blora_pyro.posterior import Posterior
 from blora_pyro.pruning import prune
 
 SCALE = 0.5

@@ -22,10 +22,11 @@ from blora_pyro.diagnostics import (
     summarise,
 )
 from blora_pyro.errors import UserError
+from blora_pyro.families import Family
 from blora_pyro.guides import FAMILIES, build_guide, build_prior
 from blora_pyro.inference_data import pareto_khat
 from blora_pyro.models import FactorPrior
-from blora_pyro.posterior import Family, Posterior
+from blora_pyro.posterior import Posterior
 
 SQUARE = ("encoder.0.q_proj", "encoder.0.v_proj", "decoder.0.q_proj")
 TALL = ("encoder.0.fc1", "decoder.0.fc1")

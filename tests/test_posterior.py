@@ -16,9 +16,11 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 import blora_pyro
 from blora_pyro.adapters import Group, find_targets, group_by_shape
 from blora_pyro.errors import UserError
+from blora_pyro.families import Family
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA
-from blora_pyro.posterior import FILE, Family, Posterior
+from blora_pyro.posterior import Posterior
+from blora_pyro.posterior_files import FILE
 
 TARGETS = {
     "all-linear": "all-linear",

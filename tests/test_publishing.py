@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from blora_pyro import Posterior
 from blora_pyro.cli import app
 from blora_pyro.errors import UserError
+from blora_pyro.families import Family
 from blora_pyro.models import Pooling, load_base
-from blora_pyro.posterior import Family
 from blora_pyro.publishing import push_run, write_public_run
 from blora_pyro.run_folders import ADAPTER, read_run
 from blora_pyro.runs import merge_run, transcribe

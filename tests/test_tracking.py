@@ -10,10 +10,11 @@ from blora_pyro import tracking
 from blora_pyro.cli import app
 from blora_pyro.diagnostics import summarise
 from blora_pyro.errors import UserError
+from blora_pyro.families import Family
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.listeners import Listener
 from blora_pyro.models import BLoRA
-from blora_pyro.posterior import Family, Posterior
+from blora_pyro.posterior import Posterior
 from blora_pyro.run_folders import claim
 from blora_pyro.runs import fit
 

@@ -26,12 +26,13 @@ from blora_pyro.comparison.methods import FULL
 from blora_pyro.config import FitConfig
 from blora_pyro.data import Examples
 from blora_pyro.errors import UserError
+from blora_pyro.families import Family
 from blora_pyro.fitting import Step, fit_guide
 from blora_pyro.interrupts import Interrupts
 from blora_pyro.listeners import Listener
 from blora_pyro.loading import Loader
 from blora_pyro.models import Base, BLoRA, FactorPrior
-from blora_pyro.posterior import Family, Posterior
+from blora_pyro.posterior import Posterior
 from blora_pyro.run_folders import (
     CHECKPOINT,
     FINISHED,
