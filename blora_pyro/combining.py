@@ -13,11 +13,12 @@ from torch import Tensor
 
 from blora_pyro.adapters import Group
 from blora_pyro.chains import SAME_WEIGHTS, is_same_place
-from blora_pyro.diagnostics import prior_variances, spectra
+from blora_pyro.diagnostics import prior_variances
 from blora_pyro.errors import UserError
 from blora_pyro.families import NO_PRIOR, Family
 from blora_pyro.posterior import Posterior
 from blora_pyro.pruning import keep_directions, not_null
+from blora_pyro.spectra import spectra
 
 PRODUCT, MEAN, WEIGHTED = METHODS = ("product", "mean", "weighted")
 ROUNDING = 1e-6  # of a singular value, in units of ‖A‖ ‖B‖

@@ -11,11 +11,12 @@ import numpy as np
 
 from blora_pyro.config import FitConfig, base_of
 from blora_pyro.data import Examples, OnBadRow, load_mixture, stop
-from blora_pyro.diagnostics import FactorSummary, Summary, UpdateSummary, fit_khat, summarise
+from blora_pyro.diagnostics import FactorSummary, Summary, UpdateSummary, summarise
 from blora_pyro.errors import UserError
 from blora_pyro.explanations import Shrinkage, how_it_shrinks, khat_meaning
 from blora_pyro.fitting import Step
 from blora_pyro.inference_data import MIN_RATIOS
+from blora_pyro.khat import fit_khat
 from blora_pyro.layers import Place, kinds
 from blora_pyro.plots import all_plots, save_plots
 from blora_pyro.posterior import Posterior

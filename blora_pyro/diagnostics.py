@@ -1,13 +1,12 @@
-"""What a posterior says of itself: contraction, signal-to-noise, KL, spectra, and how well it fits.
+"""What a posterior says of itself: contraction, signal-to-noise, KL and norms.
 
-Everything here but `log_ratios` is in closed form or needs a few draws, at any size of model.
+Everything here is in closed form or needs a few draws, at any size of model.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -15,13 +14,10 @@ from torch import Tensor
 from torch.distributions import biject_to, kl_divergence
 
 from blora_pyro.adapters import Site
-from blora_pyro.data import IGNORED, Examples
-from blora_pyro.draws import Program, log_density, traces
+from blora_pyro.draws import Program, traces
 from blora_pyro.guides import latent_sites
-from blora_pyro.inference_data import pareto_khat
-from blora_pyro.models import Base
-from blora_pyro.models.encoder import encode
 from blora_pyro.posterior import Posterior
+from blora_pyro.spectra import effective_rank, spectra
 
 NEAR_ZERO = 1e-3
 KL_DRAWS = 16  # of what has no closed form
@@ -265,52 +261,6 @@ def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
     return {name: None if total is None else total / count for name, total in totals.items()}
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Singular value decompositions of E ΔW of the layers of one group, in the rank's directions.
-
-    Attributes:
-        left: Left singular vectors, (modules, out_features, rank).
-        values: Singular values, (modules, rank), falling.
-        right: Right singular vectors, (modules, in_features, rank).
-        stddevs: Posterior standard deviation of uᵀ ΔW v, (modules, rank).
-    """
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-    stddevs: Tensor
-
-
-def spectra(posterior: Posterior) -> dict[str, Spectrum]:
-    """The spectrum of every group, by its key, from QR factors of B and Aᵀ (no ΔW is built).
-
-    The variance of uᵀ B A v = Σᵣ (uᵀB)ᵣ (A v)ᵣ for fixed u and v is exact for independent weights:
-    Σᵣ Var(uᵀB)ᵣ E(A v)ᵣ² + E(uᵀB)ᵣ² Var(A v)ᵣ + Var(uᵀB)ᵣ Var(A v)ᵣ. (Under the horseshoe a rank's
-    common width correlates them a little.)
-    """
-    found = {}
-    for group in posterior.groups:
-        a, b = (posterior.mean[site.name].cpu() for site in group.sites)
-        var_a, var_b = (posterior.stddev[site.name].cpu() ** 2 for site in group.sites)
-        q_b, r_b = torch.linalg.qr(b)
-        q_a, r_a = torch.linalg.qr(a.mT)
-        u, values, vh = torch.linalg.svd(posterior.scaling * (r_b @ r_a.mT))
-        left, right = q_b @ u, q_a @ vh.mT
-        a_v, b_u = a @ right, b.mT @ left  # (modules, rank, directions)
-        var_a_v, var_b_u = var_a @ right**2, var_b.mT @ left**2
-        variance = (var_b_u * a_v**2 + b_u**2 * var_a_v + var_b_u * var_a_v).sum(1)
-        stddevs = posterior.scaling * variance.sqrt()
-        found[group.key] = Spectrum(left, values, right, stddevs)
-    return found
-
-
-def effective_rank(values: Tensor) -> Tensor:
-    """Exp of the entropy of the shares of singular values in their sum, over the last dimension."""
-    shares = values / values.sum(-1, keepdim=True).clamp(min=1e-30)
-    return (-torch.special.xlogy(shares, shares).sum(-1)).exp()
-
-
 def _summarise_updates(posterior: Posterior) -> list[UpdateSummary]:
     rows = []
     for group, spectrum in zip(posterior.groups, spectra(posterior).values(), strict=True):
@@ -330,59 +280,3 @@ def _summarise_updates(posterior: Posterior) -> list[UpdateSummary]:
             )
             rows.append(row)
     return rows
-
-
-def log_ratios(
-    posterior: Posterior, base: Base, examples: Examples, beta: float, draws: int = 50
-) -> np.ndarray:
-    """Log p - log q at draws from q, up to a constant, (draws,).
-
-    p is what a fit with weight `beta` approximates, p(w | data) ∝ exp(-NLL(w) / beta) p(w), with
-    the mean token NLL of `examples`; a part of the training set stands for all of it.
-
-    Args:
-        posterior: What was fitted.
-        base: Its base model.
-        examples: Training data, all of it or a part.
-        beta: Weight of the KL, above 0.
-        draws: Number of draws.
-    """
-    ratios = []
-    for trace in traces(posterior.guide, draws):
-        latent = latent_sites(trace)
-        factors = {name: latent[name]["value"].detach() for name in posterior.mean}
-        with posterior.applied(base.net, factors), torch.no_grad():
-            nll = _mean_nll(base, examples)
-            log_q = trace.log_prob_sum().item()
-        ratios.append(-nll / beta + log_density(posterior.prior, trace) - log_q)
-    return np.array(ratios)
-
-
-def _mean_nll(base: Base, examples: Examples, batch_size: int = 32) -> float:
-    total, tokens = 0.0, 0
-    for indices in torch.arange(len(examples)).split(batch_size):
-        batch = examples.batch(indices.tolist()).to(base.net.device)
-        assert batch.labels is not None
-        logits = base.net(
-            encoder_outputs=(encode(base.net, batch.input_features),),
-            decoder_input_ids=batch.decoder_input_ids,
-            use_cache=False,
-        ).logits.float()
-        labels = batch.labels.flatten()
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum"
-        ).item()
-        tokens += batch.num_tokens
-    return total / tokens
-
-
-def fit_khat(
-    posterior: Posterior, base: Base, examples: Examples, beta: float, draws: int = 50
-) -> float:
-    """PSIS k-hat of the fit (Yao et al., Yes, but Did It Work?, arXiv 1802.02538).
-
-    Below 0.7 the guide could stand in for the posterior in every expectation. With one mean-field
-    guide over hundreds of thousands of weights it will be far above: log-ratios differ by tens of
-    nats from draw to draw. It is a figure to report and to compare between fits, not a gate.
-    """
-    return pareto_khat(log_ratios(posterior, base, examples, beta, draws))

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from blora_pyro.adapters import Group
 from blora_pyro.config import base_of
-from blora_pyro.diagnostics import Spectrum, spectra
 from blora_pyro.errors import UserError
 from blora_pyro.hub import find_run
 from blora_pyro.listeners import Listener
 from blora_pyro.outcomes import compare, evaluation_sets, measure
 from blora_pyro.posterior import Posterior
 from blora_pyro.run_folders import claim, read_run, write_json
+from blora_pyro.spectra import Spectrum, spectra
 
 
 def prune(posterior: Posterior, *, rank: int | None = None, snr: float | None = None) -> Posterior:

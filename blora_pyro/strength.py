@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from blora_pyro.diagnostics import Spectrum, spectra
 from blora_pyro.errors import UserError
 from blora_pyro.posterior import Posterior
 from blora_pyro.pruning import keep_directions, not_null, ratios
+from blora_pyro.spectra import Spectrum, spectra
 
 SCALE, SIGNAL_TO_NOISE = "scale", "signal-to-noise"
 LARGEST = {SCALE: 2.0, SIGNAL_TO_NOISE: 1.0}  # beyond twice the update it is a slip: 50 for 50%

@@ -12,21 +12,15 @@ from torch.nn.functional import cross_entropy
 
 from blora_pyro.adapters import Group, find_targets, group_by_shape
 from blora_pyro.data import Examples, read_manifest
-from blora_pyro.diagnostics import (
-    effective_rank,
-    fit_khat,
-    kl_by_site,
-    log_ratios,
-    prior_variances,
-    spectra,
-    summarise,
-)
+from blora_pyro.diagnostics import kl_by_site, prior_variances, summarise
 from blora_pyro.errors import UserError
 from blora_pyro.families import Family
 from blora_pyro.guides import FAMILIES, build_guide, build_prior
 from blora_pyro.inference_data import pareto_khat
+from blora_pyro.khat import fit_khat, log_ratios
 from blora_pyro.models import FactorPrior
 from blora_pyro.posterior import Posterior
+from blora_pyro.spectra import effective_rank, spectra
 
 SQUARE = ("encoder.0.q_proj", "encoder.0.v_proj", "decoder.0.q_proj")
 TALL = ("encoder.0.fc1", "decoder.0.fc1")

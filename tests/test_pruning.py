@@ -7,10 +7,10 @@ from peft import PeftModel
 from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.adapters import find_targets, group_by_shape
-from blora_pyro.diagnostics import spectra
 from blora_pyro.errors import UserError
 from blora_pyro.posterior import Posterior
 from blora_pyro.pruning import prune, prune_run
+from blora_pyro.spectra import spectra
 
 RANK = 5
 

@@ -5,9 +5,9 @@ import torch
 from peft import PeftModel
 
 from blora_pyro.adapters import find_targets, group_by_shape
-from blora_pyro.diagnostics import spectra
 from blora_pyro.errors import UserError
 from blora_pyro.posterior import Posterior
+from blora_pyro.spectra import spectra
 from blora_pyro.strength import at_strength, parse_strengths
 
 SNR = "signal-to-noise"
