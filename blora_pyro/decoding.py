@@ -72,7 +72,8 @@ def decode(base: Base, encoded: Tensor, prompts: Prompts) -> list[list[int]]:
     with _plain(base):
         said = base.net.generate(return_timestamps=False, **_options(base, encoded, prompts))
     end = base.net.config.eos_token_id  # and what the batch is padded with
-    return [[token for token in row if token != end] for row in said.tolist()]
+    rows = said[:, len(prompts[0]) :].tolist()
+    return [[token for token in row if token != end] for row in rows]
 
 
 @torch.inference_mode()
@@ -87,7 +88,6 @@ def decode_timed(
         said = base.net.generate(
             return_timestamps=True,
             return_segments=True,
-            force_unique_generate_call=True,  # this window, and not the next
             temperature=temperature,
             **_options(base, encoded, prompts),
         )
@@ -108,6 +108,7 @@ def _options(base: Base, encoded: Tensor, prompts: Prompts) -> dict[str, Any]:
         "language": next(iter(known)) if known else None,
         "do_sample": False,
         "num_beams": 1,
+        "force_unique_generate_call": True,  # this window, and not the next
     }
 
 

@@ -61,6 +61,18 @@ def test_a_model_has_timestamps_if_it_has_one_for_every_place_in_its_window(time
     assert timestamp_begin(tiny_base) is None
 
 
+@torch.inference_mode()
+def test_timestamps_said_unasked_neither_cut_nor_repeat_a_window(timed_base):
+    prompt = ids(timed_base, "startoftranscript", "de", "transcribe", "notimestamps")
+    encoded = encode(timed_base, noise(4))
+    said = decode(timed_base, encoded, [prompt] * 4)
+    assert any(token >= timestamp_begin(timed_base) for row in said for token in row)
+    for states, row in zip(encoded, said, strict=True):
+        tokens = torch.tensor([[*prompt, *row]])
+        logits = timed_base.net(encoder_outputs=(states[None],), decoder_input_ids=tokens).logits
+        assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == row
+
+
 def test_timed_pieces_are_those_of_transformers(timed_base):
     features = noise(4)
     prompt = ids(timed_base, "startoftranscript", "de", "transcribe")
