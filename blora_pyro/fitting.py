@@ -240,7 +240,7 @@ class _Loop:
         )
         self.augment = SpecAugment(model.net.config) if options.spec_augment else None
         self.device = model.net.device
-        self.optimizer = torch.optim.Adam(guide.parameters(), lr=options.lr)
+        self.optimizer = torch.optim.Adam(guide.parameters(), lr=options.lr, fused=True)
         start = options.average_from
         self.average = None if start is None else Average(start * options.steps)
         self.done, self.skipped = 0, 0

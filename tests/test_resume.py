@@ -453,7 +453,7 @@ def test_a_full_disk_at_any_other_file(options, straight, tmp_path, monkeypatch,
 
 def test_a_posterior_that_finds_no_room(half_done, straight, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("blora_pyro.posterior.save_file", full_in_rust)
+        patch.setattr("blora_pyro.posterior_files.save_file", full_in_rust)
         with pytest.raises(UserError, match=r"No space left.*the checkpoint of step 8 is safe"):
             fit(half_done, resume=True, checkpoint_every=4)
     fit(half_done, resume=True)
