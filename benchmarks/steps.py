@@ -17,7 +17,7 @@ import torch
 from common import Results, compared, interleaved, parse, parser, print_table, shown
 from contestants import CONTESTANTS, PEER, geometry, random_batch, random_net
 
-ROUNDS = {"tiny": 24, "base": 14, "small": 5}
+ROUNDS = {"tiny": 16, "base": 10, "small": 5}
 RANKS = (8, 32)
 TARGETS = ("q_proj,v_proj", "all-linear")
 QUICK = [("tiny", "fp32", "all-linear", 8)]
