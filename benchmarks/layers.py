@@ -34,7 +34,7 @@ def main() -> None:
     table = []
     for rows, (outputs, inputs), rank in cases[:2] if arguments.quick else cases:
         name = f"{rows} rows, {inputs} to {outputs}, rank {rank}"
-        rounds = 5 if arguments.quick else 40
+        rounds = 5 if arguments.quick else 12
         found = results.case(name, partial(measure, rows, outputs, inputs, rank, rounds))
         cells = [shown(found[one]["ratio"]) for one in (OURS, WRITTEN_OUT, FROZEN)]
         table.append((name, shown(found[PEER]["seconds"], ".2f", 1e3 / CALLS), *cells))
