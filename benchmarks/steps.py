@@ -31,9 +31,10 @@ def main() -> None:
     found.add_argument("--geometries", default=",".join(ROUNDS))
     found.add_argument("--precisions", default="fp32,bf16")
     found.add_argument("--contestants", default=";".join(CONTESTANTS), help="PEFT LoRA first")
+    found.add_argument("--rounds", type=int, help="in place of those that each geometry has")
     arguments = parse(found)
     names = arguments.contestants.split(";")
-    results = Results(arguments, contestants=names, rounds=ROUNDS)
+    results = Results(arguments, contestants=names, rounds=arguments.rounds or ROUNDS)
     cases: list[tuple[str, str, str, int]] = [
         (size, precision, targets, rank)
         for size in arguments.geometries.split(",")
@@ -42,7 +43,7 @@ def main() -> None:
         for rank in RANKS
     ]
     for size, precision, targets, rank in QUICK if arguments.quick else cases:
-        rounds = 2 if arguments.quick else ROUNDS[size]
+        rounds = 2 if arguments.quick else arguments.rounds or ROUNDS[size]
         case = f"{size}, {precision}, {targets}, rank {rank}"
         those = names if size == ALL_ON else [one for one in names if one in (PEER, "ours")]
         options = those, size, precision == "bf16", targets, rank, rounds
