@@ -39,7 +39,7 @@ from blora_pyro.posterior import Posterior
 SIZES = ("tiny", "base", "small")
 RANKS = (8, 32)
 NAMES = (PEER, "ours")
-REPEATS = 3
+REPEATS = 2
 MIB = 2**20
 
 
