@@ -37,7 +37,7 @@ class _KL(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         mu, sigma, m, s = ctx.saved_tensors
         grad = _one_of(grad)
         weight = grad / s.square()
