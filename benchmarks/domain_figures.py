@@ -19,7 +19,12 @@ from blora_pyro.metrics import Counts
 DOMAINS = ("zh-en", "de-en", "es-en")
 BASE = "base"
 APART = ("lora", "blora")  # an adapter for each domain
-IN_SEQUENCE = {"sequential-lora": "lora", "ewc-lora": "lora", "chain": "blora"}  # and its first
+IN_SEQUENCE = {  # and its first fit
+    "sequential-lora": "lora",
+    "ewc-lora": "lora",
+    "chain": "blora",
+    "chain-uninflated": "blora",
+}
 DRAWS = 1000
 NEW, BACKWARD, SHARED = "new_domain", "backward", "new_domain_shared"
 AFTER_FIRST, AFTER_LAST = "first_domain_after_first", "first_domain_after_last"

@@ -68,7 +68,10 @@ class Fits:
         return self.fitted(f"{method}_{domain}", data=self.data(domain), **options)
 
     def chain(self, order: Sequence[str], inflation: float) -> Path:
-        """`chain`: every posterior is the prior of the next fit; the knob is its inflation."""
+        """`chain`: every posterior is the prior of the next fit; the knob is its inflation.
+
+        `chain-uninflated` is that at 1.
+        """
         if len(order) == 1:
             return self.alone("blora", order[0])
         before = self.chain(order[:-1], inflation)
@@ -97,7 +100,10 @@ class Fits:
         return self.fitted(method, data=data, **{"steps": len(DOMAINS) * self.steps, **options})
 
     def combined(self, method: str) -> Posterior:
-        """`averaged-lora`, `combined-mean`, `combined-product`: one adapter of those apart."""
+        """`averaged-lora`, `combined-mean`, `combined-product`: one adapter of those apart.
+
+        The knob is the strength of what comes of it.
+        """
         kind = "lora" if method == "averaged-lora" else "blora"
         how = "product" if method == "combined-product" else "mean"
         parts = [Posterior.load(self.alone(kind, domain)) for domain in DOMAINS]

@@ -30,6 +30,7 @@ from blora_pyro.evaluation import Evaluation
 from blora_pyro.loading import Loader
 from blora_pyro.models import Base
 from blora_pyro.outcomes import NEW_DOMAIN, evaluation_sets, measure
+from blora_pyro.strength import at_strength
 
 # Method -> the values of its knob; None has none. What they are is said at `Fits`.
 METHODS: dict[str, tuple[float | None, ...]] = {
@@ -39,9 +40,10 @@ METHODS: dict[str, tuple[float | None, ...]] = {
     "sequential-lora": (5e-4, 1e-3, 2e-3),
     "ewc-lora": (1.0, 10.0, 100.0, 1000.0),
     "chain": (1.0, 2.0, 4.0),
-    "averaged-lora": (None,),
-    "combined-mean": (None,),
-    "combined-product": (None,),
+    "chain-uninflated": (None,),
+    "averaged-lora": (1.0, 1.5, 2.0),
+    "combined-mean": (1.0, 1.5, 2.0),
+    "combined-product": (1.0, 1.5, 2.0),
     "union-lora": (None,),
     "union-blora": (None,),
     "hierarchical": (0.25, 0.5, 1.0),
@@ -103,14 +105,14 @@ class Scorer:
                 results |= self._adapted(own, {domain: sets[domain]})
             return results | shared
         if job.method in ("averaged-lora", "combined-mean", "combined-product"):
-            return self._adapted(fits.combined(job.method), sets)
+            return self._adapted(at_strength(fits.combined(job.method), value), sets)
         if job.method in ("union-lora", "union-blora"):
             options = LORA if job.method == "union-lora" else BAYES
             return self._adapted(Posterior.load(fits.together(job.method, **options)), sets)
         if job.method in APART:
             return self._adapted(Posterior.load(fits.alone(job.method, *job.order)), sets)
-        if job.method == "chain":
-            return self._adapted(Posterior.load(fits.chain(job.order, value)), sets)
+        if job.method in ("chain", "chain-uninflated"):
+            return self._adapted(Posterior.load(fits.chain(job.order, value or 1.0)), sets)
         lr, ewc = (value, 0.0) if job.method == "sequential-lora" else (LORA["lr"], value)
         folder = fits.sequence(job.order, lr, ewc)
         about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
