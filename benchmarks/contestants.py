@@ -26,10 +26,10 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from blora_pyro.adapters import find_targets
 from blora_pyro.checkpoints import Checkpoints
 from blora_pyro.data import IGNORED, Batch
-from blora_pyro.fitting import SviOptions, _Loop
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA
 from blora_pyro.processes import Processes
+from blora_pyro.svi import Loop, SviOptions
 
 # Width, layers of encoder and of decoder, heads, mel bins.
 GEOMETRIES = {
@@ -127,7 +127,7 @@ class Ours(Contestant):
         self.model = BLoRA(self.net, prior, self.rank, 2.0 * self.rank, targets, autocast)
         self.guide: Any = build_guide(guide, self.model)
         options = SviOptions(beta=beta, lr=LR, steps=FOREVER, batch_size=1)
-        self.loop = _Loop(self.model, self.guide, options, Checkpoints(None), None, Processes())
+        self.loop = Loop(self.model, self.guide, options, Checkpoints(None), None, Processes())
 
     def step(self, batch: Batch) -> object:
         """Loss, gradients and Adam, with all that the loop looks after."""

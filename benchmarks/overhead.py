@@ -38,10 +38,10 @@ from transformers import WhisperForConditionalGeneration
 from blora_pyro.adapters import ALL_LINEAR, Group, find_targets, projections
 from blora_pyro.checkpoints import Checkpoints
 from blora_pyro.data import Batch
-from blora_pyro.fitting import SviOptions, _Loop
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import FactorPrior
 from blora_pyro.processes import Processes
+from blora_pyro.svi import Loop, SviOptions
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 WIDTHS = (("tiny", 8), ("tiny", 32), ("small", 8), ("small", 32), ("large-v3", 8), ("large-v3", 32))
@@ -186,7 +186,7 @@ def measure_width(size: str, rank: int, rounds: int) -> dict[str, Any]:
         guide: Any = build_guide(guide_name, model)
         options = SviOptions(beta=beta, lr=LR, steps=FOREVER, batch_size=1)
         steps[name] = partial(
-            _Loop(model, guide, options, Checkpoints(None), None, Processes()).step, NOTHING
+            Loop(model, guide, options, Checkpoints(None), None, Processes()).step, NOTHING
         )
     steps[PLAIN] = plain_lora([site.shape[1:] for site in model.sites for _ in site.modules])
     source = torch.zeros(2 * model.num_weights)

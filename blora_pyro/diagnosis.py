@@ -14,7 +14,6 @@ from blora_pyro.data import Examples, OnBadRow, load_mixture, stop
 from blora_pyro.diagnostics import FactorSummary, Summary, UpdateSummary, summarise
 from blora_pyro.errors import UserError
 from blora_pyro.explanations import Shrinkage, how_it_shrinks, khat_meaning
-from blora_pyro.fitting import Step
 from blora_pyro.inference_data import MIN_RATIOS
 from blora_pyro.khat import fit_khat
 from blora_pyro.layers import Place, kinds
@@ -22,6 +21,7 @@ from blora_pyro.plots import all_plots, save_plots
 from blora_pyro.posterior import Posterior
 from blora_pyro.run_folders import beside
 from blora_pyro.runs import claim, read_run
+from blora_pyro.svi import Step
 
 KHAT_DRAWS = 30
 KHAT_UTTERANCES = 64

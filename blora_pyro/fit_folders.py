@@ -17,7 +17,6 @@ from blora_pyro.checkpoints import replace_file, stored_step
 from blora_pyro.config import FitConfig
 from blora_pyro.errors import Interrupted, ProcessLost, UserError
 from blora_pyro.families import Family
-from blora_pyro.fitting import Step
 from blora_pyro.loading import SKIPPED, SkippedRow
 from blora_pyro.posterior import Posterior
 from blora_pyro.run_folders import (
@@ -37,6 +36,7 @@ from blora_pyro.run_folders import (
     write_json,
 )
 from blora_pyro.stopping import EarlyStopping
+from blora_pyro.svi import Step
 from blora_pyro.utterances import write_utterances
 
 PACKAGES = ("blora-pyro", "torch", "pyro-ppl", "transformers", "datasets", "peft", "jiwer")

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 from blora_pyro.config import FitConfig
-from blora_pyro.fitting import Step
 from blora_pyro.guides import Guide
 from blora_pyro.models import BLoRA
 from blora_pyro.stopping import DevError
+from blora_pyro.svi import Step
 
 
 class Listener:

@@ -29,10 +29,10 @@ from blora_pyro.canvas import (
 )
 from blora_pyro.densities import Densities, densities
 from blora_pyro.diagnostics import Summary, UpdateSummary
-from blora_pyro.fitting import Step
 from blora_pyro.heat_maps import active_rank_plot, kl_map, update_map
 from blora_pyro.layers import PROJECTIONS, Place
 from blora_pyro.posterior import Posterior
+from blora_pyro.svi import Step
 
 LOOKS = dict(
     zip(

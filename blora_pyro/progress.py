@@ -5,9 +5,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from blora_pyro.config import FitConfig
-from blora_pyro.fitting import Step
 from blora_pyro.listeners import Listener
 from blora_pyro.stopping import DevError
+from blora_pyro.svi import Step
 
 SMOOTHING = 0.9  # of the figures beside the bar
 

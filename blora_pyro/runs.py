@@ -17,7 +17,7 @@ from blora_pyro.families import Family
 from blora_pyro.finished_runs import evaluate_run, merge_run, transcribe
 from blora_pyro.fit_folders import FitFolder
 from blora_pyro.fit_parts import build, regularise, teacher_of, training_set
-from blora_pyro.fitting import Step, Teacher, fit_guide
+from blora_pyro.fitting import Teacher, fit_guide
 from blora_pyro.guides import Guide
 from blora_pyro.interrupts import Interrupts
 from blora_pyro.listeners import Listener
@@ -35,6 +35,7 @@ from blora_pyro.posterior import Posterior
 from blora_pyro.processes import Processes
 from blora_pyro.run_folders import FINISHED, FITTING, RUN, claim, read_run, write_json
 from blora_pyro.stopping import EarlyStopping
+from blora_pyro.svi import Step
 from blora_pyro.tracking import check_trackers, tracked
 from blora_pyro.utterances import utterance_rows
 

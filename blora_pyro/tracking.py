@@ -16,12 +16,12 @@ from blora_pyro.checkpoints import RandomState
 from blora_pyro.config import FitConfig
 from blora_pyro.diagnostics import NEAR_ZERO, point_scales_of, prior_variances_at
 from blora_pyro.errors import UserError
-from blora_pyro.fitting import Step
 from blora_pyro.guides import Guide
 from blora_pyro.listeners import Listener, Listeners
 from blora_pyro.models import BLoRA, FactorPrior
 from blora_pyro.run_folders import TRACKING
 from blora_pyro.stopping import DevError
+from blora_pyro.svi import Step
 
 PROJECT = "blora-pyro"
 EVERY = 20  # steps between two looks at the posterior

@@ -22,7 +22,6 @@ from blora_pyro.config import FitConfig
 from blora_pyro.data import read_manifest
 from blora_pyro.data.collation import Examples
 from blora_pyro.errors import Interrupted
-from blora_pyro.fitting import Step
 from blora_pyro.interrupts import Interrupts
 from blora_pyro.listeners import Listener
 from blora_pyro.models import load_base
@@ -30,6 +29,7 @@ from blora_pyro.models.estimators import build_estimator
 from blora_pyro.objective import Objective
 from blora_pyro.processes import Processes
 from blora_pyro.runs import build, fit
+from blora_pyro.svi import Step
 
 SEED = 5
 INDICES = [0, 1, 1, 1, 0]  # of unequal parts

@@ -14,13 +14,14 @@ from torch.distributions import Normal, kl_divergence
 from blora_pyro.checkpoints import FILE, Checkpoints, RandomState, read_checkpoint
 from blora_pyro.data import Examples, read_manifest
 from blora_pyro.errors import Interrupted, UserError
-from blora_pyro.fitting import MAX_SKIPPED, batches, fit_guide
+from blora_pyro.fitting import batches, fit_guide
 from blora_pyro.guides import FAMILIES, GUIDES, build_guide, build_prior
 from blora_pyro.interrupts import Interrupts
 from blora_pyro.models import ESTIMATORS, BLoRA
 from blora_pyro.objective import Objective
 from blora_pyro.schedules import learning_rate
 from blora_pyro.stopping import DevError, EarlyStopping
+from blora_pyro.svi import MAX_SKIPPED
 
 quick = settings(deadline=None, max_examples=60)
 

@@ -8,7 +8,6 @@ import pytest
 from blora_pyro import fit
 from blora_pyro.densities import densities
 from blora_pyro.diagnostics import summarise
-from blora_pyro.fitting import Step
 from blora_pyro.plots import (
     all_plots,
     contraction_plot,
@@ -17,6 +16,7 @@ from blora_pyro.plots import (
     singular_value_plot,
     trace_plot,
 )
+from blora_pyro.svi import Step
 
 
 def fitted(fit_options, **changes):

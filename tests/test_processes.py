@@ -12,10 +12,10 @@ import pytest
 
 from blora_pyro.checkpoints import stored_step
 from blora_pyro.errors import Interrupted, UserError
-from blora_pyro.fitting import Step
 from blora_pyro.listeners import Listener
 from blora_pyro.processes import Processes
 from blora_pyro.runs import fit
+from blora_pyro.svi import Step
 
 SERVER = Path(__file__).parent / "fit_in_processes.py"
 

@@ -4,9 +4,9 @@ import pytest
 from rich.console import Console
 
 from blora_pyro.config import FitConfig
-from blora_pyro.fitting import Step
 from blora_pyro.progress import TerminalProgress
 from blora_pyro.stopping import DevError
+from blora_pyro.svi import Step
 
 
 def test_brackets_in_a_stage_are_shown_as_they_are(capsys):

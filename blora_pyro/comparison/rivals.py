@@ -27,7 +27,7 @@ from blora_pyro.config import FitConfig
 from blora_pyro.data import Examples
 from blora_pyro.errors import UserError
 from blora_pyro.families import Family
-from blora_pyro.fitting import Step, fit_guide
+from blora_pyro.fitting import fit_guide
 from blora_pyro.interrupts import Interrupts
 from blora_pyro.listeners import Listener
 from blora_pyro.loading import Loader
@@ -43,6 +43,7 @@ from blora_pyro.run_folders import (
     state_of,
     write_json,
 )
+from blora_pyro.svi import Step
 
 WEIGHTS = "net.safetensors"  # of full fine-tuning
 # Whisper's encoder has sines for positions, which are not trained.
