@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from blora_pyro.data import Batch
     from blora_pyro.models import Base
+    from blora_pyro.posterior import Posterior
     from blora_pyro.runs import Run
 
 # Fixtures of a session, notebooks and pages of the docs keep out of the user's home, and share
@@ -160,6 +161,27 @@ def make_base(name: str, net: WhisperForConditionalGeneration, tokenizer: Whispe
 @pytest.fixture
 def net(tiny_tokenizer) -> WhisperForConditionalGeneration:
     return make_net(tiny_tokenizer)
+
+
+@pytest.fixture
+def random_posterior(net) -> Callable[..., Posterior]:
+    """Makes posteriors of `net` that nothing was fitted to, under a Normal prior."""
+    import torch
+
+    from blora_pyro.adapters import find_targets, group_by_shape
+    from blora_pyro.families import Family
+    from blora_pyro.posterior import Posterior
+
+    def make(seed, rank=4, alpha=6.0, targets="all-linear", spread=0.1) -> Posterior:
+        groups = group_by_shape(find_targets(net, targets), rank)
+        generator = torch.Generator().manual_seed(seed)
+        mean, stddev = {}, {}
+        for site in (site for group in groups for site in group.sites):
+            mean[site.name] = 0.3 * torch.randn(site.shape, generator=generator)
+            stddev[site.name] = spread * (0.2 + torch.rand(site.shape, generator=generator))
+        return Posterior("tiny", groups, alpha, mean, stddev, Family("normal", {"scale": 0.5}))
+
+    return make
 
 
 @pytest.fixture

@@ -4,33 +4,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.combining import (
-    Factors,
     check_alike,
     combine,
     multiply,
-    posterior_factors,
-    prior_factors,
 )
 from blora_pyro.errors import UserError
+from blora_pyro.factors import Factors, posterior_factors, prior_factors
 from blora_pyro.families import Family
-from blora_pyro.guides import previous_posterior
-from blora_pyro.posterior import Posterior
 from blora_pyro.pruning import prune
-
-SCALE = 0.5
-
-
-def posterior_of(net, seed, rank=4, alpha=6.0, targets="all-linear", spread=0.1) -> Posterior:
-    """Random moments, under a Normal prior."""
-    groups = group_by_shape(find_targets(net, targets), rank)
-    generator = torch.Generator().manual_seed(seed)
-    mean, stddev = {}, {}
-    for site in (site for group in groups for site in group.sites):
-        mean[site.name] = 0.3 * torch.randn(site.shape, generator=generator)
-        stddev[site.name] = spread * (0.2 + torch.rand(site.shape, generator=generator))
-    return Posterior("tiny", groups, alpha, mean, stddev, Family("normal", {"scale": SCALE}))
 
 
 def deltas(posterior):
@@ -48,46 +30,9 @@ def close(found, wanted, **tolerance):
 
 
 @pytest.fixture
-def pair(net):
+def pair(random_posterior):
     """Of different rank and scaling."""
-    return posterior_of(net, 1), posterior_of(net, 2, rank=3, alpha=9.0)
-
-
-# ---- moments of ΔW
-
-
-def test_moments_of_an_update_are_those_of_its_draws():
-    b, a = torch.randn(3, 2).double(), torch.randn(2, 4).double()
-    sd_b, sd_a = torch.rand(3, 2).double(), torch.rand(2, 4).double()
-    mean, variance = Factors(a, b, sd_a**2, sd_b**2, 1.5).moments()
-    count = 200_000
-    draws_b = b + sd_b * torch.randn(count, 3, 2).double()
-    draws = 1.5 * draws_b @ (a + sd_a * torch.randn(count, 2, 4).double())
-    error = (variance / count).sqrt()
-    assert ((draws.mean(0) - mean).abs() < 5 * error).all()
-    torch.testing.assert_close(draws.var(0), variance, rtol=0.05, atol=0)
-
-
-def test_moments_of_the_prior_are_those_of_normals(net):
-    posterior = posterior_of(net, 1)
-    for one in prior_factors(posterior).values():
-        mean, variance = one.moments()
-        assert (mean == 0).all()
-        expected = torch.full_like(variance, 1.5**2 * 4 * SCALE**4)
-        torch.testing.assert_close(variance, expected, rtol=1e-5, atol=0)
-
-
-def test_moments_of_a_chained_prior_are_those_of_the_run_before(net):
-    earlier = posterior_of(net, 1)
-    tensors = {f"{name}.mean": value for name, value in earlier.mean.items()}
-    tensors |= {f"{name}.stddev": value for name, value in earlier.stddev.items()}
-    family = Family(previous_posterior.NAME, {"inflation": 1.0}, "normal")
-    later = replace(posterior_of(net, 2), family=family, prior_tensors=tensors)
-    for one, two in zip(
-        prior_factors(later).values(), posterior_factors(earlier).values(), strict=True
-    ):
-        for found, expected in zip(one.moments(), two.moments(), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+    return random_posterior(1), random_posterior(2, rank=3, alpha=9.0)
 
 
 # ---- mean and weighted
@@ -106,8 +51,8 @@ def test_a_sum_is_held_exactly_with_its_spread(pair, weights):
 
 
 @pytest.mark.parametrize("rank", [None, 4, 7])
-def test_the_mean_of_a_run_and_itself_is_that_run(net, rank):
-    run = posterior_of(net, 1)
+def test_the_mean_of_a_run_and_itself_is_that_run(random_posterior, rank):
+    run = random_posterior(1)
     found, kept = combine([run, run], "mean", rank=rank)
     close(deltas(found), deltas(run))
     assert kept == pytest.approx(1, abs=1e-6)
@@ -127,8 +72,8 @@ def test_of_a_lower_rank_it_is_the_best_approximation(pair):
     assert next(found[0].draws(1))
 
 
-def test_pruned_runs_and_ranks_that_differ_by_layer_are_summed_too(net):
-    one, two = prune(posterior_of(net, 1), rank=2), posterior_of(net, 2)
+def test_pruned_runs_and_ranks_that_differ_by_layer_are_summed_too(random_posterior):
+    one, two = prune(random_posterior(1), rank=2), random_posterior(2)
     mean = {name: value.clone() for name, value in two.mean.items()}
     mean["B_16x16"][0, :, 1:] = 0
     two = prune(replace(two, mean=mean), rank=4)
@@ -138,8 +83,8 @@ def test_pruned_runs_and_ranks_that_differ_by_layer_are_summed_too(net):
     close(deltas(found), {name: (one[name] + two[name]) / 2 for name in one})
 
 
-def test_what_is_left_of_nothing_is_refused(net):
-    run = posterior_of(net, 1)
+def test_what_is_left_of_nothing_is_refused(random_posterior):
+    run = random_posterior(1)
     with pytest.raises(UserError, match="cancel each other out"):
         combine([run, run], "weighted", weights=(1, -1), rank=2)
 
@@ -188,22 +133,22 @@ def test_a_product_is_the_formula_element_by_element(pair):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_product_of_a_run_and_itself_keeps_its_mean_under_a_flat_prior(net, count):
+def test_a_product_of_a_run_and_itself_keeps_its_mean_under_a_flat_prior(random_posterior, count):
     flat = Family("normal", {"scale": 1e4})
-    run = replace(posterior_of(net, 1), family=flat)
+    run = replace(random_posterior(1), family=flat)
     found, kept = combine([run] * count, "product")
     assert found.rank == 4 and kept == pytest.approx(1, abs=1e-6)
     close(deltas(found), deltas(run))
 
 
-def test_where_the_data_said_nothing_but_the_prior_updates_add(net):
-    run = posterior_of(net, 1, spread=20.0)  # wider than the prior
+def test_where_the_data_said_nothing_but_the_prior_updates_add(random_posterior):
+    run = random_posterior(1, spread=20.0)  # wider than the prior
     found, _ = combine([run, run], "product")
     close(deltas(found), {name: 2 * delta for name, delta in deltas(run).items()})
 
 
-def test_the_surer_run_weighs_more(net):
-    sure, unsure = posterior_of(net, 1, spread=0.001), posterior_of(net, 2, spread=0.1)
+def test_the_surer_run_weighs_more(random_posterior):
+    sure, unsure = random_posterior(1, spread=0.001), random_posterior(2, spread=0.1)
     found, _ = combine([unsure, sure], "product", rank=16)
     wanted = deltas(sure)
     for name, delta in deltas(found).items():
@@ -238,25 +183,25 @@ def test_options_that_cannot_be_are_refused(pair, options, words):
         combine(pair, **options)
 
 
-def test_one_run_is_no_combination(net):
+def test_one_run_is_no_combination(random_posterior):
     with pytest.raises(UserError, match="1 run is given; give two or more"):
-        combine([posterior_of(net, 1)])
+        combine([random_posterior(1)])
 
 
-def test_runs_that_do_not_match_are_refused(net):
-    one = posterior_of(net, 1)
+def test_runs_that_do_not_match_are_refused(random_posterior):
+    one = random_posterior(1)
     other_weights = replace(one.groups[0], weight_stddevs=(9.0,) * len(one.groups[0].modules))
     others = {
         "a was fitted on tiny, b on big; give runs of one base": replace(one, base="big"),
         r"a was fitted on tiny, b on tiny \(revision v2\)": replace(one, revision="v2"),
-        r"a adapts 32 layers, b 6, and they differ in 26": posterior_of(net, 1, targets="q_proj"),
+        r"a adapts 32 layers, b 6, and they differ in 26": random_posterior(1, targets="q_proj"),
         r"fitted on other weights under one name": replace(
             one, groups=(other_weights, *one.groups[1:])
         ),
     }
     with pytest.raises(UserError, match="run 1 adapts 32 layers, run 3 6"):
-        combine([one, one, posterior_of(net, 1, targets="q_proj")])
-    check_alike(one, posterior_of(net, 2, rank=2, alpha=1.0), ("a", "b"))
+        combine([one, one, random_posterior(1, targets="q_proj")])
+    check_alike(one, random_posterior(2, rank=2, alpha=1.0), ("a", "b"))
     for words, other in others.items():
         with pytest.raises(UserError, match=words):
             check_alike(one, other, ("a", "b"))
