@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from blora_pyro.cli.common import Json, one_line_errors, print_json
-from blora_pyro.cli.fit import fit, given_options
+from blora_pyro.cli.fit import fit
+from blora_pyro.cli.fit_options import given_options
 from blora_pyro.errors import UserError
 
 OF_FIT_ALONE = ("output", "overwrite", "resume", "checkpoint_every")
