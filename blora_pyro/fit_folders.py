@@ -4,20 +4,16 @@ import importlib.metadata
 import json
 import platform
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from blora_pyro.chains import Previous, previous_of
-from blora_pyro.checkpoints import replace_file, stored_step
+from blora_pyro.checkpoints import stored_step
 from blora_pyro.config import FitConfig
-from blora_pyro.errors import Interrupted, ProcessLost, UserError
+from blora_pyro.errors import UserError
 from blora_pyro.families import Family
-from blora_pyro.loading import SKIPPED, SkippedRow
 from blora_pyro.posterior import Posterior
 from blora_pyro.run_folders import (
     CHECKPOINT,
@@ -35,6 +31,7 @@ from blora_pyro.run_folders import (
     save_posterior,
     write_json,
 )
+from blora_pyro.skipped_rows import SKIPPED, SkippedRow, SkippedRows
 from blora_pyro.stopping import EarlyStopping
 from blora_pyro.svi import Step
 from blora_pyro.utterances import write_utterances
@@ -65,7 +62,7 @@ class FitFolder:
         """See `create` and `reopen`."""
         self.path, self.config, self.about, self.previous = path, config, about, previous
         self._occupied = False
-        self._listed: dict[str, None] | None = None  # of the rows that were left out
+        self._skipped: SkippedRows | None = None
 
     @classmethod
     def create(
@@ -205,13 +202,8 @@ class FitFolder:
         if self.path is None or not rows:
             return ""
         if self.state == FITTING and not self._occupied:
-            if self._listed is None:
-                self._listed = _whole_lines(self.path / SKIPPED)
-                replace_file(self.path / SKIPPED, "".join(self._listed).encode())
-            lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
-            with open(self.path / SKIPPED, "a", encoding="utf-8") as file:
-                file.writelines(line for line in lines if line not in self._listed)
-            self._listed |= dict.fromkeys(lines)
+            self._skipped = self._skipped or SkippedRows(self.path)
+            self._skipped.add(rows)
         return str(self.path / SKIPPED)
 
     def save(
@@ -282,43 +274,6 @@ class FitFolder:
         line = ["blora-pyro fit --resume --output", shlex.quote(str(self.path)), *options]
         return f"go on with: {' '.join(line)}"
 
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """In here what ends a fit early says in one line what happened, what is safe, what to do.
-
-        Raises:
-            Interrupted: By a signal.
-            FloatingPointError: If the loss is not finite.
-            UserError: If the folder can't be written any more, or memory is full.
-        """
-        try:
-            yield
-        except ProcessLost as error:
-            raise UserError(f"{error}; {self.safe()}; {self.way_on()}") from None
-        except Interrupted as error:
-            message = f"interrupted; {self.safe()}; {self.way_on()}"
-            raise Interrupted(error.signum, message) from None
-        except FloatingPointError as error:
-            again = "" if self.path is None else f"; {self.safe()}, but leads to the same"
-            raise FloatingPointError(f"{error}{again}") from None
-        except OSError as error:
-            if not self._owns(error.filename):
-                raise
-            raise UserError(
-                f"{error.filename} can't be written ({error.strerror}); {self.safe()}; put that "
-                f"right, then {self.way_on()}"
-            ) from None
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"out of memory; {self.safe()}; free some and {self.way_on()} (or start another "
-                "fit with gradient_accumulation, gradient_checkpointing or a smaller batch_size)"
-            ) from None
-
-    def _owns(self, file: object) -> bool:
-        return self.path is not None and self.path in Path(str(file)).parents
-
     @property
     def resolved(self) -> FitConfig:
         """The resolved configuration, once it is kept.
@@ -366,19 +321,3 @@ class FitFolder:
                 f"{self.path / METRICS} is missing or damaged ({error}); measure again with: "
                 f"blora-pyro evaluate {shlex.quote(str(self.path))}"
             ) from None
-
-
-def _whole_lines(path: Path) -> dict[str, None]:
-    """Those of a file, but half a line of a process that was killed; none if it is not there."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        return {}
-    return dict.fromkeys(f"{line}\n" for line in lines[:-1])
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory is full, that of a GPU or the machine's."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
-    return isinstance(error, kinds) or any(word in str(error) for word in words)

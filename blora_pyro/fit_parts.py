@@ -15,8 +15,9 @@ from blora_pyro.encoder_cache import EncoderCache
 from blora_pyro.errors import UserError
 from blora_pyro.fitting import Teacher
 from blora_pyro.guides import build_guide, build_prior
-from blora_pyro.loading import Loader, SkippedRow
+from blora_pyro.loading import Loader
 from blora_pyro.models import Base, BLoRA, PooledBLoRA
+from blora_pyro.skipped_rows import SkippedRow
 
 
 def training_set(

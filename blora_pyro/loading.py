@@ -3,7 +3,6 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -27,27 +26,9 @@ from blora_pyro.data import (
 from blora_pyro.errors import UserError
 from blora_pyro.metrics import words
 from blora_pyro.models import Base
-
-SKIPPED = "skipped_rows.jsonl"
+from blora_pyro.skipped_rows import SkippedRow
 
 OnSetProgress = Callable[[str, int, int], object]  # told a set's name, utterances done, of how many
-
-
-@dataclass(frozen=True)
-class SkippedRow:
-    """A bad row that was left out.
-
-    Attributes:
-        source: What it was read from, as `FitConfig` names it.
-        split: Of the source.
-        origin: Where in it, such as "train.csv, line 3".
-        reason: What is wrong with it.
-    """
-
-    source: str
-    split: str
-    origin: str
-    reason: str
 
 
 class Loader:

@@ -15,9 +15,9 @@ from blora_pyro.checkpoints import replace_file, sync
 from blora_pyro.config import FitConfig
 from blora_pyro.errors import UserError
 from blora_pyro.hub import find_run
-from blora_pyro.loading import SKIPPED
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from blora_pyro.posterior import Posterior
+from blora_pyro.skipped_rows import SKIPPED
 
 RUN, METRICS, CHECKPOINT = "run.json", "metrics.json", checkpoints.FILE
 UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"

@@ -12,6 +12,7 @@ from blora_pyro.chains import carried_on
 from blora_pyro.checkpoints import Checkpoints
 from blora_pyro.config import FitConfig, base_of
 from blora_pyro.data import Examples, Stream
+from blora_pyro.early_ends import told
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.families import Family
 from blora_pyro.finished_runs import evaluate_run, merge_run, transcribe
@@ -131,7 +132,7 @@ def fit(
         together = processes.count > 1
         track = folder.config.track if processes.is_main else None
         with (
-            folder.told(),
+            told(folder),
             Interrupts(active=together or folder.path is not None) as interrupts,
             tracked(progress, track, folder.path) as listener,
         ):

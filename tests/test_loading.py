@@ -10,9 +10,10 @@ from blora_pyro.diagnosis import measure_khat
 from blora_pyro.diagnostics import summarise
 from blora_pyro.errors import UserError
 from blora_pyro.inference_data import MIN_RATIOS
-from blora_pyro.loading import SKIPPED, Loader, load_examples, without_bad_tags
+from blora_pyro.loading import Loader, load_examples, without_bad_tags
 from blora_pyro.outcomes import evaluation_sets
 from blora_pyro.runs import Listener, evaluate_run, fit
+from blora_pyro.skipped_rows import SKIPPED
 
 
 class Notes(Listener):

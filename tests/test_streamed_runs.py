@@ -13,8 +13,8 @@ from blora_pyro import FitConfig
 from blora_pyro.checkpoints import FILE, from_bytes, write_checkpoint
 from blora_pyro.errors import UserError
 from blora_pyro.listeners import Listener
-from blora_pyro.loading import SKIPPED
 from blora_pyro.runs import fit
+from blora_pyro.skipped_rows import SKIPPED
 
 
 class Crash(Exception):
