@@ -25,6 +25,7 @@ from blora_pyro.models import Base
 from blora_pyro.normalizers import Normalizer
 from blora_pyro.transcription import transcribe_features
 
+TAG_CHARACTERS, PRIVATE_USE = range(0xE0020, 0xE0080), range(0xF0000, 0x10FFFE)
 COUNTERS = {"wer": wer_counts, "mer": mer_counts, "cer": cer_counts}
 
 
@@ -170,12 +171,14 @@ def _carry(
 
     A normaliser may split a word, drop it, or drop several at once (what is in brackets). So each
     word gets a mark before it, a character without meaning that normalisers let through, and what
-    is left between two marks has the language of the first.
+    is left between two marks has the language of the first. The marks are Unicode's tag characters,
+    since Σ is ς or σ in lower case by the letters around it, and these are passed over there.
     """
     check_tags(text, languages)
     text = " ".join(text.split())
     starts = [start for start, _ in spans("mer", text)]
-    free = (mark for mark in map(chr, itertools.count(0xF0000)) if mark not in text)
+    candidates = map(chr, itertools.chain(TAG_CHARACTERS, PRIVATE_USE))
+    free = (mark for mark in candidates if mark not in text)
     marks = dict(zip(dict.fromkeys(languages), free, strict=False))
     parts = [text[start:end] for start, end in itertools.pairwise([*starts, len(text)])]
     marked = "".join(marks[code] + part for code, part in zip(languages, parts, strict=True))

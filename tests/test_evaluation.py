@@ -181,7 +181,9 @@ def test_pier_and_wer_are_counted_on_one_alignment():
 
 
 messy = st.text(
-    alphabet="aBßΣ我欢がｶﾞ\u3099ทิe\u0301 '-.,()[]\u3000–½ﬁ㈱\U000f0000", min_size=1, max_size=12
+    alphabet="aBßΣ我欢がｶﾞ\u3099ทิe\u0301 '-.,()[]\u3000–½ﬁ㈱\U000e0020\U000f0000",
+    min_size=1,
+    max_size=12,
 )
 
 
@@ -199,6 +201,13 @@ def test_whoever_says_the_reference_makes_no_error(texts, data):
         assert one.references == one.hypotheses == [normalise(text) for text in texts]
         for reference, points in zip(one.references, one.points, strict=True):
             assert len(points) in (0, len(words(reference)))
+
+
+def test_a_last_sigma_is_one_on_both_sides():
+    # A letter, a Thai vowel sign (a word of its own) and Σ, which so is the last of its word.
+    text = "B\u0e34Σ"
+    result = score(texts_of([text], ["zh-en"], [["zh", "en", "zh"]]), [text])
+    assert result.references == result.hypotheses == ["b ς"]
 
 
 def test_summary_has_rates_as_fractions_within_their_intervals():
