@@ -102,7 +102,13 @@ def prior_factors(posterior: Posterior) -> dict[str, Factors]:
 
 
 def posterior_of(like: Posterior, layers: Mapping[str, Factors]) -> Posterior:
-    """A posterior of layers with these factors, all of one scaling; no guide, no prior."""
+    """A posterior of layers with these factors; no guide, no prior.
+
+    Args:
+        like: Whose base and revision it has.
+        layers: Layer name -> its factors, all of one scaling; those of one shape and rank become
+            one group.
+    """
     by_shape: dict[tuple[int, int, int], list[str]] = {}
     for name, one in layers.items():
         by_shape.setdefault((*one.shape, one.a.shape[0]), []).append(name)

@@ -4,11 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blora_pyro.combining import (
-    check_alike,
-    combine,
-    multiply,
-)
+from blora_pyro.combining import check_alike, combine, multiply
 from blora_pyro.errors import UserError
 from blora_pyro.factors import Factors, posterior_factors, prior_factors
 from blora_pyro.families import Family
