@@ -23,8 +23,8 @@ IN_SEQUENCE = {  # and its first fit
     "sequential-lora": "lora",
     "ewc-lora": "lora",
     "chain": "blora",
-    "chain-uninflated": "blora",
 }
+Knobs = Mapping[str, float]
 DRAWS = 1000
 NEW, BACKWARD, SHARED = "new_domain", "backward", "new_domain_shared"
 AFTER_FIRST, AFTER_LAST = "first_domain_after_first", "first_domain_after_last"
@@ -36,7 +36,7 @@ class Row:
 
     Attributes:
         method: Of `domains.METHODS`.
-        value: Of its knob.
+        knobs: Of it; empty if it has none.
         order: The domains it was fitted to, one after the other; empty for all together.
         seed: Of the fits.
         split: Of the sets.
@@ -44,7 +44,7 @@ class Row:
     """
 
     method: str
-    value: float | None
+    knobs: Knobs
     order: tuple[str, ...]
     seed: int
     split: str
@@ -59,7 +59,7 @@ class Row:
             )
             for name, one in content["sets"].items()
         }
-        about = {name: content[name] for name in ("method", "value", "seed", "split")}
+        about = {name: content[name] for name in ("method", "knobs", "seed", "split")}
         return cls(**about, order=tuple(content["order"]), counts=counts)
 
     @property
@@ -147,12 +147,12 @@ def combined(
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Method -> figure -> estimate, and the value of its knob."""
+    """Method -> figure -> estimate, and the knobs."""
     figures = Figures(row for row in rows if row.split == "test")
     found: dict[str, dict[str, Any]] = {}
     for row in figures.rows:
         if row.method not in found:
-            found[row.method] = {"knob": row.value, **_of_method(figures, row.method)}
+            found[row.method] = {"knobs": dict(row.knobs), **_of_method(figures, row.method)}
     return found
 
 
@@ -192,12 +192,17 @@ def show(found: Mapping[str, Mapping[str, Any]]) -> None:
     lines = [
         [
             method,
-            "" if one["knob"] is None else f"{one['knob']:g}",
+            told(one["knobs"]),
             *(_cell(one.get(name)) for name in heads),
         ]
         for method, one in found.items()
     ]
-    print_table(["method", "knob", *heads.values()], lines)
+    print_table(["method", "knobs", *heads.values()], lines)
+
+
+def told(knobs: Knobs) -> str:
+    """As text."""
+    return ", ".join(f"{name} {value:g}" for name, value in knobs.items())
 
 
 def _cell(one: Mapping[str, Any] | None) -> str:

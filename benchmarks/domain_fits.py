@@ -67,16 +67,16 @@ class Fits:
         options = {"lora": LORA, "blora": BAYES}[method]
         return self.fitted(f"{method}_{domain}", data=self.data(domain), **options)
 
-    def chain(self, order: Sequence[str], inflation: float) -> Path:
-        """`chain`: every posterior is the prior of the next fit; the knob is its inflation.
+    def chain(self, order: Sequence[str], lr: float, inflation: float) -> Path:
+        """`chain`: every posterior is the prior of the next fit.
 
-        `chain-uninflated` is that at 1.
+        Its knobs are the learning rate after the first domain, and the inflation of priors.
         """
         if len(order) == 1:
             return self.alone("blora", order[0])
-        before = self.chain(order[:-1], inflation)
-        name = f"chain-{inflation:g}_{'+'.join(order)}"
-        options = {"prior_from": str(before), "prior_inflation": inflation, **BAYES}
+        before = self.chain(order[:-1], lr, inflation)
+        name = f"chain-{lr:g}-{inflation:g}_{'+'.join(order)}"
+        options = {"prior_from": str(before), "prior_inflation": inflation, **BAYES, "lr": lr}
         return self.fitted(name, data=self.data(order[-1]), **options)
 
     def sequence(self, order: Sequence[str], lr: float, ewc: float = 0.0) -> Path:
@@ -84,7 +84,7 @@ class Fits:
 
         `sequential-lora`: the knob is the learning rate after the first domain. `ewc-lora`: what is
         merged is held by elastic weight consolidation, with the Fisher information of the earlier
-        domains' training data, which it so has to keep; the knob is its strength.
+        domains' training data, which it so has to keep; its strength is a second knob.
         """
         if len(order) == 1:
             return self.alone("lora", order[0])

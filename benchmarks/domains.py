@@ -3,7 +3,7 @@
     python benchmarks/domains.py
 
 The three pocket domains in all orders, 150 utterances and 200 steps a domain, three seeds. Every
-method's knob is chosen on the dev sets, with one order and one seed, by the mean of the domains'
+method's knobs are chosen on the dev sets, with one order and one seed, by the mean of the domains'
 average error and the backward error; what is chosen is scored on the test sets. Started in a second
 terminal meanwhile, the two share the work; stopped at any moment, the same command goes on. Fits
 are kept in `runs/domains`, edits of every utterance in `results/domains/`, what comes of them in
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import common
 import torch
-from domain_figures import APART, BASE, DOMAINS, IN_SEQUENCE, Row, show, summarise
+from domain_figures import APART, BASE, DOMAINS, IN_SEQUENCE, Knobs, Row, show, summarise, told
 from domain_fits import BAYES, LORA, STEPS, Fits, locked
 
 from blora_pyro import Posterior, load_base
@@ -32,21 +32,27 @@ from blora_pyro.models import Base
 from blora_pyro.outcomes import NEW_DOMAIN, evaluation_sets, measure
 from blora_pyro.strength import at_strength
 
-# Method -> the values of its knob; None has none. What they are is said at `Fits`.
-METHODS: dict[str, tuple[float | None, ...]] = {
-    BASE: (None,),
-    "lora": (None,),
-    "blora": (None,),
-    "sequential-lora": (5e-4, 1e-3, 2e-3),
-    "ewc-lora": (1.0, 10.0, 100.0, 1000.0),
-    "chain": (1.0, 2.0, 4.0),
-    "chain-uninflated": (None,),
-    "averaged-lora": (1.0, 1.5, 2.0),
-    "combined-mean": (1.0, 1.5, 2.0),
-    "combined-product": (1.0, 1.5, 2.0),
-    "union-lora": (None,),
-    "union-blora": (None,),
-    "hierarchical": (0.25, 0.5, 1.0),
+# Method -> what is tried for its knobs on the dev sets. What they are is said at `Fits`.
+METHODS: dict[str, list[Knobs]] = {
+    BASE: [{}],
+    "lora": [{}],
+    "blora": [{}],
+    "sequential-lora": [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3)],
+    "ewc-lora": [
+        *({"lr": 2e-3, "strength": strength} for strength in (1.0, 10.0, 100.0, 1000.0)),
+        *({"lr": 1e-3, "strength": strength} for strength in (10.0, 100.0, 1000.0)),
+    ],
+    "chain": [
+        *({"lr": 5e-3, "inflation": inflation} for inflation in (1.0, 2.0, 4.0)),
+        *({"lr": 2e-3, "inflation": inflation} for inflation in (2.0, 4.0, 8.0)),
+        *({"lr": 1e-3, "inflation": inflation} for inflation in (4.0, 8.0)),
+    ],
+    "averaged-lora": [{"strength": strength} for strength in (1.0, 1.5, 2.0)],
+    "combined-mean": [{"strength": strength} for strength in (1.0, 1.5, 2.0)],
+    "combined-product": [{"strength": strength} for strength in (1.0, 1.5, 2.0)],
+    "union-lora": [{}],
+    "union-blora": [{}],
+    "hierarchical": [{"scale": scale} for scale in (0.25, 0.5, 1.0)],
 }
 
 Results = dict[str, Evaluation]
@@ -54,10 +60,10 @@ Results = dict[str, Evaluation]
 
 @dataclass(frozen=True)
 class Job:
-    """What is scored: a method at a value of its knob, after the domains of `order`."""
+    """What is scored: a method with its knobs, after the domains of `order`."""
 
     method: str
-    value: float | None
+    knobs: Knobs
     order: tuple[str, ...]
     seed: int
     split: str
@@ -65,8 +71,8 @@ class Job:
     @property
     def name(self) -> str:
         """Of its file."""
-        knob = "" if self.value is None else f"-{self.value:g}"
-        return f"{self.method}{knob}_{'+'.join(self.order)}_seed{self.seed}_{self.split}"
+        knobs = "".join(f"-{value:g}" for value in self.knobs.values())
+        return f"{self.method}{knobs}_{'+'.join(self.order)}_seed{self.seed}_{self.split}"
 
 
 class Scorer:
@@ -92,12 +98,13 @@ class Scorer:
 
     def score(self, job: Job, fits: Fits) -> Results:
         """Of every set."""
-        sets, value = self.sets(job.split), job.value
+        sets, knobs = self.sets(job.split), job.knobs
         if job.method == BASE:
             return self._measured(self.base, sets)
         if job.method == "hierarchical":
-            options = {"pooling": "hierarchical", "pooling_scale": value, **BAYES}
-            pooled = Posterior.load(fits.together(f"hierarchical-{value:g}", **options))
+            scale = knobs["scale"]
+            options = {"pooling": "hierarchical", "pooling_scale": scale, **BAYES}
+            pooled = Posterior.load(fits.together(f"hierarchical-{scale:g}", **options))
             results = self._adapted(pooled.for_domain(None), sets)
             shared = {f"{domain} (shared)": results.pop(domain) for domain in DOMAINS}
             for domain in DOMAINS:
@@ -105,16 +112,17 @@ class Scorer:
                 results |= self._adapted(own, {domain: sets[domain]})
             return results | shared
         if job.method in ("averaged-lora", "combined-mean", "combined-product"):
-            return self._adapted(at_strength(fits.combined(job.method), value), sets)
+            whole = fits.combined(job.method)
+            return self._adapted(at_strength(whole, knobs["strength"]), sets)
         if job.method in ("union-lora", "union-blora"):
             options = LORA if job.method == "union-lora" else BAYES
             return self._adapted(Posterior.load(fits.together(job.method, **options)), sets)
         if job.method in APART:
             return self._adapted(Posterior.load(fits.alone(job.method, *job.order)), sets)
-        if job.method in ("chain", "chain-uninflated"):
-            return self._adapted(Posterior.load(fits.chain(job.order, value or 1.0)), sets)
-        lr, ewc = (value, 0.0) if job.method == "sequential-lora" else (LORA["lr"], value)
-        folder = fits.sequence(job.order, lr, ewc)
+        if job.method == "chain":
+            chain = fits.chain(job.order, knobs["lr"], knobs["inflation"])
+            return self._adapted(Posterior.load(chain), sets)
+        folder = fits.sequence(job.order, knobs["lr"], knobs.get("strength", 0.0))
         about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         base = load_base(about["config"]["base"])
         with Posterior.load(folder).applied(base.net):
@@ -189,26 +197,25 @@ class Study:
                 results = self.scorer.score(job, fits)
                 self.store.put(job, results)
 
-    def choose(self, method: str, order: tuple[str, ...], seed: int) -> float | None:
-        """The value of a knob with the lowest mean of new-domain and backward error on dev sets."""
-        values = METHODS[method]
-        if len(values) == 1:
-            return values[0]
-        rows = self.done([Job(method, value, order, seed, "dev") for value in values])
+    def choose(self, method: str, order: tuple[str, ...], seed: int) -> Knobs:
+        """Those with the lowest mean of new-domain and backward error on the dev sets."""
+        if len(METHODS[method]) == 1:
+            return METHODS[method][0]
+        rows = self.done([Job(method, knobs, order, seed, "dev") for knobs in METHODS[method]])
         chosen = min(rows, key=lambda row: row.balanced_error)
-        tried = ", ".join(f"{row.value:g}: {100 * row.balanced_error:.1f}" for row in rows)
-        print(f"{method}: {chosen.value:g} of {tried}", flush=True)
-        return chosen.value
+        tried = ", ".join(f"{told(row.knobs)}: {100 * row.balanced_error:.1f}" for row in rows)
+        print(f"{method}: {told(chosen.knobs)} of {tried}", flush=True)
+        return chosen.knobs
 
 
-def jobs_of(method: str, value: float | None, seed: int) -> list[Job]:
+def jobs_of(method: str, knobs: Knobs, seed: int) -> list[Job]:
     """All of a method and seed on the test sets; first what others build on."""
     if method == BASE:
-        return [Job(BASE, None, (), 0, "test")] if seed == 0 else []
+        return [Job(BASE, knobs, (), 0, "test")] if seed == 0 else []
     orders = [()] if method not in APART else [(domain,) for domain in DOMAINS]
     if method in IN_SEQUENCE:
         orders = list(permutations(DOMAINS))
-    return [Job(method, value, order, seed, "test") for order in orders]
+    return [Job(method, knobs, order, seed, "test") for order in orders]
 
 
 def main() -> None:
@@ -234,8 +241,8 @@ def main() -> None:
             if method in wanted
         }
         for seed in arguments.seeds:
-            for method, value in chosen.items():
-                study.done(jobs_of(method, value, seed))
+            for method, knobs in chosen.items():
+                study.done(jobs_of(method, knobs, seed))
     found = summarise(study.store.all())
     show(found)
     if not arguments.quick:
