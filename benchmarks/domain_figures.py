@@ -82,7 +82,7 @@ class Figures:
     def __init__(self, rows: Iterable[Row]) -> None:
         """Resample."""
         self.rows = list(rows)
-        systems: dict[str, list[tuple[int, Counts]]] = {}
+        systems: dict[str, list[tuple[int, str, Counts]]] = {}
         for place, row in enumerate(self.rows):
             for name, counts in row.counts.items():
                 systems.setdefault(name.partition(" ")[0], []).append((place, name, counts))

@@ -212,8 +212,10 @@ def jobs_of(method: str, knobs: Knobs, seed: int) -> list[Job]:
     """All of a method and seed on the test sets; first what others build on."""
     if method == BASE:
         return [Job(BASE, knobs, (), 0, "test")] if seed == 0 else []
-    orders = [()] if method not in APART else [(domain,) for domain in DOMAINS]
-    if method in IN_SEQUENCE:
+    orders: list[tuple[str, ...]] = [()]
+    if method in APART:
+        orders = [(domain,) for domain in DOMAINS]
+    elif method in IN_SEQUENCE:
         orders = list(permutations(DOMAINS))
     return [Job(method, knobs, order, seed, "test") for order in orders]
 

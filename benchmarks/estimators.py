@@ -22,7 +22,8 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
 from blora_pyro import FitConfig, Temper, load_base
-from blora_pyro.fitting import batches, fit_guide
+from blora_pyro.data import batch_indices
+from blora_pyro.fitting import fit_guide
 from blora_pyro.models import ESTIMATORS, build_estimator
 from blora_pyro.runs import build, load_examples
 
@@ -79,7 +80,7 @@ def measure(config: FitConfig, draws: int) -> dict[str, Any]:
         steps=config.steps,
         batch_size=config.batch_size,
     )
-    batch = next(batches(examples, config.batch_size, seed=1))
+    batch = examples.batch(next(batch_indices(examples.sources, config.batch_size, seed=1)))
     temper, elbo = Temper(beta), TraceMeanField_ELBO()
     tempered = temper(model), temper(guide)
 

@@ -68,7 +68,7 @@ def measure(
     torch.manual_seed(1)
     those = {name: CONTESTANTS[name](net, rank, targets, bf16) for name in names}
     seconds = interleaved(
-        {name: lambda one=one: one.step(batch) for name, one in those.items()},
+        {name: partial(one.step, batch) for name, one in those.items()},
         rounds,
         warm_up=1,
         around=lambda name: those[name].store_in_place(),
