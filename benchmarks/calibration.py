@@ -23,7 +23,7 @@ from sparsity import kind
 
 from blora_pyro import load_base
 from blora_pyro.data import load_split
-from blora_pyro.run_folders import read_run
+from blora_pyro.runs.folders import read_run
 
 Place = tuple[str, int]  # domain and seed
 LORA = "LoRA"

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from blora_pyro.adapters import Adapters, Group, find_targets
-from blora_pyro.interrupts import Interrupts
-from blora_pyro.processes import Processes
+from blora_pyro.fitting.interrupts import Interrupts
+from blora_pyro.fitting.processes import Processes
 
 MODELS = ("tiny", "base", "small", "large-v3")
 TARGETS = ("q_proj,v_proj", "all-linear")

@@ -21,7 +21,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from blora_pyro import Posterior, fit, load_base
-from blora_pyro.calibration import (
+from blora_pyro.canvas import BLACK, BLUE, GREY, SMALL, TEXT, dress, new_figure
+from blora_pyro.data import DOMAINS, load_split, read_audio
+from blora_pyro.models import Base
+from blora_pyro.transcription import Transcriber
+from blora_pyro.transcription.calibration import (
     Bins,
     auroc,
     brier_score,
@@ -29,11 +33,7 @@ from blora_pyro.calibration import (
     reliability,
     right_words,
 )
-from blora_pyro.canvas import BLACK, BLUE, GREY, SMALL, TEXT, dress, new_figure
-from blora_pyro.data import DOMAINS, load_split, read_audio
-from blora_pyro.models import Base
-from blora_pyro.transcription import Transcriber
-from blora_pyro.windows import Recording
+from blora_pyro.transcription.windows import Recording
 
 SPLITS = ("dev", "test")
 SOFTMAX, CONFIDENCE = "softmax of the mean", "confidence"

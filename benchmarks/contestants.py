@@ -24,12 +24,12 @@ from torch.nn import functional
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from blora_pyro.adapters import find_targets
-from blora_pyro.checkpoints import Checkpoints
 from blora_pyro.data import IGNORED, Batch
+from blora_pyro.fitting.checkpoints import Checkpoints
+from blora_pyro.fitting.processes import Processes
+from blora_pyro.fitting.svi import Loop, SviOptions
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA
-from blora_pyro.processes import Processes
-from blora_pyro.svi import Loop, SviOptions
 
 # Width, layers of encoder and of decoder, heads, mel bins.
 GEOMETRIES = {

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from common import print_table
 
-from blora_pyro.bootstrap import FloatArray, macro_rate, paired_rates, percentile_interval
 from blora_pyro.metrics import Counts
+from blora_pyro.metrics.bootstrap import FloatArray, macro_rate, paired_rates, percentile_interval
 
 DOMAINS = ("zh-en", "de-en", "es-en")
 BASE = "base"

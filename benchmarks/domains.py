@@ -26,11 +26,11 @@ from blora_pyro import Posterior, load_base
 from blora_pyro.comparison.rows import counts_to_json
 from blora_pyro.config import FitConfig
 from blora_pyro.data import Examples
+from blora_pyro.editing.strength import at_strength
 from blora_pyro.evaluation import Evaluation
-from blora_pyro.loading import Loader
 from blora_pyro.models import Base
-from blora_pyro.outcomes import NEW_DOMAIN, evaluation_sets, measure
-from blora_pyro.strength import at_strength
+from blora_pyro.runs.loading import Loader
+from blora_pyro.runs.outcomes import NEW_DOMAIN, evaluation_sets, measure
 
 # Method -> what is tried for its knobs on the dev sets. What they are is said at `Fits`.
 METHODS: dict[str, list[Knobs]] = {

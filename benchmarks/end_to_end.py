@@ -153,7 +153,7 @@ def fit_with_ours(watch: Watch, steps: int) -> None:
     """The library's one function."""
     from blora_pyro import fit
     from blora_pyro.data import Examples
-    from blora_pyro.runs import Listener
+    from blora_pyro.runs.listeners import Listener
 
     watch.mark("imported")
     Examples.batch = watch.waiting(Examples.batch)  # type: ignore[method-assign]

@@ -25,7 +25,8 @@ from blora_pyro import FitConfig, Temper, load_base
 from blora_pyro.data import batch_indices
 from blora_pyro.fitting import fit_guide
 from blora_pyro.models import ESTIMATORS, build_estimator
-from blora_pyro.runs import build, load_examples
+from blora_pyro.runs.loading import load_examples
+from blora_pyro.runs.parts import build
 
 PARTS = {  # what is summed over: prefixes of the names of the guide's parameters
     "mean_A": "means.A",

@@ -23,11 +23,12 @@ from transformers import pipeline
 from blora_pyro import Posterior, load_base
 from blora_pyro.config import FitConfig
 from blora_pyro.data import SAMPLING_RATE, load_split, read_audio
-from blora_pyro.families import Family
 from blora_pyro.models import Base
-from blora_pyro.runs import build, load_examples
+from blora_pyro.posterior.families import Family
+from blora_pyro.runs.loading import load_examples
+from blora_pyro.runs.parts import build
 from blora_pyro.transcription import Transcriber, transcribe_features
-from blora_pyro.windows import Recording
+from blora_pyro.transcription.windows import Recording
 
 LANGUAGE = "de"
 NEAR = 1e-6  # standard deviation of B's mean

@@ -23,8 +23,8 @@ from common import RESULTS, about
 from optuna.trial import FrozenTrial, TrialState
 
 from blora_pyro.data import corpus_dir
-from blora_pyro.run_folders import FINISHED, state_of
-from blora_pyro.storages import kind_of, quiet_optuna
+from blora_pyro.runs.folders import FINISHED, state_of
+from blora_pyro.sweeps.storages import kind_of, quiet_optuna
 
 TRIALS = 8  # of the sweep
 SEEDS = "0,1,2"  # of the comparison

@@ -32,9 +32,9 @@ from contestants import (
 from safetensors.torch import save_file
 
 from blora_pyro.adapters import ALL_LINEAR
-from blora_pyro.checkpoints import write_checkpoint
-from blora_pyro.families import Family
+from blora_pyro.fitting.checkpoints import write_checkpoint
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.families import Family
 
 SIZES = ("tiny", "base", "small")
 RANKS = (8, 32)

@@ -36,12 +36,12 @@ from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.adapters import ALL_LINEAR, Group, find_targets, projections
-from blora_pyro.checkpoints import Checkpoints
 from blora_pyro.data import Batch
+from blora_pyro.fitting.checkpoints import Checkpoints
+from blora_pyro.fitting.processes import Processes
+from blora_pyro.fitting.svi import Loop, SviOptions
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import FactorPrior
-from blora_pyro.processes import Processes
-from blora_pyro.svi import Loop, SviOptions
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 WIDTHS = (("tiny", 8), ("tiny", 32), ("small", 8), ("small", 32), ("large-v3", 8), ("large-v3", 32))

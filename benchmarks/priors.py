@@ -17,8 +17,8 @@ from common import about
 from blora_pyro import fit
 from blora_pyro.diagnostics import summarise
 from blora_pyro.guides import FAMILIES
-from blora_pyro.pruning import prune_run
-from blora_pyro.runs import read_run
+from blora_pyro.runs.folders import read_run
+from blora_pyro.runs.pruned import prune_run
 
 
 def main() -> None:

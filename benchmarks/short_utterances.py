@@ -22,7 +22,6 @@ from contestants import Ours, geometry, random_batch, random_net
 from blora_pyro import fit, load_base
 from blora_pyro.config import FitConfig
 from blora_pyro.data import DOMAINS, LANGUAGES, Batch, Examples, trim, trimming
-from blora_pyro.encoder_cache import EncoderCache
 from blora_pyro.evaluation import (
     Evaluation,
     change_summary,
@@ -30,8 +29,9 @@ from blora_pyro.evaluation import (
     rate_summary,
     score,
 )
-from blora_pyro.loading import Loader
+from blora_pyro.fitting.encoder_cache import EncoderCache
 from blora_pyro.models import Base
+from blora_pyro.runs.loading import Loader
 from blora_pyro.transcription import transcribe_features
 
 RANK, BATCH_SIZE, ROUNDS, SECONDS = 8, 4, 10, (3, 5)

@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 from blora_pyro import Posterior
 from blora_pyro.canvas import BLACK, BLUE, GREEN, GREY, ORANGE, SMALL, dress, new_figure
 from blora_pyro.config import FitConfig
-from blora_pyro.finished_runs import scoring_sets
-from blora_pyro.listeners import Listener
-from blora_pyro.outcomes import NEW_DOMAIN, measure
-from blora_pyro.run_folders import read_run
+from blora_pyro.runs.finished import scoring_sets
+from blora_pyro.runs.folders import read_run
+from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.outcomes import NEW_DOMAIN, measure
 
 SHARES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.997)
 DIGITS = 4

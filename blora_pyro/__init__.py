@@ -8,22 +8,53 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["BLoRA", "FitConfig", "Posterior", "Run", "Temper", "__version__", "fit", "load_base"]
+__all__ = [
+    "BLoRA",
+    "FitConfig",
+    "Posterior",
+    "Run",
+    "Temper",
+    "__version__",
+    "at_strength",
+    "combine",
+    "evaluate_run",
+    "fit",
+    "load_base",
+    "load_examples",
+    "merge_run",
+    "prune",
+    "read_run",
+    "transcribe",
+]
 
 if TYPE_CHECKING:
     from blora_pyro.config import FitConfig
+    from blora_pyro.editing.combining import combine
+    from blora_pyro.editing.pruning import prune
+    from blora_pyro.editing.strength import at_strength
     from blora_pyro.models import BLoRA, Temper, load_base
     from blora_pyro.posterior import Posterior
-    from blora_pyro.runs import Run, fit
+    from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
+    from blora_pyro.runs.fits import Run, fit
+    from blora_pyro.runs.folders import read_run
+    from blora_pyro.runs.loading import load_examples
 
 _HOMES = {
     "BLoRA": "models",
     "FitConfig": "config",
     "Posterior": "posterior",
-    "Run": "runs",
+    "Run": "runs.fits",
     "Temper": "models",
-    "fit": "runs",
+    "at_strength": "editing.strength",
+    "combine": "editing.combining",
+    "evaluate_run": "runs.finished",
+    "fit": "runs.fits",
     "load_base": "models",
+    "load_examples": "runs.loading",
+    "merge_run": "runs.finished",
+    "prune": "editing.pruning",
+    "read_run": "runs.folders",
+    "transcribe": "runs.finished",
 }
 
 

@@ -26,6 +26,7 @@ Factors = Mapping[str, Tensor]
 Projection = Callable[[Tensor], Tensor]
 
 ALL_LINEAR = "all-linear"
+SAME_WEIGHTS = 1e-3  # relative difference of standard deviations, for another dtype's rounding
 _REGEX_SIGNS = re.compile(r"[\\^$*+?()\[\]{}|]")
 
 

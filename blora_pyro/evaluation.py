@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from blora_pyro.bootstrap import macro_bootstrap_interval, macro_rate, paired_macro_bootstrap
 from blora_pyro.data import Examples
-from blora_pyro.loading import check_tags
 from blora_pyro.metrics import (
     WITHOUT_SPACES,
     Counts,
     cer_counts,
+    check_tags,
     is_unspaced,
     mer_counts,
     pier_counts,
@@ -21,8 +20,13 @@ from blora_pyro.metrics import (
     spans,
     wer_counts,
 )
+from blora_pyro.metrics.bootstrap import (
+    macro_bootstrap_interval,
+    macro_rate,
+    paired_macro_bootstrap,
+)
+from blora_pyro.metrics.normalizers import Normalizer
 from blora_pyro.models import Base
-from blora_pyro.normalizers import Normalizer
 from blora_pyro.transcription import transcribe_features
 
 TAG_CHARACTERS, PRIVATE_USE = range(0xE0020, 0xE0080), range(0xF0000, 0x10FFFE)

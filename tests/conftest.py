@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from blora_pyro.data import Batch
     from blora_pyro.models import Base
     from blora_pyro.posterior import Posterior
-    from blora_pyro.runs import Run
+    from blora_pyro.runs.fits import Run
 
 # Fixtures of a session, notebooks and pages of the docs keep out of the user's home, and share
 # what they have computed, in all workers.
@@ -169,8 +169,8 @@ def random_posterior(net) -> Callable[..., Posterior]:
     import torch
 
     from blora_pyro.adapters import find_targets, group_by_shape
-    from blora_pyro.families import Family
     from blora_pyro.posterior import Posterior
+    from blora_pyro.posterior.families import Family
 
     def make(seed, rank=4, alpha=6.0, targets="all-linear", spread=0.1) -> Posterior:
         groups = group_by_shape(find_targets(net, targets), rank)
@@ -332,7 +332,7 @@ def finished_run(tmp_path_factory, fit_options) -> Run:
     """A run of `fit_options` with its folder. Read it, and leave it as it is."""
     import torch
 
-    from blora_pyro.runs import fit
+    from blora_pyro.runs.fits import fit
 
     torch.set_num_threads(1)
     return fit(tmp_path_factory.mktemp("runs") / "finished", **fit_options)

@@ -24,7 +24,8 @@ from transformers import (
 from blora_pyro import fit
 from blora_pyro.data import IGNORED, featurise, prompt_ids, text_ids
 from blora_pyro.models import Base, load_base
-from blora_pyro.runs import load_examples, merge_run
+from blora_pyro.runs.finished import merge_run
+from blora_pyro.runs.loading import load_examples
 from blora_pyro.transcription import transcribe_features
 
 WINDOW = 30 * 16_000  # samples

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from blora_pyro.data import Examples, read_manifest
 from blora_pyro.evaluation import Evaluation, change_summary, evaluate, rate_summary, score
 from blora_pyro.metrics import Counts, words
-from blora_pyro.normalizers import Normalizer
+from blora_pyro.metrics.normalizers import Normalizer
 
 quick = settings(deadline=None, max_examples=60)
 

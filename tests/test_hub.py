@@ -8,15 +8,15 @@ import pytest
 from huggingface_hub import constants
 
 from blora_pyro import Posterior
-from blora_pyro.chains import Previous
-from blora_pyro.combined_runs import combine_runs
-from blora_pyro.diagnosis import diagnose
 from blora_pyro.errors import UserError
 from blora_pyro.hub import find_run
-from blora_pyro.pruning import prune_run
-from blora_pyro.publishing import write_public_run
-from blora_pyro.run_folders import read_run
-from blora_pyro.strength_curves import strength_curve
+from blora_pyro.publishing.uploads import write_public_run
+from blora_pyro.runs.chains import Previous
+from blora_pyro.runs.combined import combine_runs
+from blora_pyro.runs.diagnosis import diagnose
+from blora_pyro.runs.folders import read_run
+from blora_pyro.runs.pruned import prune_run
+from blora_pyro.runs.strength_curves import strength_curve
 
 
 @pytest.fixture

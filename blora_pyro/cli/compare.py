@@ -90,8 +90,8 @@ def compare(
         import torch
 
         from blora_pyro.comparison import compare_methods, files
-        from blora_pyro.progress import TerminalProgress
-        from blora_pyro.report import print_tables
+        from blora_pyro.reports.progress import TerminalProgress
+        from blora_pyro.reports.tables import print_tables
 
         if threads is not None:
             if threads < 1:

@@ -40,10 +40,10 @@ def check(
     Exit code 1 if a fit would refuse a row, 2 if a source can't be read at all.
     """
     with one_line_errors():
-        from blora_pyro.check_report import check_tables
-        from blora_pyro.checking import check_data
-        from blora_pyro.progress import TerminalProgress
-        from blora_pyro.report import print_tables
+        from blora_pyro.checking.checks import check_data
+        from blora_pyro.checking.report import check_tables
+        from blora_pyro.reports.progress import TerminalProgress
+        from blora_pyro.reports.tables import print_tables
 
         with TerminalProgress() as progress:
             found = check_data(

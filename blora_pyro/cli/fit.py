@@ -274,9 +274,9 @@ def fit(
     Stopped by Ctrl-C, SIGTERM or a crash, it goes on with --resume as if nothing had happened.
     """
     with one_line_errors():  # most options are read from the context, as `sweep` does it, too
-        from blora_pyro import runs
-        from blora_pyro.progress import TerminalProgress
-        from blora_pyro.report import dev_line, fit_tables, print_tables
+        from blora_pyro.reports.progress import TerminalProgress
+        from blora_pyro.reports.tables import dev_line, fit_tables, print_tables
+        from blora_pyro.runs import fits
 
         names = [source.partition("=")[2] or source for source in data or ["de-en"]]
         domain = "+".join(Path(name).stem for name in names)
@@ -286,7 +286,7 @@ def fit(
         some = resume or prior_from is not None  # what is not given is that run's
         options = given_options(context) if some else fit_options(context.params)
         with TerminalProgress() if is_main() else nullcontext() as progress:
-            run = runs.fit(
+            run = fits.fit(
                 folder,
                 overwrite=overwrite,
                 resume=resume,

@@ -52,8 +52,8 @@ def push_to_hub(
     The token is that of `hf auth login`, or HF_TOKEN. Of local paths only the last part goes up.
     """
     with one_line_errors():
-        from blora_pyro.publishing import push_run, write_public_run
-        from blora_pyro.run_folders import claim
+        from blora_pyro.publishing.uploads import push_run, write_public_run
+        from blora_pyro.runs.folders import claim
 
         card = {"revision": revision, "base": base, "license": license}
         if output is not None:

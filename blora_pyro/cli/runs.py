@@ -67,10 +67,10 @@ def evaluate(
 ) -> None:
     """Score a run again, base and adapted, on its own sets or on another; or at many strengths."""
     with one_line_errors():
-        from blora_pyro import runs
-        from blora_pyro.progress import TerminalProgress
-        from blora_pyro.report import fit_tables, print_tables
-        from blora_pyro.strength import parse_strengths
+        from blora_pyro.editing.strength import parse_strengths
+        from blora_pyro.reports.progress import TerminalProgress
+        from blora_pyro.reports.tables import fit_tables, print_tables
+        from blora_pyro.runs import finished
 
         strengths = parse_strengths(strength)
         if len(strengths) > 1:
@@ -93,7 +93,7 @@ def evaluate(
         if plot is not None:
             raise UserError(f"plot is {plot}, but there is one strength; give several, as 0:1:0.1")
         with TerminalProgress() as progress:
-            metrics = runs.evaluate_run(
+            metrics = finished.evaluate_run(
                 run,
                 data,
                 progress,
@@ -114,9 +114,9 @@ def evaluate(
 
 def _draw_curve(run: Path, strengths: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """What `evaluate` does with several strengths."""
-    from blora_pyro.progress import TerminalProgress
-    from blora_pyro.report import print_tables, strength_tables
-    from blora_pyro.strength_curves import strength_curve
+    from blora_pyro.reports.progress import TerminalProgress
+    from blora_pyro.reports.tables import print_tables, strength_tables
+    from blora_pyro.runs.strength_curves import strength_curve
 
     with TerminalProgress() as progress:
         curve = strength_curve(run, strengths, progress, **options)
@@ -143,14 +143,14 @@ def errors(
 ) -> None:
     """Show the utterances with the most errors, word by word."""
     with one_line_errors():
-        from blora_pyro.error_view import error_view
-        from blora_pyro.utterances import choose, read_utterances, worst
+        from blora_pyro.reports.errors import error_view
+        from blora_pyro.runs.utterances import choose, read_utterances, worst
 
         rows = choose(read_utterances(results), test_set, state)
         if as_json:
             print_json(worst(rows, top))
         else:
-            from blora_pyro.report import print_tables
+            from blora_pyro.reports.tables import print_tables
 
             print_tables(error_view(rows, top))
 
@@ -173,9 +173,9 @@ def diagnose(
 ) -> None:
     """Show where a fit adapted Whisper and how its prior shrank it; plot it."""
     with one_line_errors():
-        from blora_pyro import diagnosis
-        from blora_pyro.progress import TerminalProgress
-        from blora_pyro.report import diagnosis_tables, print_tables
+        from blora_pyro.reports.progress import TerminalProgress
+        from blora_pyro.reports.tables import diagnosis_tables, print_tables
+        from blora_pyro.runs import diagnosis
 
         with TerminalProgress() as progress:
             found = diagnosis.diagnose(
@@ -212,9 +212,9 @@ def prune(
 ) -> None:
     """Write a smaller adapter: what the posterior is sure of; show what that costs."""
     with one_line_errors():
-        from blora_pyro.progress import TerminalProgress
-        from blora_pyro.pruning import prune_run
-        from blora_pyro.report import print_tables, prune_tables
+        from blora_pyro.reports.progress import TerminalProgress
+        from blora_pyro.reports.tables import print_tables, prune_tables
+        from blora_pyro.runs.pruned import prune_run
 
         with TerminalProgress() as progress:
             metrics = prune_run(
@@ -264,7 +264,7 @@ def combine(
 ) -> None:
     """Write one adapter of several that were fitted separately, on one base and the same layers."""
     with one_line_errors():
-        from blora_pyro.combined_runs import combine_runs
+        from blora_pyro.runs.combined import combine_runs
 
         found = combine_runs(
             folders,
@@ -277,7 +277,7 @@ def combine(
         if as_json:
             print_json(found)
         else:
-            from blora_pyro.report import combine_line, print_tables
+            from blora_pyro.reports.tables import combine_line, print_tables
 
             print_tables([combine_line(found)], f"run folder: {output}")
 
@@ -293,9 +293,9 @@ def merge(
 ) -> None:
     """Write the base with the posterior mean merged in: a plain Whisper checkpoint."""
     with one_line_errors():
-        from blora_pyro import runs
+        from blora_pyro.runs import finished
 
-        runs.merge_run(
+        finished.merge_run(
             run,
             out,
             overwrite,
@@ -321,6 +321,6 @@ def priors(as_json: Json = False) -> None:
                 ]
             )
         else:
-            from blora_pyro.report import print_tables, prior_tables
+            from blora_pyro.reports.tables import print_tables, prior_tables
 
             print_tables(prior_tables(families))

@@ -53,13 +53,13 @@ def sweep(
     may run several times at once; test sets are not touched. All other options are those of 'fit'.
     """
     with one_line_errors():
-        from blora_pyro import sweeps
-        from blora_pyro.progress import TerminalProgress
-        from blora_pyro.report import print_tables
-        from blora_pyro.sweep_report import sweep_tables
+        from blora_pyro.reports.progress import TerminalProgress
+        from blora_pyro.reports.tables import print_tables
+        from blora_pyro.sweeps import sweeping
+        from blora_pyro.sweeps.report import sweep_tables
 
         with TerminalProgress() as progress:
-            found = sweeps.sweep(
+            found = sweeping.sweep(
                 output,
                 trials=trials,
                 search=_ranges(search) if search else None,

@@ -21,7 +21,7 @@ from blora_pyro.cli.common import (
 from blora_pyro.errors import UserError
 
 if TYPE_CHECKING:
-    from blora_pyro.transcripts import Transcript
+    from blora_pyro.transcription.transcripts import Transcript
 
 
 def transcribe(
@@ -87,8 +87,8 @@ def transcribe(
     A file that can't be read is told, the others are transcribed: exit code 2.
     """
     with one_line_errors():
-        from blora_pyro import runs
-        from blora_pyro.transcript_files import Output, check_format, find_audio, render
+        from blora_pyro.runs import finished
+        from blora_pyro.transcription.files import Output, check_format, find_audio, render
 
         if as_json and form not in ("json", "text"):
             raise UserError(f"--json and --format {form} are given; give one")
@@ -115,7 +115,7 @@ def transcribe(
                 typer.echo(render(transcript, form), nl=False)
 
         with _Bar(len(files), shown=output is not None or not sys.stdout.isatty()) as bar:
-            done = runs.transcribe(
+            done = finished.transcribe(
                 [file.path for file in files],
                 adapter,
                 base,

@@ -19,9 +19,9 @@ from blora_pyro.comparison.rows import RowSpec
 from blora_pyro.comparison.study import Study
 from blora_pyro.data import DOMAINS, Source, named_sources
 from blora_pyro.errors import Interrupted, UserError
-from blora_pyro.listeners import Listener
-from blora_pyro.run_folders import FINISHED, state_of
-from blora_pyro.storages import quiet_optuna
+from blora_pyro.runs.folders import FINISHED, state_of
+from blora_pyro.runs.listeners import Listener
+from blora_pyro.sweeps.storages import quiet_optuna
 
 SEEDS = (0, 1, 2)
 PATIENCE = 2.0  # seconds until another process's rows are looked for again

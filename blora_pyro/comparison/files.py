@@ -8,7 +8,6 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from blora_pyro import __version__
-from blora_pyro.checkpoints import replace_file
 from blora_pyro.comparison.comparing import Comparison
 from blora_pyro.comparison.methods import BASE
 from blora_pyro.comparison.picture import draw
@@ -16,8 +15,9 @@ from blora_pyro.comparison.standing import Standing, standings
 from blora_pyro.comparison.tables import sheets
 from blora_pyro.data import Source, describe_source
 from blora_pyro.errors import UserError
+from blora_pyro.files import replace_file, write_json
 from blora_pyro.models import POCKET
-from blora_pyro.run_folders import FINISHED, state_of, write_json
+from blora_pyro.runs.folders import FINISHED, state_of
 
 MARKDOWN, JSON, PICTURE = "compare.md", "compare.json", "compare.png"
 

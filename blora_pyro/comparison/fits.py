@@ -14,18 +14,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from blora_pyro import runs
 from blora_pyro.comparison.methods import PROGRAM
 from blora_pyro.comparison.rivals import WEIGHTS, fit_rival
 from blora_pyro.comparison.rows import FORMAT, hash_of
 from blora_pyro.config import FitConfig
+from blora_pyro.editing.strength import at_strength
 from blora_pyro.errors import UserError
-from blora_pyro.listeners import Listener
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import Base
 from blora_pyro.posterior import Posterior
-from blora_pyro.run_folders import ADAPTER, RUN, state_of
-from blora_pyro.strength import at_strength
+from blora_pyro.runs import fits
+from blora_pyro.runs.folders import ADAPTER, RUN, state_of
+from blora_pyro.runs.listeners import Listener
 
 # What changes no weight that a fit finds: where it computes, who is told, how texts are scored.
 _INDIFFERENT = (
@@ -209,13 +209,13 @@ def make_fit(folder: Path, fit: Fit, base: Base, progress: Listener) -> tuple[Ad
         What it found, and the seconds that it took (a fit that was interrupted: since then).
 
     Raises:
-        UserError, FloatingPointError, Interrupted: See `runs.fit`.
+        UserError, FloatingPointError, Interrupted: See `fit`.
     """
     if folder.exists() and state_of(folder) is None:  # killed before it had begun, or damaged
         shutil.rmtree(folder)
     adapted: Adapted
     if fit.kind == PROGRAM:
-        runs.fit(folder, evaluate=False, resume=True, progress=progress, **fit.options)
+        fits.fit(folder, evaluate=False, resume=True, progress=progress, **fit.options)
         adapted = LowRank(folder)
     else:
         fit_rival(fit.kind, folder, fit.config, base, progress)

@@ -7,7 +7,7 @@ from itertools import combinations
 
 from blora_pyro.comparison.measures import BACKWARD, Estimate, Scores
 from blora_pyro.comparison.methods import Candidate
-from blora_pyro.outcomes import NEW_DOMAIN
+from blora_pyro.runs.outcomes import NEW_DOMAIN
 
 
 @dataclass(frozen=True)

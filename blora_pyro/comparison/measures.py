@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from blora_pyro.bootstrap import FloatArray, paired_rates, percentile_interval
 from blora_pyro.comparison.methods import BASE, Candidate
 from blora_pyro.comparison.rows import PIER, Row
 from blora_pyro.metrics import backward_gain, forgetting, forgetting_removed, new_domain_drop
-from blora_pyro.outcomes import NEW_DOMAIN
+from blora_pyro.metrics.bootstrap import FloatArray, paired_rates, percentile_interval
+from blora_pyro.runs.outcomes import NEW_DOMAIN
 
 DRAWS = 1000
 BACKWARD = "backward"

@@ -22,7 +22,7 @@ from blora_pyro.canvas import (
 )
 from blora_pyro.comparison.measures import Result
 from blora_pyro.comparison.standing import Standing
-from blora_pyro.pareto import pareto_front
+from blora_pyro.metrics.pareto import pareto_front
 
 HUES = {
     "base": BLACK,

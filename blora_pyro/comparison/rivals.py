@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.adapters import Adapters, Group, Site, find_targets, group_by_shape
-from blora_pyro.checkpoints import Checkpoints, replace_file
 from blora_pyro.comparison.methods import FULL
 from blora_pyro.config import FitConfig
 from blora_pyro.data import Examples
 from blora_pyro.errors import UserError
-from blora_pyro.families import Family
+from blora_pyro.files import replace_file, write_json
 from blora_pyro.fitting import fit_guide
-from blora_pyro.interrupts import Interrupts
-from blora_pyro.listeners import Listener
-from blora_pyro.loading import Loader
+from blora_pyro.fitting.checkpoints import Checkpoints
+from blora_pyro.fitting.interrupts import Interrupts
+from blora_pyro.fitting.svi import Step
 from blora_pyro.models import Base, BLoRA, FactorPrior
 from blora_pyro.posterior import Posterior
-from blora_pyro.run_folders import (
+from blora_pyro.posterior.families import Family
+from blora_pyro.runs.folders import (
     CHECKPOINT,
     FINISHED,
     FITTING,
@@ -41,9 +41,9 @@ from blora_pyro.run_folders import (
     remove_files,
     save_posterior,
     state_of,
-    write_json,
 )
-from blora_pyro.svi import Step
+from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.loading import Loader
 
 WEIGHTS = "net.safetensors"  # of full fine-tuning
 # Whisper's encoder has sines for positions, which are not trained.

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from blora_pyro.bootstrap import macro_rate
-from blora_pyro.checkpoints import replace_file
 from blora_pyro.comparison.methods import Candidate, Setting
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import Evaluation
+from blora_pyro.files import replace_file
 from blora_pyro.metrics import Counts
-from blora_pyro.outcomes import NEW_DOMAIN
+from blora_pyro.metrics.bootstrap import macro_rate
+from blora_pyro.runs.outcomes import NEW_DOMAIN
 
 FORMAT = 1  # of a row; raised, all rows are made again
 DEV, TEST = "dev", "test"

@@ -16,7 +16,7 @@ from optuna.trial import TrialState, create_trial
 
 from blora_pyro.comparison.rows import FORMAT, Row, RowStore, read_row
 from blora_pyro.errors import UserError
-from blora_pyro.storages import beating, join_database, kind_of, reason
+from blora_pyro.sweeps.storages import beating, join_database, kind_of, reason
 
 METRICS = ("balanced error",)
 LOCK, KEY, CONTENT = "lock", "row", "content"  # attributes of a trial

@@ -36,10 +36,10 @@ from blora_pyro.data import (
     split_names,
 )
 from blora_pyro.errors import UserError
-from blora_pyro.listeners import Listener
-from blora_pyro.loading import Loader
 from blora_pyro.models import Base
-from blora_pyro.outcomes import DEV_SPLITS, NEW_DOMAIN, measure
+from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.loading import Loader
+from blora_pyro.runs.outcomes import DEV_SPLITS, NEW_DOMAIN, measure
 
 
 class _Fits(Listener):

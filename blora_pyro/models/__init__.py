@@ -1,4 +1,11 @@
-"""The generative side: the Pyro program, effect handlers for it, and the base models."""
+"""The generative side: the Pyro program, effect handlers for it, and the base models.
+
+- `whisper`: the program, on one screen; `pooling`: several domains in one;
+- `tempering`: beta; `estimators`: how noise reaches the tokens of a step;
+- `base`, `folders`: a Whisper with all that belongs to it, and its files;
+- `encoder`: in two parts, and on shorter windows; `decoding`: a window to tokens;
+- `gradient_checkpointing`: less memory.
+"""
 
 from blora_pyro.models.base import DTYPES, POCKET, Base, check_device, check_dtype, load_base
 from blora_pyro.models.estimators import (

@@ -151,3 +151,10 @@ def _read_json(name: str, folder: Path, file: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"base model '{name}' has a damaged {file}; download it again")
     return content
+
+
+def is_same_place(one: str, other: str) -> bool:
+    """Whether two names of bases are one, or paths of one folder."""
+    return one == other or (
+        Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
+    )

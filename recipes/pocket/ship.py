@@ -12,8 +12,9 @@ import torch
 
 from blora_pyro.data import DOMAINS, LANGUAGES, POCKET_DIR
 from blora_pyro.evaluation import evaluate, rate_summary
+from blora_pyro.files import write_json
 from blora_pyro.models import load_base
-from blora_pyro.runs import load_examples, write_json
+from blora_pyro.runs.loading import load_examples
 
 MONOLINGUAL_TRAIN = (
     200  # of 3,000 utterances a language, enough for replay; the recipe has the rest

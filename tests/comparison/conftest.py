@@ -12,7 +12,7 @@ from blora_pyro.comparison.methods import METHODS, Candidate, choose_methods, re
 from blora_pyro.comparison.plan import Plan
 from blora_pyro.comparison.rows import FORMAT, RowSpec, read_row
 from blora_pyro.comparison.study import Study
-from blora_pyro.listeners import Listener
+from blora_pyro.runs.listeners import Listener
 
 LENGTH = 10  # tokens of an utterance
 

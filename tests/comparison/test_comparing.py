@@ -8,8 +8,8 @@ from blora_pyro.comparison.files import report
 from blora_pyro.comparison.methods import POINT, Method
 from blora_pyro.comparison.study import Study
 from blora_pyro.errors import Interrupted, UserError
-from blora_pyro.listeners import Listener
-from blora_pyro.run_folders import write_json
+from blora_pyro.files import write_json
+from blora_pyro.runs.listeners import Listener
 
 from .conftest import row_content
 

@@ -19,12 +19,12 @@ from blora_pyro.comparison.rivals import (
 from blora_pyro.config import FitConfig
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.fitting import fit_guide
+from blora_pyro.fitting.objective import Objective
 from blora_pyro.guides import build_guide, build_prior
-from blora_pyro.listeners import Listener
-from blora_pyro.loading import load_examples
 from blora_pyro.models import BLoRA, build_estimator
-from blora_pyro.objective import Objective
 from blora_pyro.posterior import Posterior
+from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.loading import load_examples
 
 
 @pytest.fixture

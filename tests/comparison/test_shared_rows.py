@@ -6,12 +6,12 @@ from threading import Event
 import pytest
 from optuna.storages import RDBStorage
 
-from blora_pyro import storages
 from blora_pyro.comparison.comparing import compare_methods
 from blora_pyro.comparison.rows import RowStore
 from blora_pyro.comparison.shared_rows import SharedRows
 from blora_pyro.errors import UserError
-from blora_pyro.storages import quiet_optuna
+from blora_pyro.sweeps import storages
+from blora_pyro.sweeps.storages import quiet_optuna
 
 from .conftest import row_content
 

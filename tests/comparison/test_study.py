@@ -15,7 +15,7 @@ from blora_pyro.comparison.rows import TEST, RowSpec
 from blora_pyro.comparison.study import Study
 from blora_pyro.data import load_split
 from blora_pyro.errors import UserError
-from blora_pyro.listeners import Listener
+from blora_pyro.runs.listeners import Listener
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pyro.infer import TraceMeanField_ELBO
 
 from blora_pyro.adapters import Group
 from blora_pyro.errors import UserError
-from blora_pyro.families import Family
 from blora_pyro.guides import (
     FAMILIES,
     GUIDES,
@@ -26,6 +25,7 @@ from blora_pyro.guides import (
 )
 from blora_pyro.models import BLoRA, FactorPrior, Temper
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.families import Family
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 EVERY_GUIDE = pytest.mark.parametrize("name", GUIDES)

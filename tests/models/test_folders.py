@@ -9,12 +9,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from blora_pyro.checking import load_processor
+from blora_pyro.checking.checks import load_processor
 from blora_pyro.errors import UserError
 from blora_pyro.models import load_base
 from blora_pyro.models.folders import check_folder, find_folder
-from blora_pyro.run_folders import ADAPTER
-from blora_pyro.runs import merge_run
+from blora_pyro.runs.finished import merge_run
+from blora_pyro.runs.folders import ADAPTER
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.data import language_codes, prompt_ids
 from blora_pyro.errors import UserError
 from blora_pyro.models import Base, load_base
-from blora_pyro.runs import transcribe
+from blora_pyro.runs.finished import transcribe
 
 HEAD_WIDTH = 2  # 64 in earnest
 

@@ -7,12 +7,12 @@ from pyro import poutine
 from torch.distributions import kl_divergence
 
 from blora_pyro.adapters import RowMap
+from blora_pyro.config.pooling import FAMILIES_BY_ROW
 from blora_pyro.data import Batch
 from blora_pyro.errors import UserError
+from blora_pyro.fitting.objective import Objective, micro_batches
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA, PooledBLoRA, Pooling, Shared
-from blora_pyro.objective import Objective, micro_batches
-from blora_pyro.pooled_options import FAMILIES_BY_ROW
 
 SCALE = 0.05
 HIERARCHICAL, NONE = Pooling("hierarchical", ("a", "b"), 0.5), Pooling("none", ("a", "b"))

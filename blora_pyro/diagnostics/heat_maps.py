@@ -1,0 +1,141 @@
+"""Heat maps of a posterior, a row a block or a layer: where it adapted, and by how many ranks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+
+from blora_pyro.canvas import SMALL, TEXT, TITLE, dress, mark_1_2_5, new_figure
+from blora_pyro.diagnostics.explanations import kl_by_module
+from blora_pyro.diagnostics.layers import Place, kinds
+from blora_pyro.diagnostics.summaries import Summary
+
+HIDDEN = 1000  # what is smaller than the largest by this looks like 0
+ROWS = 60  # layers in a heat map of ranks, above that kinds
+
+
+def kl_map(summary: Summary) -> Figure:
+    """KL of A and B by block and projection: the layer's in figures, that of a weight in colour."""
+    totals = kl_by_module(summary)
+    colors = {module: kl / weights for module, (kl, weights) in totals.items()}
+    top = Place.of(max(colors, key=lambda name: colors[name])).label
+    whole = sum(kl for kl, _ in totals.values())
+    title = f"Where the adaptation went: KL {_nats(whole)} nats, most a weight in {top}"
+    numbers = {module: _nats(kl) for module, (kl, _) in totals.items()}
+    return _layer_map(colors, numbers, title, "KL a weight (numbers: of a layer), nats")
+
+
+def update_map(summary: Summary) -> Figure:
+    """Norm of ΔW by block and projection, over that of the frozen weight where it is known."""
+    relative = all(row.relative_norm is not None for row in summary.updates)
+    sizes = {
+        row.module: 100 * float(row.relative_norm or 0) if relative else row.norm
+        for row in summary.updates
+    }
+    top = Place.of(max(sizes, key=lambda name: sizes[name])).label
+    least = 10.0 ** np.floor(np.log10(max(max(sizes.values()) / HIDDEN, 1e-30)))
+    numbers = {
+        module: f"{size:#.2g}".rstrip(".") if size >= least else f"<{least:g}"
+        for module, size in sizes.items()
+    }
+    unit = "norm of ΔW, % of that of the frozen weight" if relative else "norm of ΔW"
+    return _layer_map(sizes, numbers, f"Where the weights moved: most in {top}", unit)
+
+
+def _nats(kl: float) -> str:
+    return f"{kl:,.0f}" if kl < 1e5 else f"{kl / 1e3:,.0f}k"
+
+
+def _layer_map(values: dict[str, float], numbers: dict[str, str], title: str, unit: str) -> Figure:
+    """A heat map of one value a layer; combinations that do not exist are hatched."""
+    places = sorted(map(Place.of, values), key=lambda place: place.order)
+    blocks = list(dict.fromkeys(place.block for place in places))
+    ordered = sorted(places, key=lambda place: place.order_in_block)
+    columns = list(dict.fromkeys(place.column for place in ordered))
+    spots = {
+        module: (blocks.index(place.block), columns.index(place.column))
+        for module, place in ((module, Place.of(module)) for module in values)
+    }
+    cells = np.full((len(blocks), len(columns)), np.nan)
+    for module, value in values.items():
+        cells[spots[module]] = value
+    figure, axes = new_figure(title, 1.5 + 0.24 * len(blocks))
+    panel = axes[0][0]
+    image = _heat(panel, cells, blocks)
+    panel.set_xticks(range(len(columns)), [name.replace(" ", "\n") for name in columns])
+    for module, (row, column) in spots.items():
+        color = "black" if image.norm(values[module]) > 0.5 else "white"
+        style = {"ha": "center", "va": "center", "fontsize": SMALL, "color": color}
+        panel.text(column, row, numbers[module], **style)
+    _add_bar(figure, image, panel, unit)
+    return figure
+
+
+def _add_bar(figure: Figure, image: Any, axes: Any, unit: str) -> None:
+    """The colours' scale, below the cells."""
+    height = figure.get_figheight()
+    place: dict[str, Any] = {
+        "location": "bottom",
+        "aspect": 50,
+        "fraction": 0.3 / height,
+        "pad": 0.1 / height,
+    }
+    bar = figure.colorbar(image, ax=axes, **place)
+    bar.set_label(unit, fontsize=TEXT)
+    bar.ax.tick_params(labelsize=SMALL)
+    if isinstance(image.norm, LogNorm):
+        mark_1_2_5(bar.ax.xaxis)
+
+
+def _heat(panel: Any, cells: np.ndarray, rows: Sequence[str], **limits: float) -> Any:
+    """Cells in cividis, logarithmic (over three decades) where skewed, on a hatched ground."""
+    known = cells[np.isfinite(cells)]
+    low, high = (limits.get("low", known.min()), limits.get("high", known.max()))
+    low = max(low, high / HIDDEN) if low > 0 else low
+    skewed = not limits and low > 0 and high > 10 * low
+    norm = LogNorm(low, high) if skewed else Normalize(low, high if high > low else low + 1)
+    panel.patch.set(hatch="////", edgecolor="#bbbbbb", facecolor="white")
+    image = panel.imshow(cells, cmap="cividis", norm=norm, aspect="auto", interpolation="nearest")
+    dress(panel)
+    panel.set_yticks(range(len(rows)), rows)
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    for edge in np.arange(0.5, len(rows) - 1):
+        panel.axhline(edge, color="white", linewidth=0.8)
+    return image
+
+
+def active_rank_plot(summary: Summary, shrinkage: dict[str, np.ndarray]) -> Figure:
+    """How open each rank of A and B is, 1 - shrinkage factor, the most open first.
+
+    A row a layer, or where that would be more than a page a kind of layer, their mean.
+
+    Args:
+        summary: The posterior's.
+        shrinkage: Shrinkage factors (rank,) by `{factor} {module}`.
+    """
+    modules = sorted((row.module for row in summary.updates), key=lambda m: Place.of(m).order)
+    grouped = len(modules) > ROWS
+    names = kinds(modules) if grouped else [Place.of(module).label for module in modules]
+    figure, axes = new_figure("", 1.6 + 0.16 * len(names), 1, 2, sharey=True)
+    for panel, factor in zip(axes[0], "AB", strict=True):
+        cells, counts = np.zeros((2, len(names), summary.rank))
+        for module in modules:
+            place = Place.of(module)
+            row = names.index(place.kind if grouped else place.label)
+            openness = np.sort(1 - shrinkage[f"{factor} {module}"])[::-1]
+            cells[row, : len(openness)] += openness
+            counts[row, : len(openness)] += 1
+        cells = np.where(counts > 0, cells / np.maximum(counts, 1), np.nan)
+        image = _heat(panel, cells, names, low=0, high=1)
+        active = np.mean([row.active_ranks for row in summary.factors if row.factor == factor])
+        title = f"{factor}: {active:.1f} of {summary.rank} ranks active"
+        dress(panel, title, "rank, most open first")
+        panel.set_xticks([0, summary.rank - 1], ["1", str(summary.rank)])
+    rows_are = "mean over the layers of a kind" if grouped else "a row a layer"
+    title = f"Which ranks the horseshoe leaves open: 1 - shrinkage factor, {rows_are}"
+    figure.suptitle(title, fontsize=TITLE, x=0.01, ha="left")
+    _add_bar(figure, image, axes, "1 - shrinkage factor (1: open, 0: off)")
+    return figure

@@ -1,0 +1,282 @@
+"""What a posterior says of itself: contraction, signal-to-noise, KL and norms.
+
+Everything here is in closed form or needs a few draws, at any size of model.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import biject_to, kl_divergence
+
+from blora_pyro.adapters import Site
+from blora_pyro.guides import latent_sites
+from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.draws import Program, traces
+from blora_pyro.posterior.spectra import effective_rank, spectra
+
+NEAR_ZERO = 1e-3
+KL_DRAWS = 16  # of what has no closed form
+PRIOR_DRAWS = 64
+
+
+@dataclass(frozen=True)
+class FactorSummary:
+    """One factor of one layer.
+
+    Attributes:
+        module: Name of the layer.
+        factor: `A` or `B`.
+        weights: Number of elements.
+        contraction: Mean over the elements of 1 - Var_q / Var_p: 0 where the data said nothing, 1
+            where they left no doubt.
+        signal_to_noise: Median of |mean| / sigma; infinite for a point.
+        share_of_signal: Share of elements with |mean| > sigma.
+        near_zero: Share of elements with |mean| < 1e-3.
+        kl: KL(q || p) of these weights, nats, given the scales of a hierarchical prior; None for a
+            point, whose KL is infinite, and where these scales are gone, as after pruning.
+        active_ranks: Sum over the ranks of s² / scale², the horseshoe's effective number of ranks
+            (Piironen and Vehtari, arXiv 1707.01694, eq. 2.4 ff.); None for other priors.
+        prior_stddev: Standard deviation of a weight under the prior, its scales averaged over, and
+            where weights have deviations of their own (root of the mean square), these, too.
+    """
+
+    module: str
+    factor: str
+    weights: int
+    contraction: float
+    signal_to_noise: float
+    share_of_signal: float
+    near_zero: float
+    kl: float | None
+    active_ranks: float | None
+    prior_stddev: float
+
+
+@dataclass(frozen=True)
+class UpdateSummary:
+    """ΔW = alpha/rank · B A of one layer: what A and B leave open (A -> R⁻¹A, B -> BR) is settled.
+
+    Attributes:
+        module: Name of the layer.
+        norm: Frobenius norm of E ΔW.
+        relative_norm: The same over that of the frozen weight; None if that is not known.
+        singular_values: Of E ΔW, falling.
+        singular_stddevs: Posterior standard deviation of uᵢᵀ ΔW vᵢ, uᵢ and vᵢ the singular vectors
+            of E ΔW: the spread of the singular values to first order.
+        effective_rank: exp of the entropy of the singular values' shares (Roy, Vetterli 2007).
+        directions: Number of singular values above their standard deviation.
+    """
+
+    module: str
+    norm: float
+    relative_norm: float | None
+    singular_values: tuple[float, ...]
+    singular_stddevs: tuple[float, ...]
+    effective_rank: float
+    directions: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A posterior in figures.
+
+    Attributes:
+        prior: Name of the prior family.
+        prior_args: Its arguments.
+        guide: Name of the guide.
+        rank: Rank of every update.
+        factors: Two a layer.
+        updates: One a layer.
+        scales_kl: KL of the scales of a hierarchical prior by site, nats.
+    """
+
+    prior: str
+    prior_args: dict[str, Any]
+    guide: str
+    rank: int
+    factors: tuple[FactorSummary, ...]
+    updates: tuple[UpdateSummary, ...]
+    scales_kl: dict[str, float]
+
+    @property
+    def kl(self) -> float:
+        """KL of all that is not a point, nats."""
+        return sum(row.kl or 0.0 for row in self.factors) + sum(self.scales_kl.values())
+
+
+def summarise(posterior: Posterior) -> Summary:
+    """The figures of a posterior.
+
+    Raises:
+        UserError: If its prior is code that has not been named.
+    """
+    variances = prior_variances(posterior)
+    divergences = kl_by_site(posterior)
+    shrinkage: dict[str, Tensor] = getattr(posterior.guide, "shrinkage", dict)()
+    factors = [
+        row
+        for group in posterior.groups
+        for site in group.sites
+        for row in _summarise_site(posterior, site, variances, divergences, shrinkage)
+    ]
+    names = {site.name for group in posterior.groups for site in group.sites}
+    return Summary(
+        prior=posterior.family.prior,
+        prior_args=dict(posterior.family.prior_args),
+        guide=posterior.family.guide,
+        rank=posterior.rank,
+        factors=tuple(factors),
+        updates=tuple(_summarise_updates(posterior)),
+        scales_kl={
+            name: float(kl.sum())
+            for name, kl in divergences.items()
+            if name not in names and kl is not None
+        },
+    )
+
+
+def _summarise_site(
+    posterior: Posterior,
+    site: Site,
+    variances: dict[str, Tensor],
+    divergences: dict[str, Tensor | None],
+    shrinkage: dict[str, Tensor],
+) -> list[FactorSummary]:
+    mean, stddev = posterior.mean[site.name].cpu(), posterior.stddev[site.name].cpu()
+    kl = divergences[site.name]
+    rows = []
+    for i, module in enumerate(site.modules):
+        ratio = mean[i].abs() / stddev[i]  # x / 0 is infinite
+        ratio = torch.where(mean[i] == 0, 0.0, ratio)
+        row = FactorSummary(
+            module=module,
+            factor=site.factor,
+            weights=mean[i].numel(),
+            contraction=1 - float((stddev[i] ** 2 / variances[site.name][i]).mean()),
+            signal_to_noise=float(ratio.median()),
+            share_of_signal=float((ratio > 1).float().mean()),
+            near_zero=float((mean[i].abs() < NEAR_ZERO).float().mean()),
+            kl=None if kl is None else float(kl[i]),
+            active_ranks=(
+                float((1 - shrinkage[site.name][i]).sum()) if site.name in shrinkage else None
+            ),
+            prior_stddev=float(variances[site.name][i].mean()) ** 0.5,
+        )
+        rows.append(row)
+    return rows
+
+
+def point_scales(posterior: Posterior) -> dict[str, Tensor]:
+    """Scales of a hierarchical prior that the guide has as points: as good as parameters."""
+    return point_scales_of(posterior.guide, posterior.mean)
+
+
+def point_scales_of(guide: Program, factors: Collection[str]) -> dict[str, Tensor]:
+    """`point_scales` of a guide that samples these factors, and maybe scales."""
+    (trace,) = traces(guide, 1)
+    return {
+        name: node["value"]
+        for name, node in latent_sites(trace).items()
+        if name not in factors and _is_point(trace, name)
+    }
+
+
+def _is_point(trace: poutine.Trace, name: str) -> bool:
+    """Whether q of a site is a point; `auto-normal` only passes its Normal draws on as points."""
+    node = trace.nodes[name]
+    return isinstance(node["fn"], dist.Delta) and f"{name}_unconstrained" not in trace.nodes
+
+
+def prior_variances(posterior: Posterior) -> dict[str, Tensor]:
+    """Var_p of every weight by site, of the site's shape.
+
+    The scales of a hierarchical prior, and with them the weights of a layer, are averaged over:
+    (modules, 1, 1).
+    """
+    return prior_variances_at(posterior.prior, point_scales(posterior), posterior.mean)
+
+
+def prior_variances_at(
+    prior: Program, points: Mapping[str, Tensor], factors: Collection[str]
+) -> dict[str, Tensor]:
+    """`prior_variances` of a program that samples these factors, some of its scales being given."""
+    prior = poutine.condition(prior, data=points)
+    totals: dict[str, Tensor] = {}
+    count = 0
+    for trace in traces(prior, PRIOR_DRAWS):
+        count += 1
+        latent = latent_sites(trace)
+        for name in factors:
+            variance = latent[name]["fn"].variance
+            if is_hierarchical := latent.keys() != set(factors):
+                # E[w | scales] = 0, so the law of total variance has one term
+                variance = variance.mean((1, 2), keepdim=True)
+            totals[name] = totals.get(name, torch.tensor(0.0)) + variance
+        if not is_hierarchical:
+            break  # nothing to average over
+    return {name: total / count for name, total in totals.items()}
+
+
+def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
+    """KL(q || p) in nats: (modules,) for factors, a scalar for scales, None for points.
+
+    Closed-form where torch knows it, else log q - log p at draws; those given the scales of a
+    hierarchical prior are averaged over draws of the scales. None throughout if the guide lacks
+    these scales, as after pruning.
+    """
+    totals: dict[str, Tensor | None] = {}
+    count = 0
+    for trace in traces(posterior.guide, KL_DRAWS):
+        count += 1
+        exact = True
+        (prior,) = traces(poutine.replay(posterior.prior, trace=trace), 1)
+        latent = latent_sites(trace)
+        if latent_sites(prior).keys() != latent.keys():
+            return dict.fromkeys(latent)
+        for name, node in latent.items():
+            q, p, value = node["fn"], prior.nodes[name]["fn"], node["value"]
+            if _is_point(trace, name):
+                totals[name] = None
+                continue
+            if isinstance(q, dist.Delta):
+                normal = trace.nodes[f"{name}_unconstrained"]["fn"]
+                transform = biject_to(p.support)
+                is_factor = name in posterior.mean
+                q = normal if is_factor else dist.TransformedDistribution(normal, transform)
+            with torch.no_grad():
+                try:
+                    kl = kl_divergence(q, p)
+                except NotImplementedError:
+                    kl, exact = q.log_prob(value) - p.log_prob(value), False
+                before = totals.get(name)
+                totals[name] = kl if before is None else before + kl
+            exact &= name in posterior.mean
+        if exact:
+            break
+    return {name: None if total is None else total / count for name, total in totals.items()}
+
+
+def _summarise_updates(posterior: Posterior) -> list[UpdateSummary]:
+    rows = []
+    for group, spectrum in zip(posterior.groups, spectra(posterior).values(), strict=True):
+        norms = spectrum.values.norm(dim=-1)
+        ranks = effective_rank(spectrum.values)
+        size = (group.out_features * group.in_features) ** 0.5
+        for i, module in enumerate(group.modules):
+            stddev = group.weight_stddevs[i] if group.weight_stddevs else None
+            row = UpdateSummary(
+                module=module,
+                norm=float(norms[i]),
+                relative_norm=float(norms[i]) / (stddev * size) if stddev else None,
+                singular_values=tuple(spectrum.values[i].tolist()),
+                singular_stddevs=tuple(spectrum.stddevs[i].tolist()),
+                effective_rank=float(ranks[i]),
+                directions=int((spectrum.values[i] > spectrum.stddevs[i]).sum()),
+            )
+            rows.append(row)
+    return rows

@@ -1,0 +1,39 @@
+"""Files that are replaced as a whole: whoever reads, finds the old one or the new one."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def sync(path: Path) -> None:
+    """Have the content of a file or the entries of a folder on the disk, not in a buffer."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a file in the place of the one at `path`, whole and on the disk.
+
+    Raises:
+        OSError: If that fails; what was at `path` is still there.
+    """
+    fresh = path.with_name(path.name + ".new")
+    try:
+        fresh.write_bytes(content)
+        sync(fresh)
+        os.replace(fresh, path)
+        sync(path.parent)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)  # it may be what fills the disk
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole and on the disk."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    replace_file(path, text.encode())

@@ -1,0 +1,131 @@
+"""Distillation towards the frozen base: what it would have said, were it told another language."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from blora_pyro.adapters import Adapters
+from blora_pyro.data import Batch, SoftTargets, prompt_ids
+from blora_pyro.errors import UserError
+from blora_pyro.models import Base
+from blora_pyro.models.decoding import decode, encode
+
+MAX_BYTES = 2**30  # of distributions that are kept to be used again
+
+Lesson = tuple[list[int], Tensor]  # prompt and transcript, log-probabilities after the prompt
+
+
+class Distillation:
+    """Gives a batch's audio a second prompt, and the base's own answer to it as soft targets.
+
+    Learning without forgetting (Li and Hoiem, arXiv 1606.09282) on the new domain's audio: every
+    utterance is prompted in one of `languages`, drawn anew each step; the frozen base transcribes
+    it greedily; and the adapted model is to give the next tokens of that transcript the base's
+    probabilities (Hinton et al., arXiv 1503.02531, at temperature 1). So what is asked for in the
+    new domain's own prompt may change, and what is asked for in the others should not. No data but
+    the new domain's are needed.
+
+    What the base says does not change: it is computed once for an utterance and language, and its
+    distributions are kept as long as they fit into `MAX_BYTES`.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        adapters: Adapters,
+        languages: Sequence[str],
+        weight: float,
+        seed: int = 0,
+        task: str = "transcribe",
+    ) -> None:
+        """A teacher for one set of examples.
+
+        Args:
+            base: The frozen Whisper.
+            adapters: On it, cleared whenever the base is asked.
+            languages: By their codes, one token each.
+            weight: Of the mean KL divergence in the loss.
+            seed: Of the languages drawn.
+            task: In the prompts.
+
+        Raises:
+            UserError: If there is no language, or the base does not know one.
+        """
+        if not languages:
+            raise UserError(
+                "distillation has no language to be asked in; name some in distillation_languages"
+            )
+        self.base, self.adapters, self.weight, self.seed = base, adapters, weight, seed
+        self.prompts = [prompt_ids(base.tokenizer, one, task) for one in languages]
+        self._said: dict[tuple[int, int], list[int]] = {}
+        self._log_probs: dict[tuple[int, int], Tensor] = {}
+        self._bytes = 0
+
+    def __call__(self, batch: Batch, indices: Sequence[int], number: int) -> Batch:
+        """The batch with soft targets.
+
+        Args:
+            batch: Of the utterances `indices`, on the CPU.
+            indices: Their numbers among the examples.
+            number: Of the batch, which the languages drawn depend on.
+        """
+        seeds = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        drawn = torch.randint(len(self.prompts), (len(indices),), generator=seeds).tolist()
+        keys = list(zip(indices, drawn, strict=True))
+        rows = [row for row, key in enumerate(keys) if key not in self._log_probs]
+        fresh = self._ask(batch.input_features[rows], [keys[row] for row in rows]) if rows else {}
+        tables = [fresh[key] if key in fresh else self._log_probs[key] for key in keys]
+        prompt = len(self.prompts[0])
+        inputs = [torch.tensor([*self.prompts[key[1]], *self._said[key]]) for key in keys]
+        # An input is followed by its target; before the last token of the prompt none counts.
+        length = max(map(len, inputs))
+        log_probs = torch.zeros(len(keys), length, tables[0].shape[-1])
+        is_target = torch.zeros(len(keys), length, dtype=torch.bool)
+        for row, table in enumerate(tables):
+            places = slice(prompt - 1, prompt - 1 + len(table))
+            log_probs[row, places], is_target[row, places] = table.float(), True
+        padded = pad_sequence(inputs, batch_first=True, padding_value=self._end)
+        return replace(batch, soft=SoftTargets(padded, log_probs, is_target, self.weight))
+
+    @property
+    def _end(self) -> int:
+        return int(self.base.net.config.eos_token_id)
+
+    def _ask(self, features: Tensor, keys: list[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
+        """Log-probabilities (tokens + end, vocabulary) of the base's transcripts, in float16."""
+        self.adapters.clear()
+        prompts = [self.prompts[language] for _, language in keys]
+        heard = encode(self.base, features)
+        unknown = [row for row, key in enumerate(keys) if key not in self._said]
+        if unknown:
+            said = decode(self.base, heard[unknown], [prompts[row] for row in unknown])
+            room = self.base.net.config.max_target_positions - len(prompts[0])
+            for row, tokens in zip(unknown, said, strict=True):
+                self._said[keys[row]] = tokens[:room]
+        fresh = {}
+        for key, table in zip(keys, self._log_probs_of(heard, keys, prompts), strict=True):
+            fresh[key] = table
+            size = table.numel() * table.element_size()
+            if self._bytes + size <= MAX_BYTES:
+                self._bytes += size
+                self._log_probs[key] = table
+        return fresh
+
+    @torch.inference_mode()
+    def _log_probs_of(
+        self, heard: Tensor, keys: list[tuple[int, int]], prompts: list[list[int]]
+    ) -> list[Tensor]:
+        device = heard.device
+        rows = [torch.tensor([*p, *self._said[k]]) for p, k in zip(prompts, keys, strict=True)]
+        inputs = pad_sequence(rows, batch_first=True, padding_value=self._end).to(device)
+        logits = self.base.net(
+            encoder_outputs=(heard,), decoder_input_ids=inputs, use_cache=False
+        ).logits
+        first = len(prompts[0]) - 1
+        return [
+            logit[first : len(row)].float().log_softmax(-1).half().cpu()
+            for logit, row in zip(logits, rows, strict=True)
+        ]

@@ -1,0 +1,118 @@
+"""What the encoder makes of every utterance before its first adapted layer, computed once."""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from blora_pyro.data import Batch, cache_dir
+from blora_pyro.errors import UserError
+from blora_pyro.fitting.loop import Teacher
+from blora_pyro.models import BLoRA
+
+_OTHERWISE = "name another folder in BLORA_PYRO_CACHE, or leave cache_encoder out"
+
+
+class EncoderCache:
+    """Gives a batch the encoder's states before the first adapted layer, from a file on disk.
+
+    They are the same at every step, as the layers before it are frozen and have no dropout, and no
+    gradient goes through them. An utterance's are computed when it comes first. The file has no
+    name: it is gone with the fit, however that ends.
+
+    Attributes:
+        shape: Of an utterance's states, (positions, width), in the net's dtype.
+        size: Of the file once it is full, bytes.
+    """
+
+    def __init__(self, model: BLoRA, utterances: int, then: Teacher | None = None) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            model: Whose net is to be spared.
+            utterances: Their number.
+            then: Has the batch after this.
+
+        Raises:
+            UserError: If the first layer is adapted, or there is no room on the disk.
+        """
+        if model.first_adapted == 0:
+            raise UserError(
+                "cache_encoder is given, but target_modules adapts the encoder's first layer, and "
+                "all after it changes; adapt the decoder alone, with target_modules "
+                "'.*decoder.*', or later layers, or leave cache_encoder out"
+            )
+        self.model, self.then = model, then
+        config, self.dtype = model.net.config, model.net.dtype
+        self.shape = config.max_source_positions, config.d_model
+        self._row = self.shape[0] * self.shape[1] * self.dtype.itemsize
+        self.size = utterances * self._row
+        self._file = _open(self.size, utterances)
+        weakref.finalize(self, self._file.close)
+        self._known: set[int] = set()
+
+    def __call__(self, batch: Batch, indices: Sequence[int], number: int) -> Batch:
+        """The batch with the states.
+
+        Args:
+            batch: Of the utterances `indices`, on the CPU, full windows.
+            indices: Their numbers among the examples.
+            number: Of the batch.
+
+        Raises:
+            UserError: If the disk is full.
+        """
+        for index, features in zip(indices, batch.input_features, strict=True):
+            if index not in self._known:
+                self._write(index, self._states(features))
+        batch = replace(batch, encoder_states=self._read(indices))
+        return batch if self.then is None else self.then(batch, indices, number)
+
+    @torch.no_grad()
+    def _states(self, features: Tensor) -> Tensor:
+        # One at a time: they are then the same to the bit when a fit goes on in other batches.
+        return self.model.frozen_states(features[None].to(self.model.device))[0].cpu()
+
+    def _write(self, index: int, states: Tensor) -> None:
+        try:
+            self._file.seek(index * self._row)
+            self._file.write(states.contiguous().view(torch.uint8).numpy().tobytes())
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"cache_encoder can't write its {self.size / 1e9:.1f} GB ({error.strerror}); free "
+                "some and resume the fit, or start another without cache_encoder"
+            ) from None
+        self._known.add(index)
+
+    def _read(self, indices: Sequence[int]) -> Tensor:
+        states = torch.empty(len(indices), *self.shape, dtype=self.dtype)
+        for index, row in zip(indices, states.view(torch.uint8).numpy(), strict=True):
+            self._file.seek(index * self._row)
+            self._file.readinto(row)  # type: ignore[attr-defined]
+        return states
+
+
+def _open(size: int, utterances: int) -> IO[bytes]:
+    """A file without a name, where there is room for it."""
+    folder = cache_dir()
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        where = folder or tempfile.gettempdir()
+        free = shutil.disk_usage(where).free
+        if size <= free:
+            return tempfile.TemporaryFile(dir=where)
+    except OSError as error:
+        raise UserError(
+            f"cache_encoder can't write into {folder} ({error.strerror}); {_OTHERWISE}"
+        ) from None
+    raise UserError(
+        f"cache_encoder needs {size / 1e9:.1f} GB for {utterances:,} utterances, and {where} has "
+        f"{free / 1e9:.1f} GB; {_OTHERWISE}"
+    )

@@ -1,0 +1,277 @@
+"""Error rates for code-switched speech, the alignments behind them, and what an adapter cost.
+
+Every error rate here is kept as per-utterance counts (`Counts`), so that it pools over a corpus and
+bootstraps over utterances. All alignments are jiwer's. Rates are fractions: 0.12 is 12%.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jiwer
+import numpy as np
+import numpy.typing as npt
+import regex
+
+from blora_pyro.errors import UserError
+
+IntArray = npt.NDArray[np.int64]
+
+# Languages without spaces between words, scored by character as Whisper's authors do, and their
+# scripts. The sound marks of kana are of no script.
+WITHOUT_SPACES = {"zh", "ja", "yue", "th", "lo", "my"}
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ーｰ\p{Thai}\p{Lao}\p{Myanmar}"
+_CHARACTER = regex.compile(rf"[{_UNSPACED}]")
+_TOKEN = regex.compile(rf"[{_UNSPACED}][\p{{M}}ﾞﾟ]*|[^\s{_UNSPACED}]+")
+_WORD = regex.compile(r"\S+")
+_OPERATIONS = {"equal": "=", "substitute": "S", "delete": "D", "insert": "I"}
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Edits (substitutions + deletions + insertions) and reference lengths of n utterances.
+
+    Both have shape (n,); for PIER the lengths are numbers of points of interest.
+    """
+
+    edits: IntArray
+    lengths: IntArray
+
+    @property
+    def rate(self) -> float:
+        """The pooled rate, sum(edits) / sum(lengths); nan where no reference has a token."""
+        total = int(self.lengths.sum())
+        return int(self.edits.sum()) / total if total else float("nan")
+
+
+class Aligned(NamedTuple):
+    """A step of an alignment: tokens of reference and hypothesis side by side.
+
+    Attributes:
+        operation: `=`, or an edit: `S` (substitution), `D` (deletion) or `I` (insertion).
+        reference: The token, empty for an insertion.
+        hypothesis: The token, empty for a deletion.
+        place: Of the reference token that an edit counts for; an insertion's is the one that it
+            stands before, or the last (-1 where there is none).
+    """
+
+    operation: str
+    reference: str
+    hypothesis: str
+    place: int
+
+
+def words(text: str) -> list[str]:
+    """Split mixed-script text: each character of a script without spaces alone, the rest at spaces.
+
+    Those scripts are Han, the two kana, Thai, Lao and Burmese; combining marks stay with their
+    character. Other text gives `text.split()`. "我喜欢red bicycle" gives 我, 喜, 欢, red, bicycle.
+    """
+    return _TOKEN.findall(" ".join(text.split()))
+
+
+def is_unspaced(text: str) -> bool:
+    """Whether the text has a character of a script without spaces, see `words`."""
+    return _CHARACTER.search(text) is not None
+
+
+def spans(measure: str, text: str) -> list[tuple[int, int]]:
+    """Start and end of each token by which `wer` or `mer` aligns a text without odd white space."""
+    return [match.span() for match in (_WORD if measure == "wer" else _TOKEN).finditer(text)]
+
+
+def wer_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
+    """Count word errors, words being split at white space.
+
+    Takes n texts each and returns Counts of n utterances, whose `rate` is WER = (S + D + I) / N.
+    An empty reference counts the hypothesis's words as insertions.
+
+    Raises:
+        ValueError: if the numbers of texts differ, or a text is given where a list is wanted.
+    """
+    return _count("wer", references, hypotheses)
+
+
+def mer_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
+    """Count mixed errors: one alignment over the tokens of `words`.
+
+    The mixed error rate (MER) of code-switching work, not `jiwer.mer`, the match error rate.
+    Without Han and the like it equals WER. Otherwise as `wer_counts`.
+    """
+    return _count("mer", references, hypotheses)
+
+
+def cer_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
+    """Count character errors as jiwer does, inner spaces being characters.
+
+    Where a reference has a script without spaces (see `words`), white space is dropped from it and
+    its hypothesis; the reference alone decides, so that every system is counted alike. Otherwise as
+    `wer_counts`.
+    """
+    return _count("cer", references, hypotheses)
+
+
+def align(measure: str, reference: str, hypothesis: str) -> list[Aligned]:
+    """The alignment of two texts by which `wer`, `mer` or `cer` counts their edits."""
+    output = _output(measure, [reference], [hypothesis])
+    wanted, got = list(output.references[0]), list(output.hypotheses[0])
+    steps = []
+    for chunk in output.alignments[0]:
+        places = range(chunk.ref_start_idx, chunk.ref_end_idx)
+        others = range(chunk.hyp_start_idx, chunk.hyp_end_idx)
+        for step in range(max(len(places), len(others))):
+            place = places[step] if places else min(chunk.ref_start_idx, len(wanted) - 1)
+            steps.append(
+                Aligned(
+                    _OPERATIONS[chunk.type],
+                    wanted[place] if places else "",
+                    got[others[step]] if others else "",
+                    place,
+                )
+            )
+    return steps
+
+
+def check_tags(text: str, word_languages: Sequence[str]) -> None:
+    """Refuse languages of words that are not one for each word, nor none.
+
+    Raises:
+        UserError: With the two numbers.
+    """
+    if word_languages and (count := len(words(text))) != len(word_languages):
+        raise UserError(
+            f"{text[:40]!r} has {count} words but {len(word_languages)} word_languages; "
+            "give one for each word"
+        )
+
+
+def points_of_interest(word_languages: Sequence[str], embedded: str) -> list[bool]:
+    """Which tokens of a reference PIER counts; [] for an utterance that it leaves out.
+
+    PIER leaves out what has no points of interest, or nothing else.
+    """
+    points = [code == embedded for code in word_languages]
+    return points if any(points) and not all(points) else []
+
+
+def pier_counts(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    word_languages: Sequence[Sequence[str]],
+    embedded: str | Sequence[str],
+    measure: str = "mer",
+) -> Counts:
+    """Count the errors at points of interest: the words of the embedded language.
+
+    PIER (arXiv 2501.09512): in the alignment of `measure`, count the edits whose reference word is
+    a point of interest, divided by the number of such words. An insertion counts for the reference
+    word that it stands before, trailing ones for the last word, so PIER may exceed 100%.
+
+    `word_languages` holds, for each of n utterances, a code for each token of the reference
+    (`words` for "mer", `str.split` for "wer"); `embedded` is one code for the corpus or one per
+    utterance. Returns Counts of the m <= n utterances with both points of interest and other words:
+    those of two systems stay paired.
+
+    Raises:
+        ValueError: if numbers of utterances differ, or an utterance's words and languages do.
+    """
+    languages = [embedded] * len(references) if isinstance(embedded, str) else embedded
+    columns = {"word_languages": word_languages, "embedded": languages}
+    _check_sizes(references=references, hypotheses=hypotheses, **columns)
+    output = _output(measure, references, hypotheses)
+    rows = []
+    for index, codes in enumerate(word_languages):
+        length = len(output.references[index])
+        if len(codes) != length:
+            raise ValueError(
+                f"utterance {index}: {len(codes)} word languages for {length} reference words; "
+                "give one language code for each token of words(reference)"
+            )
+        if points := points_of_interest(codes, languages[index]):
+            charged = _charge(output.alignments[index], length)
+            charged[-2] += charged[-1]  # trailing insertions count for the last word
+            rows.append((charged[:-1][points].sum(), sum(points)))
+    table = np.array(rows, dtype=np.int64).reshape(-1, 2)
+    return Counts(table[:, 0], table[:, 1])
+
+
+def _check_sizes(**columns: Sequence[Any]) -> None:
+    for name, column in columns.items():
+        if isinstance(column, str):  # a text is a sequence too, of one-character utterances
+            raise ValueError(f"{name} must be a list with one entry per utterance, not one text")
+    if len({len(column) for column in columns.values()}) > 1:
+        sizes = ", ".join(f"{len(column)} {name}" for name, column in columns.items())
+        raise ValueError(f"got {sizes}; give one of each per utterance")
+
+
+def _output(
+    measure: str, references: Sequence[str], hypotheses: Sequence[str]
+) -> jiwer.WordOutput | jiwer.CharacterOutput:
+    """What jiwer makes of n utterances each."""
+    _check_sizes(references=references, hypotheses=hypotheses)
+    if measure == "cer":
+        pairs = [
+            ("".join(r.split()), "".join(h.split())) if is_unspaced(r) else (r, h)
+            for r, h in zip(references, hypotheses, strict=True)
+        ]
+        return jiwer.process_characters([r for r, _ in pairs], [h for _, h in pairs])
+    split = words if measure == "mer" else str.split
+    # Joined by single spaces, since jiwer would not split at a lone tab or no-break space.
+    sides = [[" ".join(split(text)) for text in texts] for texts in (references, hypotheses)]
+    return jiwer.process_words(*sides)
+
+
+def _count(measure: str, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
+    output = _output(measure, references, hypotheses)
+    # Only the first n, since jiwer makes one empty utterance out of none.
+    lengths = [len(reference) for reference in output.references[: len(references)]]
+    edits = [_charge(output.alignments[i], length).sum() for i, length in enumerate(lengths)]
+    return Counts(np.array(edits, dtype=np.int64), np.array(lengths, dtype=np.int64))
+
+
+def _charge(chunks: list[jiwer.AlignmentChunk], length: int) -> IntArray:
+    """Return edits by reference word, shape (length + 1,); the last are trailing insertions."""
+    charged = np.zeros(length + 1, dtype=np.int64)
+    for chunk in chunks:
+        if chunk.type == "insert":
+            charged[chunk.ref_start_idx] += chunk.hyp_end_idx - chunk.hyp_start_idx
+        elif chunk.type != "equal":
+            charged[chunk.ref_start_idx : chunk.ref_end_idx] += 1
+    return charged
+
+
+def backward_gain(lora: float, blora: float) -> float:
+    """Return (lora - blora) / lora of the backward errors; nan where LoRA's is 0."""
+    return (lora - blora) / lora if lora else float("nan")
+
+
+def new_domain_drop(lora: float, blora: float) -> float:
+    """Return (blora - lora) / lora of the new-domain errors; nan where LoRA's is 0."""
+    return (blora - lora) / lora if lora else float("nan")
+
+
+def forgetting(method: float, base: float) -> float:
+    """Return method - base of the backward errors: absolute, negative where the method helps."""
+    return method - base
+
+
+def forgetting_removed(lora: float, blora: float, base: float) -> float:
+    """Return 1 - forgetting(blora) / forgetting(lora), from the three backward errors.
+
+    nan where LoRA forgets nothing (lora <= base): there is nothing to remove.
+    """
+    forgotten = forgetting(lora, base)
+    return 1 - forgetting(blora, base) / forgotten if forgotten > 0 else float("nan")
+
+
+def sparsity(arrays: Iterable[npt.ArrayLike], threshold: float = 1e-3) -> float:
+    """Return the share of elements with |w| < threshold, pooled over arrays of any shapes.
+
+    Takes what `np.asarray` takes (torch tensors: detached, on the CPU, not bfloat16); nan of none.
+    """
+    small = total = 0
+    for array in arrays:
+        values = np.asarray(array)
+        small += int((np.abs(values) < threshold).sum())
+        total += values.size
+    return small / total if total else float("nan")

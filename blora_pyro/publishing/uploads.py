@@ -1,0 +1,246 @@
+"""A run on the Hugging Face Hub: what goes up, under which names, and how.
+
+Not the folder as it is: the posterior is saved anew, `run.json` has the parts that commands read,
+`metrics.json` is as it was; of every local path, to data, code or runs, only the last part is left.
+What was said in the test sets (`utterances.jsonl`), checkpoints and plots stay behind.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+)
+
+from blora_pyro.data import DOMAINS, LANGUAGES, is_hub_id
+from blora_pyro.errors import UserError
+from blora_pyro.files import write_json
+from blora_pyro.hub import REPO_ID, is_run_id
+from blora_pyro.models import POCKET
+from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.storage import DOMAINS as DOMAIN_FOLDERS
+from blora_pyro.posterior.storage import FILE
+from blora_pyro.publishing.model_card import model_card
+from blora_pyro.runs.folders import ADAPTER, METRICS, RUN, read_run
+
+UPLOADED = (*ADAPTER, FILE, RUN, METRICS, f"{DOMAIN_FOLDERS}/*", "README.md")
+KEPT = (
+    "state",
+    "language",
+    "domain_languages",
+    "training_utterances",
+    "training_tokens",
+    "temperature",
+    "adapter_weights",
+    "versions",
+    "skipped_steps",
+    "history",
+    "dev",
+    "chain",
+    "pruned",
+    "combined",
+)
+
+
+def push_run(
+    run: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    base: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Upload a run to the Hub, with a model card; what was there under the same names is replaced.
+
+    Args:
+        run: A run folder.
+        repo_id: `OWNER/NAME`; made if it is not there.
+        private: Make it a private one; None is as the owner's are by default.
+        revision: Branch to write to, made if it is not there; None is the main one.
+        commit_message: None is a plain one.
+        create_pr: Open a pull request instead of writing to the main branch.
+        token: None is that of `hf auth login`, or `HF_TOKEN`.
+        base: See `write_public_run`.
+        license: See `write_public_run`.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        UserError: If the run can't be read or made public, or the Hub refuses.
+    """
+    if create_pr and revision is not None:
+        raise UserError(f"create_pr and revision '{revision}' are given; give one")
+    with TemporaryDirectory() as folder:
+        write_public_run(run, Path(folder), repo_id, revision=revision, base=base, license=license)
+        api = HfApi(token=token)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload an adapter and its posterior",
+                revision=revision,
+                create_pr=create_pr,
+                allow_patterns=list(UPLOADED),
+                delete_patterns=list(UPLOADED),
+            )
+        except (HTTPError, OSError, ValueError, RuntimeError) as error:
+            raise UserError(_refused(repo_id, error)) from None
+    return commit.pr_url or commit.commit_url
+
+
+def _refused(repo_id: str, error: Exception) -> str:
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # huggingface_hub says only which file it was
+    reason = " ".join(str(error).split())[:300]
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"'{repo_id}' can't be uploaded, for HF_HUB_OFFLINE is set; leave that out"
+    if status in (401, 403):
+        return (
+            f"the Hub lets no one write to '{repo_id}' as you are logged in ({status}); log in "
+            "with a token that may: hf auth login, or HF_TOKEN; or give a repository of your own"
+        )
+    if isinstance(error, HFValidationError):
+        return f"'{repo_id}' can't be a repository of the Hub ({reason}); give OWNER/NAME"
+    return (
+        f"'{repo_id}' can't be uploaded ({type(error).__name__}: {reason}); try again, or write "
+        "what would be uploaded to a folder: --output"
+    )
+
+
+def write_public_run(
+    run: str | Path,
+    folder: Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    base: str | None = None,
+    license: str | None = None,
+) -> None:
+    """Write what `push_run` uploads: PEFT adapter, posterior, JSON files and `README.md`.
+
+    Args:
+        run: A run folder.
+        folder: Where to, an existing folder.
+        repo_id: Where it will be on the Hub, for the model card.
+        revision: Its branch there.
+        base: The base's id on the Hub, if the fit had it in a local folder; None is the fit's own.
+        license: Of the adapter, as the Hub calls it (`apache-2.0`); None says nothing.
+
+    Raises:
+        UserError: If the run can't be read, or its base is known to no one else.
+    """
+    if not REPO_ID.fullmatch(repo_id):
+        raise UserError(f"repository is '{repo_id}'; give OWNER/NAME")
+    if is_run_id(Path(run).as_posix()):
+        raise UserError(f"{run} is no folder here; give a run folder")
+    posterior, about = read_run(run, pooled=True)
+    config = about["config"].to_json()
+    names = _public_names(config, about)
+    place = _public_base(config["base"], base), config["revision"] if base is None else None
+    config |= {"base": place[0], "revision": place[1], "local_files_only": False}
+    kept = {"config": config, **{name: about[name] for name in KEPT if name in about}}
+    content = _public(kept, names)
+    metrics = _public(_read_metrics(Path(run)), names)
+    posterior = _public_posterior(posterior, place, names)
+    posterior.save(folder)
+    write_json(folder / RUN, content)
+    if metrics:
+        write_json(folder / METRICS, metrics)
+    card = model_card(repo_id, posterior, content, metrics, revision, license)
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def _read_metrics(run: Path) -> dict[str, Any]:
+    """What was measured; nothing of a run without an evaluation."""
+    if not (run / METRICS).is_file():
+        return {}
+    try:
+        return dict(json.loads((run / METRICS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{run / METRICS} is damaged ({error}); evaluate again") from None
+
+
+def _public_base(name: str, given: str | None) -> str:
+    if given is not None and given != POCKET and not REPO_ID.fullmatch(given):
+        raise UserError(f"base is '{given}'; give its id on the Hub, OWNER/NAME")
+    if given is None and name != POCKET and not is_run_id(name):
+        raise UserError(
+            f"the run was fitted on a local folder, '{name}', which no one else has; give base, "
+            "its id on the Hub"
+        )
+    return given or name
+
+
+def _public_posterior(
+    posterior: Posterior, place: tuple[str, str | None], names: Mapping[str, str]
+) -> Posterior:
+    family = posterior.family
+    prior, guide = (names.get(name, name) for name in (family.prior, family.guide))
+    family = replace(family, prior=prior, guide=guide, prior_args=_public(family.prior_args, names))
+    return replace(posterior, base=place[0], revision=place[1], family=family)
+
+
+def _public_names(config: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, str]:
+    """Every local path of a run -> its last part, with a number before it where two are the same.
+
+    The name of a set is its path where it was given none.
+    """
+    data, backward = config["data"], config["backward"] or {}
+    domains = list(data)  # names, or sources that are called as they are given
+    sources = [*domains, *backward, *backward.values()]
+    sources += data.values() if isinstance(data, Mapping) else ()
+    local = [name for name in (*sources, config["test"], config["dev"]) if _is_local_set(name)]
+    origins = [about.get(how, {}).get("from", ()) for how in ("pruned", "combined")]
+    runs = [name for one in origins for name in ([one] if isinstance(one, str) else one)]
+    runs += [config["prior_from"], *(link["run"] for link in about.get("chain", ()))]
+    local += [name for name in runs if name and not is_run_id(name)]
+    local += [name for name in (config["prior"], config["guide"]) if str(name).endswith(".py")]
+    names = _last_parts(local)
+    pairs = [(name, domain) for name in backward for domain in domains]
+    return names | {f"{one} ({of})": f"{names.get(one, one)} ({of})" for one, of in pairs}
+
+
+def _is_local_set(name: str | None) -> bool:
+    if name is None or name.startswith("<"):  # an object of `datasets`, described
+        return False
+    return not (name in (*DOMAINS, *LANGUAGES) or is_hub_id(name))
+
+
+def _last_parts(paths: Iterable[str]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for path in sorted(set(paths), key=len):  # what is a last part already keeps its name
+        last = PureWindowsPath(os.path.abspath(path)).name
+        same = sum(PureWindowsPath(os.path.abspath(one)).name == last for one in names)
+        names[path] = f"{same + 1}-{last}" if same else last
+    return names
+
+
+def _public(content: Any, names: Mapping[str, str]) -> Any:
+    """JSON with public names for local ones, and nothing but the last part of other full paths."""
+    if isinstance(content, Mapping):
+        return {_public(key, names): _public(value, names) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_public(value, names) for value in content]
+    if not isinstance(content, str):
+        return content
+    windows, posix = PureWindowsPath(content), PurePosixPath(content)
+    is_path = windows.is_absolute() or posix.is_absolute()
+    return names.get(content, windows.name if is_path else content)

@@ -1,0 +1,115 @@
+"""What a run does, shown on a terminal as it goes."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from blora_pyro.config import FitConfig
+from blora_pyro.fitting.stopping import DevError
+from blora_pyro.fitting.svi import Step
+from blora_pyro.runs.listeners import Listener
+
+SMOOTHING = 0.9  # of the figures beside the bar
+
+
+class TerminalProgress(Listener):
+    """Stages and steps on stderr, for the time of a `with`."""
+
+    def __init__(self) -> None:
+        """Nothing is shown before the first stage."""
+        self.console = Console(stderr=True, highlight=False)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task: TaskID | None = None
+        self.counting: Progress | None = None
+        self.beta = 0.0
+        self.smooth: dict[str, float] = {}
+
+    def __enter__(self) -> "TerminalProgress":
+        """Nothing is drawn before `ready`."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop drawing; what was drawn stays."""
+        self.fitted()
+        if self.counting:
+            self.counting.stop()
+
+    def stage(self, name: str) -> None:
+        """One line a stage."""
+        self.console.print(f"{name} ...", style="dim", markup=False)
+
+    def features(self, name: str, done: int, total: int) -> None:
+        """A bar for every set that is featurised."""
+        self._count(f"features of {name}", done, total)
+
+    def heard(self, name: str, done: int, total: int) -> None:
+        """A bar for every set that is listened to."""
+        self._count(f"listening to {name}", done, total)
+
+    def _count(self, what: str, done: int, total: int) -> None:
+        """A bar that goes when all is done; in a terminal only."""
+        if not self.console.is_terminal:
+            return
+        if self.counting is None:
+            count = TextColumn("{task.completed}/{task.total}")
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), count)
+            self.counting = Progress(*columns, console=self.console, transient=True)
+            self.counting.add_task(escape(what), total=total)
+            self.counting.start()
+        self.counting.update(TaskID(0), completed=done)
+        if done == total:
+            self.counting.stop()
+            self.counting = None
+
+    def note(self, text: str) -> None:
+        """One line, in another colour."""
+        self.console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+    def ready(self, config: FitConfig, num_tokens: int | None, num_weights: int) -> None:
+        """Say what is fitted, and at which temperature."""
+        self.beta = float(config.beta)
+        size = temperature = ""
+        if num_tokens is not None:
+            size = f"N = {num_tokens:,} target tokens, "
+            product = self.beta * num_tokens
+            temperature = f", effective temperature T = beta · N = {product:.3g}"
+        line = f"fit: {num_weights:,} adapter weights, {size}beta {self.beta:.3g}{temperature}"
+        self.console.print(line)
+        if self.task is None:
+            self.task = self.bar.add_task("fit", total=config.steps, figures="")
+        else:  # one fit after another
+            self.bar.reset(self.task, total=config.steps, figures="")
+            self.smooth.clear()
+        self.bar.start()
+
+    def fitted(self) -> None:
+        """Leave the bar behind."""
+        if self.task is not None:
+            self.bar.stop()
+
+    def step(self, step: Step) -> None:
+        """Advance the bar; NLL and KL are running means."""
+        assert self.task is not None
+        kl = 0.0 if step.kl is None else step.kl
+        for name, value in {"nll": step.nll, "kl": kl, "tokens": float(step.tokens)}.items():
+            old = self.smooth.get(name, value)
+            self.smooth[name] = SMOOTHING * old + (1 - SMOOTHING) * value
+        speed = self.bar.tasks[self.task].speed
+        pace = f"{self.smooth['tokens'] * speed:,.0f} tokens/s" if speed else ""
+        weighted = f"{self.beta * self.smooth['kl']:.3f}"
+        figures = f"NLL {self.smooth['nll']:.3f}  KL {self.smooth['kl']:,.0f}  beta·KL {weighted}"
+        if self.beta == 0:
+            figures = f"NLL {self.smooth['nll']:.3f}"
+        self.bar.update(self.task, completed=step.step, figures=f"{figures}  {pace}")
+
+    def evaluated(self, error: DevError, best: DevError) -> None:
+        """One line a measurement."""
+        text = "the best so far" if error == best else f"{best.error:.1%} at step {best.step}"
+        self.console.print(f"step {error.step}: dev error {error.error:.1%} ({text})")

@@ -1,0 +1,191 @@
+"""Knowledge carried on: an earlier run's posterior is the prior of the next fit, and its start.
+
+Bayes' rule in two steps: with p(w | D1) as the prior of D2 comes p(w | D1, D2), without D1 at hand.
+Where posteriors are approximated it is variational continual learning (Nguyen et al.,
+arXiv 1710.10628). The parametrisation is carried on, too, so A and B mean the same in both fits;
+base, layers, rank and alpha must be the same.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from blora_pyro.adapters import SAME_WEIGHTS, Group
+from blora_pyro.config import FitConfig
+from blora_pyro.errors import UserError
+from blora_pyro.guides import previous_posterior
+from blora_pyro.models.folders import is_same_place
+from blora_pyro.posterior import Posterior
+from blora_pyro.runs.folders import read_run
+
+
+@dataclass(frozen=True)
+class Previous:
+    """A run that is carried on.
+
+    Attributes:
+        folder: Of the run, as given.
+        posterior: Its posterior.
+        config: Of its fit.
+        chain: What `run.json` holds of the runs before it, see `link`.
+    """
+
+    folder: str
+    posterior: Posterior
+    config: FitConfig
+    chain: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Previous":
+        """A run that can be carried on.
+
+        Raises:
+            UserError: If it can't be read, is unfinished, pruned or combined, or has no spread.
+        """
+        posterior, about = read_run(folder)
+        for how in ("pruned", "combined"):
+            if how in about:
+                whole = about[how]["from"]
+                whole = whole if isinstance(whole, str) else " or ".join(whole)
+                raise UserError(f"prior_from is {folder}, a {how} run; give {whole}")
+        points = sorted({n[0] for n, sd in posterior.stddev.items() if not bool((sd > 0).all())})
+        if points:
+            raise UserError(
+                f"prior_from is {folder}, whose {' and '.join(points)} are points without a spread "
+                f"(prior {posterior.family.prior}, guide {posterior.family.guide}); give a run "
+                "with another guide"
+            )
+        chain = tuple(about.get("chain", ()))
+        return cls(str(folder), posterior, about["config"], chain)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """`{site}.mean` and `{site}.stddev` -> tensor of the site's shape."""
+        mean = {f"{name}.mean": value.cpu() for name, value in self.posterior.mean.items()}
+        return mean | {
+            f"{name}.stddev": value.cpu() for name, value in self.posterior.stddev.items()
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that is carried on: SHA-256 of layers, alpha, means and deviations."""
+        groups = [asdict(group) for group in self.posterior.groups]
+        total = hashlib.sha256(json.dumps([groups, self.posterior.alpha]).encode())
+        for name, value in sorted(self.tensors.items()):
+            total.update(f"{name} {tuple(value.shape)}".encode())
+            total.update(value.contiguous().numpy().data)
+        return total.hexdigest()
+
+    def link(self, inflation: float | None) -> list[dict[str, Any]]:
+        """What `run.json` of the next fit holds as `chain`: all runs before it, oldest first."""
+        own = {"run": self.folder, "fingerprint": self.fingerprint, "inflation": inflation or 1.0}
+        return [*self.chain, own]
+
+    def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the next fit, with the run's own for those that are not given.
+
+        Raises:
+            UserError: If base, revision, rank or alpha are given, and are not the run's.
+        """
+        base = options.get("base")
+        if base is not None and not is_same_place(base, self.posterior.base):
+            raise UserError(
+                f"base is '{base}', and {self.folder} was fitted on '{self.posterior.base}'; leave "
+                "base out"
+            )
+        own = {
+            "base": self.posterior.base if base is None else base,
+            "revision": self.posterior.revision,
+            "rank": self.posterior.rank,
+            "alpha": self.posterior.alpha,
+        }
+        for name in ("revision", "rank", "alpha"):
+            if (value := options.get(name)) is not None and value != own[name]:
+                raise UserError(
+                    f"{name} is {value}, and that of {self.folder} is {own[name]}; leave {name} out"
+                )
+        if options.get("target_modules") is None:
+            own["target_modules"] = self.config.target_modules
+        return {**options, **own}
+
+    def check(self, groups: tuple[Group, ...], target_modules: str) -> None:
+        """Refuse a base or layers that are not the run's.
+
+        Args:
+            groups: Of the next fit's target layers.
+            target_modules: Which named them.
+
+        Raises:
+            UserError: Naming what differs.
+        """
+        own = self.posterior.groups
+        shapes = [[(one.key, one.modules, one.rank) for one in some] for some in (groups, own)]
+        if shapes[0] != shapes[1]:
+            counts = [sum(len(one.modules) for one in some) for some in (groups, own)]
+            raise UserError(
+                f"target_modules is '{target_modules}', {counts[0]} layers, and those of "
+                f"{self.folder} are '{self.config.target_modules}', {counts[1]}; leave "
+                "target_modules out"
+            )
+        for new, old in zip(groups, own, strict=True):
+            stddevs = old.weight_stddevs or new.weight_stddevs
+            for name, *pair in zip(new.modules, new.weight_stddevs, stddevs, strict=True):
+                if not math.isclose(*pair, rel_tol=SAME_WEIGHTS):
+                    raise UserError(
+                        f"the weights of base '{self.posterior.base}' are not those that "
+                        f"{self.folder} was fitted on ({name} differs); bring them back, or fit "
+                        "that run again"
+                    )
+
+    def prior(self, inflation: float | None) -> previous_posterior.Prior:
+        """The next fit's prior."""
+        return previous_posterior.Prior(self.posterior.groups, self.tensors, inflation or 1.0)
+
+    def start(self, guide: Any) -> None:
+        """Have the next fit's guide, a mean-field Normal, begin at the posterior."""
+        previous_posterior.start_at(guide, self.posterior.mean, self.posterior.stddev)
+
+
+def carried_on(options: Mapping[str, Any]) -> tuple[dict[str, Any], Previous | None]:
+    """Options of a fit, completed by the run that `prior_from` names, and that run, if any.
+
+    Raises:
+        UserError: If that run can't be carried on, a prior is given beside it, or see
+            `Previous.complete`.
+    """
+    if options.get("prior_from") is None:
+        return dict(options), None
+    if options.get("prior") is not None:
+        raise UserError(
+            f"prior is '{options['prior']}' and prior_from is {options['prior_from']}; give one"
+        )
+    previous = Previous.read(options["prior_from"])
+    return previous.complete(options), previous
+
+
+def previous_of(config: FitConfig, chain: list[dict[str, Any]] | None = None) -> Previous | None:
+    """The run that a fit carries on; None without `prior_from`.
+
+    Args:
+        config: Of the fit.
+        chain: That it was started with, if it was.
+
+    Raises:
+        UserError: If that run can't be carried on, or has changed since.
+    """
+    if config.prior_from is None:
+        return None
+    previous = Previous.read(config.prior_from)
+    if chain is not None and chain != previous.link(config.prior_inflation):
+        raise UserError(
+            f"{config.prior_from}, whose posterior is this fit's prior, has changed since it was "
+            "started; bring it back, or start again with --overwrite"
+        )
+    return previous

@@ -1,0 +1,226 @@
+"""What is done with a finished run: score it again, merge it, transcribe with it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from blora_pyro.config import FitConfig, base_of
+from blora_pyro.data import Examples, Source, language_code
+from blora_pyro.editing.strength import SCALE, at_strength
+from blora_pyro.errors import UserError
+from blora_pyro.models import DTYPES, Base, check_dtype
+from blora_pyro.runs.folders import claim, claim_file, read_run
+from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.loading import Loader
+from blora_pyro.runs.outcomes import check_split, compare, evaluation_sets, measure, measure_adapted
+from blora_pyro.runs.utterances import utterance_rows, write_utterances
+from blora_pyro.transcription import Transcriber, transcribe_files
+from blora_pyro.transcription.transcripts import Transcript
+
+
+def evaluate_run(
+    folder: str | Path,
+    data: Source | None = None,
+    progress: Listener | None = None,
+    device: str = "cpu",
+    *,
+    normalizer: str | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    split: str = "test",
+    strength: float = 1.0,
+    strength_by: str = SCALE,
+    domain: str | None = None,
+) -> dict[str, Any]:
+    """Score a run, base and adapted, on its own test sets or on the test split of `data`.
+
+    A run of several domains with factors of their own is scored as it was after the fit (see
+    `measure_adapted`); one `domain` on its own test set and the backward sets, all with its own
+    factors. `data` is scored with the factors of `domain`, or else those that are shared.
+
+    Args:
+        folder: Of the run, or its Hub id.
+        data: None is the run's own test sets.
+        progress: Told of stages.
+        device: A torch device.
+        normalizer: None is that of the fit; see `FitConfig`.
+        output: File for the results of every utterance, see `utterance_rows`; None keeps none.
+        overwrite: Write over what is there.
+        split: `test`, or `dev` to choose by.
+        strength: Of the update, see `at_strength`.
+        strength_by: See `at_strength`.
+        domain: One of the run's.
+
+    Returns:
+        What `metrics.json` holds; at another strength than 1 also `strength` and `strength_by`.
+
+    Raises:
+        UserError: If the run or the data can't be read, the file can't be written, or there is no
+            such normaliser, split, strength or domain.
+    """
+    progress = progress or Listener()
+    if output is not None:
+        claim_file(Path(output), overwrite)
+    posterior, about = read_run(folder, device, pooled=True)
+    config = about["config"]
+    if domain is not None or data is not None:
+        posterior, config = posterior.for_domain(domain), of_domain(config, domain)
+    posterior = at_strength(posterior, strength, strength_by)
+    config = scoring_config(config, data, normalizer)
+    base, sets = scoring_sets(config, split, progress)
+    before = measure(
+        base, sets, lambda name: progress.stage(f"base on {name}"), normalizer=config.normalizer
+    )
+    stage = lambda name: progress.stage(f"adapted on {name}")  # noqa: E731
+    after = measure_adapted(base, posterior, sets, stage, normalizer=config.normalizer)
+    if output is not None:
+        rows = utterance_rows(sets, {"base": before, "adapted": after})
+        try:
+            write_utterances(Path(output), rows)
+        except OSError as error:
+            raise UserError(f"{output} can't be written ({error.strerror}); give another") from None
+    metrics = compare(posterior, before, after, config, split)
+    if strength != 1:
+        metrics |= {"strength": strength, "strength_by": strength_by}
+    return metrics
+
+
+def of_domain(config: FitConfig, domain: str | None) -> FitConfig:
+    """A run's configuration as if it had been fitted to one of its domains; None to all, pooled."""
+    if config.pooled is None:
+        return config
+    data = config.data if domain is None else config.domains[domain]
+    weights = config.data_weights if domain is None else None
+    return replace(config, data=data, data_weights=weights, pooling=None, pooling_scale=None)
+
+
+def scoring_config(config: FitConfig, data: Source | None, normalizer: str | None) -> FitConfig:
+    """A run's configuration with other data, or another normaliser, to score with; None keeps."""
+    if data is not None:
+        # all the sets of its new domain come from `data`, which are no training data here
+        config = replace(config, data=data, data_weights=None, test=data, dev=None, backward={})
+    return config if normalizer is None else replace(config, normalizer=normalizer)
+
+
+def scoring_sets(
+    config: FitConfig, split: str, progress: Listener
+) -> tuple[Base, dict[str, Examples]]:
+    """The base of a configuration, and the sets to score it on.
+
+    Raises:
+        UserError: See `evaluation_sets`.
+    """
+    check_split(split)
+    base = base_of(config)
+    loader = Loader(base, config, progress.features, progress.note)
+    sets = evaluation_sets(base, config, loader, split)
+    loader.tell()
+    return base, sets
+
+
+def merge_run(
+    folder: str | Path,
+    out: Path,
+    overwrite: bool = False,
+    dtype: str = "float32",
+    *,
+    strength: float = 1.0,
+    strength_by: str = SCALE,
+    domain: str | None = None,
+) -> None:
+    """Write the base model with the posterior mean merged in: a plain Whisper checkpoint.
+
+    The update is added to the checkpoint's own weights in float32, whatever dtype the fit ran in,
+    and the sum is rounded to `dtype` once.
+
+    Args:
+        folder: A run folder, or its Hub id.
+        out: Folder for the checkpoint.
+        overwrite: Write into a folder that holds something.
+        dtype: Of the checkpoint. An update below the rounding step of a short one is lost.
+        strength: Of the update, see `at_strength`.
+        strength_by: See `at_strength`.
+        domain: Of a run whose domains have factors of their own; None is what they share.
+
+    Raises:
+        UserError: If the run can't be read or `out` can't be written, or there is no such strength
+            or domain.
+    """
+    check_dtype(dtype)
+    posterior, about = read_run(folder, pooled=True)
+    posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
+    base = base_of(replace(about["config"], dtype="float32"))
+    posterior.merge(base.net)
+    base.net.to(DTYPES[dtype])
+    base.save_pretrained(claim(out, overwrite))
+
+
+def transcribe(
+    audio: Sequence[str | Path],
+    adapter: str | Path | None = None,
+    base: str | None = None,
+    language: str | None = None,
+    device: str = "cpu",
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    prior: str | None = None,
+    task: str | None = None,
+    strength: float = 1.0,
+    strength_by: str = SCALE,
+    domain: str | None = None,
+    on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
+    on_error: Callable[[int, UserError], None] | None = None,
+    **options: Any,
+) -> list[Transcript]:
+    """Transcripts of audio files, by a base model alone or adapted by a run's posterior mean.
+
+    Args:
+        audio: wav, flac, ogg/opus or mp3 files, of any length.
+        adapter: Folder of a run, or its Hub id.
+        base: Base model; None is the adapter's, or the pocket Whisper.
+        language: A Whisper code, or "de-en" for code-switched speech; "auto" is what the model
+            detects in each file. None is that of the adapter's training data, and without an
+            adapter "auto".
+        device: A torch device.
+        dtype: Of the base's weights; None is that of the fit, or `float32`.
+        revision: Of the base, if it is a Hub id; None is that of the fit, unless a base is given.
+        local_files_only: Look for Hub ids in the Hub's local cache alone.
+        prior: The file of the prior, if draws are asked for and the run has one: its code is run.
+        task: `transcribe` or `translate`; None is that of the fit, or `transcribe`.
+        strength: Of the adapter's update, see `at_strength`.
+        strength_by: See `at_strength`.
+        domain: Of a run whose domains have factors of their own; None is what they share.
+        on_transcript: Told each file's place and transcript, in order, as they come.
+        on_error: Told the place of a file that can't be read, and why, which is then left out; None
+            raises.
+        **options: `timestamps`, `batch_size`, `samples` and `seed`, see `Transcriber`.
+
+    Raises:
+        UserError: If a file or the run can't be read, the language is unknown to the model, draws
+            are asked for where there are none, or there is no such strength or domain.
+    """
+    posterior, config = None, FitConfig(device=device)
+    if adapter is not None:
+        posterior, about = read_run(
+            adapter, device, prior, pooled=True, local_files_only=local_files_only
+        )
+        posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
+        config = about["config"]
+        language = language or about.get("domain_languages", {}).get(domain, about["language"])
+    elif domain is not None:
+        raise UserError(f"domain is '{domain}', but there is no adapter; give one")
+    elif strength != 1:
+        raise UserError(f"strength is {strength:g}, but there is no adapter; give one")
+    config = replace(
+        config,
+        base=base or config.base,
+        dtype=dtype or config.dtype,
+        revision=revision if base or revision else config.revision,
+        local_files_only=local_files_only or config.local_files_only,
+    )
+    language = None if language in ("auto", None) else language_code(language)
+    transcriber = Transcriber(base_of(config), posterior, language, task or config.task, **options)
+    return transcribe_files(transcriber, audio, on_transcript, on_error)

@@ -1,0 +1,280 @@
+"""A run from base model to table: load, fit, evaluate, and keep it all in one folder."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro
+
+from blora_pyro.config import FitConfig, base_of
+from blora_pyro.data import Examples, Stream
+from blora_pyro.errors import UserError, check_positive
+from blora_pyro.fitting import Teacher, fit_guide
+from blora_pyro.fitting.checkpoints import Checkpoints
+from blora_pyro.fitting.interrupts import Interrupts
+from blora_pyro.fitting.processes import Processes
+from blora_pyro.fitting.stopping import EarlyStopping
+from blora_pyro.fitting.svi import Step
+from blora_pyro.guides import Guide
+from blora_pyro.models import BLoRA
+from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.families import Family
+from blora_pyro.runs.chains import carried_on
+from blora_pyro.runs.early_ends import told
+from blora_pyro.runs.fit_folders import FitFolder
+from blora_pyro.runs.folders import FINISHED, FITTING, RUN
+from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.loading import Loader
+from blora_pyro.runs.outcomes import (
+    compare,
+    early_stopping,
+    evaluation_sets,
+    measure,
+    measure_adapted,
+)
+from blora_pyro.runs.parts import build, regularise, teacher_of, training_set
+from blora_pyro.runs.tracking import check_trackers, tracked
+from blora_pyro.runs.utterances import utterance_rows
+
+
+@dataclass
+class Run:
+    """A finished fit.
+
+    Attributes:
+        config: As resolved.
+        posterior: The fitted posterior.
+        history: One `Step` a step of SVI.
+        metrics: What `metrics.json` holds.
+        output: Its folder, or None.
+        dev: What `run.json` holds of the dev error: every one, the best step, and what ended the
+            fit; None without `eval_every`.
+    """
+
+    config: FitConfig
+    posterior: Posterior
+    history: list[Step]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    output: Path | None = None
+    dev: dict[str, Any] | None = None
+
+
+def fit(
+    output: str | Path | None = None,
+    *,
+    evaluate: bool = True,
+    overwrite: bool = False,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
+    progress: Listener | None = None,
+    **options: Any,
+) -> Run:
+    """Fit BLoRA to a new domain, and measure what was gained and what was forgotten.
+
+    Started by `accelerate launch` or `torchrun`, several processes fit as one, see `fit_guide`; the
+    first of them, the main one, reads, measures and writes, and has the metrics at the end.
+
+    With an output, checkpoints are written on the way, and SIGINT and SIGTERM end the fit after the
+    step that they come in, with a checkpoint (in the main thread; `Interrupted` is raised).
+
+    Args:
+        output: Folder for the run: the PEFT adapter of the posterior mean, `posterior.safetensors`,
+            `run.json` and `metrics.json`. None keeps nothing on disk.
+        evaluate: Measure error on the test set and the backward sets, before and after.
+        overwrite: Write into a folder that holds an earlier run, which is removed once base and
+            data are loaded.
+        resume: Go on with the fit in `output`, whose options need not be given again; the result is
+            bit by bit that of a fit that was never interrupted. A finished one is returned. Where
+            none has been started, `options` start one.
+        checkpoint_every: Steps between two checkpoints; None is by time, see `Checkpoints`.
+        progress: Told of stages and steps.
+        **options: The attributes of `FitConfig`. With `prior_from`, base, revision, rank, alpha and
+            target_modules are that run's unless given, and must be the same.
+
+    Raises:
+        UserError: On bad options or data, a full disk or memory, or options that are not those of
+            the fit to go on with.
+        FloatingPointError: If the loss stays not finite; see `fit_guide`.
+        Interrupted: By a signal.
+    """
+    check_positive(checkpoint_every=checkpoint_every)
+    processes = Processes.join(_device(output, options))
+    progress = (processes.is_main and progress) or Listener()
+    try:
+        folder = _open_together(processes, output, options, overwrite, resume)
+        if folder.state == FINISHED or (folder.state != FITTING and not processes.is_main):
+            progress.stage("finished already: reading")
+            if processes.is_main:
+                folder.tidy()
+            return _read(folder)
+        together = processes.count > 1
+        track = folder.config.track if processes.is_main else None
+        with (
+            told(folder),
+            Interrupts(active=together or folder.path is not None) as interrupts,
+            tracked(progress, track, folder.path) as listener,
+        ):
+            return _fit(folder, evaluate, checkpoint_every, listener, interrupts, processes)
+    finally:
+        processes.leave()
+
+
+def _device(output: str | Path | None, options: dict[str, Any]) -> str:
+    """That of the options, or of the fit that goes on."""
+    if "device" in options or output is None:
+        return str(options.get("device", "cpu"))
+    try:
+        return str(
+            json.loads((Path(output) / RUN).read_text(encoding="utf-8"))["options"]["device"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return "cpu"  # that of a new fit; what is damaged is refused later
+
+
+def _read(folder: FitFolder) -> Run:
+    """A fit that is done."""
+    posterior, history = folder.fitted()
+    metrics = folder.metrics() if folder.state == FINISHED else {}
+    return Run(folder.resolved, posterior, history, metrics, folder.path, folder.dev)
+
+
+def _open_together(
+    processes: Processes,
+    output: str | Path | None,
+    options: dict[str, Any],
+    overwrite: bool,
+    resume: bool,
+) -> FitFolder:
+    """The folder in the main process; in the others what they need to know of it."""
+    opened: list[FitFolder] = []
+
+    def open_folder() -> dict[str, Any]:
+        opened.append(_open(output, options, overwrite, resume))
+        return {name: opened[0].about.get(name) for name in ("state", "options", "chain")}
+
+    about = processes.told_by_main(open_folder)
+    if opened:
+        return opened[0]
+    if about["state"] != FITTING:
+        return FitFolder.reopen(Path(str(output)), options)
+    return FitFolder.follow(about, options)
+
+
+def _open(
+    output: str | Path | None, options: dict[str, Any], overwrite: bool, resume: bool
+) -> FitFolder:
+    """The folder of a new fit, or of one that is to go on."""
+    path = None if output is None else Path(output)
+    if resume and (path is None or overwrite):
+        wrong = "no output" if path is None else "overwrite"
+        raise UserError(f"resume is given with {wrong}; give the output of a fit and resume")
+    if resume and path is not None:
+        if (path / RUN).exists():
+            folder = FitFolder.reopen(path, options)
+            if folder.state != FINISHED:
+                check_trackers(folder.config.track, path)
+            return folder
+        if not options:
+            raise UserError(f"{path} holds no fit to go on with; start it without --resume")
+    options, previous = carried_on(options)
+    config = FitConfig(**options)
+    config.with_prior_args()  # refuses what can't be
+    check_trackers(config.track, path)
+    return FitFolder.create(path, config, overwrite, previous)
+
+
+def _fit(
+    folder: FitFolder,
+    evaluate: bool,
+    checkpoint_every: int | None,
+    progress: Listener,
+    interrupts: Interrupts,
+    processes: Processes,
+) -> Run:
+    """From wherever the folder is to the end."""
+    started = time.monotonic()
+    progress.stage("loading")
+    config = folder.config.with_prior_args()
+    pyro.set_rng_seed(config.seed)
+    fitting, evaluate = folder.state == FITTING, evaluate and processes.is_main
+    with processes.main_first():  # which leaves features in the cache
+        base = base_of(config)
+        loader = Loader(base, config, progress.features, progress.note)
+        train, size = training_set(loader, lambda row: folder.list_skipped([row]))
+        config = config.resolved(size["tokens"], size["utterances"])
+        sets = evaluation_sets(base, config, loader) if evaluate else {}
+        if fitting:
+            stopping = early_stopping(loader, config, progress.evaluated, processes.once)
+            model, guide = build(base, config, folder.previous)
+            regularise(model, loader, progress.stage)
+            teacher = teacher_of(base, model, config, size["utterances"])
+            languages = train.source_languages if isinstance(train, Examples) else ()
+            counts = size["utterances"], size["tokens"], model.num_weights
+            folder.begin(config, train.main_language, *counts, languages if config.pooled else ())
+            progress.built(model, guide)
+    loader.tell(folder.list_skipped(loader.skipped))
+    kept = folder.transcripts("base")
+    stage = lambda name: progress.stage(f"base on {name}")  # noqa: E731
+    before = measure(base, sets, stage, kept, config.normalizer)
+    if fitting:
+        about = {**config.to_json(), **size, "training_data": train.fingerprint}
+        checkpoints = Checkpoints(folder.path, about, checkpoint_every, interrupts)
+        if (done := checkpoints.stored_step()) is not None:
+            progress.stage(f"going on from step {done}")
+        progress.ready(config, size["tokens"], model.num_weights)
+        with interrupts.deferred():  # what is fitted is kept before they are answered
+            fit_started = time.monotonic()
+            around = checkpoints, stopping, teacher, processes
+            history = _fit_guide(model, guide, train, config, around, progress)
+            loader.tell(folder.list_skipped(loader.skipped))  # what a stream had
+            family = Family(config.prior, config.prior_args, str(config.guide))
+            posterior = Posterior.of(base.name, model, guide, family, config.revision)
+            folder.save(posterior, history, stopping, time.monotonic() - fit_started)
+        progress.fitted()
+    else:
+        posterior, history = folder.fitted()
+    kept = folder.transcripts("adapted")
+    stage = lambda name: progress.stage(f"adapted on {name}")  # noqa: E731
+    after = measure_adapted(base, posterior, sets, stage, kept, config.normalizer)
+    metrics = compare(posterior, before, after, config)
+    rows = utterance_rows(sets, {"base": before, "adapted": after})
+    folder.finish(metrics, rows, time.monotonic() - started)
+    progress.measured(metrics, history[-1].step if history else 0)
+    return Run(config, posterior, history, metrics, folder.path, folder.dev)
+
+
+def _fit_guide(
+    model: BLoRA,
+    guide: Guide,
+    train: Examples | Stream,
+    config: FitConfig,
+    around: tuple[Checkpoints, EarlyStopping | None, Teacher | None, Processes],
+    progress: Listener,
+) -> list[Step]:
+    """`fit_guide` by a resolved configuration."""
+    checkpoints, stopping, teacher, processes = around
+    return fit_guide(
+        model,
+        guide,
+        train,
+        beta=float(config.beta),
+        lr=config.lr,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        schedule=config.schedule,
+        warmup_steps=config.warmup_steps,
+        estimator=config.estimator,
+        gradient_accumulation=config.gradient_accumulation,
+        max_grad_norm=config.max_grad_norm,
+        spec_augment=config.spec_augment,
+        seed=config.seed,
+        weights=config.data_weights,
+        average_from=config.average_from,
+        on_step=progress.step,
+        checkpoints=checkpoints,
+        early_stopping=stopping,
+        teacher=teacher,
+        processes=processes,
+    )

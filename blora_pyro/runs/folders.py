@@ -1,0 +1,180 @@
+"""Run folders: how one is taken, written and read."""
+
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from blora_pyro.config import FitConfig
+from blora_pyro.errors import UserError
+from blora_pyro.files import sync
+from blora_pyro.fitting import checkpoints
+from blora_pyro.hub import find_run
+from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from blora_pyro.posterior import Posterior, storage
+from blora_pyro.runs.skipped_rows import SKIPPED
+
+RUN, METRICS, CHECKPOINT = "run.json", "metrics.json", checkpoints.FILE
+UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
+TRACKING = "tracking"  # folder of what trackers write
+TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
+ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+RESULTS = (
+    storage.FILE,
+    *ADAPTER,
+    storage.DOMAINS,
+    METRICS,
+    UTTERANCES,
+    SKIPPED,
+    STRENGTH_PLOT,
+    TRACKING,
+)
+HALF_WRITTEN = "posterior.new"
+UNFINISHED = (CHECKPOINT, *TRANSCRIPTS.values())
+WITHOUT_STEP = {RUN, SKIPPED, TRACKING, *TRANSCRIPTS.values()}  # of a fit before its checkpoints
+
+FITTING, EVALUATING, FINISHED = "fitting", "evaluating", "finished"  # "state" in run.json
+
+
+def save_posterior(folder: Path, fitted: Posterior) -> None:
+    """Write posterior and PEFT adapter; each file takes its place when it is whole.
+
+    Raises:
+        OSError: If they can't be written.
+    """
+    fresh = folder / HALF_WRITTEN
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fitted.save(fresh)
+        for file in fresh.rglob("*"):
+            sync(file)
+        for file in fresh.iterdir():
+            os.replace(file, folder / file.name)
+        sync(folder)
+    except SafetensorError as error:
+        why = str(error).rpartition("error: ")[2]
+        raise OSError(None, why, str(folder / storage.FILE)) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def remove_files(folder: Path, *names: str) -> None:
+    """Remove files (or folders), and what a killed process left half-written."""
+    shutil.rmtree(folder / HALF_WRITTEN, ignore_errors=True)
+    for name in names:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+            continue
+        for file in (folder / name, folder / f"{name}.new"):
+            file.unlink(missing_ok=True)
+
+
+def claim(folder: Path, overwrite: bool) -> Path:
+    """Make a folder for a run; what a fit left that came to no checkpoint is removed.
+
+    Raises:
+        UserError: If it can't be made or written, or holds something and `overwrite` is off.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".blora-pyro").touch()
+        (folder / ".blora-pyro").unlink()
+        left = {path.name.removesuffix(".new") for path in folder.iterdir()}
+        if state_of(folder) == FITTING and left <= WITHOUT_STEP:
+            remove_files(folder, *left)
+            left = set()
+    except OSError as error:
+        why = error.strerror
+        raise UserError(f"output '{folder}' can't be written ({why}); give another") from None
+    if left and not overwrite and state_of(folder) in (FITTING, EVALUATING):
+        raise UserError(
+            f"output '{folder}' holds an unfinished fit; --resume to go on with it, give another "
+            "output, or --overwrite"
+        )
+    if left and not overwrite:
+        raise UserError(f"output '{folder}' is not empty; give another, or --overwrite")
+    return folder
+
+
+def claim_file(file: Path, overwrite: bool) -> None:
+    """Check that a file may be written, before there is anything to write.
+
+    Raises:
+        UserError: If it can't be, or is there and `overwrite` is off.
+    """
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"output '{file}' can't be written; give a file in a folder that you own")
+    if file.exists() and not overwrite:
+        raise UserError(f"output '{file}' is there already; give another, or --overwrite")
+
+
+def beside(run: str | Path, name: str, option: str) -> Path:
+    """Where in a run's own folder something new goes that was given no place.
+
+    Args:
+        run: As the user gave it.
+        name: Of what goes there.
+        option: By which a place is given.
+
+    Raises:
+        UserError: If the run is on the Hub.
+    """
+    if not Path(run).is_dir():
+        raise UserError(f"{run} is on the Hub and has no folder for {name}; give {option}")
+    return Path(run) / name
+
+
+def state_of(folder: Path) -> str | None:
+    """How far the run in a folder has come; None if there is none, or it can't be read."""
+    try:
+        about = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        return str(about.get("state", FINISHED))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def read_run(
+    folder: str | Path,
+    device: str = "cpu",
+    prior: str | None = None,
+    *,
+    pooled: bool = False,
+    local_files_only: bool = False,
+) -> tuple[Posterior, dict[str, Any]]:
+    """The posterior and `run.json` of a run folder.
+
+    Args:
+        folder: Where they are, or `OWNER/NAME[@REVISION]` on the Hub, see `find_run`.
+        device: A torch device, for the configuration.
+        prior: The file of the prior, if it is a user's own and its code is to be run.
+        pooled: Whether a run of several domains with factors of their own will do.
+        local_files_only: Look for a Hub id in the Hub's local cache alone.
+
+    Raises:
+        UserError: If it is no run folder, unfinished, or damaged, or has several domains.
+    """
+    found = find_run(folder, local_files_only)
+    if state_of(found) == FITTING:
+        raise UserError(
+            f"the fit in {folder} is not finished; go on with: blora-pyro fit --resume --output "
+            f"{shlex.quote(str(folder))}"
+        )
+    loaded = Posterior.load(found, prior)
+    if loaded.pooling is not None and not pooled:
+        raise UserError(
+            f"{folder} was fitted with pooling {loaded.pooling.kind}, of which evaluate, "
+            "transcribe and merge can take a domain, and nothing else can; give a run with pooling "
+            "complete"
+        )
+    path = found / RUN
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        about["config"] = FitConfig(**{**about["config"], "device": device})
+        about["language"]  # `transcribe` needs it
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); fit again") from None
+    return loaded, about

@@ -1,0 +1,198 @@
+"""The sets of a fit as it reads them: in which language, for which task, without which rows."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from blora_pyro.config import FitConfig
+from blora_pyro.data import (
+    BUFFER,
+    BadRow,
+    Examples,
+    OnBadRow,
+    OnNote,
+    Source,
+    Stream,
+    all_bad,
+    as_sources,
+    describe_source,
+    load_mixture,
+    prompt_ids,
+    stream_split,
+)
+from blora_pyro.errors import UserError
+from blora_pyro.metrics import check_tags
+from blora_pyro.models import Base
+from blora_pyro.runs.skipped_rows import SkippedRow
+
+OnSetProgress = Callable[[str, int, int], object]  # told a set's name, utterances done, of how many
+
+
+class Loader:
+    """Reads the sets of one fit for its base, and keeps account of the rows that it leaves out.
+
+    Attributes:
+        skipped: The rows that were left out so far.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        config: FitConfig,
+        on_progress: OnSetProgress = lambda name, done, total: None,
+        on_note: OnNote = lambda note: None,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            base: Whose tokenizer and feature extractor are to be used.
+            config: Its language, its task, and what it does at a bad row.
+            on_progress: Told of the utterances that are featurised.
+            on_note: Told what is worth knowing.
+
+        Raises:
+            UserError: If the base does not know the configuration's language.
+        """
+        if config.language:
+            prompt_ids(base.tokenizer, config.language, config.task)
+        self.base, self.config = base, config
+        self.on_progress = on_progress
+        self.on_note = functools.cache(on_note)  # every set says the same of the cache
+        self.skipped: list[SkippedRow] = []
+        self._told = 0
+
+    def load(
+        self,
+        source: Source | Sequence[Source],
+        split: str,
+        language: str | None = None,
+        limit: int | None = None,
+    ) -> Examples:
+        """A split of one or more sources, featurised and tokenised.
+
+        Args:
+            source: One or more, mixed.
+            split: Of all of them.
+            language: Of rows that name none, before that of the configuration.
+            limit: Rows of the first source, drawn by the configuration's seed; None is all.
+
+        Raises:
+            UserError: See `load_mixture` and `Examples`.
+        """
+        sources = [describe_source(one) for one in as_sources(source)]
+        on_bad = self._on_bad(sources, split)
+        dataset = load_mixture(source, split, on_bad, limit, self.config.seed)
+        if split != "train":  # which is not scored
+            dataset = without_bad_tags(dataset, on_bad)
+        return Examples(
+            dataset,
+            self.base.feature_extractor,
+            self.base.tokenizer,
+            self.config.task,
+            self.base.net.config.max_target_positions,
+            language=language or self.config.language,
+            trim=self.base.trim_audio,
+            on_bad=on_bad,
+            on_progress=functools.partial(self.on_progress, f"{', '.join(sources)} {split}"),
+            on_note=self.on_note,
+        )
+
+    def stream(self, source: Source, on_skipped: Callable[[SkippedRow], object]) -> Stream:
+        """The train split of a source, to be read, featurised and tokenised as it is drawn.
+
+        Args:
+            source: See `data.sources.stream_split`.
+            on_skipped: Told of every row that is left out, once, and from another thread.
+
+        Raises:
+            UserError: See `stream_split` and `Stream`.
+        """
+        return Stream(
+            stream_split(source, "train"),
+            self.base.feature_extractor,
+            self.base.tokenizer,
+            self.config.task,
+            self.base.net.config.max_target_positions,
+            language=self.config.language,
+            buffer=self.config.shuffle_buffer or BUFFER,
+            seed=self.config.seed,
+            trim=self.base.trim_audio,
+            on_bad=self._on_bad([describe_source(source)], "train", on_skipped),
+        )
+
+    def _on_bad(
+        self,
+        sources: Sequence[str],
+        split: str,
+        on_skipped: Callable[[SkippedRow], object] = lambda row: None,
+    ) -> OnBadRow:
+        known: set[SkippedRow] = set()
+
+        def on_bad(error: BadRow) -> None:
+            if self.config.on_bad_row == "stop":
+                raise error
+            row = SkippedRow(sources[error.source], split, error.origin, error.reason)
+            if row not in known:  # a stream has it again in every epoch
+                known.add(row)
+                self.skipped.append(row)
+                on_skipped(row)
+
+        return on_bad
+
+    def tell(self, where: str = "") -> None:
+        """Say in one line what was left out, if anything was since it was told last.
+
+        Args:
+            where: The list of it is.
+        """
+        if len(self.skipped) == self._told:
+            return
+        self._told = len(self.skipped)
+        counts = Counter(f"{row.source} {row.split}" for row in self.skipped)
+        sets = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        first = self.skipped[0]
+        listed = f", listed in {where}" if where else ""
+        self.on_note(
+            f"bad rows left out: {sets}{listed}; the first: {first.origin}: {first.reason}"
+        )
+
+
+def without_bad_tags(dataset: Dataset, on_bad: OnBadRow) -> Dataset:
+    """The rows whose words can be scored by their languages, known before anything is fitted.
+
+    Raises:
+        UserError: By `on_bad`, or if none is left.
+    """
+    rows = dataset.select_columns(["text", "word_languages", "origin", "source"])
+    good, bad = [], []
+    for number, row in enumerate(rows):
+        try:
+            check_tags(row["text"], row["word_languages"])
+        except UserError as error:
+            bad.append(BadRow(row["origin"], str(error), row["source"]))
+            on_bad(bad[-1])
+        else:
+            good.append(number)
+    if bad and not good:
+        raise UserError(all_bad(bad))
+    return dataset if len(good) == len(dataset) else dataset.select(good)
+
+
+def load_examples(
+    base: Base, source: Source | Sequence[Source], split: str, **options: Any
+) -> Examples:
+    """A split of one or more sources, featurised and tokenised for `base`.
+
+    Args:
+        base: Whose tokenizer and feature extractor are to be used.
+        source: One or more, mixed.
+        split: Of all of them.
+        **options: `language`, `task` and `on_bad_row` of `FitConfig`.
+
+    Raises:
+        UserError: See `Loader.load` and `FitConfig`.
+    """
+    return Loader(base, FitConfig(base=base.name, **options)).load(source, split)

@@ -1,0 +1,121 @@
+"""What a fit is made of, by its configuration: data, program, guide, teacher and penalty."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from blora_pyro.config import FitConfig
+from blora_pyro.data import Examples, Stream, describe_source, is_language, split_names
+from blora_pyro.errors import UserError
+from blora_pyro.fitting import Teacher
+from blora_pyro.fitting.distillation import Distillation
+from blora_pyro.fitting.elastic import ElasticPenalty, fisher_information
+from blora_pyro.fitting.encoder_cache import EncoderCache
+from blora_pyro.guides import build_guide, build_prior
+from blora_pyro.models import Base, BLoRA, PooledBLoRA
+from blora_pyro.runs.chains import Previous, previous_of
+from blora_pyro.runs.loading import Loader
+from blora_pyro.runs.skipped_rows import SkippedRow
+
+
+def training_set(
+    loader: Loader, on_skipped: Callable[[SkippedRow], object]
+) -> tuple[Examples | Stream, dict[str, int | None]]:
+    """The training data, and the number of their target `tokens` and `utterances`, if it is known.
+
+    Args:
+        loader: Of the fit's configuration.
+        on_skipped: See `Loader.stream`.
+    """
+    config = loader.config
+    if config.streaming:
+        stream = loader.stream(config.sources[0], on_skipped)
+        return stream, {"tokens": None, "utterances": None}
+    examples = loader.load(config.sources, "train", limit=config.max_utterances)
+    return examples, {"tokens": examples.num_tokens, "utterances": len(examples)}
+
+
+def teacher_of(
+    base: Base, model: BLoRA, config: FitConfig, utterances: int | None
+) -> Teacher | None:
+    """What batches get besides audio and text: states of the encoder, what the base says.
+
+    Raises:
+        UserError: See `EncoderCache` and `Distillation`.
+    """
+    teacher: Teacher | None = None
+    if config.distillation:
+        languages, weight = config.taught_languages, config.distillation
+        teacher = Distillation(base, model.adapters, languages, weight, config.seed, config.task)
+    if not config.cache_encoder:
+        return teacher
+    assert utterances is not None  # a stream can't have it
+    return EncoderCache(model, utterances, teacher)
+
+
+def regularise(
+    model: BLoRA, loader: Loader, on_stage: Callable[[str], object] = lambda stage: None
+) -> None:
+    """Give the program the penalty of its configuration, if it has one: EWC.
+
+    Raises:
+        UserError: If a backward set has no train split: one set for all would be learned from and
+            scored.
+    """
+    config = loader.config
+    if not config.ewc:
+        return
+    on_stage("Fisher information")
+    for source in config.backward_sets.values():
+        if "train" not in split_names(source):
+            raise UserError(
+                f"backward set {describe_source(source)} has no train split, which ewc "
+                "takes its Fisher information from; give a folder or a Hub data set with train and "
+                "test, or leave ewc out"
+            )
+    sets = [
+        loader.load(source, "train", name if is_language(name) else None)
+        for name, source in config.backward_sets.items()
+    ]
+    fisher = fisher_information(model.net, model.groups, sets, config.seed)
+    model.penalty = ElasticPenalty(model.groups, model.adapters.scaling, fisher, config.ewc)
+
+
+def build(base: Base, config: FitConfig, previous: Previous | None = None) -> tuple[BLoRA, Any]:
+    """The Pyro program of a resolved configuration, and its guide.
+
+    Args:
+        base: The base model.
+        config: As resolved.
+        previous: The run that is carried on; None reads it, if the configuration names one.
+
+    Raises:
+        UserError: If prior, guide or target layers can't be, or are not those of that run.
+    """
+    previous = previous or previous_of(config)
+    prior = (
+        build_prior(config.prior, **config.prior_args)
+        if previous is None
+        else previous.prior(config.prior_inflation)
+    )
+    pooling = config.pooled
+    program: Any = BLoRA if pooling is None else partial(PooledBLoRA, pooling=pooling)
+    model = program(
+        base.net,
+        prior,
+        rank=config.rank,
+        alpha=float(config.alpha or 2 * config.rank),
+        target_modules=config.target_modules,
+        autocast=torch.bfloat16 if config.precision == "bf16" else None,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    if previous is not None:
+        previous.check(model.groups, config.target_modules)
+    guide: Any = build_guide(str(config.guide), model)
+    if previous is not None:
+        previous.start(guide)
+    if pooling is not None:
+        pooling.start(guide)
+    return model, guide

@@ -1,0 +1,158 @@
+"""Results utterance by utterance, as JSON lines: what was said, what was heard, how they differ."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from blora_pyro.data import Examples
+from blora_pyro.errors import UserError, check_positive
+from blora_pyro.evaluation import Evaluation
+from blora_pyro.files import replace_file
+from blora_pyro.metrics import Aligned, align
+from blora_pyro.runs.folders import UTTERANCES
+
+
+def utterance_rows(
+    sets: Mapping[str, Examples], states: Mapping[str, Mapping[str, Evaluation]]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each utterance of each set in each state of the model.
+
+    A row's `alignment` has a list for each step: the operation (`=`, `S`, `D` or `I`), the tokens
+    of reference and hypothesis, and "pier" where the step counts in PIER, so that the row's figures
+    can be counted from it.
+
+    Args:
+        sets: By name.
+        states: By name of the state, such as "base" and "adapted": results by name of the set.
+    """
+    for name, examples in sets.items():
+        for state, results in states.items():
+            for index, (start, end) in enumerate(examples.segments):
+                yield {
+                    "set": name,
+                    "state": state,
+                    "utterance": index,
+                    "origin": examples.origins[index],
+                    "audio": examples.audio_paths[index],
+                    "start": start,
+                    "end": end,
+                    "language": examples.languages[index],
+                    **_row(results[name], index),
+                }
+
+
+def _row(result: Evaluation, index: int) -> dict[str, Any]:
+    reference, hypothesis = result.references[index], result.hypotheses[index]
+    steps = align(result.metric, reference, hypothesis)
+    points = result.points[index]
+    row: dict[str, Any] = {"metric": result.metric, **_figures(result, index)}
+    if points:
+        edits = sum(step.operation != "=" and points[step.place] for step in steps)
+        row["pier"] = {"edits": edits, "length": sum(points)}
+    row["alignment"] = [_step(step, bool(points) and points[step.place]) for step in steps]
+    if result.raw is not None:
+        row["raw"] = _figures(result.raw, index)
+    return row
+
+
+def _figures(result: Evaluation, index: int) -> dict[str, Any]:
+    edits, length = int(result.main.edits[index]), int(result.main.lengths[index])
+    return {
+        "reference": result.references[index],
+        "hypothesis": result.hypotheses[index],
+        "edits": edits,
+        "length": length,
+        "rate": edits / length if length else None,
+    }
+
+
+def _step(step: Aligned, is_point: bool) -> list[str]:
+    shown = [step.operation, step.reference, step.hypothesis]
+    return [*shown, "pier"] if is_point else shown
+
+
+def write_utterances(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows so that a reader sees the old file or the new one, never half of it.
+
+    Raises:
+        OSError: If it can't be written.
+    """
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    replace_file(path, "".join(lines).encode())
+
+
+def read_utterances(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a file, or of a run folder.
+
+    Raises:
+        UserError: If there is no such file, or it is damaged.
+    """
+    path = Path(path)
+    file = path / UTTERANCES if path.is_dir() else path
+    rows: list[dict[str, Any]] = []
+    try:
+        # Not splitlines: JSON may hold U+2028 and other line ends of Unicode as they are.
+        for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
+            row = json.loads(line)
+            if not _is_row(row):
+                raise ValueError(f"line {len(rows) + 1} is no result of an utterance")
+            rows.append(row)
+    except OSError as error:
+        raise UserError(
+            f"{file} can't be read ({error.strerror}); give the folder of a fit that was measured, "
+            "or what 'blora-pyro evaluate --output' wrote"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"{file} is damaged ({error}); write it again with 'blora-pyro evaluate RUN --output "
+            "FILE'"
+        ) from None
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a row has what `reports.errors` shows."""
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), str) for name in ("set", "state", "metric", "origin"))
+        and isinstance(row.get("audio", 0), str | None)
+        and all(isinstance(row.get(name), float | int | None) for name in ("start", "end"))
+        and all(_is_figures(figures) for figures in (row, row.get("pier", row)))
+        and isinstance(row.get("alignment"), list)
+        and all(_is_step(step) for step in row["alignment"])
+    )
+
+
+def _is_figures(value: Any) -> bool:
+    names = ("edits", "length")
+    return isinstance(value, dict) and all(isinstance(value.get(name), int) for name in names)
+
+
+def _is_step(value: Any) -> bool:
+    texts = isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return texts and len(value) in (3, 4)
+
+
+def choose(
+    rows: Iterable[dict[str, Any]], test_set: str | None = None, state: str = "adapted"
+) -> list[dict[str, Any]]:
+    """The rows of one set (None: of all) in one state of the model.
+
+    Raises:
+        UserError: If there are none.
+    """
+    rows = list(rows)
+    for name, wanted in {"set": test_set, "state": state}.items():
+        known = sorted({row[name] for row in rows})
+        if wanted is not None and wanted not in known:
+            raise UserError(f"no {name} '{wanted}'; there are: {', '.join(known) or 'none'}")
+        rows = [row for row in rows if wanted in (None, row[name])]
+    return rows
+
+
+def worst(rows: Iterable[dict[str, Any]], top: int) -> list[dict[str, Any]]:
+    """The `top` rows with the most edits, those with the higher rate first among equals."""
+    check_positive(top=top)
+    wrong = [row for row in rows if row["edits"]]
+    return sorted(wrong, key=lambda row: (-row["edits"], row["length"]))[:top]

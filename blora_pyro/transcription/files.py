@@ -1,0 +1,139 @@
+"""Which files are transcribed, and which files that makes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blora_pyro.errors import UserError
+from blora_pyro.files import replace_file
+from blora_pyro.transcription.subtitles import srt, vtt
+from blora_pyro.transcription.transcripts import Transcript
+
+SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}  # by format
+AUDIO = (".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")  # what is taken from a folder
+
+
+@dataclass(frozen=True)
+class AudioFile:
+    """A file to transcribe.
+
+    Attributes:
+        path: Where it is.
+        name: Its path below the folder that was given, or its file name.
+    """
+
+    path: Path
+    name: Path
+
+
+def find_audio(paths: Sequence[str | Path]) -> list[AudioFile]:
+    """The files given, and all audio files in the folders given and below them, sorted.
+
+    A file that is not there is left to be told when it is read.
+
+    Raises:
+        UserError: If a folder holds no audio file.
+    """
+    files = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(AudioFile(path, Path(path.name)))
+            continue
+        named = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in AUDIO)
+        inside = [file for file in named if file.is_file()]
+        if not inside:
+            raise UserError(f"folder '{path}' holds no audio file ({', '.join(AUDIO)})")
+        files += [AudioFile(file, file.relative_to(path)) for file in inside]
+    return files
+
+
+def check_format(form: str) -> None:
+    """Raise UserError unless it is one."""
+    if form not in SUFFIXES:
+        raise UserError(f"format is '{form}'; choose from {', '.join(SUFFIXES)}")
+
+
+def render(transcript: Transcript, form: str) -> str:
+    """A transcript as the content of a file."""
+    if form == "json":
+        return json.dumps(transcript.to_json(), indent=2, ensure_ascii=False) + "\n"
+    if form == "text":
+        return transcript.text + "\n"
+    return {"srt": srt, "vtt": vtt}[form](transcript)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Transcripts as files.
+
+    Attributes:
+        files: What is to be transcribed.
+        paths: Where the transcript of each goes.
+        form: The format.
+    """
+
+    files: list[AudioFile]
+    paths: list[Path]
+    form: str
+
+    @classmethod
+    def plan(
+        cls,
+        files: Sequence[AudioFile],
+        folder: Path,
+        form: str,
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> "Output":
+        """A file an input: its name below `folder`, with the format's suffix.
+
+        Args:
+            files: All inputs.
+            folder: Need not be there.
+            form: The format.
+            overwrite: Write over files that are there.
+            resume: Leave out inputs whose files are there.
+
+        Raises:
+            UserError: If two inputs would be written to one place, a file is there already, or the
+                folder can't be made.
+        """
+        taken: dict[Path, AudioFile] = {}
+        for file in files:
+            path = folder / file.name.with_suffix(SUFFIXES[form])
+            if path in taken and taken[path].path.resolve() == file.path.resolve():
+                continue  # given twice
+            if path in taken:
+                raise UserError(
+                    f"'{taken[path].path}' and '{file.path}' would both be written to '{path}'; "
+                    "transcribe them into two folders"
+                )
+            taken[path] = file
+        there = [] if overwrite else [path for path in taken if path.exists()]
+        if there and not resume:
+            raise UserError(
+                f"'{there[0]}' is there already; --resume to leave out what is, or --overwrite"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output '{folder}' can't be made ({error.strerror})") from None
+        left = {path: file for path, file in taken.items() if path not in there}
+        return cls(list(left.values()), list(left), form)
+
+    def write(self, place: int, transcript: Transcript) -> None:
+        """Write the transcript of one of `files`; a reader sees the whole file or none.
+
+        Raises:
+            UserError: If it can't be written.
+        """
+        path = self.paths[place]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, render(transcript, self.form).encode())
+        except OSError as error:
+            raise UserError(
+                f"'{path}' can't be written ({error.strerror}); what came before it is; --resume "
+                "to go on with it"
+            ) from None

@@ -1,0 +1,255 @@
+import json
+from itertools import chain
+
+import numpy as np
+import pytest
+import soundfile
+
+from blora_pyro.checking import checks
+from blora_pyro.checking.checks import check_data, load_processor
+from blora_pyro.checking.findings import NOTES, REFUSED, Finding, SetCheck
+from blora_pyro.checking.report import check_tables
+from blora_pyro.config import FitConfig
+from blora_pyro.data import DOMAINS
+from blora_pyro.errors import UserError
+from blora_pyro.reports.tables import print_tables
+from blora_pyro.runs.loading import Loader
+
+GOOD = {"audio": "a.wav", "text": "das red", "language": "de-en", "word_languages": ["de", "en"]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Recordings of many kinds, and a function that writes a split of rows of them."""
+    rng = np.random.default_rng(0)
+    for name, seconds, rate, channels in [
+        ("a.wav", 0.5, 16_000, 1),
+        ("b.flac", 0.75, 44_100, 2),
+        ("c.ogg", 1.0, 48_000, 1),
+        ("long.wav", 10.0, 8_000, 1),
+        ("empty.wav", 0.0, 16_000, 1),
+    ]:
+        wave = 0.1 * rng.standard_normal((int(seconds * rate), channels))
+        soundfile.write(tmp_path / name, wave, rate)
+    soundfile.write(tmp_path / "nan.wav", np.full(800, np.nan), 16_000, subtype="FLOAT")
+    (tmp_path / "noise.wav").write_bytes(b"noise")
+    flac = (tmp_path / "b.flac").read_bytes()
+    (tmp_path / "cut.flac").write_bytes(flac[: len(flac) // 2])
+
+    def write(split, *changes):
+        rows = [json.dumps(GOOD | one) if isinstance(one, dict) else one for one in changes]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+        return str(tmp_path)
+
+    return write
+
+
+def kinds(found, split=0):
+    """Kind and line of every finding, but of characters."""
+    findings = found.sets[split].findings
+    return [
+        (one.kind, int(one.origin.rpartition(" ")[2])) for one in findings if one.kind != "bytes"
+    ]
+
+
+# ---- a fit would refuse
+
+
+BAD = [
+    ("row", "?"),
+    ("row", {"audio": "gone.wav"}),
+    ("row", {"text": None}),
+    ("audio", {"audio": "noise.wav"}),
+    ("audio", {"audio": "empty.wav"}),
+    ("audio", {"audio": "nan.wav"}),
+    ("audio", {"audio": "cut.flac"}),
+    ("audio", {"audio": "long.wav"}),
+    ("audio", {"audio": "long.wav", "start": 9.5, "end": 11.0}),
+    ("transcript", {"text": "wort " * 30, "word_languages": None}),
+    ("transcript", {"text": "x" * 90_000, "word_languages": None}),
+    ("transcript", {"language": "fr"}),
+    ("transcript", {"language": ""}),
+    ("transcript", {"language": "fr", "text": "", "word_languages": None}),
+    ("transcript", {"language": "pt-BR"}),
+    ("word_languages", {"word_languages": ["de"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "row"), BAD)
+def test_every_kind_of_bad_row_is_found(folder, fluent_folder, kind, row):
+    found = check_data(folder("test", {}, row), str(fluent_folder))
+    assert [one for one in kinds(found) if one[0] in REFUSED] == [(kind, 2)]
+    assert found.refused and found.sets[0].rows == 2
+    assert found.sets[0].count(REFUSED) == {kind: 1}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_it_refuses_what_a_fit_refuses(folder, fluent_folder, fluent_base, split):
+    """The rows that a fit would leave out, and with the same words."""
+    good = ({}, {"audio": "b.flac"}, {"audio": "long.wav", "start": 1.0, "end": 1.5})
+    source = folder(split, *good, *(row for _, row in BAD), {"text": "", "word_languages": None})
+    found = check_data(source, str(fluent_folder)).sets[0].findings
+    loader = Loader(fluent_base, FitConfig(on_bad_row="skip"))
+    loader.load(source, split)
+    skipped = sorted((row.origin, row.reason) for row in loader.skipped)
+    assert sorted((one.origin, one.message) for one in found if one.refused) == skipped
+    assert len(skipped) == (15 if split == "train" else 16)
+
+
+def test_a_language_may_be_given(folder, fluent_folder):
+    source = folder("train", {"language": ""})
+    assert check_data(source, str(fluent_folder)).refused
+    found = check_data(source, str(fluent_folder), language="German-English")
+    assert not found.refused and found.sets[0].languages == {"de-en": 1}
+
+
+# ---- worth knowing
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("empty text", {"text": " ", "word_languages": None}),
+        ("duration", {"duration": 0.7}),
+        ("tags", {"word_languages": ["de"]}),
+        ("repeated", {"text": "ein rad"}),
+    ],
+)
+def test_what_a_fit_takes_is_a_note(folder, fluent_folder, kind, row):
+    first = {"audio": "c.ogg"} if kind != "repeated" else {}
+    found = check_data(folder("train", first, row), str(fluent_folder))
+    assert kinds(found) == [(kind, 2)]
+    assert not found.refused and found.sets[0].count(NOTES)[kind] == 1
+
+
+def test_a_duration_may_be_rounded_or_that_of_a_segment(folder, fluent_folder):
+    rows = [{"duration": 0.55}, {"duration": 0.25, "start": 0.1, "end": 0.35}]
+    assert kinds(check_data(folder("train", *rows), str(fluent_folder))) == []
+
+
+def test_audio_and_texts_in_two_sets(folder, fluent_folder, tmp_path):
+    source = folder("test", {}, {"audio": "b.flac", "text": "ein rad"})
+    (tmp_path / "copy.wav").write_bytes((tmp_path / "a.wav").read_bytes())
+    one, two = {"audio": "copy.wav", "text": "ein haus"}, {"audio": "c.ogg", "text": "ein rad"}
+    folder("train", one, two, two, {"audio": "a.wav", "start": 0.1, "text": "das"})
+    found = check_data(source, str(fluent_folder))
+    assert kinds(found) == []
+    assert kinds(found, 1) == [
+        ("shared audio", 1),
+        ("shared text", 2),
+        ("repeated", 3),
+        ("tags", 4),
+    ]
+    assert found.sets[1].findings[0].message == f"the same audio as {source}/test.jsonl, line 1"
+    assert kinds(check_data([source, source], str(fluent_folder), split="test"), 1) == [
+        ("repeated", 1),
+        ("repeated", 2),
+    ]
+
+
+class Poor:
+    """A tokenizer without some characters: it drops ä, and spells ö by its bytes."""
+
+    def encode(self, text, **options):
+        return [*chain(*(char.encode() if char == "ö" else [char] for char in text if char != "ä"))]
+
+    def decode(self, tokens):
+        return "".join("ö" if token == 0xB6 else token for token in tokens if token != 0xC3)
+
+
+def test_characters_that_cannot_be_spelled(folder):
+    dataset = checks.load_split(folder("train", {"text": "ab äö"}, {"text": "ö"}), "train")
+    found = list(checks._spell(dataset, Poor()))
+    assert [(one.kind, one.message) for one in found] == [
+        ("characters", "'ä' (U+00E4), rows: 1"),
+        ("bytes", "'ö' (U+00F6), rows: 2"),
+    ]
+    assert found[1].origin.endswith("line 1")
+
+
+# ---- what the data hold
+
+
+def test_lengths_rates_channels_and_languages(folder, fluent_folder):
+    source = folder(
+        "train",
+        {},
+        {"audio": "b.flac", "language": "German"},
+        {"audio": "long.wav", "end": 0.25, "language": "xx"},
+        {"audio": "noise.wav"},
+    )
+    counted = []
+    found = check_data(source, str(fluent_folder), on_progress=lambda *now: counted.append(now))
+    (one,) = found.sets
+    assert (one.source, one.split, one.rows, found.window) == (source, "train", 4, 1)
+    assert one.seconds == {"min": 0.25, "median": 0.5, "max": 0.75}
+    assert one.hours == pytest.approx(1.5 / 3600)
+    assert one.sampling_rates == {16_000: 1, 44_100: 1, 8_000: 1}
+    assert one.channels == {1: 2, 2: 1}
+    assert one.languages == {"de-en": 2, "de": 1, "xx": 1}
+    assert counted == [(f"{source} train", 4, 4)]
+
+
+def test_one_set_for_all_splits_and_one_split_of_many(folder, fluent_folder, tmp_path):
+    folder("train", {"word_languages": ["de"]})
+    source = folder("test", {})
+    assert [one.split for one in check_data(source, str(fluent_folder)).sets] == ["test", "train"]
+    assert [one.split for one in check_data(source, str(fluent_folder), "test").sets] == ["test"]
+    (one,) = check_data(tmp_path / "train.jsonl", str(fluent_folder)).sets
+    assert one.split == "" and one.count(REFUSED) == {"word_languages": 1}
+
+
+@pytest.mark.parametrize("corpus", DOMAINS)
+def test_the_built_in_corpora_are_taken(corpus):
+    found = check_data(corpus, split="dev")
+    assert not found.refused
+    assert {one.kind for one in found.sets[0].findings} <= {"bytes"}
+    assert found.sets[0].rows == 100 and found.sets[0].languages == {corpus: 100}
+
+
+def test_what_cannot_be_read_at_all(folder, fluent_folder, tmp_path):
+    source = folder("train", {})
+    for sources, base, message in [
+        ("nowhere", str(fluent_folder), "no data at 'nowhere'"),
+        (source, str(tmp_path), "base model '.*' can't be loaded"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            check_data(sources, base)
+    with pytest.raises(UserError, match=r"no dev.jsonl"):
+        check_data(source, str(fluent_folder), split="dev")
+    assert load_processor("pocket")[2] == 64
+
+
+# ---- told
+
+
+def test_json_holds_it_all(folder, fluent_folder):
+    found = check_data(folder("test", {}, "?"), str(fluent_folder))
+    content = json.loads(json.dumps(found.to_json()))
+    assert content["refused"] is True
+    (one,) = content["sets"]
+    assert one["refused"] == {"row": 1} and one["sampling_rates"] == {"16000": 1}
+    assert one["findings"][0]["message"] == "not JSON: '?'"
+
+
+def printed(found, capsys):
+    print_tables(check_tables(found))
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_tables(folder, fluent_folder, capsys):
+    source = folder("test", {}, *["?"] * 5, {"text": "", "word_languages": None})
+    text = printed(check_data(source, str(fluent_folder)), capsys)
+    for part in ("a fit would refuse", "5 rows that can't be read", "line 4: not JSON: '?'"):
+        assert part in text
+    assert "line 5: not JSON" not in text  # three are enough
+    assert "worth knowing" in text and "a fit would stop at 5 bad rows; --on-bad-row skip" in text
+    clean = printed(check_data(folder("test", {}), str(fluent_folder)), capsys)
+    assert "a fit would take every row" in clean and "refuse" not in clean
+
+
+def test_tables_of_nothing_readable_and_of_names_in_brackets(capsys):
+    finding = Finding("row", "[red]a.csv, line 1", "[bold]")
+    one = SetCheck("[red]", "", 1, 0.0, None, {}, {}, {}, [finding])
+    text = printed(checks.DataCheck("[x]", 30, [one]), capsys)
+    assert "[red]a.csv, line 1: [bold]" in text and "– – –" in text and "base [x]" in text

@@ -1,0 +1,179 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import WhisperForConditionalGeneration
+
+from blora_pyro.adapters import find_targets, group_by_shape
+from blora_pyro.editing.pruning import prune
+from blora_pyro.errors import UserError
+from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.spectra import spectra
+from blora_pyro.runs.pruned import prune_run
+
+RANK = 5
+
+
+@pytest.fixture
+def posterior(net) -> Posterior:
+    """Singular values that fall by layers, so that a bar on them keeps 0 to 5 directions."""
+    groups = group_by_shape(find_targets(net, "all-linear"), RANK)
+    sites = [site for group in groups for site in group.sites]
+    mean, stddev = {}, {}
+    for site in sites:
+        layers = 10.0 ** -torch.linspace(0, 3, site.shape[0])
+        mean[site.name] = layers[:, None, None] * torch.randn(site.shape)
+        stddev[site.name] = 0.01 + 0.1 * torch.rand(site.shape)
+    return Posterior("tiny", groups, 7.5, mean, stddev)
+
+
+def deltas(posterior):
+    return dict(posterior.delta_weights())
+
+
+@pytest.mark.parametrize("rank", [1, 3, RANK])
+def test_a_lower_rank_is_the_best_approximation_of_every_update(posterior, rank):
+    pruned = prune(posterior, rank=rank)
+    kept = deltas(pruned)
+    for name, delta in deltas(posterior).items():
+        u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+        best = u[:, :rank] * s[:rank] @ vh[:rank]
+        assert (kept[name] - best).norm() < 1e-5 * s[0]
+    assert {group.rank for group in pruned.groups} == {rank}
+
+
+def test_a_bar_keeps_just_the_directions_above_it(posterior):
+    bar, kept = 2.0, {}
+    pruned = prune(posterior, snr=bar)
+    for group, spectrum in zip(posterior.groups, spectra(posterior).values(), strict=True):
+        for i, name in enumerate(group.modules):
+            above = spectrum.values[i] > bar * spectrum.stddevs[i]
+            part = spectrum.left[i] * (spectrum.values[i] * above) @ spectrum.right[i].mT
+            kept[name] = int(above.sum()), part
+    assert {count for count, _ in kept.values()} >= {0, 1, RANK}  # else this tests little
+    ranks = {name: group.rank for group in pruned.groups for name in group.modules}
+    assert ranks == {name: count for name, (count, _) in kept.items() if count}
+    for name, delta in deltas(pruned).items():
+        torch.testing.assert_close(delta, kept[name][1], atol=1e-5, rtol=1e-4)
+
+
+def test_the_scaling_stays_and_so_the_update_has_its_size(posterior):
+    pruned = prune(posterior, snr=2.0)
+    assert pruned.scaling == pytest.approx(posterior.scaling)
+
+
+def test_the_spread_of_what_is_kept_stays(posterior):
+    before, after = spectra(posterior), spectra(prune(posterior, rank=2))
+    for key, spectrum in after.items():
+        whole = before[key.removesuffix("_r2")]
+        torch.testing.assert_close(spectrum.values, whole.values[:, :2], rtol=1e-4, atol=1e-6)
+        # what is left out of B A took part in the spread, too, so this one may be a little smaller
+        ratio = spectrum.stddevs / whole.stddevs[:, :2]
+        assert ratio.max() < 1.001
+        assert ratio.median() > 0.7
+
+
+def test_what_was_pruned_may_be_pruned_again(posterior):
+    again = prune(prune(posterior, snr=2.0), rank=1)
+    assert len({group.key for group in again.groups}) == len(again.groups)
+    kept = deltas(again)
+    once = deltas(prune(posterior, snr=2.0))
+    assert kept.keys() == once.keys()
+    for name, delta in once.items():
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        torch.testing.assert_close(kept[name], s[0] * u[:, :1] @ vh[:1], atol=1e-5, rtol=1e-3)
+
+
+def test_null_directions_are_never_kept(posterior):
+    name = posterior.groups[0].B.name
+    mean = {**posterior.mean, name: posterior.mean[name].clone()}
+    mean[name][0, :, 2:] = 0  # rank 2
+    mean[name][1] = 0
+    pruned = prune(replace(posterior, mean=mean), rank=4)
+    ranks = {layer: group.rank for group in pruned.groups for layer in group.modules}
+    assert ranks[posterior.groups[0].modules[0]] == 2
+    assert posterior.groups[0].modules[1] not in ranks
+    assert all(value.isfinite().all() for value in (*pruned.mean.values(), *pruned.stddev.values()))
+
+
+def test_a_pruned_posterior_draws_and_is_saved_and_loaded(posterior, tmp_path):
+    pruned = prune(posterior, snr=2.0)
+    pruned.save(tmp_path)
+    loaded = Posterior.load(tmp_path)
+    assert loaded.groups == pruned.groups
+    (draw,) = loaded.draws(1)
+    assert {name: value.shape for name, value in draw.items()} == {
+        name: value.shape for name, value in pruned.mean.items()
+    }
+
+
+@pytest.mark.parametrize("stock", ["peft", "transformers"])
+def test_stock_loaders_compute_the_logits_of_the_pruned_mean(
+    net, batch, posterior, tmp_path, stock
+):
+    prune(posterior, snr=2.0).save(tmp_path)
+    inputs = {
+        "input_features": batch.input_features,
+        "decoder_input_ids": batch.decoder_input_ids,
+        "use_cache": False,
+    }
+    with torch.no_grad(), Posterior.load(tmp_path).applied(net):
+        ours = net(**inputs).logits
+    if stock == "peft":
+        net = PeftModel.from_pretrained(net, str(tmp_path))
+    else:
+        net.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        theirs = net.eval()(**inputs).logits
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "either rank or snr"),
+        ({"rank": 2, "snr": 1.0}, "either rank or snr"),
+        ({"rank": 0}, "1 to 5"),
+        ({"rank": 6}, "1 to 5"),
+        ({"snr": 0.0}, "above 0"),
+        ({"snr": float("nan")}, "above 0"),
+        ({"snr": 1e6}, "leaves nothing; give less than"),
+    ],
+)
+def test_what_cannot_be_pruned_by_is_refused(posterior, given, words):
+    with pytest.raises(UserError, match=words):
+        prune(posterior, **given)
+
+
+def test_the_whole_rank_costs_nothing(finished_run, tmp_path):
+    metrics = prune_run(finished_run.output, tmp_path / "pruned", rank=4)
+    assert metrics["size"]["full"] == metrics["size"]["pruned"]
+    for one in (metrics["new_domain"], metrics["backward_error"]):
+        change = one["change"] if "difference" in one["change"] else one["change"]["wer"]
+        assert change["difference"] == 0
+
+
+def test_a_pruned_run_is_smaller_and_scored_against_the_full_one(finished_run, tmp_path):
+    out = tmp_path / "pruned"
+    metrics = prune_run(finished_run.output, out, rank=1)
+    size = metrics["size"]
+    assert size["pruned"]["adapter_weights"] * 4 == size["full"]["adapter_weights"]
+    assert size["pruned"]["directions"] == size["pruned"]["layers"]
+    assert json.loads((out / "metrics.json").read_text(encoding="utf-8")) == metrics
+    full = finished_run.metrics["new_domain"]["adapted"]
+    assert metrics["new_domain"]["base"] == full
+    about = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert about["pruned"]["from"] == str(finished_run.output)
+    assert about["pruned"]["rank"] == 1
+    whisper = WhisperForConditionalGeneration.from_pretrained(about["config"]["base"])
+    PeftModel.from_pretrained(whisper, str(out))
+
+
+def test_nothing_is_written_over_unless_asked(finished_run, tmp_path):
+    (tmp_path / "precious").touch()
+    with pytest.raises(UserError, match="not empty"):
+        prune_run(finished_run.output, tmp_path, rank=1, evaluate=False)
+    prune_run(finished_run.output, tmp_path, rank=1, evaluate=False, overwrite=True)
+    assert (tmp_path / "adapter_model.safetensors").is_file()

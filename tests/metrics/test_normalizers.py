@@ -1,0 +1,103 @@
+import json
+
+import jiwer
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import WhisperTokenizer
+from transformers.models.whisper.english_normalizer import (
+    BasicTextNormalizer,
+    EnglishTextNormalizer,
+)
+
+from blora_pyro.errors import UserError
+from blora_pyro.evaluation import normalizer_for
+from blora_pyro.metrics import cer_counts
+from blora_pyro.metrics.normalizers import NORMALIZERS, Normalizer
+from blora_pyro.models import Base
+
+quick = settings(deadline=None, max_examples=60)
+spoken = st.lists(
+    st.sampled_from(
+        "I can't won't Mr. Smith's colour twenty five point hundred and a half $ € 5% 3.5 "
+        "1,000 uh [noise] (laughs) Üben, l'eau – E-Mail o'clock 我 ½ हिन्दी ß".split()
+    ),
+    max_size=8,
+).map(" ".join)
+
+
+def tidy(text):
+    return " ".join(text.split())
+
+
+@quick
+@given(spoken | st.text(max_size=20))
+def test_the_normalisers_are_those_of_transformers_by_language(text):
+    spellings = {"colour": "color"}
+    english, basic = EnglishTextNormalizer(spellings)(text), BasicTextNormalizer()(text)
+    whisper = Normalizer(spellings=spellings)
+    assert whisper(text, "en") == tidy(english)
+    for language in ("de", "zh", "de-en", "en-de", ""):
+        assert whisper(text, language) == tidy(basic)
+    assert Normalizer("basic", spellings)(text, "en") == tidy(basic)
+    assert Normalizer("none", spellings)(text, "en") == tidy(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "expected"),
+    [
+        ("Mr. Smith won't pay twenty-five dollars, uh", "en", "mister smith will not pay $25"),
+        ("Das  ist, «so»! [Husten]", "de", "das ist so"),
+        ("Don't stop – e-mail 5€", "de-en", "don t stop e mail 5"),
+        ("Ｆｕｌｌ　ｗｉｄｔｈ", "zh", "full width"),
+        ("他说\u2018好\u2019了。", "zh", "他说 好 了"),
+    ],
+)
+def test_by_hand(text, language, expected):
+    assert Normalizer()(text, language) == expected
+
+
+@quick
+@given(spoken | st.text(alphabet="aB我'\u2019 -\u0301_ʼnΣİ()[]<>"))
+def test_the_basic_normaliser_twice_is_once(text):
+    for name in ("basic", "none"):
+        once = Normalizer(name)(text)
+        assert Normalizer(name)(once) == once
+
+
+@quick
+@given(st.lists(st.text(alphabet="我喜。ひらがทิสฟ้า、 「」", min_size=1), min_size=1, max_size=5))
+def test_character_errors_are_those_after_whisper_s_splitting_of_letters(texts):
+    # Whisper's authors score such languages by the WER of letters split by their normaliser.
+    split = BasicTextNormalizer(split_letters=True)
+    references, hypotheses = texts, ["我ひ" + text[1:] for text in texts]
+    normalize = Normalizer()
+    sides = [[normalize(text, "ja") for text in side] for side in (references, hypotheses)]
+    ours = cer_counts(*sides)
+    letters = [[tidy(split(text)) for text in side] for side in (references, hypotheses)]
+    theirs = jiwer.process_words(*letters)
+    assert ours.edits.sum() == theirs.substitutions + theirs.deletions + theirs.insertions
+    assert ours.lengths.tolist() == [len(text.split()) for text in letters[0]]
+
+
+def test_an_unknown_normaliser_is_refused():
+    with pytest.raises(UserError, match="'english'; give one of whisper, basic, none"):
+        Normalizer("english")
+    assert list(NORMALIZERS) == ["whisper", "basic", "none"]
+
+
+@pytest.mark.parametrize("spellings", [["colour"], {"colour": 5}])
+def test_spellings_that_are_none_are_refused(spellings):
+    with pytest.raises(UserError, match=r"normalizer\.json of the base model"):
+        Normalizer(spellings=spellings)
+
+
+def test_spellings_are_those_of_the_checkpoint(fluent_base, tmp_path):
+    assert normalizer_for(fluent_base, "whisper")("colour", "en") == "colour"
+    fluent_base.save_pretrained(tmp_path)
+    (tmp_path / "normalizer.json").write_text(json.dumps({"colour": "color"}))
+    tokenizer = WhisperTokenizer.from_pretrained(tmp_path)
+    base = Base("british", fluent_base.net, tokenizer, fluent_base.feature_extractor)
+    assert normalizer_for(base, "whisper")("The Colour", "en") == "the color"
+    assert normalizer_for(base, "whisper")("The Colour", "de-en") == "the colour"
+    assert normalizer_for(base, "basic")("The Colour", "en") == "the colour"

@@ -1,0 +1,96 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from blora_pyro.config import FitConfig
+from blora_pyro.fitting.stopping import DevError
+from blora_pyro.fitting.svi import Step
+from blora_pyro.reports.progress import TerminalProgress
+
+
+def test_brackets_in_a_stage_are_shown_as_they_are(capsys):
+    TerminalProgress().stage("base on [/] of [bold]")
+    assert capsys.readouterr().err == "base on [/] of [bold] ...\n"
+
+
+def test_progress_goes_to_stderr_and_names_the_temperature(capsys):
+    config = FitConfig(beta=2e-4, steps=2)
+    with TerminalProgress() as progress:
+        progress.stage("loading")
+        progress.ready(config, num_tokens=10_000, num_weights=1234)
+        progress.step(Step(1, 3.5, 3.0, 2500.0, 1e-3, 40))
+        progress.step(Step(2, 3.5, 3.0, 2500.0, 1e-3, 40))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "loading ..." in err
+    text = " ".join(err.split())
+    assert "1,234 adapter weights" in text
+    assert "N = 10,000 target tokens" in text
+    assert "beta 0.0002" in text
+    assert "T = beta · N = 2" in text
+
+
+@pytest.mark.parametrize(("beta", "kl"), [(0.0, None), (1e-4, 2500.0)])
+def test_the_figures_beside_the_bar_are_running_means(beta, kl):
+    progress = TerminalProgress()
+    progress.ready(FitConfig(beta=beta, steps=3), num_tokens=100, num_weights=10)
+    progress.step(Step(1, 3.0, 3.0, kl, 1e-3, 40))
+    progress.step(Step(2, 2.0, 2.0, kl, 1e-3, 40))
+    (task,) = progress.bar.tasks
+    assert (task.completed, task.total) == (2, 3)
+    assert "NLL 2.900" in task.fields["figures"]
+    assert ("beta·KL 0.250" in task.fields["figures"]) == (kl is not None)
+    assert ("KL" in task.fields["figures"]) == (kl is not None)
+
+
+def test_one_fit_after_another_starts_afresh():
+    with TerminalProgress() as progress:
+        for steps, nll in ((3, 9.0), (5, 2.0)):
+            progress.ready(FitConfig(beta=0, steps=steps), num_tokens=100, num_weights=10)
+            progress.step(Step(1, nll, nll, None, 1e-3, 40))
+            progress.fitted()
+        (task,) = progress.bar.tasks
+        assert (task.completed, task.total) == (1, 5)
+        assert "NLL 2.000" in task.fields["figures"]
+
+
+def test_dev_errors_are_told_one_a_line(capsys):
+    progress = TerminalProgress()
+    best = DevError(50, 0.1234)
+    progress.evaluated(best, best)
+    progress.evaluated(DevError(100, 0.2), best)
+    assert capsys.readouterr().err.splitlines() == [
+        "step 50: dev error 12.3% (the best so far)",
+        "step 100: dev error 20.0% (12.3% at step 50)",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_sets_are_counted_in_a_terminal_only(terminal):
+    text = io.StringIO()
+    with TerminalProgress() as progress:
+        progress.console = Console(file=text, force_terminal=terminal, width=80)
+        progress.features("[red] train", 0, 9)
+        progress.features("[red] train", 9, 9)
+        progress.heard("mine test", 1, 2)
+        assert (progress.counting is not None) == terminal
+    shown = text.getvalue()
+    for part in ("features of [red] train", "9/9", "listening to mine test", "1/2"):
+        assert (part in shown) == terminal
+
+
+def test_a_note_is_one_line_whatever_is_in_it(capsys):
+    TerminalProgress().note("bad rows [bold] left out: " + "x" * 200)
+    assert capsys.readouterr().err == "bad rows [bold] left out: " + "x" * 200 + "\n"
+
+
+def test_one_fit_after_another_has_the_bar_to_itself():
+    progress = TerminalProgress()
+    for nll in (3.0, 1.0):
+        progress.ready(FitConfig(beta=0.0, steps=2), num_tokens=100, num_weights=10)
+        progress.step(Step(1, nll, nll, None, 1e-3, 40))
+        progress.fitted()
+    (task,) = progress.bar.tasks
+    assert task.completed == 1
+    assert task.fields["figures"].startswith("NLL 1.000")

@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import WhisperForConditionalGeneration
+
+from blora_pyro.errors import UserError
+from blora_pyro.posterior import Posterior
+from blora_pyro.runs.combined import combine_runs
+from blora_pyro.runs.diagnosis import diagnose
+from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
+from blora_pyro.runs.fits import fit
+from blora_pyro.runs.folders import read_run
+from blora_pyro.runs.pruned import prune_run
+
+
+@pytest.fixture(scope="module")
+def folders(finished_run, fit_options, tones_folder, tmp_path_factory):
+    """Two runs, of a code-switched and of a German domain."""
+    folder = tmp_path_factory.mktemp("runs") / "german"
+    options = {"data": str(tones_folder / "de.jsonl"), "backward": (), "rank": 2, "steps": 5}
+    fit(folder, evaluate=False, **{**fit_options, **options})
+    return finished_run.output, folder
+
+
+@pytest.mark.parametrize("method", ["mean", "weighted", "product"])
+def test_the_folder_is_an_adapter_for_peft_and_every_command(
+    folders, tones_folder, tmp_path, method
+):
+    weights = (0.9, 0.1) if method == "weighted" else None
+    out = tmp_path / "out"
+    found = combine_runs(folders, out, method=method, weights=weights)
+    assert found["rank"] == (4 if method == "product" else 6)
+    assert (found["kept_norm"] == 1) == (method != "product")
+    posterior, about = read_run(out)
+    assert about["combined"] == json.loads(json.dumps(found))
+    assert found["from"] == [str(folder) for folder in folders]
+
+    base = str(about["config"].base)
+    net = WhisperForConditionalGeneration.from_pretrained(base)
+    weight = net.get_parameter("model.decoder.layers.0.fc1.weight").clone()
+    name = "model.decoder.layers.0.fc1"
+    merged = PeftModel.from_pretrained(net, str(out)).merge_and_unload().get_parameter
+    ours = dict(posterior.delta_weights())[name]
+    torch.testing.assert_close(merged(f"{name}.weight") - weight, ours, rtol=1e-3, atol=1e-5)
+
+    merge_run(out, tmp_path / "merged")
+    audio = [tones_folder / "train4.wav"]
+    samples = 0 if method == "product" else 2  # of a point all draws are alike
+    (said,) = transcribe(audio, out, language="de-en", samples=samples)
+    (again,) = transcribe(audio, base=str(tmp_path / "merged"), language="de-en")
+    assert said.text == again.text
+
+
+def test_the_languages_of_the_runs_stay_only_if_they_are_one(folders, tmp_path):
+    combine_runs(folders, tmp_path / "two")
+    assert read_run(tmp_path / "two")[1]["language"] is None
+    combine_runs([folders[0], folders[0]], tmp_path / "one")
+    assert read_run(tmp_path / "one")[1]["language"] == "de-en"
+
+
+def test_the_mean_of_a_run_and_itself_is_scored_and_pruned_as_that_run(
+    finished_run, folders, tmp_path
+):
+    combine_runs([folders[0], folders[0]], tmp_path / "same", rank=4)
+    found = evaluate_run(tmp_path / "same")
+    assert found["new_domain"] == finished_run.metrics["new_domain"]
+    assert found["backward_error"] == finished_run.metrics["backward_error"]
+    prune_run(tmp_path / "same", tmp_path / "small", rank=1, evaluate=False)
+    with pytest.raises(UserError, match=r"has no prior; diagnose .*finished or .*finished"):
+        diagnose(tmp_path / "same")
+    with pytest.raises(UserError, match="a combined run; give"):
+        fit(prior_from=tmp_path / "same")
+    with pytest.raises(UserError, match=r"combined of several runs, .* has no prior"):
+        Posterior.load(tmp_path / "same").to_arviz(draws=2)
+
+
+def test_what_has_no_place_in_a_product_is_refused(folders, fit_options, tmp_path):
+    prune_run(folders[0], tmp_path / "small", rank=1, evaluate=False)
+    fit(tmp_path / "point", evaluate=False, **{**fit_options, "steps": 1, "guide": "point"})
+    code = tmp_path / "mine.py"
+    code.write_text("from blora_pyro.guides.normal import Guide, Prior\n")
+    fit(tmp_path / "own", evaluate=False, **{**fit_options, "steps": 1, "prior": str(code)})
+    for name, words in {
+        "small": "a pruned run, without the prior that product needs; give method mean",
+        "point": "a point estimate, without the spread that product needs; give method mean",
+        "own": "is code, which is not run here; give method mean",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            combine_runs([folders[0], tmp_path / name], tmp_path / "out", method="product")
+        combine_runs([folders[0], tmp_path / name], tmp_path / f"{name}-mean")
+
+
+def test_nothing_is_written_over_unless_asked(folders, tmp_path):
+    (tmp_path / "precious").touch()
+    with pytest.raises(UserError, match="not empty"):
+        combine_runs(folders, tmp_path)
+    combine_runs(folders, tmp_path, overwrite=True)
+    with pytest.raises(UserError, match="is one of the runs"):
+        combine_runs(folders, folders[1], overwrite=True)
+    with pytest.raises(UserError, match="nowhere is no run folder"):
+        combine_runs([folders[0], "nowhere"], tmp_path / "out")

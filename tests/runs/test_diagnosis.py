@@ -1,0 +1,183 @@
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from blora_pyro import fit
+from blora_pyro.diagnostics import summarise
+from blora_pyro.diagnostics.layers import Place
+from blora_pyro.errors import UserError
+from blora_pyro.inference_data import MIN_RATIOS
+from blora_pyro.runs import diagnosis
+from blora_pyro.runs.diagnosis import diagnose, measure_khat, summarise_kinds
+
+DRAWS = MIN_RATIOS
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Plots are tested on their own, and take seconds."""
+    monkeypatch.setattr(diagnosis, "all_plots", lambda *args: {})
+
+
+@pytest.fixture(scope="module")
+def found(finished_run, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diagnosis, "all_plots", lambda *args: {})
+        return diagnose(finished_run.output, tmp_path_factory.mktemp("plots"), draws=DRAWS)
+
+
+def fitted(fit_options, folder=None, **changes):
+    return fit(folder, evaluate=False, **{**fit_options, "steps": 1, **changes})
+
+
+def test_a_run_is_diagnosed_from_its_folder(found, finished_run):
+    assert found.run == finished_run.output
+    assert found.beta == finished_run.config.beta
+    assert found.num_weights == finished_run.posterior.num_weights
+    assert found.summary.kl == pytest.approx(summarise(finished_run.posterior).kl, rel=1e-5)
+    assert found.explanation.startswith("A Normal prior")
+
+
+def test_khat_says_what_it_was_computed_on(found):
+    khat = found.khat
+    assert math.isfinite(khat.value) or khat.value == math.inf
+    assert (khat.draws, khat.utterances, khat.of_utterances) == (DRAWS, 2, 2)
+    assert khat.meaning
+
+
+def test_kinds_add_up(found):
+    kinds, summary = found.kinds, found.summary
+    assert sum(row.layers for row in kinds) == len(summary.updates)
+    assert sum(sum(row.kl.values()) for row in kinds) == pytest.approx(summary.kl)
+    assert sum(row.kl_share for row in kinds) == pytest.approx(1)
+    (row,) = [row for row in kinds if row.kind == "cross v_proj"]
+    rows = [one for one in summary.factors if Place.of(one.module).kind == "cross v_proj"]
+    assert row.layers == 2 and len(rows) == 4
+    of_a = [one for one in rows if one.factor == "A"]
+    assert row.contraction["A"] == pytest.approx(sum(one.contraction for one in of_a) / 2)
+    assert row.kl["A"] == pytest.approx(sum(one.kl for one in of_a))
+    assert row.near_zero == pytest.approx(sum(one.near_zero for one in rows) / 4)
+    weights = sum(one.weights for one in rows)
+    assert row.kl_per_weight == pytest.approx(sum(one.kl for one in rows) / weights)
+    assert row.active_ranks == {"A": None, "B": None}
+
+
+def test_kinds_of_points_have_no_figures_of_spread(fit_options):
+    run = fitted(fit_options, guide="point")
+    for row in summarise_kinds(summarise(run.posterior)):
+        assert row.contraction == row.signal_to_noise == row.kl == {"A": None, "B": None}
+        assert row.kl_share is row.kl_per_weight is row.directions is None
+    half = fitted(fit_options, prior="a-only")
+    for row in summarise_kinds(summarise(half.posterior)):
+        assert row.kl["A"] > 0 and row.kl["B"] is None
+        assert row.directions is not None
+
+
+def test_json_is_valid_and_holds_every_layer(found):
+    content = found.to_json()
+    text = json.dumps(content, allow_nan=False)
+    assert len(content["summary"]["factors"]) == 2 * len(content["summary"]["updates"]) == 64
+    assert json.loads(text)["summary"]["kl"] == found.summary.kl
+    odd = dataclasses.replace(found, khat=dataclasses.replace(found.khat, value=math.inf))
+    assert odd.to_json()["khat"]["value"] is None
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_stages_are_told(finished_run, tmp_path):
+    stages = []
+    diagnose(finished_run.output, tmp_path, draws=DRAWS, on_stage=stages.append)
+    assert stages == ["figures", "k-hat", "plots"]
+    stages.clear()
+    found = diagnose(finished_run.output, tmp_path, khat=False, on_stage=stages.append)
+    assert stages == ["figures", "plots"]
+    assert found.khat.value is None
+
+
+def test_plots_go_into_the_run_s_folder(fit_options, tmp_path, monkeypatch):
+    fitted(fit_options, tmp_path / "run")
+    plot = diagnosis.all_plots
+    monkeypatch.setattr(diagnosis, "all_plots", lambda *args: {"trace": plot(*args)["trace"]})
+    for _ in range(2):  # over its own files, too
+        found = diagnose(tmp_path / "run", khat=False)
+    folder = tmp_path / "run" / "diagnostics"
+    assert found.plots == (folder / "trace.png", folder / "trace.pdf")
+    assert set(folder.iterdir()) == set(found.plots)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"beta": 0.0}, "beta = 0"), ({"guide": "point"}, "points"), ({"prior": "a-only"}, "points")],
+)
+def test_where_khat_means_nothing_it_is_not_computed(fit_options, changes, reason):
+    run = fitted(fit_options, **changes)
+    khat = measure_khat(run.posterior, summarise(run.posterior), run.config, DRAWS)
+    assert khat.value is None
+    assert reason in khat.meaning
+
+
+@pytest.mark.parametrize("regularizer", ["distillation", "ewc"])
+def test_where_more_than_the_posterior_is_fitted_there_is_no_khat(finished_run, regularizer):
+    names = {"backward": {"de": "somewhere"}, regularizer: 1.0}
+    config = dataclasses.replace(finished_run.config, **names)
+    summary = summarise(finished_run.posterior)
+    khat = measure_khat(finished_run.posterior, summary, config, DRAWS)
+    assert (khat.value, khat.meaning.partition(",")[0]) == (
+        None,
+        f"not computed: the fit had {regularizer}",
+    )
+
+
+def test_without_training_data_there_is_no_khat_and_no_error(finished_run):
+    config = dataclasses.replace(finished_run.config, data="/gone")
+    khat = measure_khat(finished_run.posterior, summarise(finished_run.posterior), config, DRAWS)
+    assert khat.value is None
+    assert "/gone" in khat.meaning
+
+
+def test_too_few_draws_for_khat_are_refused(finished_run, tmp_path):
+    with pytest.raises(UserError, match="draws is 29; k-hat needs 30"):
+        diagnose(finished_run.output, tmp_path, draws=29)
+
+
+def copied(run, tmp_path) -> Path:
+    return Path(shutil.copytree(run.output, tmp_path / "copy"))
+
+
+def test_no_run_and_damaged_runs_are_refused(finished_run, tmp_path):
+    with pytest.raises(UserError, match="no run folder"):
+        diagnose(tmp_path / "gone")
+    folder = copied(finished_run, tmp_path)
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="missing or damaged"):
+        diagnose(folder)
+
+
+def test_a_damaged_history_is_refused(finished_run, tmp_path):
+    folder = copied(finished_run, tmp_path)
+    about = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**about, "history": [{"nll": 1}]}))
+    with pytest.raises(UserError, match=r"run\.json is missing or damaged"):
+        diagnose(folder, khat=False)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_prior_of_ones_own_is_run_only_where_it_is_named(fit_options, tmp_path):
+    source = Path(__import__("blora_pyro.guides.normal", fromlist=["x"]).__file__)
+    mine = tmp_path / "mine.py"
+    mine.write_text(source.read_text())
+    fitted(fit_options, tmp_path / "run", prior=str(mine))
+    with pytest.raises(UserError, match="name it with --prior"):
+        diagnose(tmp_path / "run")
+    found = diagnose(tmp_path / "run", prior=str(mine), khat=False)
+    assert found.explanation.startswith("The prior is your own code")
+    assert found.summary.kl > 0
+
+
+def test_an_output_that_can_t_be_written_is_refused(finished_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be written"):
+        diagnose(finished_run.output, tmp_path / "file", khat=False)

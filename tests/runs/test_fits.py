@@ -1,0 +1,665 @@
+import copy
+import json
+import shutil
+from dataclasses import asdict, replace
+
+import pyro
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+
+import blora_pyro
+from blora_pyro.config import FitConfig
+from blora_pyro.data import load_split
+from blora_pyro.errors import UserError
+from blora_pyro.fitting.schedules import learning_rate
+from blora_pyro.fitting.stopping import DevError
+from blora_pyro.models import load_base
+from blora_pyro.models.encoder import embed
+from blora_pyro.posterior import Posterior
+from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
+from blora_pyro.runs.fits import fit
+from blora_pyro.runs.folders import read_run
+from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.loading import load_examples
+
+FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "posterior.safetensors",
+    "run.json",
+    "metrics.json",
+    "utterances.jsonl",
+}
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def run_json(finished_run):
+    return read_json(finished_run.output / "run.json")
+
+
+@pytest.fixture
+def short(fit_options):
+    """The same fit in three steps, without backward sets."""
+    return {**fit_options, "steps": 3, "backward": ()}
+
+
+@torch.no_grad()
+def logits(net, features, prompt) -> torch.Tensor:
+    prompts = torch.tensor([prompt]).expand(len(features), -1)
+    return net(input_features=features.float(), decoder_input_ids=prompts).logits
+
+
+# ---- what a fit leaves
+
+
+def test_a_run_folder_holds_the_adapter_the_posterior_and_the_figures(finished_run):
+    assert {path.name for path in finished_run.output.iterdir()} == FILES
+
+
+def test_run_json_holds_the_resolved_configuration(finished_run, run_json, fit_options):
+    resolved = {"alpha": 8.0, "guide": "normal", "prior_args": {"scale": 0.05}, "warmup_steps": 4}
+    expected = replace(FitConfig(**fit_options), **resolved)
+    assert run_json["config"] == expected.to_json()
+    assert finished_run.config == expected
+
+
+def test_run_json_holds_the_whole_history(finished_run, run_json, fit_options):
+    history = run_json["history"]
+    assert history == [asdict(step) for step in finished_run.history]
+    assert [step["step"] for step in history] == list(range(1, 41))
+    assert [step["lr"] for step in history] == [learning_rate(i, 40, 0.03) for i in range(40)]
+
+
+def test_run_json_holds_versions_temperature_and_times(finished_run, run_json):
+    tokens = len(" das red") + len(" ein bicycle") + 2  # the tiny tokenizer spells, and two ends
+    assert run_json["training_tokens"] == tokens
+    assert run_json["temperature"] == pytest.approx(1e-5 * tokens)
+    assert run_json["language"] == "de-en"
+    assert run_json["adapter_weights"] == finished_run.posterior.num_weights
+    assert run_json["versions"]["blora-pyro"] == blora_pyro.__version__
+    assert run_json["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert {"python", "pyro-ppl", "transformers", "peft"} <= set(run_json["versions"])
+    assert 0 < run_json["seconds"]["fit"] <= run_json["seconds"]["total"]
+
+
+def test_metrics_json_holds_what_the_run_measured(finished_run, fit_options):
+    metrics = read_json(finished_run.output / "metrics.json")
+    assert metrics == finished_run.metrics
+    assert metrics["new_domain"]["name"] == fit_options["data"]
+    assert list(metrics["backward"]) == list(fit_options["backward"])
+    assert metrics["sparsity"] == finished_run.posterior.sparsity()
+
+
+def test_the_fit_learns_the_new_domain(finished_run):
+    domain = finished_run.metrics["new_domain"]
+    assert domain["base"]["wer"]["rate"] >= 0.5
+    assert domain["adapted"]["wer"]["rate"] == 0
+    for measure in ("wer", "cer", "pier"):
+        change = domain["change"][measure]["difference"]
+        rates = [domain[state][measure]["rate"] for state in ("adapted", "base")]
+        assert change == pytest.approx(rates[0] - rates[1])
+
+
+def test_the_backward_error_is_the_average_over_the_backward_sets(finished_run):
+    metrics = finished_run.metrics
+    for state in ("base", "adapted"):
+        rates = [one[state]["wer"]["rate"] for one in metrics["backward"].values()]
+        assert metrics["backward_error"][state]["rate"] == pytest.approx(sum(rates) / 2)
+    assert metrics["backward_error"]["base"]["rate"] == 0  # it knows both by heart
+    difference = metrics["backward_error"]["change"]["difference"]
+    assert difference == pytest.approx(metrics["backward_error"]["adapted"]["rate"])
+
+
+def test_the_posterior_of_a_run_can_be_read_again(finished_run):
+    posterior, about = read_run(finished_run.output)
+    for name, mean in finished_run.posterior.mean.items():
+        assert torch.equal(posterior.mean[name], mean)
+        assert torch.equal(posterior.stddev[name], finished_run.posterior.stddev[name])
+    assert about["config"].backward_sets == finished_run.config.backward
+
+
+# ---- a dev set
+
+
+class Errors(Listener):
+    def __init__(self):
+        self.seen = []
+
+    def evaluated(self, error, best):
+        self.seen.append((error, best))
+
+
+def test_the_best_posterior_is_the_runs_and_run_json_tells_how_it_was_found(
+    finished_run, fit_options, tones_folder, tmp_path
+):
+    listener = Errors()
+    dev = {"dev": str(tones_folder / "test.jsonl"), "eval_every": 6, "patience": 2}
+    run = fit(tmp_path / "run", progress=listener, **fit_options, **dev)
+    errors = [DevError(**one) for one in run.dev["errors"]]
+    best = min(errors, key=lambda one: one.error)
+    assert run.dev["best_step"] == best.step and run.dev["ended_by"] == "patience"
+    assert errors[-1].step == len(run.history) == best.step + 12 < 40
+    assert [one for one, _ in listener.seen] == errors
+    assert listener.seen[-1][1] == best
+    assert run.history == finished_run.history[: len(run.history)]  # it changes no step
+    # the dev set is the test set here, so that its error is that of the run
+    assert run.metrics["new_domain"]["adapted"]["wer"]["rate"] == best.error == 0
+    about = read_json(tmp_path / "run" / "run.json")
+    assert about["dev"] == run.dev and about["skipped_steps"] == 0
+    again = fit(tmp_path / "run", resume=True)
+    assert (again.dev, again.history) == (run.dev, run.history)
+    assert finished_run.dev is None and "dev" not in read_json(finished_run.output / "run.json")
+
+
+@pytest.mark.parametrize("split", ["dev", "validation"])
+def test_the_dev_set_is_the_dev_split_of_the_new_domain(short, tones_folder, tmp_path, split):
+    data = shutil.copytree(tones_folder, tmp_path / "data")
+    (data / "de.jsonl").rename(data / f"{split}.jsonl")  # which the base knows by heart
+    run = fit(**{**short, "data": str(data), "lr": 1e-9}, eval_every=3, evaluate=False)
+    assert run.dev == {"errors": [{"step": 3, "error": 0.0}], "best_step": 3, "ended_by": "steps"}
+
+
+# ---- the same again
+
+
+def test_the_same_seed_gives_the_same_history_posterior_and_metrics(
+    finished_run, fit_options, tmp_path
+):
+    torch.rand(5)
+    again = fit(tmp_path / "again", **fit_options)
+    assert again.history == finished_run.history
+    assert again.metrics == finished_run.metrics
+    for name in ("posterior.safetensors", "adapter_model.safetensors"):
+        first, second = load_file(finished_run.output / name), load_file(again.output / name)
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_another_seed_gives_another_history(short, finished_run):
+    other = fit(evaluate=False, **{**short, "seed": 1})
+    assert other.history[0].nll != finished_run.history[0].nll
+
+
+def test_the_seed_orders_the_data_too(short):
+    # The two utterances differ in their tokens, and so tell which came first.
+    options = {**short, "batch_size": 1, "epochs": 2}
+    orders = {
+        tuple(step.tokens for step in fit(evaluate=False, **options, seed=seed).history)
+        for seed in range(5)
+    }
+    assert len(orders) > 1
+
+
+def test_evaluating_a_run_again_gives_its_metrics_to_the_last_digit(finished_run):
+    assert evaluate_run(finished_run.output) == read_json(finished_run.output / "metrics.json")
+
+
+def test_evaluating_a_run_again_writes_its_utterances_to_the_last_byte(finished_run, tmp_path):
+    evaluate_run(finished_run.output, output=tmp_path / "u.jsonl")
+    assert (tmp_path / "u.jsonl").read_bytes() == (
+        finished_run.output / "utterances.jsonl"
+    ).read_bytes()
+    with pytest.raises(UserError, match="there already"):
+        evaluate_run(finished_run.output, output=tmp_path / "u.jsonl")
+
+
+def test_a_run_keeps_its_normalizer_and_may_be_scored_by_another(short, tmp_path):
+    run = fit(tmp_path / "run", **short, normalizer="none")
+    assert run.metrics["normalizer"] == "none"
+    assert evaluate_run(run.output) == run.metrics
+    assert evaluate_run(run.output, normalizer="basic")["normalizer"] == "basic"
+    rates = run.metrics["new_domain"]["base"]["wer"]
+    assert rates["raw"] == {"rate": rates["rate"], "interval": rates["interval"]}
+
+
+def test_a_run_that_was_fitted_to_trimmed_audio_is_used_on_it(
+    short, fluent_folder, tones_folder, tmp_path, monkeypatch
+):
+    lengths = []
+
+    def seen(net, features):
+        lengths.append(features.shape[-1])
+        return embed(net, features)
+
+    monkeypatch.setattr("blora_pyro.data.trimming.MARGIN", 10)  # of windows of a second
+    for where in ("encoder", "whisper"):
+        monkeypatch.setattr(f"blora_pyro.models.{where}.embed", seen)
+    distilled = {"distillation": 0.1, "distillation_languages": ("en",)}
+    run = fit(tmp_path / "run", **short, **distilled, trim_audio=True)
+    assert evaluate_run(run.output) == run.metrics
+    transcribe([tones_folder / "en0.wav"], run.output)
+    assert set(lengths) == {62}  # a frame looks a little way back
+    assert run.config.trim_audio
+    padded = fit(**short, **distilled)
+    assert padded.history[0].loss != run.history[0].loss
+    assert set(lengths) == {62, 100}
+
+
+@pytest.mark.parametrize("split", ["dev", "validation"])
+def test_the_dev_split_is_scored_where_it_is_asked_for(finished_run, tones_folder, tmp_path, split):
+    data = shutil.copytree(tones_folder, tmp_path / "data")
+    (data / "de.jsonl").rename(data / f"{split}.jsonl")
+    metrics = evaluate_run(finished_run.output, str(data), split="dev")
+    assert metrics["split"] == "dev"
+    german = finished_run.metrics["backward"][str(tones_folder / "de.jsonl")]
+    assert metrics["new_domain"] == {"name": str(data), **german}
+
+
+def test_a_run_can_be_evaluated_on_other_data(finished_run, tones_folder):
+    german = str(tones_folder / "de.jsonl")
+    metrics = evaluate_run(str(finished_run.output), german)
+    assert metrics["new_domain"] == {"name": german, **finished_run.metrics["backward"][german]}
+    assert metrics["backward"] == {}
+    assert "backward_error" not in metrics
+
+
+# ---- where a run may go
+
+
+def test_an_output_with_content_is_refused_unless_overwritten(short, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("keep me")
+    with pytest.raises(UserError, match=r"not empty.*--overwrite"):
+        fit(tmp_path / "run", **short)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+    fit(str(tmp_path / "run"), overwrite=True, evaluate=False, **short)
+    assert (tmp_path / "run" / "mine.txt").read_text() == "keep me"
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_an_empty_output_folder_is_taken(short, tmp_path):
+    assert fit(tmp_path, evaluate=False, **short).output == tmp_path
+
+
+def test_an_output_that_is_a_file_is_refused(short, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="can't be written"):
+            fit(place, overwrite=True, **short)
+
+
+def test_without_output_nothing_is_written(short, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = fit(**short)
+    assert run.output is None
+    assert run.metrics["new_domain"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_evaluation_nothing_is_measured(short, tmp_path):
+    run = fit(tmp_path / "run", evaluate=False, **short)
+    assert len(run.history) == 3
+    assert "new_domain" not in run.metrics
+    assert not run.metrics.get("backward")
+    assert {"run.json", "posterior.safetensors"} <= {p.name for p in run.output.iterdir()}
+    assert evaluate_run(run.output)["new_domain"]["adapted"]["utterances"] == 2
+
+
+# ---- options
+
+
+@pytest.mark.parametrize("guide", ["point", "auto-normal"])
+def test_other_guides_run_too(short, tmp_path, guide):
+    run = fit(tmp_path / "run", **{**short, "guide": guide})
+    assert len(run.history) == 3
+    loaded = Posterior.load(run.output)
+    deviations = torch.cat([value.flatten() for value in loaded.stddev.values()])
+    assert bool((deviations == 0).all()) == (guide == "point")
+    assert evaluate_run(run.output) == run.metrics
+
+
+def test_beta_zero_and_the_exact_elbo(short):
+    silent = fit(evaluate=False, **{**short, "beta": 0.0})
+    assert all(step.kl is None for step in silent.history)
+    exact = fit(evaluate=False, **{**short, "beta": "elbo", "epochs": 2, "batch_size": 1})
+    assert exact.config.beta == pytest.approx(1 / 22)
+    assert exact.config.steps == len(exact.history) == 4
+
+
+def test_the_target_modules_the_rank_and_the_prior_are_those_of_the_options(short):
+    options = {**short, "target_modules": "q_proj,v_proj", "rank": 1}
+    run = fit(evaluate=False, **options)
+    names = [name for name, _, _ in run.posterior.layer_means()]
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "v_proj"}
+    assert run.posterior.rank == 1
+    wide = fit(evaluate=False, **options, prior_scale=5.0)
+    assert wide.history[0].nll == run.history[0].nll
+    assert wide.history[0].kl > run.history[0].kl
+
+
+def test_bfloat16_keeps_the_factors_in_float32(short):
+    run = fit(evaluate=False, **{**short, "precision": "bf16"})
+    assert {value.dtype for value in run.posterior.mean.values()} == {torch.float32}
+
+
+def test_a_test_set_of_its_own_is_scored_instead(short, tones_folder):
+    english = str(tones_folder / "en.jsonl")
+    run = fit(**{**short, "test": english})
+    assert run.metrics["new_domain"]["name"] == english
+    assert run.metrics["new_domain"]["base"]["wer"]["rate"] == 0
+
+
+def test_a_manifest_as_data_is_all_for_training(short, tones_folder):
+    run = fit(**{**short, "data": str(tones_folder / "train.jsonl")})
+    assert "new_domain" not in run.metrics
+
+
+def test_a_folder_without_a_test_split_is_all_for_training(short, tones_folder, tmp_path):
+    shutil.copytree(tones_folder, tmp_path / "data")
+    (tmp_path / "data" / "test.jsonl").unlink()
+    run = fit(**{**short, "data": str(tmp_path / "data")})
+    assert "new_domain" not in run.metrics
+
+
+def test_backward_sets_of_one_file_name_are_all_measured(short, tones_folder, tmp_path):
+    for code in ("de", "en"):
+        shutil.copytree(tones_folder, tmp_path / code)
+        (tmp_path / code / f"{code}.jsonl").replace(tmp_path / code / "test.jsonl")
+    sets = tuple(str(tmp_path / code / "test.jsonl") for code in ("de", "en"))
+    metrics = fit(**{**short, "backward": sets}).metrics
+    assert tuple(metrics["backward"]) == sets
+
+
+class Diary(Listener):
+    def __init__(self):
+        self.entries = []
+
+    def stage(self, name):
+        self.entries.append(name)
+
+    def ready(self, config, num_tokens, num_weights):
+        self.entries.append((config, num_tokens, num_weights))
+
+    def step(self, step):
+        self.entries.append(step)
+
+
+def test_a_listener_hears_of_stages_the_start_and_every_step(fit_options):
+    diary = Diary()
+    run = fit(progress=diary, **{**fit_options, "steps": 2})
+    sets = ["the new domain", *fit_options["backward"]]
+    assert diary.entries == [
+        "loading",
+        *(f"base on {name}" for name in sets),
+        (run.config, 22, run.posterior.num_weights),
+        *run.history,
+        *(f"adapted on {name}" for name in sets),
+    ]
+
+
+def test_pyros_parameter_store_stays_empty(short):
+    fit(evaluate=False, **short)
+    assert not pyro.get_param_store().keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"data": "nowhere"}, "nowhere"),
+        ({"test": "nowhere"}, "nowhere"),
+        ({"backward": ("nowhere",)}, "nowhere"),
+        ({"base": "/nowhere"}, "/nowhere"),
+        ({"prior": "uniform"}, "uniform"),
+        ({"guide": "tour"}, "tour"),
+        ({"target_modules": "nothing"}, "nothing"),
+        ({"rank": 17}, "17"),
+        ({"beta": -1.0}, "beta"),
+        ({"seed": -1}, "seed"),
+        ({"device": "toaster"}, "toaster"),
+    ],
+)
+def test_bad_options_are_refused_before_the_fit(short, options, words):
+    diary = Diary()
+    with pytest.raises(UserError, match=words) as caught:
+        fit(progress=diary, **{**short, **options})
+    assert "\n" not in str(caught.value)
+    assert all(isinstance(entry, str) for entry in diary.entries)  # no step, and not ready for one
+
+
+def test_word_languages_that_do_not_fit_their_text_are_refused_before_the_fit(
+    short, tones_folder, tmp_path
+):
+    shutil.copytree(tones_folder, tmp_path / "data")
+    lines = (tmp_path / "data" / "test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"word_languages": ["de", "en", "de"]} for line in lines]
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    diary = Diary()
+    with pytest.raises(UserError, match="word_languages"):
+        fit(progress=diary, **{**short, "data": str(tmp_path / "data")})
+    assert all(isinstance(entry, str) for entry in diary.entries)
+
+
+# ---- damaged runs
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"config": 3}', '{"config": {"rank": 0}}', "\xff"]
+)
+def test_a_damaged_run_json_is_refused(finished_run, tmp_path, content):
+    shutil.copytree(finished_run.output, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(content, encoding="latin-1")
+    for use in (evaluate_run, read_run, lambda folder: transcribe([], folder)):
+        with pytest.raises(UserError) as caught:
+            use(tmp_path / "run")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_run_json_without_a_language_is_refused(finished_run, tones_folder, tmp_path):
+    shutil.copytree(finished_run.output, tmp_path / "run")
+    about = read_json(tmp_path / "run" / "run.json")
+    del about["language"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"run\.json"):
+        transcribe([tones_folder / "en0.wav"], tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    for use in (evaluate_run, lambda folder: merge_run(folder, tmp_path / "out")):
+        with pytest.raises(UserError, match="no run folder"):
+            use(tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- merge and transcribe
+
+
+def test_a_merged_run_is_a_plain_checkpoint_with_the_adapted_logits(
+    finished_run, fluent_base, tones_folder, tmp_path
+):
+    merge_run(finished_run.output, tmp_path / "merged")
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    plain = WhisperForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    WhisperTokenizer.from_pretrained(tmp_path / "merged")
+    WhisperFeatureExtractor.from_pretrained(tmp_path / "merged")
+    examples = load_examples(fluent_base, str(tones_folder), "test")
+    prompt, features = examples.prompts[0], examples.features[:]
+    with finished_run.posterior.applied(fluent_base.net):
+        adapted = logits(fluent_base.net, features, prompt)
+    torch.testing.assert_close(logits(plain, features, prompt), adapted, atol=1e-4, rtol=0)
+    assert not torch.allclose(logits(fluent_base.net, features, prompt), adapted, atol=0.1)
+
+
+def test_a_merged_run_is_a_base_that_says_what_the_run_says(finished_run, tones_folder, tmp_path):
+    merge_run(finished_run.output, tmp_path / "merged")
+    audio = [tones_folder / "test4.wav", tones_folder / "test5.wav"]
+    merged = transcribe(audio, base=str(tmp_path / "merged"), language="de-en")
+    assert merged == transcribe(audio, finished_run.output)
+    assert [one.text for one in merged] == ["das red", "ein bicycle"]
+    assert load_base(str(tmp_path / "merged")).net.generation_config.lang_to_id
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_merged_run_is_rounded_once_to_the_dtype_asked_for(short, fluent_folder, tmp_path, dtype):
+    run = fit(tmp_path / "run", evaluate=False, **{**short, "dtype": "bfloat16"})
+    merge_run(run.output, tmp_path / "merged", dtype=dtype)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    deltas = {f"{name}.weight": delta for name, delta in run.posterior.delta_weights()}
+    for name, weight in load_file(fluent_folder / "model.safetensors").items():
+        exact = weight + deltas.get(name, 0)  # of the weights as stored, not as fitted with
+        assert torch.equal(merged[name], exact.to(getattr(torch, dtype))), name
+    config = read_json(tmp_path / "merged" / "config.json")
+    assert config["dtype"] == dtype
+
+
+def test_the_base_of_a_merge_is_left_alone(finished_run, fluent_folder):
+    before = (fluent_folder / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="own folder"):
+        merge_run(finished_run.output, fluent_folder, overwrite=True)
+    assert (fluent_folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_base_in_a_short_dtype_is_fitted_and_evaluated(fit_options, tmp_path, dtype):
+    run = fit(tmp_path, **{**fit_options, "dtype": dtype, "backward": ()})
+    assert {value.dtype for value in run.posterior.mean.values()} == {torch.float32}
+    assert run.history[-1].nll < run.history[0].nll / 4
+    assert evaluate_run(tmp_path) == run.metrics
+
+
+def test_a_base_is_loaded_as_the_run_has_it_unless_told(monkeypatch, finished_run, tmp_path):
+    shutil.copytree(finished_run.output, tmp_path / "run")
+    about = read_json(tmp_path / "run" / "run.json")
+    theirs = {"base": "someone/whisper", "revision": "v1", "dtype": "float16"}
+    about["config"] |= theirs | {"local_files_only": True}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    seen = []
+
+    def load(name, *rest):
+        seen.append((name, *rest))
+        raise UserError("seen")
+
+    monkeypatch.setattr("blora_pyro.config.fit_config.load_base", load)
+    run = tmp_path / "run"
+    for use in (
+        lambda: evaluate_run(run),
+        lambda: merge_run(run, tmp_path / "out"),
+        lambda: transcribe([], run),
+        lambda: transcribe([], run, base="b", dtype="float32"),
+        lambda: transcribe([], run, revision="v2"),
+        lambda: transcribe([], base="b", revision="v3", local_files_only=True),
+    ):
+        with pytest.raises(UserError, match="seen"):
+            use()
+    assert seen == [
+        ("someone/whisper", "cpu", "float16", "v1", True),
+        ("someone/whisper", "cpu", "float32", "v1", True),  # a merge adds up in float32
+        ("someone/whisper", "cpu", "float16", "v1", True),
+        ("b", "cpu", "float32", None, True),
+        ("someone/whisper", "cpu", "float16", "v2", True),
+        ("b", "cpu", "float32", "v3", True),
+    ]
+
+
+def test_merging_into_a_folder_with_content_needs_overwrite(finished_run, tmp_path):
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="not empty"):
+        merge_run(finished_run.output, tmp_path)
+    merge_run(finished_run.output, tmp_path, overwrite=True)
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_transcribing_with_and_without_an_adapter(finished_run, fluent_folder, tones_folder):
+    audio = [str(tones_folder / "test5.wav"), str(tones_folder / "test4.wav")]
+    adapted = transcribe(audio, str(finished_run.output))
+    assert [one.text for one in adapted] == ["ein bicycle", "das red"]
+    assert [one.language for one in adapted] == ["de-en", "de-en"]
+    base = transcribe(audio, base=str(fluent_folder), language="de-en")
+    assert [one.text for one in base] != ["ein bicycle", "das red"]
+    (detected,) = transcribe([tones_folder / "de3.wav"], base=str(fluent_folder))
+    assert (detected.text, detected.language) == ("ein rad", "de")
+
+
+def test_an_adapters_language_is_that_of_its_data_unless_given(finished_run, tones_folder):
+    audio = [tones_folder / "test4.wav"]
+    default = transcribe(audio, finished_run.output)
+    assert transcribe(audio, finished_run.output, language="de-en") == default
+    (detected,) = transcribe(audio, finished_run.output, language="auto")
+    assert detected.language in ("de", "en")
+    with pytest.raises(UserError, match="'xx'"):
+        transcribe(audio, finished_run.output, language="xx")
+
+
+def test_transcribing_with_draws(finished_run, tones_folder):
+    audio = [tones_folder / "test4.wav"]
+    (plain,) = transcribe(audio, finished_run.output)
+    (found,) = transcribe(audio, finished_run.output, samples=3, seed=1)
+    assert found.text == plain.text == "das red"
+    words = found.segments[0].words
+    assert [word.text for word in words] == ["das", "red"]
+    assert all(word.agreement in (0, 1 / 3, 2 / 3, 1) and word.log_prob < 0 for word in words)
+    assert transcribe(audio, finished_run.output, samples=3, seed=1) == [found]
+    with pytest.raises(UserError, match="no adapter"):
+        transcribe(audio, base=finished_run.config.base, samples=3)
+
+
+def test_an_adapter_does_not_go_on_a_base_of_another_geometry(
+    finished_run, fluent_folder, tones_folder, tmp_path
+):
+    shutil.copytree(fluent_folder, tmp_path / "other")
+    net = load_base(str(fluent_folder)).net
+    config = copy.deepcopy(net.config)
+    config.decoder_layers = 1
+    other = WhisperForConditionalGeneration(config)
+    other.generation_config = net.generation_config
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="base model"):
+        transcribe([tones_folder / "en0.wav"], finished_run.output, base=str(tmp_path / "other"))
+
+
+def test_a_device_that_cannot_be_used_is_refused(finished_run, fluent_folder, tones_folder):
+    audio = [tones_folder / "en0.wav"]
+    with pytest.raises(UserError, match="toaster"):
+        transcribe(audio, base=str(fluent_folder), device="toaster")
+    with pytest.raises(UserError, match="toaster"):
+        transcribe(audio, finished_run.output, device="toaster")
+    with pytest.raises(UserError, match="toaster"):
+        evaluate_run(finished_run.output, device="toaster")
+
+
+def test_a_folder_of_csv_files_is_fitted_and_scored(fit_options, tones_folder, tmp_path):
+    for split in ("train", "test"):
+        lines = (tones_folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        text = "file_name,sentence,language\n" + "".join(
+            f"{tones_folder / row['audio']},{row['text']},{row['language']}\n" for row in rows
+        )
+        (tmp_path / f"{split}.csv").write_text(text, encoding="utf-8")
+    by_csv = blora_pyro.fit(**{**fit_options, "data": str(tmp_path), "backward": (), "steps": 2})
+    by_json = blora_pyro.fit(**{**fit_options, "backward": (), "steps": 2})
+    new, old = (run.metrics["new_domain"] for run in (by_csv, by_json))
+    assert new["adapted"]["wer"] == old["adapted"]["wer"]
+
+
+def test_sources_are_mixed_by_weight_and_the_first_is_the_new_domain(short, tones_folder):
+    german = str(tones_folder / "de.jsonl")
+    run = fit(**{**short, "data": (str(tones_folder), german), "data_weights": (1, 3)})
+    assert run.metrics["new_domain"]["name"] == str(tones_folder)
+    other = fit(**{**short, "data": (str(tones_folder), german), "data_weights": (3, 1)})
+    assert [step.loss for step in run.history] != [step.loss for step in other.history]
+
+
+def test_backward_sets_are_measured_under_their_names(short, tones_folder, tmp_path):
+    sets = (f"German={tones_folder / 'de.jsonl'}", f"English={tones_folder / 'en.jsonl'}")
+    run = fit(tmp_path / "run", **{**short, "backward": sets})
+    assert list(run.metrics["backward"]) == ["German", "English"]
+    assert evaluate_run(tmp_path / "run") == run.metrics
+
+
+def test_a_data_set_in_memory_is_fitted_and_resumed_where_it_is_given_again(
+    short, tones_folder, tmp_path
+):
+    rows = load_split(tones_folder, "train").remove_columns("origin")
+    options = {**short, "data": rows, "backward": {"mine": rows}}
+    run = fit(tmp_path / "run", evaluate=False, **options)
+    (tmp_path / "run" / "run.json").write_text(
+        (tmp_path / "run" / "run.json").read_text().replace('"finished"', '"fitting"')
+    )
+    with pytest.raises(UserError, match=r"were an object from Python.*give it again"):
+        fit(tmp_path / "run", resume=True, evaluate=False)
+    again = fit(tmp_path / "run", resume=True, evaluate=False, data=rows)
+    assert again.history == run.history

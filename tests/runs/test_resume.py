@@ -1,0 +1,652 @@
+"""Interrupted fits go on bit by bit as if they had not been interrupted."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from blora_pyro.errors import UserError
+from blora_pyro.fitting import checkpoints as checkpoints_module
+from blora_pyro.fitting.checkpoints import FILE, read_checkpoint, stored_step
+from blora_pyro.posterior import Posterior
+from blora_pyro.runs import fits, outcomes
+from blora_pyro.runs.finished import evaluate_run
+from blora_pyro.runs.fits import Run, fit
+from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.loading import Loader
+
+KILLS = int(os.environ.get("BLORA_PYRO_KILLS", "2"))
+FINISHED_FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "posterior.safetensors",
+    "run.json",
+    "metrics.json",
+    "utterances.jsonl",
+}
+
+
+class Crash(Exception):
+    """Stands for the end of the process."""
+
+
+class Crashing(Listener):
+    """Dies at a step or a stage, whose names are kept."""
+
+    def __init__(self, step=None, stage=None, error=Crash):
+        self.at, self.name, self.error = step, stage, error
+        self.steps, self.stages = [], []
+
+    def step(self, step):
+        self.steps.append(step.step)
+        if step.step == self.at:
+            raise self.error
+
+    def stage(self, name):
+        self.stages.append(name)
+        if self.name is not None and name.startswith(self.name):
+            raise self.error
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def assert_same_run(folder, other):
+    """Every file of two finished runs, but for times."""
+    assert {path.name for path in folder.iterdir()} == FINISHED_FILES
+    for name in ("posterior.safetensors", "adapter_model.safetensors"):
+        one, two = load_file(folder / name), load_file(other / name)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(value, two[key]) for key, value in one.items())
+    for name in ("metrics.json", "utterances.jsonl"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+    one, two = read_json(folder / "run.json"), read_json(other / "run.json")
+    assert one.pop("seconds").keys() == two.pop("seconds").keys()
+    assert one == two
+
+
+def crashed(folder, options, **where):
+    with pytest.raises(Crash):
+        fit(folder, checkpoint_every=4, progress=Crashing(**where), **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(fit_options) -> dict[str, Any]:
+    """Options of a shorter fit, with one backward set."""
+    return {**fit_options, "steps": 12, "backward": fit_options["backward"][:1]}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, options) -> Run:
+    """The run that was never interrupted."""
+    torch.set_num_threads(1)
+    return fit(tmp_path_factory.mktemp("runs") / "straight", **options)
+
+
+@pytest.fixture(scope="module")
+def crashed_at_ten(tmp_path_factory, options) -> Path:
+    torch.set_num_threads(1)
+    return crashed(tmp_path_factory.mktemp("runs") / "crashed", options, step=10)
+
+
+@pytest.fixture
+def half_done(crashed_at_ten, tmp_path) -> Path:
+    """A run that died at step 10 of 12, its last checkpoint being that of step 8."""
+    return Path(shutil.copytree(crashed_at_ten, tmp_path / "run"))
+
+
+def test_a_resumed_run_is_that_of_a_fit_never_interrupted(half_done, straight):
+    assert read_json(half_done / "run.json")["state"] == "fitting"
+    torch.rand(3)
+    listener = Crashing()
+    run = fit(half_done, resume=True, progress=listener)
+    assert listener.steps == list(range(9, 13))
+    assert "going on from step 8" in listener.stages
+    assert not any(stage.startswith("base on") for stage in listener.stages)  # kept from before
+    assert run.history == straight.history
+    assert run.metrics == straight.metrics
+    assert run.config == straight.config
+    assert_same_run(half_done, straight.output)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"stage": "loading"},
+        {"stage": "base on"},
+        {"step": 1},
+        {"step": 12},
+        {"stage": "adapted on the new"},
+        {"stage": "adapted on /"},
+    ],
+)
+def test_a_run_goes_on_from_wherever_it_died(options, straight, tmp_path, where):
+    folder = crashed(tmp_path / "run", options, **where)
+    fit(folder, resume=True)
+    assert_same_run(folder, straight.output)
+
+
+def test_a_run_that_died_in_its_evaluation_is_not_fitted_again(
+    options, straight, tmp_path, monkeypatch
+):
+    folder = crashed(tmp_path / "run", options, stage="adapted on /")
+    assert not (folder / FILE).exists()
+    assert evaluate_run(folder) == straight.metrics  # it can be used already
+    transcribed = []
+    features = outcomes.transcribe_features
+
+    def transcribe(base, *args):
+        transcribed.append(args)
+        return features(base, *args)
+
+    monkeypatch.setattr(fits, "fit_guide", None)
+    monkeypatch.setattr(outcomes, "transcribe_features", transcribe)
+    run = fit(folder, resume=True)
+    assert len(transcribed) == 1  # of four: the backward set, adapted
+    assert run.history == straight.history
+    assert_same_run(folder, straight.output)
+    assert next(run.posterior.draws(1))
+
+
+@pytest.mark.parametrize("content", ["{", '{"new_domain": ["a"]}'])
+def test_damaged_transcripts_are_made_again(options, straight, tmp_path, content):
+    folder = crashed(tmp_path / "run", options, stage="adapted on /")
+    for state in ("base", "adapted"):
+        (folder / f"transcripts-{state}.json").write_text(content)
+    fit(folder, resume=True)
+    assert_same_run(folder, straight.output)
+
+
+def test_a_posterior_that_was_half_written_is_written_again(
+    half_done, straight, options, monkeypatch
+):
+    def save(self, folder):
+        folder.mkdir()
+        (folder / "posterior.safetensors").write_bytes(b"half")
+        (folder / ".tmpXYZ").write_bytes(b"half")
+        (half_done / "adapter_config.json").write_bytes(b"half")
+        os.rename(folder, folder.with_name("killed"))  # else it would be tidied up
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Posterior, "save", save)
+        with pytest.raises(Crash):
+            fit(half_done, resume=True)
+    os.rename(half_done / "killed", half_done / "posterior.new")
+    fit(half_done, resume=True)
+    assert_same_run(half_done, straight.output)
+
+
+def test_a_straight_is_returned(straight, tmp_path, monkeypatch):
+    shutil.copytree(straight.output, tmp_path / "run")
+    (tmp_path / "run" / FILE).write_bytes(b"left by a process that was killed at the very end")
+    monkeypatch.setattr(fits, "base_of", None)
+    run = fit(tmp_path / "run", resume=True)
+    assert (run.config, run.history) == (straight.config, straight.history)
+    assert run.metrics == straight.metrics
+    assert_same_run(tmp_path / "run", straight.output)
+
+
+def test_the_fits_own_options_may_be_given_again(half_done, options, straight):
+    fit(half_done, resume=True, **options, alpha=8.0, guide="normal")
+    assert_same_run(half_done, straight.output)
+
+
+@pytest.fixture(scope="module")
+def turned(options, tones_folder) -> dict[str, Any]:
+    """The same fit with every knob turned."""
+    return {
+        **options,
+        "estimator": "flipout",
+        "schedule": "linear",
+        "warmup_steps": 2,
+        "gradient_accumulation": 2,
+        "gradient_checkpointing": True,
+        "max_grad_norm": 0.5,
+        "spec_augment": True,
+        "dev": str(tones_folder / "test.jsonl"),
+        "eval_every": 2,
+        "patience": 3,
+    }
+
+
+def test_a_run_with_every_knob_turned_goes_on_too(turned, tmp_path):
+    run = fit(tmp_path / "straight", **turned)
+    assert len(run.dev["errors"]) > 3
+    folder = crashed(tmp_path / "run", turned, step=5)
+    with pytest.raises(Crash):
+        fit(folder, resume=True, checkpoint_every=3, progress=Crashing(step=7))
+    resumed = fit(folder, resume=True, patience=3)  # an option of the fit by itself
+    assert (resumed.history, resumed.dev) == (run.history, run.dev)
+    assert_same_run(folder, run.output)
+
+
+def test_so_does_a_regularised_and_averaged_one(options, tones_folder, tmp_path):
+    options = {
+        **options,
+        "max_utterances": 1,
+        "distillation": 1.0,
+        "distillation_languages": ("en", "de"),
+        "average_from": 0.3,
+    }
+    run = fit(tmp_path / "straight", **options)
+    assert all(step.regularizer > 0 for step in run.history[2:])
+    folder = crashed(tmp_path / "run", options, step=7)
+    resumed = fit(folder, resume=True)
+    assert resumed.history == run.history
+    assert_same_run(folder, run.output)
+    plain = fit(None, evaluate=False, **{**options, "average_from": None})
+    assert plain.history == run.history
+    name = next(iter(run.posterior.mean))
+    assert not torch.equal(plain.posterior.mean[name], run.posterior.mean[name])
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"lr": 0.02}, "lr = 0.03, not 0.02"),
+        ({"rank": 4, "steps": 50}, "steps = 12, not 50"),
+        ({"beta": "auto"}, "beta = 1e-05, not auto"),
+        ({"backward": ()}, "backward"),
+        ({"prior_args": {"scale": 0.1}}, "prior_args"),
+        ({"seed": 1}, "seed = 0, not 1"),
+        ({"prior": "laplace"}, "prior = normal, not laplace"),
+    ],
+)
+def test_other_options_than_those_of_the_fit_are_refused(half_done, other, words):
+    before = {path.name: path.read_bytes() for path in half_done.iterdir()}
+    with pytest.raises(UserError, match=words) as caught:
+        fit(half_done, resume=True, **other)
+    assert "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in half_done.iterdir()} == before
+
+
+def test_resume_starts_a_fit_where_its_options_are_given_and_nothing_is_there(
+    options, straight, tmp_path
+):
+    with pytest.raises(UserError, match="holds no fit to go on with"):
+        fit(tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+    fit(tmp_path / "run", resume=True, **options)
+    assert_same_run(tmp_path / "run", straight.output)
+
+
+def test_resume_needs_an_output_and_does_not_overwrite(options, half_done):
+    with pytest.raises(UserError, match="no output"):
+        fit(resume=True, **options)
+    with pytest.raises(UserError, match="overwrite"):
+        fit(half_done, resume=True, overwrite=True)
+
+
+def test_an_unfinished_fit_is_not_written_over_unless_told(half_done, options, straight):
+    with pytest.raises(UserError, match=r"unfinished fit; --resume"):
+        fit(half_done, **options)
+    assert read_checkpoint(half_done / FILE).step == 8
+    fit(half_done, overwrite=True, **options)
+    assert_same_run(half_done, straight.output)
+
+
+def test_what_never_came_to_a_checkpoint_is_in_nobodys_way(options, straight, tmp_path):
+    folder = crashed(tmp_path / "run", {**options, "data": "nowhere"}, stage="loading")
+    with pytest.raises(UserError, match="nowhere"):
+        fit(folder, resume=True)
+    fit(folder, **options)
+    assert_same_run(folder, straight.output)
+
+
+def test_an_earlier_run_is_kept_until_the_new_one_is_loaded(straight, options, tmp_path):
+    shutil.copytree(straight.output, tmp_path / "run")
+    with pytest.raises(UserError, match="nowhere"):
+        fit(tmp_path / "run", overwrite=True, **{**options, "data": "nowhere"})
+    error = KeyboardInterrupt  # what `Interrupted` is
+    with pytest.raises(error):
+        progress = Crashing(stage="loading", error=error)
+        fit(tmp_path / "run", overwrite=True, progress=progress, **options)
+    assert_same_run(tmp_path / "run", straight.output)
+    folder = crashed(tmp_path / "run", {**options, "overwrite": True}, stage="base on")
+    assert {path.name for path in folder.iterdir()} == {"run.json"}
+
+
+def test_an_unfinished_fit_is_no_run(half_done):
+    with pytest.raises(UserError, match=r"not finished; go on with: blora-pyro fit --resume"):
+        evaluate_run(half_done)
+
+
+def test_a_damaged_checkpoint_is_refused_and_can_be_deleted(half_done, straight):
+    content = (half_done / FILE).read_bytes()
+    (half_done / FILE).write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"damaged.*delete it") as caught:
+        fit(half_done, resume=True)
+    assert "\n" not in str(caught.value)
+    (half_done / FILE).unlink()
+    fit(half_done, resume=True)
+    assert_same_run(half_done, straight.output)
+
+
+def test_a_damaged_run_json_is_refused(half_done):
+    for content in ("", "{", "[]", "{}", '{"options": {"rank": "x"}}'):
+        (half_done / "run.json").write_text(content)
+        with pytest.raises(UserError) as caught:
+            fit(half_done, resume=True)
+        assert "run.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_training_data_are_refused(options, tones_folder, tmp_path):
+    data = shutil.copytree(tones_folder, tmp_path / "data")
+    folder = crashed(tmp_path / "run", {**options, "data": str(data)}, step=10)
+    manifest = (data / "train.jsonl").read_text(encoding="utf-8")
+    (data / "train.jsonl").write_text("\n".join([manifest] * 2), encoding="utf-8")
+    with pytest.raises(UserError, match="another fit: tokens was 22, now it is 44"):
+        fit(folder, resume=True)
+    (data / "train.jsonl").write_text(manifest, encoding="utf-8")
+    assert len(fit(folder, resume=True).history) == 12
+
+
+def test_a_prior_of_ones_own_is_run_only_where_it_is_named(options, tmp_path):
+    code = tmp_path / "mine.py"
+    code.write_text("from blora_pyro.guides.normal import Guide, Prior\nimport numpy\n")
+    mine = {**options, "prior": str(code), "steps": 10}
+    folder = crashed(tmp_path / "run", mine, step=7)
+    with pytest.raises(UserError, match=r"the run's prior is code, in .*mine\.py; name it"):
+        fit(folder, resume=True)
+    run = fit(folder, resume=True, prior=str(code))
+    assert next(run.posterior.draws(1))
+    other = fit(tmp_path / "straight", **mine)
+    assert run.history == other.history
+
+
+def test_pythons_and_numpys_random_numbers_go_on_too(options, tmp_path):
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "import random\nimport numpy as np\nfrom blora_pyro.guides import normal\n"
+        "Prior = normal.Prior\n"
+        "class Guide(normal.Guide):\n"
+        "    def forward(self, *args):\n"
+        "        draws = super().forward(*args)\n"
+        "        self.means[next(iter(self.means))].data += 1e-3 * random.gauss(0, 1)\n"
+        "        self.means[next(iter(self.means))].data += 1e-3 * np.random.standard_normal()\n"
+        "        return draws\n"
+    )
+    mine = {**options, "prior": str(code), "steps": 10}
+    folder = crashed(tmp_path / "run", mine, step=7)
+    random.random()
+    np.random.rand()  # noqa: NPY002
+    fit(folder, resume=True, prior=str(code))
+    fit(tmp_path / "straight", **mine)
+    assert_same_run(folder, tmp_path / "straight")
+
+
+# ---- what ends a fit early
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device", "somewhere")
+
+
+def test_a_full_disk_at_a_checkpoint(options, straight, tmp_path, monkeypatch):
+    write, folder = checkpoints_module.write_checkpoint, tmp_path / "run"
+
+    def write_two(path, checkpoint):
+        if checkpoint.step > 4:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, checkpoint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints_module, "write_checkpoint", write_two)
+        with pytest.raises(UserError) as caught:
+            fit(folder, checkpoint_every=4, **options)
+    assert str(caught.value) == (
+        f"{folder / FILE} can't be written (No space left on device); the checkpoint of step 4 is "
+        f"safe in {folder}; put that right, then go on with: blora-pyro fit --resume --output "
+        f"{folder}"
+    )
+    fit(folder, resume=True)
+    assert_same_run(folder, straight.output)
+
+
+@pytest.mark.parametrize(
+    ("call", "safe"),
+    [(1, None), (2, "no step is in"), (3, "no step"), (-3, "posterior"), (-1, "posterior")],
+)
+def test_a_full_disk_at_any_other_file(options, straight, tmp_path, monkeypatch, call, safe):
+    folder, replaced = tmp_path / "run", []
+    replace = os.replace
+
+    def counted(source, target):
+        if str(target).endswith(".json") and folder in target.parents:
+            replaced.append(target)
+        if len(replaced) == call:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", counted)
+        if call < 0:  # from behind: how many are there?
+            fit(tmp_path / "run", **options)
+            call, replaced[:] = len(replaced) + 1 + call, []
+            shutil.rmtree(folder)
+        with pytest.raises(UserError, match="No space left on device") as caught:
+            fit(folder, **options)
+    assert "\n" not in str(caught.value)
+    if safe is None:
+        assert "give another" in str(caught.value)
+        fit(folder, **options)
+    else:
+        assert safe in str(caught.value) and "--resume" in str(caught.value)
+        fit(folder, resume=True)
+    assert_same_run(folder, straight.output)
+
+
+def test_a_posterior_that_finds_no_room(half_done, straight, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("blora_pyro.posterior.storage.save_file", full_in_rust)
+        with pytest.raises(UserError, match=r"No space left.*the checkpoint of step 8 is safe"):
+            fit(half_done, resume=True, checkpoint_every=4)
+    fit(half_done, resume=True)
+    assert_same_run(half_done, straight.output)
+
+
+def full_in_rust(*args, **kwargs):
+    raise SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory(options, straight, tmp_path, error):
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=r"^out of memory; .*step 8 is safe.*--resume") as caught:
+        fit(folder, checkpoint_every=4, progress=Crashing(step=10, error=error), **options)
+    assert "\n" not in str(caught.value)
+    fit(folder, resume=True)
+    assert_same_run(folder, straight.output)
+
+
+def test_other_errors_are_not_hidden(options, tmp_path):
+    for number, error in enumerate((RuntimeError("ours"), OSError(5, "not ours", "elsewhere"))):
+        with pytest.raises(type(error)) as caught:
+            fit(tmp_path / f"{number}", progress=Crashing(step=2, error=error), **options)
+        assert caught.value is error
+
+
+def test_an_output_that_cannot_be_written_is_refused(options, tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.touch", full)
+    with pytest.raises(UserError, match=r"output '.*run' can't be written"):
+        fit(tmp_path / "run", **options)
+
+
+def test_a_diverging_run_says_what_is_safe(options, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"in a row; no step is in .*run yet, but"):
+        fit(tmp_path / "run", **{**options, "lr": 1e30})
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {
+        "run.json",
+        "transcripts-base.json",
+    }
+    with pytest.raises(FloatingPointError, match=r"in a row$"):
+        fit(**{**options, "lr": 1e30})
+
+
+def test_skipped_steps_are_counted(options, tmp_path, monkeypatch):
+    load = Loader.load
+
+    def poisoned(loader, source, split, language=None, **options):
+        examples = load(loader, source, split, language, **options)
+        if split == "train":
+            batch, calls = examples.batch, []
+
+            def nan_now_and_then(indices):
+                calls.append(0)
+                one = batch(indices)
+                if len(calls) in (5, 9):
+                    one.input_features.fill_(math.nan)
+                return one
+
+            examples.batch = nan_now_and_then
+        return examples
+
+    monkeypatch.setattr(Loader, "load", poisoned)
+    run = fit(tmp_path / "run", **options)
+    assert len(run.history) == 10
+    assert read_json(tmp_path / "run" / "run.json")["skipped_steps"] == 2
+
+
+# ---- real processes
+
+# Imports once, then runs each line of its input in a fork: prints the process id, and, once it has
+# ended, its exit code.
+SERVER = """
+import json, os, signal, sys
+import torch
+from blora_pyro import cli, fit
+from blora_pyro.reports import progress
+
+step = progress.TerminalProgress.step
+
+def run(folder=None, options=None, line=None, signum=None):
+    if line is None:
+        fit(folder, **options)
+        return
+
+    def send(progress, one):
+        step(progress, one)
+        if one.step == 7:
+            os.kill(os.getpid(), signum)
+
+    progress.TerminalProgress.step = send
+    cli.app(line)
+
+torch.set_num_threads(1)
+for request in sys.stdin:
+    if pid := os.fork():
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    else:
+        request = json.loads(request)
+        os.dup2(os.open(request.pop("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        try:
+            run(**request)
+        except SystemExit as end:
+            sys.stderr.flush()
+            os._exit(end.code)
+        os._exit(0)
+"""
+
+
+class Server:
+    """Runs fits in processes of their own, one at a time; `log` is their stderr."""
+
+    def __init__(self, log: Path) -> None:
+        line = [sys.executable, "-c", SERVER]
+        self.log = log
+        pipe = subprocess.PIPE
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        self.process = subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def start(self, **request: Any) -> int:
+        """Start a process; its id."""
+        request["log"] = str(self.log)
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        """The exit code of the process, or minus the signal that killed it."""
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server") / "log")
+    yield server
+    server.process.stdin.close()
+    server.process.wait()
+    server.process.stdout.close()
+
+
+def alive(pid: int) -> bool:
+    """Whether the process still runs: one that has ended is a zombie, or gone."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_run_that_is_killed_again_and_again(server, options, tmp_path):
+    chance, folder, steps = random.Random(KILLS), tmp_path / "run", 30 * KILLS
+    more = {**options, "steps": steps}
+    server.start(folder=str(tmp_path / "straight"), options=more)
+    assert server.wait() == 0
+    request = {"folder": str(folder), "options": {**more, "resume": True, "checkpoint_every": 3}}
+    killed = []
+    for goal in sorted(chance.sample(range(steps - 20), KILLS)):
+        pid = server.start(**request)
+        while (stored_step(folder / FILE) or 0) < goal and alive(pid):
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1))  # anywhere: it may be in its first imports
+        killed.append(stored_step(folder / FILE))
+        os.kill(pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+    print(f"killed at the checkpoints of steps {killed} of {steps}")
+    server.start(**request)
+    assert server.wait() == 0
+    assert_same_run(folder, tmp_path / "straight")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_command_line(server, options, straight, tmp_path, signum, code):
+    given = {**options, "backward": ",".join(options["backward"])}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    folder = tmp_path / "run"
+    server.start(line=["fit", *flags, f"--output={folder}"], signum=signum)
+    assert server.wait() == code
+    stderr = server.log.read_text(encoding="utf-8")
+    assert stderr.splitlines()[-1] == (
+        f"blora-pyro: interrupted; the checkpoint of step 7 is safe in {folder}; go on with: "
+        f"blora-pyro fit --resume --output {folder}"
+    )
+    assert "Traceback" not in stderr
+    fit(folder, resume=True)
+    assert_same_run(folder, straight.output)

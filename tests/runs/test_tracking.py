@@ -1,0 +1,226 @@
+import json
+from typing import Any, ClassVar
+
+import accelerate.tracking
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from blora_pyro.cli import app
+from blora_pyro.diagnostics import summarise
+from blora_pyro.errors import UserError
+from blora_pyro.guides import build_guide, build_prior
+from blora_pyro.models import BLoRA
+from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.families import Family
+from blora_pyro.runs import tracking
+from blora_pyro.runs.fits import fit
+from blora_pyro.runs.folders import claim
+from blora_pyro.runs.listeners import Listener
+
+
+class Recorder(accelerate.tracking.GeneralTracker):
+    """Keeps what it is told, in the order of the telling, of all its instances together."""
+
+    name = "recorder"
+    requires_logging_directory = True
+    told: ClassVar[list[tuple]] = []
+
+    def __init__(self, run_name: str, logging_dir: str) -> None:
+        super().__init__()
+        self.place = (run_name, logging_dir)
+
+    @property
+    def tracker(self) -> Any:
+        return self.told
+
+    def start(self) -> None:
+        self.told.append(("start", *self.place))
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.told.append(("configuration", values))
+
+    def log(self, values: dict, step: int | None = None, **_: Any) -> None:
+        self.told.append(("log", step, values))
+
+    def finish(self) -> None:
+        self.told.append(("finish",))
+
+
+class Failing(Recorder):
+    """Fails wherever it is to."""
+
+    name = "failing"
+    where: ClassVar[str] = "log"
+
+    def start(self) -> None:
+        if self.where == "start":
+            raise ConnectionError("no\nserver")
+        super().start()
+
+    def log(self, values: dict, step: int | None = None, **_: Any) -> None:
+        if step == 2:
+            raise ConnectionError("no server")
+        super().log(values, step)
+
+
+class Heard(Listener):
+    """Keeps stages and notes; dies at a step."""
+
+    def __init__(self, last: int = 0) -> None:
+        self.last, self.stages, self.notes = last, [], []
+
+    def stage(self, name):
+        self.stages.append(name)
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def step(self, step):
+        if step.step == self.last:
+            raise ZeroDivisionError
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the tracker `recorder` is told; the posterior is looked at every second step."""
+    monkeypatch.setattr(Recorder, "told", [])
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "failing", Failing)
+    monkeypatch.setattr(tracking, "EVERY", 2)
+    return Recorder.told
+
+
+@pytest.fixture
+def short(fit_options):
+    return {**fit_options, "steps": 4, "backward": fit_options["backward"][:1]}
+
+
+def logged(told, name):
+    """Step -> value, of the last that was told of it."""
+    return {one[1]: one[2][name] for one in told if one[0] == "log" and name in one[2]}
+
+
+def contraction_of(posterior):
+    rows = summarise(posterior).factors
+    return sum(row.contraction * row.weights for row in rows) / posterior.num_weights
+
+
+def test_a_tracker_is_told_all_of_a_fit_which_does_not_depend_on_it(
+    told, short, tones_folder, tmp_path
+):
+    short |= {"dev": str(tones_folder / "test.jsonl"), "eval_every": 3}
+    run = fit(tmp_path / "run", track="recorder", **short)
+    assert fit(evaluate=False, **short).history == run.history
+
+    assert told[0] == ("start", "blora-pyro", str(tmp_path / "run" / "tracking"))
+    (_, values), *_ = [one for one in told if one[0] == "configuration"]
+    assert (values["rank"], values["training_tokens"], values["prior_from"]) == (4, 22, None)
+    assert json.loads(values["data"]) == [short["data"]]
+    assert [one[0] for one in told].count("start") == 1
+    assert [one for one in told if one[0] == "finish"] == [told[-1]] == [("finish",)]
+
+    for name in ("loss", "nll", "kl", "lr", "regularizer", "tokens"):
+        assert logged(told, name) == {one.step: getattr(one, name) for one in run.history}
+    errors = {one["step"]: one["error"] for one in run.dev["errors"]}
+    assert logged(told, "dev_error") == errors and errors.keys() == {3, 4}
+    sparsity = run.metrics["sparsity"]
+    for name in ("A", "B", "delta_w"):
+        assert logged(told, f"sparsity/{name}")[4] == pytest.approx(sparsity[name])
+    contractions = logged(told, "contraction")
+    assert contractions.keys() == {2, 4}
+    assert contractions[4] == pytest.approx(contraction_of(run.posterior), rel=1e-5)
+    for name, value in run.metrics["new_domain"]["adapted"].items():
+        if name not in ("metric", "utterances"):
+            assert logged(told, f"new_domain/adapted/{name}") == {4: value["rate"]}
+    change = run.metrics["backward_error"]["change"]["difference"]
+    assert logged(told, "backward_error/change") == {4: change}
+
+
+def test_a_resumed_fit_goes_on_in_the_same_run_and_another_begins_a_new_one(told, short, tmp_path):
+    folder, key = tmp_path / "run", tmp_path / "run" / "tracking" / "id"
+    with pytest.raises(ZeroDivisionError):
+        fit(
+            folder, track="recorder", checkpoint_every=2, progress=Heard(3), evaluate=False, **short
+        )
+    assert told[-1] == ("finish",)
+    before, first = key.read_text(), list(told)
+    told.clear()
+    fit(folder, resume=True, evaluate=False)
+    assert told[0] == first[0] and list(logged(told, "loss")) == [3, 4]
+    assert key.read_text() == before
+    again = {"overwrite": True, "evaluate": False, "progress": Heard(1)}
+    with pytest.raises(ZeroDivisionError):
+        fit(folder, track="recorder", **again, **short)
+    assert key.read_text() != before
+    claim(folder, overwrite=False)  # a fit without a checkpoint leaves nothing that is in the way
+    assert not key.parent.exists()
+
+
+def test_what_died_in_its_evaluation_tells_its_error_rates(told, short, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("blora_pyro.runs.fits.measure_adapted", lambda *_: 1 / 0)
+        fit(tmp_path, track="recorder", **short)
+    told.clear()
+    run = fit(tmp_path, resume=True)
+    assert [one[0] for one in told] == ["start", "log", "finish"]
+    rate = run.metrics["new_domain"]["adapted"]["wer"]["rate"]
+    assert logged(told, "new_domain/adapted/wer") == {4: rate}
+
+
+def test_a_tracker_that_fails_on_the_way_does_not_end_the_fit(told, short, tmp_path):
+    heard = Heard()
+    fit(tmp_path, track=("failing", "recorder"), progress=heard, evaluate=False, **short)
+    assert heard.notes == ["failing is told no more of this fit (ConnectionError: no server)"]
+    assert [one[1] for one in told if one[0] == "log" and "loss" in one[2]] == [1, 1, 2, 3, 4]
+
+
+def test_one_that_does_not_start_is_told_in_one_line(told, short, tmp_path, monkeypatch):
+    monkeypatch.setattr(Failing, "where", "start")
+    with pytest.raises(UserError, match=r"^failing does not start \(ConnectionError: no server\);"):
+        fit(tmp_path, track="failing", evaluate=False, **short)
+
+
+@pytest.mark.parametrize(
+    ("track", "words"),
+    [
+        ("wandb", "track is 'wandb', whose package is not installed; pip install wandb, or leave"),
+        ("diary, recorder", "track is 'diary'; give some of: "),
+        ("recorder", "track is 'recorder', which writes into the output; give one"),
+    ],
+)
+def test_what_could_not_be_told_is_refused_before_anything_is_loaded(
+    told, short, track, words, monkeypatch
+):
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list)
+    heard = Heard()
+    with pytest.raises(UserError) as caught:
+        fit(track=track, progress=heard, **short)
+    assert str(caught.value).startswith(words) and heard.stages == []
+
+
+def test_the_command_ends_in_one_line_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list)
+    words = ["fit", "--track", "tensorboard", "--output", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and result.stdout == "" and not (tmp_path / "run").exists()
+    assert result.stderr.startswith("blora-pyro: track is 'tensorboard', whose package is not inst")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("family", ["normal", "pretrained-scale", "learned-scale", "horseshoe"])
+def test_figures_are_those_of_diagnose_at_any_moment_and_draw_nothing(net, family):
+    model = BLoRA(net, build_prior(family), rank=2, target_modules="q_proj")
+    guide = build_guide(family, model)
+    figures = tracking.PosteriorFigures(model, guide)
+    for shift in (0.0, 0.5):
+        with torch.no_grad():
+            for parameter in guide.parameters():
+                parameter += shift
+        before = torch.get_rng_state()
+        found = figures()
+        assert torch.equal(torch.get_rng_state(), before)
+        posterior = Posterior.of("tiny", model, guide, Family(family, {}, family))
+        assert found["contraction"] == pytest.approx(contraction_of(posterior), rel=1e-4, abs=1e-6)
+        sparsity = posterior.sparsity()
+        assert [found[f"sparsity/{name}"] for name in "AB"] == [sparsity["A"], sparsity["B"]]
