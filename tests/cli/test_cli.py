@@ -1,0 +1,121 @@
+import subprocess
+import sys
+
+import pytest
+
+import blora_pyro
+from blora_pyro.runs import finished, fits
+
+from .conftest import complaint, run, well
+
+COMMANDS = (
+    "fit",
+    "sweep",
+    "compare",
+    "evaluate",
+    "errors",
+    "diagnose",
+    "prune",
+    "combine",
+    "priors",
+    "transcribe",
+    "merge",
+    "push-to-hub",
+    "data",
+)
+
+
+@pytest.mark.parametrize("place", ["", "nowhere/u.jsonl"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything(finished_run, tmp_path, place):
+    result = run("evaluate", finished_run.output, "--output", tmp_path / place)
+    assert "can't be written" in complaint(result)
+    assert "..." not in result.stderr
+
+
+def test_an_unknown_normalizer_is_refused(finished_run, short):
+    for command in (["evaluate", finished_run.output], short):
+        assert "give one of whisper, basic" in complaint(run(*command, "--normalizer", "english"))
+
+
+def test_a_missing_run_is_refused_in_one_line(tones_folder, tmp_path):
+    gone = tmp_path / "gone"
+    assert str(gone) in complaint(run("evaluate", gone))
+    assert str(gone) in complaint(run("merge", gone, tmp_path / "out"))
+    audio = tones_folder / "en0.wav"
+    assert str(gone) in complaint(run("transcribe", audio, "--adapter", gone))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "transcribe"])
+def test_an_unknown_device_is_refused_in_one_line(
+    fluent_folder, finished_run, tones_folder, command
+):
+    arguments = {
+        "evaluate": [finished_run.output],
+        "transcribe": [tones_folder / "en0.wav", "--base", fluent_folder],
+    }
+    result = run(command, *arguments[command], "--device", "toaster")
+    assert "toaster" in complaint(result)
+
+
+@pytest.mark.parametrize("command", [[], ["data", "check"], *([name] for name in COMMANDS)])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_command_has_help(command, flag):
+    out = well(*command, flag)
+    assert "Usage:" in out
+    if not command:
+        assert all(name in out for name in COMMANDS)
+
+
+def test_version():
+    assert well("--version") == f"blora-pyro {blora_pyro.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["evaluate"], ["fit", "--rank", "many"], ["dance"], []])
+def test_usage_errors_exit_with_2_and_no_traceback(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "arguments"),
+    [
+        (fits, "fit", ["fit"]),
+        (finished, "evaluate_run", ["evaluate", "run"]),
+        (finished, "transcribe", ["transcribe", "a.wav"]),
+        (finished, "merge_run", ["merge", "run", "out"]),
+    ],
+)
+def test_ctrl_c_ends_a_command_with_130(monkeypatch, module, function, arguments):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, function, interrupt)
+    assert complaint(run(*arguments), exit_code=130) == "blora-pyro: interrupted"
+
+
+def test_an_error_of_ours_is_not_hidden(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(fits, "fit", fail)
+    result = run("fit")
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_help_and_version_load_no_heavy_library():
+    code = """
+import sys
+from typer.testing import CliRunner
+from blora_pyro.cli import app
+helps = (["--help"], ["fit", "--help"], ["sweep", "-h"], ["compare", "-h"], ["data", "check", "-h"])
+for arguments in (*helps, ["--version"]):
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+heavy = {"torch", "transformers", "pyro", "peft", "datasets", "numpy", "jiwer"}
+heavy |= {"arviz", "matplotlib", "optuna"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout == "[]\n"

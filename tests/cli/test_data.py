@@ -1,0 +1,31 @@
+from blora_pyro.checking import checks
+from blora_pyro.checking.findings import DataCheck
+
+from .conftest import complaint, parsed, run, well
+
+
+def test_data_check_exits_with_1_if_a_fit_would_refuse(fluent_folder, tones_folder, tmp_path):
+    base = ("--base", fluent_folder)
+    out = well("data", "check", tones_folder, tones_folder / "de.jsonl", *base)
+    assert "a fit would take every row" in out
+    (tmp_path / "train.jsonl").write_text("?", encoding="utf-8")
+    result = run("data", "check", tmp_path, *base)
+    assert result.exit_code == 1 and "not JSON: '?'" in result.stdout
+    result = run("data", "check", tmp_path, "--json", *base)
+    assert result.exit_code == 1 and parsed(result.stdout)["sets"][0]["refused"] == {"row": 1}
+    assert "no data at" in complaint(run("data", "check", tmp_path / "gone", *base))
+    assert "no dev.jsonl" in complaint(run("data", "check", tmp_path, "--split", "dev", *base))
+
+
+def test_data_check_hands_every_option_on(monkeypatch):
+    seen = []
+
+    def check(*arguments):
+        seen.append(arguments)
+        return DataCheck("b", 30, [])
+
+    monkeypatch.setattr(checks, "check_data", check)
+    options = ["--base", "b", "--split", "s", "--language", "German", "--revision", "v1"]
+    well("data", "check", "x", "y", *options, "--local-files-only")
+    assert seen[0][:4] == (["x", "y"], "b", "s", "German")
+    assert seen[0][5:] == ("v1", True)

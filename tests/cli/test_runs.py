@@ -1,0 +1,252 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from blora_pyro.errors import UserError
+from blora_pyro.guides import FAMILIES
+from blora_pyro.runs import diagnosis, finished
+
+from .conftest import complaint, parsed, run, well
+
+
+def test_priors_are_listed():
+    out = well("priors")
+    for words in ("horseshoe", "global_scale", "0.01", "--prior-arg"):
+        assert words in out
+
+
+def test_priors_with_json():
+    families = parsed(well("priors", "--json"))
+    assert [family["name"] for family in families] == list(FAMILIES)
+    (student,) = [family for family in families if family["name"] == "student-t"]
+    assert [one["name"] for one in student["arguments"]] == ["scale", "df"]
+    assert all(one["description"] for family in families for one in family["arguments"])
+    assert all(family["summary"] for family in families)
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    monkeypatch.setattr(diagnosis, "all_plots", lambda *args: {})
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_diagnose_prints_tables_and_words(finished_run, tmp_path):
+    out = well("diagnose", finished_run.output, "--output", tmp_path, "--draws", 30)
+    for words in ("KL(q || p)", "cross out", "How this prior shrinks.", "30 draws, 2 of 2"):
+        assert words in out
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_diagnose_with_json_prints_json_alone(finished_run, tmp_path):
+    result = run("diagnose", finished_run.output, "--output", tmp_path, "--no-khat", "--json")
+    content = parsed(result.stdout)
+    assert content["summary"]["prior"] == "normal"
+    assert len(content["kinds"]) == 16
+    assert content["khat"]["value"] is None
+    assert "figures ..." in result.stderr
+
+
+def test_diagnose_hands_every_option_on(monkeypatch, tmp_path):
+    seen = {}
+
+    def diagnose(*args, **options):
+        seen.update(options, args=args)
+        raise UserError("enough")
+
+    monkeypatch.setattr(diagnosis, "diagnose", diagnose)
+    options = ["--output", tmp_path, "--prior", "p.py", "--no-khat", "--draws", 50]
+    assert "enough" in complaint(run("diagnose", "r", *options, "--device", "cuda:1"))
+    del seen["on_stage"]
+    assert seen == {
+        "args": (Path("r"), tmp_path),
+        "prior": "p.py",
+        "khat": False,
+        "draws": 50,
+        "device": "cuda:1",
+    }
+
+
+def test_diagnose_refuses_in_one_line(finished_run, tmp_path):
+    assert "gone" in complaint(run("diagnose", tmp_path / "gone"))
+    draws = run("diagnose", finished_run.output, "--draws", 3)
+    assert "draws is 3" in complaint(draws)
+    prior = run("diagnose", finished_run.output, "--prior", tmp_path / "p.py")
+    assert "leave --prior out" in complaint(prior)
+
+
+def test_evaluate_prints_the_table_of_the_fit(finished_run):
+    out = well("evaluate", finished_run.output)
+    for words in ("new domain", "WER", "backward average", "forgetting:"):
+        assert words in out
+
+
+def test_evaluate_with_json_prints_the_metrics_of_the_fit(finished_run):
+    assert parsed(well("evaluate", finished_run.output, "--json")) == finished_run.metrics
+
+
+def test_evaluate_takes_other_data(finished_run, tones_folder):
+    data = tones_folder / "de.jsonl"
+    metrics = parsed(well("evaluate", finished_run.output, "--data", data, "--json"))
+    assert metrics["new_domain"]["name"] == str(data)
+    assert metrics["backward"] == {}
+
+
+def test_evaluate_takes_another_normalizer_and_writes_utterances(
+    finished_run, tones_folder, tmp_path
+):
+    shutil.copytree(tones_folder, tmp_path / "data")
+    lines = (tones_folder / "de.jsonl").read_text(encoding="utf-8")
+    manifest = tmp_path / "data" / "upper.jsonl"
+    manifest.write_text(lines.replace("das rote", "Das Rote!"), encoding="utf-8")
+    file = tmp_path / "u.jsonl"
+    command = ("evaluate", finished_run.output, "--data", manifest, "--output", file)
+    out = well(*command, "--normalizer", "none")
+    assert "normalizer: none" in out
+    assert f"utterances: {file}" in out
+    assert parsed(file.read_text().splitlines()[0])["reference"] == "Das Rote!"
+    assert "there already" in complaint(run(*command))
+    found = parsed(well(*command, "--overwrite", "--json"))
+    assert found["normalizer"] == "whisper"
+    rates = found["new_domain"]["base"]["wer"]
+    assert (rates["rate"], rates["raw"]["rate"]) == (0, 0.5)
+    assert parsed(file.read_text().splitlines()[0])["reference"] == "das rote"
+
+
+def test_errors_shows_the_worst_utterances(finished_run, tmp_path):
+    out = well("errors", finished_run.output, "--state", "base", "--set", "new_domain", "--top", 1)
+    assert "base: errors in 2 of 2 utterances; the worst 1:" in out
+    assert "REF" in out
+    assert "PIER" in out
+    assert well("errors", finished_run.output, "--set", "new_domain") == (
+        "no errors in 2 utterances\n"
+    )
+    rows = parsed(well("errors", finished_run.output, "--state", "base", "--json"))
+    assert [row["set"] for row in rows] == ["new_domain"] * 2
+    assert rows[0]["edits"] >= rows[1]["edits"] > 0
+    file = tmp_path / "u.jsonl"
+    shutil.copy(finished_run.output / "utterances.jsonl", file)
+    assert parsed(well("errors", file, "--state", "base", "--json")) == rows
+
+
+def test_errors_of_what_is_not_there(finished_run, tmp_path):
+    assert "can't be read" in complaint(run("errors", tmp_path))
+    assert "no set 'x'" in complaint(run("errors", finished_run.output, "--set", "x"))
+    assert "top is 0" in complaint(run("errors", finished_run.output, "--top", 0))
+
+
+def test_evaluate_hands_strength_and_split_on(monkeypatch):
+    seen = {}
+
+    def evaluate_run(*given, **options):
+        seen.update(options)
+        raise UserError("enough")
+
+    monkeypatch.setattr(finished, "evaluate_run", evaluate_run)
+    options = ["--strength", 0.25, "--strength-by", "signal-to-noise", "--split", "dev"]
+    assert "enough" in complaint(run("evaluate", "r", *options))
+    assert (seen["strength"], seen["strength_by"]) == (0.25, "signal-to-noise")
+    assert seen["split"] == "dev"
+    assert seen["domain"] is None
+
+
+def test_evaluate_at_strength_0_is_the_base(finished_run):
+    metrics = parsed(well("evaluate", finished_run.output, "--strength", 0, "--json"))
+    assert metrics["new_domain"]["adapted"] == metrics["new_domain"]["base"]
+
+
+def test_evaluate_at_several_strengths_draws_the_curve(finished_run, tmp_path):
+    file = tmp_path / "curve.svg"
+    command = ("evaluate", finished_run.output, "--strength", "0:1:0.5", "--plot", file)
+    out = well(*command)
+    for words in ("base 0", "0.5", "fit 1", "forgetting", "test sets", "by scale", str(file)):
+        assert words in out
+    assert file.read_bytes().startswith(b"<?xml")
+    assert "is there already" in complaint(run(*command))
+    curve = parsed(well(*command, "--overwrite", "--json", "--strength-by", "signal-to-noise"))
+    assert [point["strength"] for point in curve["points"]] == [0, 0.5, 1]
+    assert curve["strength_by"] == "signal-to-noise"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--strength", "much"], "strength is 'much'; give a number"),
+        (["--strength", "3"], "strength is 3; give a number from 0"),
+        (["--strength", "0,3"], "strength is 3; give a number from 0"),
+        (["--strength", "0,1", "--split", "train"], "split is 'train'; give test or dev"),
+        (["--split", "dev"], "has no dev split; give a set that has one"),
+        (["--strength", "0,1", "--output", "u.jsonl"], "--output are for a single strength"),
+        (["--strength", "0,1", "--data", "de"], "--data, --domain and --output are for a single"),
+        (["--strength", "0,1", "--domain", "a"], "--data, --domain and --output are for a single"),
+        (["--strength", "0,1", "--plot", "x.doc"], "plot is 'x.doc'; give a file that ends in"),
+        (["--plot", "x.png"], "there is one strength; give several"),
+    ],
+)
+def test_evaluate_refuses_strengths_and_splits_in_one_line(finished_run, options, words):
+    assert words in complaint(run("evaluate", finished_run.output, *options))
+
+
+def test_merge_writes_a_base_that_says_what_the_run_says(finished_run, tones_folder, tmp_path):
+    assert str(tmp_path / "out") in well("merge", finished_run.output, tmp_path / "out")
+    audio = tones_folder / "test4.wav"
+    out = well("transcribe", audio, "--base", tmp_path / "out", "--language", "de-en")
+    assert out == "das red\n"
+    assert "not empty" in complaint(run("merge", finished_run.output, tmp_path / "out"))
+    well("merge", finished_run.output, tmp_path / "out", "--overwrite", "--dtype", "float16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float16"
+
+
+def test_prune_prints_what_is_left_and_what_it_costs(finished_run, tmp_path):
+    out = well("prune", finished_run.output, tmp_path / "small", "--rank", 1)
+    for words in ("full", "pruned", "new domain", "backward average", "75.0% pruned", "run folder"):
+        assert words in out
+    found = parsed(well("prune", finished_run.output, tmp_path / "json", "--snr", 20, "--json"))
+    assert found["size"]["pruned"]["directions"] < found["size"]["full"]["directions"]
+
+
+def test_prune_without_evaluation_tells_the_size_alone(finished_run, tmp_path):
+    out = well("prune", finished_run.output, tmp_path / "small", "--rank", 2, "--no-evaluate")
+    assert "50.0% pruned" in out and "error" not in out
+
+
+def test_prune_asks_for_one_bar(finished_run, tmp_path):
+    assert "either rank or snr" in complaint(run("prune", finished_run.output, tmp_path / "small"))
+
+
+def test_a_pruned_run_is_evaluated_but_not_diagnosed(finished_run, tmp_path):
+    well("prune", finished_run.output, tmp_path / "small", "--rank", 1, "--no-evaluate")
+    assert "new domain" in well("evaluate", tmp_path / "small")
+    message = complaint(run("diagnose", tmp_path / "small"))
+    assert f"diagnose {finished_run.output}" in message
+
+
+def test_combine_says_what_is_kept_and_writes_a_run(finished_run, tones_folder, tmp_path):
+    two = [finished_run.output, finished_run.output]
+    out = well("combine", *two, "--output", tmp_path / "both", "--rank", 4)
+    assert "mean of 2 runs at rank 4" in out and "100.00% of the Frobenius norm" in out
+    assert out.splitlines()[-1] == f"run folder: {tmp_path / 'both'}"
+    weighted = ["--method", "weighted", "--weights", "0.5,0.5", "--output", tmp_path / "json"]
+    found = parsed(well("combine", *two, *weighted, "--json"))
+    assert (found["method"], found["weights"], found["rank"]) == ("weighted", [0.5, 0.5], 8)
+    audio = tones_folder / "train4.wav"
+    said = well("transcribe", audio, "--adapter", finished_run.output)
+    assert well("transcribe", audio, "--adapter", tmp_path / "both") == said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--weights", "a,b", "--method", "weighted"), "weights is 'a,b'; give numbers"),
+        (("--method", "sum"), "method is 'sum'; give one of product, mean, weighted"),
+        (("--rank", 99), "rank is 99; give a number from 1 to 16"),
+    ],
+)
+def test_combine_refuses_in_one_line(finished_run, tmp_path, options, words):
+    two = [finished_run.output, finished_run.output]
+    assert words in complaint(run("combine", *two, "--output", tmp_path / "out", *options))
+    one = run("combine", finished_run.output, "--output", tmp_path / "out")
+    assert "1 run is given; give two or more" in complaint(one)
+    assert not (tmp_path / "out").exists()

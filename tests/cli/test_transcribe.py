@@ -1,0 +1,177 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from blora_pyro.runs import finished
+
+from .conftest import complaint, parsed, run, well
+
+
+def test_transcribe_prints_a_line_a_file(finished_run, tones_folder):
+    one, two = tones_folder / "test4.wav", tones_folder / "test5.wav"
+    adapter = ["--adapter", finished_run.output]
+    assert well("transcribe", one, *adapter) == "das red\n"
+    assert well("transcribe", one, two, *adapter) == f"{one}: das red\n{two}: ein bicycle\n"
+    rows = parsed(well("transcribe", one, two, *adapter, "--json"))
+    assert rows == parsed(well("transcribe", one, two, *adapter, "--format", "json"))
+    assert [row["audio"] for row in rows] == [str(one), str(two)]
+    assert rows[0] == {
+        "audio": str(one),
+        "language": "de-en",
+        "duration": 0.5,
+        "text": "das red",
+        "segments": [{"start": 0.0, "end": 0.5, "text": "das red"}],
+    }
+
+
+def test_transcribe_writes_word_confidences(finished_run, tones_folder):
+    audio, adapter = tones_folder / "test4.wav", ["--adapter", finished_run.output]
+    draws = ["--json", "--samples", 2, "--seed", 3]
+    (row,) = parsed(well("transcribe", audio, *adapter, *draws))
+    words = row["segments"][0]["words"]
+    assert [word["text"] for word in words] == ["das", "red"]
+    assert all(set(word) == {"text", "agreement", "log_prob", "confidence"} for word in words)
+    assert all(0 <= word["confidence"] <= 1 for word in words)
+
+
+def test_transcribe_prints_subtitles_of_one_file(finished_run, tones_folder):
+    audio, adapter = tones_folder / "test4.wav", ["--adapter", finished_run.output]
+    out = well("transcribe", audio, *adapter, "--format", "srt")
+    assert out == "1\n00:00:00,000 --> 00:00:00,500\ndas red\n\n"
+    assert well("transcribe", audio, *adapter, "--format", "vtt").startswith("WEBVTT\n\n00:00")
+    two = run("transcribe", audio, audio, *adapter, "--format", "srt")
+    assert "srt is a file an input, and there are 2; give --output" in complaint(two)
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix"), [("text", "txt"), ("json", "json"), ("srt", "srt"), ("vtt", "vtt")]
+)
+def test_transcribe_writes_a_file_an_input(
+    fluent_folder, tones_folder, tmp_path, monkeypatch, form, suffix
+):
+    (tmp_path / "audio" / "deep").mkdir(parents=True)
+    shutil.copy(tones_folder / "en0.wav", tmp_path / "audio" / "one.wav")
+    shutil.copy(tones_folder / "de2.wav", tmp_path / "audio" / "deep" / "two.wav")
+    base = ["--base", fluent_folder, "--format", form, "--output", tmp_path / "out"]
+    out = well("transcribe", tmp_path / "audio", *base)
+    assert out == f"2 written to {tmp_path / 'out'}\n"
+    one, two = tmp_path / "out" / f"one.{suffix}", tmp_path / "out" / "deep" / f"two.{suffix}"
+    assert "the red" in one.read_text() and "das rote" in two.read_text()
+    if form == "json":
+        assert parsed(one.read_text())["text"] == "the red"
+    assert "there already" in complaint(run("transcribe", tmp_path / "audio", *base))
+    one.write_text("mine")
+    two.unlink()
+    assert well("transcribe", tmp_path / "audio", *base, "--resume").startswith("1 written")
+    assert one.read_text() == "mine" and two.exists()
+    assert well("transcribe", tmp_path / "audio", *base, "--overwrite").startswith("2 written")
+    assert "the red" in one.read_text()
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_transcribe_tells_of_a_bad_file_and_transcribes_the_others(
+    fluent_folder, tones_folder, tmp_path, form
+):
+    (tmp_path / "bad.wav").write_text("no audio")
+    files = [tones_folder / "en0.wav", tmp_path / "bad.wav", tones_folder / "de2.wav"]
+    options = ["--base", fluent_folder, "--format", form]
+    result = run("transcribe", *files, *options)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("blora-pyro: cannot read") and "bad.wav" in line
+    if form == "text":
+        assert result.stdout == f"{files[0]}: the red\n{files[2]}: das rote\n"
+    else:
+        assert [row["text"] for row in parsed(result.stdout)] == ["the red", "das rote"]
+    result = run("transcribe", *files, *options, "--output", tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (2, f"2 written to {tmp_path / 'out'}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "doc"], "format is 'doc'; choose from text, json, srt, vtt"),
+        (["--format", "srt", "--json"], "--json and --format srt"),
+        (["--samples", "4"], "text has no room for it; add --json"),
+        (["--samples", "4", "--json"], "no adapter"),
+        (["--samples", "-4", "--json"], "samples is -4"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--task", "sing"], "'sing'"),
+        (["--resume"], "give --output"),
+        (["--overwrite"], "give --output"),
+    ],
+)
+def test_transcribe_refuses_in_one_line(fluent_folder, tones_folder, options, message):
+    audio = tones_folder / "en0.wav"
+    assert message in complaint(run("transcribe", audio, "--base", fluent_folder, *options))
+
+
+def test_transcribe_refuses_a_folder_without_audio(tmp_path):
+    assert "no audio file" in complaint(run("transcribe", tmp_path))
+
+
+def test_transcribe_hands_every_option_on(monkeypatch, tmp_path):
+    seen = {}
+
+    def transcribe(audio, *given, on_transcript, on_error, **options):
+        seen.update(options, audio=audio, given=given)
+        return []
+
+    monkeypatch.setattr(finished, "transcribe", transcribe)
+    flags = ["--adapter", "run", "--base", "b", "--language", "de-en", "--device", "cuda:1"]
+    flags += ["--task", "translate", "--samples", 4, "--batch-size", 5, "--seed", 6, "--json"]
+    flags += ["--dtype", "bfloat16", "--revision", "v1", "--local-files-only"]
+    flags += ["--strength", 0.5, "--strength-by", "signal-to-noise", "--domain", "court"]
+    assert well("transcribe", "a.wav", *flags, "--prior", "mine.py") == ""
+    assert seen == {
+        "audio": [Path("a.wav")],
+        "given": (Path("run"), "b", "de-en", "cuda:1"),
+        "dtype": "bfloat16",
+        "revision": "v1",
+        "local_files_only": True,
+        "prior": "mine.py",
+        "task": "translate",
+        "strength": 0.5,
+        "strength_by": "signal-to-noise",
+        "domain": "court",
+        "timestamps": False,
+        "samples": 4,
+        "batch_size": 5,
+        "seed": 6,
+    }
+    well("transcribe", "a.wav", "--format", "vtt")
+    assert seen["timestamps"] is True
+
+
+def test_transcribe_with_the_base_alone(fluent_folder, tones_folder):
+    base = ["--base", fluent_folder]
+    assert well("transcribe", tones_folder / "en0.wav", *base) == "the red\n"
+    options = ["--dtype", "bfloat16", "--local-files-only"]
+    assert well("transcribe", tones_folder / "en0.wav", *base, *options) == "the red\n"
+    revised = run("transcribe", tones_folder / "en0.wav", *base, "--revision", "v1")
+    assert "revision 'v1' is given with a local folder" in complaint(revised)
+    spanish = run("transcribe", tones_folder / "en0.wav", *base, "--language", "es")
+    assert "'es'" in complaint(spanish)
+
+
+def test_merge_and_transcribe_take_a_strength(finished_run, tones_folder, tmp_path):
+    audio, adapter = tones_folder / "test4.wav", ("--adapter", finished_run.output)
+    whole = well("transcribe", audio, *adapter)
+    base = well("transcribe", audio, *adapter, "--strength", 0)
+    assert whole != base
+    well("merge", finished_run.output, tmp_path / "out", "--strength", 0)
+    merged = ("--base", tmp_path / "out", "--language", "de-en")
+    assert well("transcribe", audio, *merged) == base
+    assert "there is no adapter" in complaint(run("transcribe", audio, "--strength", 0.5))
+    other = ("--strength-by", "magic")
+    gone = tmp_path / "none"
+    assert "strength_by is 'magic'" in complaint(run("merge", finished_run.output, gone, *other))
+    assert not gone.exists()
+
+
+def test_a_missing_audio_file_is_refused_in_one_line(fluent_folder, finished_run):
+    base = run("transcribe", "/nowhere.wav", "--base", fluent_folder)
+    assert "/nowhere.wav" in complaint(base)
+    adapted = run("transcribe", "/nowhere.wav", "--adapter", finished_run.output)
+    assert "/nowhere.wav" in complaint(adapted)
