@@ -37,10 +37,10 @@ METHODS: dict[str, list[Knobs]] = {
     BASE: [{}],
     "lora": [{}],
     "blora": [{}],
-    "sequential-lora": [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3)],
+    "sequential-lora": [{"lr": lr} for lr in (2.5e-4, 5e-4, 1e-3, 2e-3)],
     "ewc-lora": [
-        *({"lr": 2e-3, "strength": strength} for strength in (1.0, 10.0, 100.0, 1000.0)),
-        *({"lr": 1e-3, "strength": strength} for strength in (10.0, 100.0, 1000.0)),
+        *({"lr": 2e-3, "strength": strength} for strength in (1.0, 10.0, 100.0, 1e3, 3e3)),
+        *({"lr": 1e-3, "strength": strength} for strength in (10.0, 100.0, 1e3)),
     ],
     "chain": [
         *({"lr": 5e-3, "inflation": inflation} for inflation in (1.0, 2.0, 4.0)),
