@@ -220,7 +220,7 @@ class FitFolder:
         steps = stopping.errors[-1].step if stopping else self.about["config"]["steps"]
         self._write(
             state=EVALUATING,
-            seconds={"fit": round(seconds, 1)},
+            seconds={"fit": round(seconds, 3)},
             skipped_steps=steps - len(rows),
             history=rows,
             **({"dev": stopping.to_json()} if stopping else {}),
@@ -236,7 +236,7 @@ class FitFolder:
             return
         write_utterances(self.path / UTTERANCES, rows)
         write_json(self.path / METRICS, metrics)
-        self._write(state=FINISHED, seconds={**self.about["seconds"], "total": round(seconds, 1)})
+        self._write(state=FINISHED, seconds={**self.about["seconds"], "total": round(seconds, 3)})
         self.tidy()
 
     def tidy(self) -> None:
