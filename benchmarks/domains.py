@@ -55,7 +55,7 @@ METHODS: dict[str, list[Knobs]] = {
     "hierarchical": [{"scale": scale} for scale in (0.25, 0.5, 1.0)],
 }
 
-NEAR = 0.01  # of the best error, of which a point is 0.01
+NEAR = 0.01  # a point
 
 Results = dict[str, Evaluation]
 

@@ -30,6 +30,8 @@ def imported(path: Path):
             waiting += node.orelse
             continue
         waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            assert not any(one.name.startswith("blora_pyro") for one in node.names), "use from"
         assert not isinstance(node, ast.ImportFrom) or not node.level, "import by the whole name"
         if isinstance(node, ast.ImportFrom) and node.module == "blora_pyro":
             yield from ((one.name, node.lineno) for one in node.names if one.name != "__version__")

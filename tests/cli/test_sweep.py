@@ -8,18 +8,11 @@ from typer.testing import CliRunner
 from blora_pyro.cli import app
 from blora_pyro.sweeps import sweeping
 
+from .conftest import complaint
+
 
 def run(*arguments):
     return CliRunner().invoke(app, ["sweep", *(str(argument) for argument in arguments)])
-
-
-def complaint(result) -> str:
-    """The one line that a command died with."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == "" and "Traceback" not in result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if not line.endswith(" ...")]
-    assert line.startswith("blora-pyro: ")
-    return line
 
 
 @pytest.fixture
