@@ -21,6 +21,7 @@ BASE = "base"
 APART = ("lora", "blora")  # an adapter for each domain
 IN_SEQUENCE = {  # and its first fit
     "sequential-lora": "lora",
+    "sequential-blora": "blora",
     "ewc-lora": "lora",
     "chain": "blora",
 }

@@ -16,6 +16,7 @@ from blora_pyro.editing.combining import combine
 UTTERANCES, STEPS = 150, 200  # of each domain
 BAYES = {"beta": "auto", "lr": 5e-3}
 LORA = {"guide": "point", "beta": 0.0, "lr": 2e-3}
+OPTIONS: dict[str, dict[str, Any]] = {"lora": LORA, "blora": BAYES}
 NOWHERE: dict[str, str] = {}  # no backward sets: nothing is measured during a fit
 
 
@@ -64,8 +65,7 @@ class Fits:
 
     def alone(self, method: str, domain: str) -> Path:
         """`lora` or `blora` of one domain."""
-        options = {"lora": LORA, "blora": BAYES}[method]
-        return self.fitted(f"{method}_{domain}", data=self.data(domain), **options)
+        return self.fitted(f"{method}_{domain}", data=self.data(domain), **OPTIONS[method])
 
     def chain(self, order: Sequence[str], lr: float, inflation: float) -> Path:
         """`chain`: every posterior is the prior of the next fit.
@@ -79,19 +79,27 @@ class Fits:
         options = {"prior_from": str(before), "prior_inflation": inflation, **BAYES, "lr": lr}
         return self.fitted(name, data=self.data(order[-1]), **options)
 
-    def sequence(self, order: Sequence[str], lr: float, ewc: float = 0.0) -> Path:
-        """Every LoRA is merged into the net, on which the next one is fitted.
+    def sequence(self, order: Sequence[str], first: str, lr: float, ewc: float = 0.0) -> Path:
+        """Every adapter is merged into the net, on which the next one is fitted.
 
-        `sequential-lora`: the knob is the learning rate after the first domain. `ewc-lora`: what is
-        merged is held by elastic weight consolidation, with the Fisher information of the earlier
-        domains' training data, which it so has to keep; its strength is a second knob.
+        `sequential-lora`, `sequential-blora`: the knob is the learning rate after the first domain.
+        `ewc-lora`: what is merged is held by elastic weight consolidation, with the Fisher
+        information of the earlier domains' training data, which it so has to keep; its strength is
+        a second knob.
+
+        Args:
+            order: Of domains.
+            first: `lora` or `blora`.
+            lr: After the first domain.
+            ewc: Strength.
         """
         if len(order) == 1:
-            return self.alone("lora", order[0])
-        before = self.sequence(order[:-1], lr, ewc)
+            return self.alone(first, order[0])
+        before = self.sequence(order[:-1], first, lr, ewc)
         kept = {domain: self.data(domain) for domain in order[:-1]} if ewc else NOWHERE
-        name = f"sequence-{lr:g}-{ewc:g}_{'+'.join(order)}"
-        options = {**LORA, "lr": lr, "ewc": ewc, "backward": kept, "base": str(before)}
+        options = {**OPTIONS[first], "lr": lr, "ewc": ewc, "backward": kept, "base": str(before)}
+        kind = "sequence" if first == "lora" else f"sequence-{first}"
+        name = f"{kind}-{lr:g}-{ewc:g}_{'+'.join(order)}"
         return self.fitted(name, data=self.data(order[-1]), **options)
 
     def together(self, method: str, **options: Any) -> Path:

@@ -38,6 +38,7 @@ METHODS: dict[str, list[Knobs]] = {
     "lora": [{}],
     "blora": [{}],
     "sequential-lora": [{"lr": lr} for lr in (2.5e-4, 5e-4, 1e-3, 2e-3)],
+    "sequential-blora": [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3, 5e-3)],
     "ewc-lora": [
         *({"lr": 2e-3, "strength": strength} for strength in (1.0, 10.0, 100.0, 1e3, 3e3)),
         *({"lr": 1e-3, "strength": strength} for strength in (10.0, 100.0, 1e3)),
@@ -124,7 +125,8 @@ class Scorer:
         if job.method == "chain":
             chain = fits.chain(job.order, knobs["lr"], knobs["inflation"])
             return self._adapted(Posterior.load(chain), sets)
-        folder = fits.sequence(job.order, knobs["lr"], knobs.get("strength", 0.0))
+        first = IN_SEQUENCE[job.method]
+        folder = fits.sequence(job.order, first, knobs["lr"], knobs.get("strength", 0.0))
         about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         base = load_base(about["config"]["base"])
         with Posterior.load(folder).applied(base.net):
