@@ -6,6 +6,7 @@ RUN is the folder of a fit (those of `blora-pyro compare` lie in its `fits/`). O
 of the elements of A and B is set to zero at the posterior mean, the smallest in magnitude of all
 layers together; then the test sets of its new domain and of what the base knew are scored. Beside
 the JSON goes a figure: fits of one kind (method, distillation) averaged over domains and seeds.
+Stopped, the same command goes on with the fits that are not in the JSON yet.
 """
 
 import argparse
@@ -44,10 +45,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     found: list[dict[str, Any]] = []
+    if arguments.output and arguments.output.is_file():
+        found = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"]
+    scored = {row["run"] for row in found}
     for folder in arguments.runs:
-        found += score(folder, arguments.shares, arguments.split)
-        if arguments.output:
-            write(arguments, found)
+        if folder.name not in scored:
+            found += score(folder, arguments.shares, arguments.split)
+            if arguments.output:
+                write(arguments, found)
 
 
 def kind(config: FitConfig) -> str:
@@ -69,6 +74,7 @@ def score(folder: Path, shares: list[float], split: str) -> list[dict[str, Any]]
         errors = {name: one.main.rate for name, one in results.items()}
         new_domain = errors.pop(NEW_DOMAIN)
         row = {
+            "run": folder.name,
             "kind": kind(config),
             "data": str(config.data[0] if isinstance(config.data, tuple | list) else config.data),
             "seed": config.seed,
