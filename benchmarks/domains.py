@@ -258,8 +258,7 @@ def main() -> None:
     if not arguments.report:
         chosen = {method: study.choose(method, first) for method in METHODS if method in wanted}
         for seed in arguments.seeds:
-            for method, knobs in chosen.items():
-                study.done(jobs_of(method, knobs, seed))
+            study.done([job for one, knobs in chosen.items() for job in jobs_of(one, knobs, seed)])
     found = summarise(study.store.all())
     show(found)
     if not arguments.quick:
