@@ -46,7 +46,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     found: list[dict[str, Any]] = []
     if arguments.output and arguments.output.is_file():
-        found = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"]
+        report = json.loads(arguments.output.read_text(encoding="utf-8"))
+        if report["command"] != command(arguments):
+            parser.error(f"{arguments.output} is of: {report['command']}; give another --output")
+        found = report["rows"]
     scored = {row["run"] for row in found}
     for folder in arguments.runs:
         if folder.name not in scored:
@@ -99,11 +102,17 @@ def zeroed(posterior: Posterior, share: float) -> Posterior:
     return replace(posterior, mean=mean)
 
 
+def command(arguments: argparse.Namespace) -> str:
+    """What rows of one report share."""
+    shares = " ".join(f"{share:g}" for share in arguments.shares)
+    return f"python {sys.argv[0]} RUN... --split {arguments.split} --shares {shares}"
+
+
 def write(arguments: argparse.Namespace, found: list[dict[str, Any]]) -> None:
     """JSON, and the figure beside it."""
     report = {
         **about(arguments.threads),
-        "command": f"python {sys.argv[0]} RUN... --split {arguments.split}",
+        "command": command(arguments),
         "rows": found,
     }
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
