@@ -1,12 +1,14 @@
-"""What sparsity costs: fits whose smallest elements of A and B are set to zero, scored.
+"""What sparsity costs: fits whose least elements of A and B are set to zero, scored.
 
     python benchmarks/sparsity.py RUN... --output benchmarks/results/sparsity.json
 
 RUN is the folder of a fit (those of `blora-pyro compare` lie in its `fits/`). Of every fit a share
-of the elements of A and B is set to zero at the posterior mean, the smallest in magnitude of all
-layers together; then the test sets of its new domain and of what the base knew are scored. Beside
-the JSON goes a figure: fits of one kind (method, distillation) averaged over domains and seeds.
-Stopped, the same command goes on with the fits that are not in the JSON yet.
+of the elements of A and B is set to zero at the posterior mean: those, of all layers together,
+without which ΔW changes least, by |A_kj| ‖B_:k‖ and |B_ik| ‖A_k:‖ in the Frobenius norm. (Magnitude
+alone would take B first, which starts at zero and stays smaller than A, and with it all of ΔW.)
+Then the test sets of its new domain and of what the base knew are scored. Beside the JSON goes a
+figure: fits of one kind (method, distillation) averaged over domains and seeds. Stopped, the same
+command goes on with the fits that are not in the JSON yet.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from common import about
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from blora_pyro import Posterior
 from blora_pyro.canvas import BLACK, BLUE, GREEN, GREY, ORANGE, SMALL, dress, new_figure
@@ -94,11 +97,17 @@ def score(folder: Path, shares: list[float], split: str) -> list[dict[str, Any]]
 
 
 def zeroed(posterior: Posterior, share: float) -> Posterior:
-    """With the smallest elements of all means set to zero."""
-    sizes = torch.cat([mean.flatten().abs() for mean in posterior.mean.values()])
-    count = round(share * len(sizes))
-    bound = sizes.kthvalue(count).values if count else -1.0
-    mean = {name: one.where(one.abs() > bound, 0.0) for name, one in posterior.mean.items()}
+    """With the elements of all means set to zero that change ΔW least."""
+    changes: dict[str, Tensor] = {}
+    for group in posterior.groups:
+        site_a, site_b = (site.name for site in group.sites)
+        a, b = posterior.mean[site_a], posterior.mean[site_b]
+        changes[site_a] = a.abs() * b.norm(dim=1)[:, :, None]
+        changes[site_b] = b.abs() * a.norm(dim=2)[:, None, :]
+    together = torch.cat([one.flatten() for one in changes.values()])
+    count = round(share * len(together))
+    bound = together.kthvalue(count).values if count else -1.0
+    mean = {name: one.where(changes[name] > bound, 0.0) for name, one in posterior.mean.items()}
     return replace(posterior, mean=mean)
 
 
