@@ -3,18 +3,15 @@
     python benchmarks/sparsity.py RUN... --output benchmarks/results/sparsity.json
 
 RUN is the folder of a fit (those of `blora-pyro compare` lie in its `fits/`). Of every fit a share
-of the elements of A and B is set to zero at the posterior mean: those, of all layers together,
-without which ΔW changes least, by |A_kj| ‖B_:k‖ and |B_ik| ‖A_k:‖ in the Frobenius norm. (Magnitude
-alone would take B first, which starts at zero and stays smaller than A, and with it all of ΔW.)
-Then the test sets of its new domain and of what the base knew are scored. Beside the JSON goes a
-figure: fits of one kind (method, distillation) averaged over domains and seeds. Stopped, the same
-command goes on with the fits that are not in the JSON yet.
+of the elements of A and B is set to zero at the posterior mean, those without which ΔW changes
+least (`prune`); then the test sets of its new domain and of what the base knew are scored. Beside
+the JSON goes a figure: fits of one kind (method, distillation) averaged over domains and seeds.
+Stopped, the same command goes on with the fits that are not in the JSON yet.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,8 @@ import numpy as np
 import torch
 from common import about
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from blora_pyro import Posterior
+from blora_pyro import prune
 from blora_pyro.canvas import BLACK, BLUE, GREEN, GREY, ORANGE, SMALL, dress, new_figure
 from blora_pyro.config import FitConfig
 from blora_pyro.runs.finished import scoring_sets
@@ -74,7 +70,7 @@ def score(folder: Path, shares: list[float], split: str) -> list[dict[str, Any]]
     base, sets = scoring_sets(config, split, Listener())
     found = []
     for share in shares:
-        sparse = zeroed(posterior, share)
+        sparse = prune(posterior, sparsity=share)
         with sparse.applied(base.net):
             results = measure(base, sets, lambda name: None, normalizer=config.normalizer)
         errors = {name: one.main.rate for name, one in results.items()}
@@ -94,21 +90,6 @@ def score(folder: Path, shares: list[float], split: str) -> list[dict[str, Any]]
         print(json.dumps(row, ensure_ascii=False), flush=True)
         found.append(row)
     return found
-
-
-def zeroed(posterior: Posterior, share: float) -> Posterior:
-    """With the elements of all means set to zero that change ΔW least."""
-    changes: dict[str, Tensor] = {}
-    for group in posterior.groups:
-        site_a, site_b = (site.name for site in group.sites)
-        a, b = posterior.mean[site_a], posterior.mean[site_b]
-        changes[site_a] = a.abs() * b.norm(dim=1)[:, :, None]
-        changes[site_b] = b.abs() * a.norm(dim=2)[:, None, :]
-    together = torch.cat([one.flatten() for one in changes.values()])
-    count = round(share * len(together))
-    bound = together.kthvalue(count).values if count else -1.0
-    mean = {name: one.where(changes[name] > bound, 0.0) for name, one in posterior.mean.items()}
-    return replace(posterior, mean=mean)
 
 
 def command(arguments: argparse.Namespace) -> str:

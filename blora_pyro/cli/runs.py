@@ -203,6 +203,10 @@ def prune(
     rank: Annotated[
         int | None, typer.Option(help="Keep this many directions of ΔW in every layer.")
     ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Set this share of A and B to zero, what changes ΔW least."),
+    ] = None,
     evaluation: Annotated[
         bool, typer.Option("--evaluate/--no-evaluate", help="Measure what it costs.")
     ] = True,
@@ -210,7 +214,7 @@ def prune(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Write a smaller adapter: what the posterior is sure of; show what that costs."""
+    """Write a smaller adapter: what matters most, or is surest; show what that costs."""
     with one_line_errors():
         from blora_pyro.reports.progress import TerminalProgress
         from blora_pyro.reports.tables import print_tables, prune_tables
@@ -222,6 +226,7 @@ def prune(
                 out,
                 rank=rank,
                 snr=snr,
+                sparsity=sparsity,
                 evaluate=evaluation,
                 overwrite=overwrite,
                 device=device,

@@ -18,6 +18,7 @@ from blora_pyro.comparison.methods import PROGRAM
 from blora_pyro.comparison.rivals import WEIGHTS, fit_rival
 from blora_pyro.comparison.rows import FORMAT, hash_of
 from blora_pyro.config import FitConfig
+from blora_pyro.editing.pruning import prune
 from blora_pyro.editing.strength import at_strength
 from blora_pyro.errors import UserError
 from blora_pyro.metrics import sparsity
@@ -81,14 +82,32 @@ class Fit:
         return hash_of({**content, "kind": self.kind, "base": self.base, "format": FORMAT})
 
 
+@dataclass(frozen=True)
+class Edit:
+    """What is done to a fit afterwards.
+
+    Attributes:
+        factor: ΔW is multiplied by it, see `at_strength`.
+        sparsity: The share of the elements of A and B that is set to zero before, see `prune`.
+    """
+
+    factor: float = 1.0
+    sparsity: float = 0.0
+
+    def __call__(self, posterior: Posterior) -> Posterior:
+        """The posterior after it."""
+        sparse = prune(posterior, sparsity=self.sparsity) if self.sparsity else posterior
+        return at_strength(sparse, self.factor)
+
+
 class Adapted(Protocol):
     """What a fit found."""
 
-    def applied(self, net: nn.Module, factor: float) -> AbstractContextManager[None]:
-        """`net` adapted inside a `with`, ΔW times a factor."""
+    def applied(self, net: nn.Module, edit: Edit) -> AbstractContextManager[None]:
+        """`net` adapted inside a `with`, after an edit."""
 
-    def sparsity(self, factor: float) -> dict[str, float | None]:
-        """Share of elements below 1e-3 of A, B and ΔW times the factor; None where none is."""
+    def sparsity(self, edit: Edit) -> dict[str, float | None]:
+        """Share of elements below 1e-3 of A, B and ΔW after the edit; None where none is."""
 
     def size(self) -> dict[str, int]:
         """Number of weights, and the bytes of the file that holds them."""
@@ -97,11 +116,11 @@ class Adapted(Protocol):
 class Nothing:
     """The base model as it is."""
 
-    def applied(self, net: nn.Module, factor: float) -> AbstractContextManager[None]:
+    def applied(self, net: nn.Module, edit: Edit) -> AbstractContextManager[None]:
         """The net."""
         return nullcontext()
 
-    def sparsity(self, factor: float) -> dict[str, float | None]:
+    def sparsity(self, edit: Edit) -> dict[str, float | None]:
         """None."""
         return {"A": None, "B": None, "delta_w": None}
 
@@ -121,16 +140,13 @@ class LowRank:
         """
         self.folder, self.posterior = folder, Posterior.load(folder)
 
-    def _scaled(self, factor: float) -> Posterior:
-        return at_strength(self.posterior, factor)
-
-    def applied(self, net: nn.Module, factor: float) -> AbstractContextManager[None]:
+    def applied(self, net: nn.Module, edit: Edit) -> AbstractContextManager[None]:
         """The posterior mean in place."""
-        return self._scaled(factor).applied(net)
+        return edit(self.posterior).applied(net)
 
-    def sparsity(self, factor: float) -> dict[str, float | None]:
+    def sparsity(self, edit: Edit) -> dict[str, float | None]:
         """See `Posterior.sparsity`."""
-        return {**self._scaled(factor).sparsity()}
+        return {**edit(self.posterior).sparsity()}
 
     def size(self) -> dict[str, int]:
         """Of the PEFT adapter."""
@@ -164,27 +180,30 @@ class NewWeights:
             raise UserError(f"{self.path} is of another base model; remove {folder}")
         self._old = {name: parameters[name].detach() for name in self.weights}
 
-    def _new(self, name: str, factor: float) -> Tensor:
+    def _new(self, name: str, edit: Edit) -> Tensor:
+        if edit.sparsity:
+            raise UserError("all weights were trained, and there are no A and B to prune")
         old = self._old[name]
         new = self.weights[name].to(old.device, old.dtype)
-        return new if factor == 1 else old + factor * (new - old)
+        return new if edit.factor == 1 else old + edit.factor * (new - old)
 
     @contextmanager
-    def applied(self, net: nn.Module, factor: float) -> Iterator[None]:
+    def applied(self, net: nn.Module, edit: Edit) -> Iterator[None]:
         """The net with these weights; its own come back, to the bit."""
         parameters = dict(net.named_parameters())
         try:
             for name, old in self._old.items():
-                parameters[name].data = self._new(name, factor).view_as(old)
+                parameters[name].data = self._new(name, edit).view_as(old)
             yield
         finally:
             for name, old in self._old.items():
                 parameters[name].data = old
 
-    def sparsity(self, factor: float) -> dict[str, float | None]:
+    def sparsity(self, edit: Edit) -> dict[str, float | None]:
         """Of ΔW, over all weights that were trained."""
         deltas = (
-            (factor * (new - self._old[name].cpu())).float() for name, new in self.weights.items()
+            (edit.factor * (new - self._old[name].cpu())).float()
+            for name, new in self.weights.items()
         )
         return {"A": None, "B": None, "delta_w": sparsity(deltas)}
 

@@ -7,15 +7,17 @@ from typing import Any
 
 from blora_pyro.errors import UserError
 
-# Knobs that are no options of a fit: ΔW is multiplied by the factor afterwards; the share of the
-# draws is divided among the train splits of the backward sets (experience replay).
-FACTOR, SHARE = "factor", "share"
+# Knobs that are no options of a fit. Afterwards ΔW is multiplied by the factor, and a share of the
+# elements of A and B, the sparsity, is set to zero, see `prune`; the share of the draws is divided
+# among the train splits of the backward sets (experience replay).
+FACTOR, SPARSITY, SHARE = "factor", "sparsity", "share"
 BASE, LORA = "base", "lora"  # what all others are held against
 PROGRAM, FULL, PEFT = "program", "full", "peft"  # how a fit is made
 
 BETAS = (1e-6, 1e-5, 3e-5, 1e-4)
 RATES = (3e-4, 1e-3, 2e-3, 5e-3)
 FACTORS = (0.3, 0.5, 0.7, 0.85)
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 SHARES = (0.1, 0.2, 0.35, 0.5)
 DISTILLATIONS = (0.05, 0.2, 1.0)
 
@@ -32,7 +34,8 @@ class Method:
         title: As in the tables.
         family: Methods of one family share a hue in the picture: `base`, `full`, `lora`,
             `regularised`, `bayes`, `priors` or `both`.
-        knob: An option of `FitConfig`, `FACTOR` or `SHARE`; None where there is nothing to turn.
+        knob: An option of `FitConfig`, `FACTOR`, `SPARSITY` or `SHARE`; None where there is nothing
+            to turn.
         values: Of the knob, rising.
         options: Further options of `FitConfig`.
         of: The method whose chosen value is the fixed part of this one; None stands alone.
@@ -68,6 +71,7 @@ METHODS = {
         Method(LORA, "LoRA", "lora", "lr", RATES, POINT),
         Method("peft-lora", "LoRA (stock PEFT)", "lora", "lr", RATES, POINT, kind=PEFT),
         Method("scaled-lora", "LoRA, ΔW scaled", "lora", FACTOR, FACTORS, of=LORA),
+        Method("pruned-lora", "LoRA, pruned", "lora", SPARSITY, SPARSITIES, of=LORA),
         Method(
             "averaged-lora", "LoRA, averaged", "lora", "average_from", (0.0, 0.25, 0.5), of=LORA
         ),
@@ -90,6 +94,14 @@ METHODS = {
             DISTILLATIONS,
             of=LORA,
         ),
+        Method(
+            "distilled-lora-pruned",
+            "LoRA, distilled, pruned",
+            "regularised",
+            SPARSITY,
+            SPARSITIES,
+            of="distilled-lora",
+        ),
         _bayes("blora", "BLoRA", "bayes", prior="normal", prior_scale=0.05),
         Method(
             "blora-scale",
@@ -105,6 +117,7 @@ METHODS = {
         _bayes("learned-scale", "BLoRA, learned scale", prior="learned-scale"),
         _bayes("pretrained-scale", "BLoRA, pretrained scale", prior="pretrained-scale"),
         Method("scaled-blora", "BLoRA, ΔW scaled", "both", FACTOR, FACTORS, of="blora"),
+        Method("pruned-blora", "BLoRA, pruned", "both", SPARSITY, SPARSITIES, of="blora"),
         Method("blora-ewc", "BLoRA, EWC", "both", "ewc", (100.0, 1e3, 1e4), of="blora"),
         Method("blora-replay", "BLoRA, replay", "both", SHARE, SHARES, of="blora"),
         Method(
@@ -114,6 +127,14 @@ METHODS = {
             "distillation",
             DISTILLATIONS,
             of="blora",
+        ),
+        Method(
+            "blora-distilled-pruned",
+            "BLoRA, distilled, pruned",
+            "both",
+            SPARSITY,
+            SPARSITIES,
+            of="blora-distilled",
         ),
     )
 }
@@ -136,7 +157,7 @@ class Candidate:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of `FitConfig`, and `FACTOR` and `SHARE`, the parent's before its own."""
+        """Options of `FitConfig`, and the other knobs, the parent's before its own."""
         parent = self.parent.options if self.parent else {}
         own = {} if self.method.knob is None else {self.method.knob: self.value}
         return {**parent, **self.method.options, **own}

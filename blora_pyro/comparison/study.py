@@ -10,12 +10,8 @@ from typing import Any
 
 import torch
 
-from blora_pyro.comparison.fits import Adapted, Fit, Nothing, fingerprint, make_fit
-from blora_pyro.comparison.methods import (
-    BASE,
-    FACTOR,
-    SHARE,
-)
+from blora_pyro.comparison.fits import Adapted, Edit, Fit, Nothing, fingerprint, make_fit
+from blora_pyro.comparison.methods import BASE, FACTOR, SHARE, SPARSITY
 from blora_pyro.comparison.rows import (
     DEV,
     FORMAT,
@@ -111,29 +107,30 @@ class Study:
 
     # ---- what a row is
 
-    def fit_of(self, spec: RowSpec) -> tuple[Fit | None, float]:
-        """The fit of a row, None for the base model, and the factor of its ΔW."""
+    def fit_of(self, spec: RowSpec) -> tuple[Fit | None, Edit]:
+        """The fit of a row, None for the base model, and what is done to it afterwards."""
         candidate = spec.candidate
         if candidate.method.name == BASE:
-            return None, 1.0
+            return None, Edit()
         options = {**self.options, **spec.setting.options, **candidate.options, "seed": spec.seed}
-        factor, share = float(options.pop(FACTOR, 1.0)), options.pop(SHARE, None)
+        edit = Edit(float(options.pop(FACTOR, 1.0)), float(options.pop(SPARSITY, 0.0)))
+        share = options.pop(SHARE, None)
         options["data"] = (self.domains[spec.domain],)
         if share is not None:  # of the draws, divided among the backward sets' train splits
             options["data"] += tuple(self.backward.values())
             count = len(self.backward)
             options["data_weights"] = (1.0 - share, *[share / count] * count)
-        return Fit(candidate.kind, options, self.fingerprint), factor
+        return Fit(candidate.kind, options, self.fingerprint), edit
 
     def key_of(self, spec: RowSpec) -> str:
         """A hash of all that decides a row. Equal rows of two methods have one key."""
         if spec.title not in self._keys:
-            fit, factor = self.fit_of(spec)
+            fit, edit = self.fit_of(spec)
             common = self.common.to_json()
             content = {
                 "format": FORMAT,
                 "fit": fit.key if fit else f"{BASE} {self.fingerprint}",
-                "factor": factor,
+                **_told(edit),
                 "domain": describe_source(self.domains[spec.domain]),
                 "backward": {name: describe_source(one) for name, one in self.backward.items()},
                 "split": spec.split,
@@ -159,7 +156,7 @@ class Study:
         Raises:
             UserError, Interrupted: See `make_fit`.
         """
-        fit, factor = self.fit_of(spec)
+        fit, edit = self.fit_of(spec)
         about: dict[str, Any] = {
             "method": spec.candidate.method.name,
             "candidate": spec.candidate.text,
@@ -169,7 +166,7 @@ class Study:
             "split": spec.split,
             "fit": fit.key if fit else None,
             "options": {} if fit is None else _as_text(fit.options),
-            "factor": factor,
+            **_told(edit),
             "machine": machine(),
         }
         sets = self.sets(spec)  # before the fit: what is wrong with them is told at once
@@ -179,10 +176,10 @@ class Study:
             self.store.put(self.key_of(spec), {**about, "failed": str(error), "sets": {}})
             self.progress.note(f"{spec.title}: {error}")
             return
-        with adapted.applied(self.base.net, factor):
+        with adapted.applied(self.base.net, edit):
             results = measure(self.base, sets, lambda name: None, normalizer=self.common.normalizer)
         content = {
-            "sparsity": adapted.sparsity(factor),
+            "sparsity": adapted.sparsity(edit),
             "adapter": adapted.size(),
             "seconds": {"fit": seconds},
             "sets": counts_to_json(results),
@@ -218,6 +215,11 @@ class Study:
                 )
             self._sets[name, split] = self._loader.load(source, found[0], language)
         return self._sets[name, split]
+
+
+def _told(edit: Edit) -> dict[str, float]:
+    """An edit in rows and in their keys; one that rows did not always have, only if it is there."""
+    return {"factor": edit.factor} | ({"pruned": edit.sparsity} if edit.sparsity else {})
 
 
 def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A smaller adapter from the posterior: the directions of ΔW that it is sure of."""
+"""A smaller adapter from the posterior: fewer directions of ΔW, or fewer elements of A and B."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,21 +12,35 @@ from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.spectra import Spectrum, spectra
 
 
-def prune(posterior: Posterior, *, rank: int | None = None, snr: float | None = None) -> Posterior:
-    """The posterior with only some singular directions of every layer's E ΔW.
+def prune(
+    posterior: Posterior,
+    *,
+    rank: int | None = None,
+    snr: float | None = None,
+    sparsity: float | None = None,
+) -> Posterior:
+    """The posterior with only some singular directions of E ΔW, or some elements of E A and E B.
 
     The best approximation of a lower rank keeps the first directions (Eckart, Young 1936).
 
     Args:
-        posterior: What was fitted. Its guide is replaced, see `keep_directions`.
-        rank: Keep the largest singular values, as many as this, in every layer.
+        posterior: What was fitted, of one domain. Its guide is replaced by independent Normals.
+        rank: Keep the largest singular values of every layer's E ΔW, as many as this.
         snr: Keep those above this many posterior standard deviations of uᵀ ΔW v.
+        sparsity: Set this share of the elements of E A and E B to zero: those, of all layers
+            together, without which E ΔW changes least in the Frobenius norm, by |A_kj| ‖B_:k‖ and
+            |B_ik| ‖A_k:‖ times the scaling. Magnitude alone would take B first, and with it all of
+            ΔW, for B starts at zero and stays smaller than A. Shapes and spread stay.
 
     Raises:
-        UserError: If neither or both are given, or nothing would be left.
+        UserError: Unless just one is given, if nothing would be left, or of several domains.
     """
-    if (rank is None) == (snr is None):
-        raise UserError("give either rank or snr to prune by")
+    if [rank, snr, sparsity].count(None) != 2:
+        raise UserError("give one of rank, snr and sparsity to prune by")
+    if posterior.pooling is not None:
+        raise UserError("the posterior has several domains; choose one by for_domain")
+    if sparsity is not None:
+        return _zero_elements(posterior, sparsity)
     if rank is not None and not 1 <= rank <= posterior.rank:
         raise UserError(f"rank is {rank}; give a number from 1 to {posterior.rank}")
     if snr is not None and not snr > 0:
@@ -37,6 +51,26 @@ def prune(posterior: Posterior, *, rank: int | None = None, snr: float | None = 
         largest = max(float(ratios(spectrum).max()) for spectrum in found.values())
         raise UserError(f"snr {snr} leaves nothing; give less than {largest:.3g}, the largest")
     return keep_directions(posterior, found, keep)
+
+
+def _zero_elements(posterior: Posterior, share: float) -> Posterior:
+    """The posterior with the elements of its mean set to zero that change E ΔW least."""
+    if not 0 <= share < 1:
+        raise UserError(f"sparsity is {share:g}; give a share from 0 to below 1, such as 0.8")
+    changes: dict[str, Tensor] = {}
+    for group in posterior.groups:
+        a, b = posterior.mean[group.A.name], posterior.mean[group.B.name]
+        changes[group.A.name] = a.abs() * b.norm(dim=1)[:, :, None]
+        changes[group.B.name] = b.abs() * a.norm(dim=2)[:, None, :]
+    together = torch.cat([change.flatten() for change in changes.values()])
+    is_zero = torch.zeros(len(together), dtype=torch.bool, device=together.device)
+    is_zero[together.argsort(stable=True)[: round(share * len(together))]] = True
+    masks = is_zero.split([change.numel() for change in changes.values()])
+    mean = {
+        name: posterior.mean[name].masked_fill(mask.view_as(posterior.mean[name]), 0.0)
+        for name, mask in zip(changes, masks, strict=True)
+    }
+    return replace(posterior, mean=mean, state={})
 
 
 def keep_directions(

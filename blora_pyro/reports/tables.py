@@ -54,9 +54,9 @@ def dev_line(dev: dict[str, Any]) -> str:
 def prune_tables(metrics: dict[str, Any]) -> list[Table | str]:
     """What `prune_run` found: the sizes, and the rates of the full and of the pruned adapter."""
     full, pruned = metrics["size"]["full"], metrics["size"]["pruned"]
-    share = 1 - pruned["adapter_weights"] / full["adapter_weights"]
+    share = 1 - pruned["nonzero_weights"] / full["adapter_weights"]
     size = (
-        f"{pruned['adapter_weights']:,} of {full['adapter_weights']:,} adapter weights are left "
+        f"{pruned['nonzero_weights']:,} of {full['adapter_weights']:,} adapter weights are left "
         f"({share:.1%} pruned): {pruned['directions']:,} of {full['directions']:,} directions, in "
         f"{pruned['layers']} of {full['layers']} layers"
     )

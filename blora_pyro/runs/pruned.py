@@ -22,6 +22,7 @@ def prune_run(
     *,
     rank: int | None = None,
     snr: float | None = None,
+    sparsity: float | None = None,
     evaluate: bool = True,
     overwrite: bool = False,
     device: str = "cpu",
@@ -34,6 +35,7 @@ def prune_run(
         out: Folder for the pruned run.
         rank: See `prune`.
         snr: See `prune`.
+        sparsity: See `prune`.
         evaluate: Measure error with the full and with the pruned adapter.
         overwrite: Write into a folder that holds something.
         device: A torch device.
@@ -48,7 +50,7 @@ def prune_run(
     """
     progress = progress or Listener()
     posterior, about = read_run(folder, device)
-    pruned = prune(posterior, rank=rank, snr=snr)
+    pruned = prune(posterior, rank=rank, snr=snr, sparsity=sparsity)
     target = claim(Path(out), overwrite)
     size = {"full": _size(posterior), "pruned": _size(pruned)}
     metrics: dict[str, Any] = {"size": size}
@@ -64,7 +66,8 @@ def prune_run(
         metrics |= compare(pruned, full, fewer, config)
     pruned.save(target)
     write_json(target / "metrics.json", metrics)
-    _write_about(find_run(folder), target, {"from": str(folder), "rank": rank, "snr": snr, **size})
+    by = {"rank": rank, "snr": snr, "sparsity": sparsity}
+    _write_about(find_run(folder), target, {"from": str(folder), **by, **size})
     return metrics
 
 
@@ -74,6 +77,7 @@ def _size(posterior: Posterior) -> Mapping[str, int]:
         "layers": len(modules),
         "directions": sum(rank for _, rank in modules),
         "adapter_weights": posterior.num_weights,
+        "nonzero_weights": sum(int(mean.count_nonzero()) for mean in posterior.mean.values()),
     }
 
 

@@ -210,10 +210,14 @@ def test_prune_prints_what_is_left_and_what_it_costs(finished_run, tmp_path):
 def test_prune_without_evaluation_tells_the_size_alone(finished_run, tmp_path):
     out = well("prune", finished_run.output, tmp_path / "small", "--rank", 2, "--no-evaluate")
     assert "50.0% pruned" in out and "error" not in out
+    sparse = ("prune", finished_run.output, tmp_path / "sparse", "--sparsity", 0.75)
+    assert "75.0% pruned" in well(*sparse, "--no-evaluate")
 
 
 def test_prune_asks_for_one_bar(finished_run, tmp_path):
-    assert "either rank or snr" in complaint(run("prune", finished_run.output, tmp_path / "small"))
+    assert "one of rank, snr and sparsity" in complaint(
+        run("prune", finished_run.output, tmp_path / "small")
+    )
 
 
 def test_a_pruned_run_is_evaluated_but_not_diagnosed(finished_run, tmp_path):

@@ -3,6 +3,7 @@ import torch
 from datasets import DatasetDict
 
 from blora_pyro.comparison import study as studies
+from blora_pyro.comparison.fits import Edit
 from blora_pyro.comparison.methods import (
     POINT,
     Method,
@@ -33,12 +34,24 @@ def spec(small):
 
 
 def test_the_fit_of_a_row_has_all_its_options(study, spec, small):
-    fit, factor = study.fit_of(spec("scaled-lora:0.5:0.003", seed=3))
-    assert factor == 0.5
+    fit, edit = study.fit_of(spec("scaled-lora:0.5:0.003", seed=3))
+    assert edit == Edit(factor=0.5)
     assert (fit.config.lr, fit.config.beta, fit.config.guide) == (0.003, 0.0, "point")
     assert (fit.config.steps, fit.config.seed, fit.config.rank) == (2, 3, 2)
     assert fit.config.sources == (small["domains"]["mix"],)
     assert study.fit_of(spec("base"))[0] is None
+
+
+def test_a_pruned_fit_is_the_fit_and_its_row_another(study, spec):
+    whole, part = spec("blora:0.0001"), spec("pruned-blora:0.5:0.0001")
+    (fit, _), (same, edit) = study.fit_of(whole), study.fit_of(part)
+    assert same.key == fit.key
+    assert edit == Edit(sparsity=0.5)
+    study.make(part)
+    about = study.row_of(part).about
+    assert (about["factor"], about["pruned"]) == (1.0, 0.5)
+    assert about["sparsity"]["A"] + about["sparsity"]["B"] >= 1
+    assert study.row_of(whole) is None
 
 
 def test_replay_draws_a_share_from_the_backward_sets(study, spec, small):

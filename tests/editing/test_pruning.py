@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -57,6 +58,36 @@ def test_a_bar_keeps_just_the_directions_above_it(posterior):
     assert ranks == {name: count for name, (count, _) in kept.items() if count}
     for name, delta in deltas(pruned).items():
         torch.testing.assert_close(delta, kept[name][1], atol=1e-5, rtol=1e-4)
+
+
+def test_elements_go_first_without_which_the_update_changes_least(posterior):
+    pruned = prune(posterior, sparsity=0.6)
+    masks = {name: mean == 0 for name, mean in pruned.mean.items()}
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.6 * total)
+    whole = deltas(posterior)
+    changes = {True: [], False: []}
+    for group in posterior.groups:
+        for (i, layer), factor in product(enumerate(group.modules), group.sites):
+            for element in [(0, 0), (1, 3), (4, 2)]:
+                mean = {**posterior.mean, factor.name: posterior.mean[factor.name].clone()}
+                mean[factor.name][i, *element] = 0
+                change = deltas(replace(posterior, mean=mean))[layer] - whole[layer]
+                changes[bool(masks[factor.name][i, *element])].append(float(change.norm()))
+    assert min(map(len, changes.values())) > 5  # else this tests little
+    assert max(changes[True]) < min(changes[False])
+
+
+def test_elements_that_stay_and_the_spread_are_as_before(posterior):
+    pruned = prune(posterior, sparsity=0.6)
+    for name, mean in pruned.mean.items():
+        assert torch.equal(mean[mean != 0], posterior.mean[name][mean != 0])
+        assert torch.equal(pruned.stddev[name], posterior.stddev[name])
+    assert deltas(prune(posterior, sparsity=0.0)).keys() == deltas(posterior).keys()
+    draws = torch.stack([draw[posterior.groups[0].A.name] for draw in pruned.draws(200)])
+    name = posterior.groups[0].A.name
+    bound = 6 * pruned.stddev[name] / 200**0.5
+    assert ((draws.mean(0) - pruned.mean[name]).abs() < bound).all()
 
 
 def test_the_scaling_stays_and_so_the_update_has_its_size(posterior):
@@ -133,13 +164,17 @@ def test_stock_loaders_compute_the_logits_of_the_pruned_mean(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({}, "either rank or snr"),
-        ({"rank": 2, "snr": 1.0}, "either rank or snr"),
+        ({}, "one of rank, snr and sparsity"),
+        ({"rank": 2, "snr": 1.0}, "one of rank, snr and sparsity"),
         ({"rank": 0}, "1 to 5"),
         ({"rank": 6}, "1 to 5"),
         ({"snr": 0.0}, "above 0"),
         ({"snr": float("nan")}, "above 0"),
         ({"snr": 1e6}, "leaves nothing; give less than"),
+        ({"sparsity": 1.0}, "from 0 to below 1"),
+        ({"sparsity": -0.1}, "from 0 to below 1"),
+        ({"sparsity": float("nan")}, "from 0 to below 1"),
+        ({"snr": 1.0, "sparsity": 0.5}, "one of rank, snr and sparsity"),
     ],
 )
 def test_what_cannot_be_pruned_by_is_refused(posterior, given, words):
@@ -169,6 +204,17 @@ def test_a_pruned_run_is_smaller_and_scored_against_the_full_one(finished_run, t
     assert about["pruned"]["rank"] == 1
     whisper = WhisperForConditionalGeneration.from_pretrained(about["config"]["base"])
     PeftModel.from_pretrained(whisper, str(out))
+
+
+def test_a_sparse_run_tells_how_many_weights_are_not_zero(finished_run, tmp_path):
+    out = tmp_path / "sparse"
+    size = prune_run(finished_run.output, out, sparsity=0.75, evaluate=False)["size"]
+    count = size["full"]["adapter_weights"]
+    assert size["pruned"]["adapter_weights"] == count
+    assert size["pruned"]["nonzero_weights"] == count - round(0.75 * count)
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["pruned"]["sparsity"] == 0.75
+    means = Posterior.load(out).mean.values()
+    assert sum(int(mean.count_nonzero()) for mean in means) == size["pruned"]["nonzero_weights"]
 
 
 def test_nothing_is_written_over_unless_asked(finished_run, tmp_path):
