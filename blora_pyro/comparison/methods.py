@@ -104,6 +104,14 @@ METHODS = {
         ),
         _bayes("blora", "BLoRA", "bayes", prior="normal", prior_scale=0.05),
         Method(
+            "blora-gentle",
+            "BLoRA, lr 2e-3",
+            "bayes",
+            "beta",
+            (3e-7, 1e-6, 3e-6, 1e-5),
+            {"lr": 2e-3, "prior": "normal", "prior_scale": 0.05},
+        ),
+        Method(
             "blora-scale",
             "BLoRA, prior scale",
             "bayes",
