@@ -42,7 +42,8 @@ def draw(standings: Sequence[Standing]) -> Figure:
     """New-domain error against backward error, a panel a setting; left and low is good.
 
     A line a method over the values of its knob, the chosen one filled and labelled; methods of one
-    family share a hue. The dotted line is the Pareto front: what no other point beats in both.
+    family share a hue. The dotted line is the Pareto front: what no other point beats in both. A
+    value that lacks a domain or seed of the method's chosen one is not drawn.
 
     Args:
         standings: One or more, each with results.
@@ -59,13 +60,23 @@ def _point(result: Result) -> tuple[float, float]:
     return 100 * (result.new_domain.value or 0.0), 100 * (result.backward.value or 0.0)
 
 
+def _comparable(standing: Standing) -> list[Result]:
+    places = {one.candidate.method.name: {*one.places} for one in standing.chosen_results}
+    return [
+        one
+        for one in standing.results
+        if places.get(one.candidate.method.name, set()) <= {*one.places}
+    ]
+
+
 def _panel(panel: Any, standing: Standing) -> None:
-    names = list(dict.fromkeys(one.candidate.method.name for one in standing.results))
-    points = [_point(one) for one in standing.results]
+    drawn = _comparable(standing)
+    names = list(dict.fromkeys(one.candidate.method.name for one in drawn))
+    points = [_point(one) for one in drawn]
     _axes(panel, points)
     chosen = []
     for place, name in enumerate(names):
-        results = [one for one in standing.results if one.candidate.method.name == name]
+        results = [one for one in drawn if one.candidate.method.name == name]
         method = results[0].candidate.method
         look = {"color": HUES.get(method.family, GREEN), "marker": MARKERS[place % len(MARKERS)]}
         line = np.array([_point(one) for one in results])

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -52,6 +53,19 @@ def test_chosen_points_are_filled_and_named_in_their_familys_hue(found):
         assert hues == {
             one.method.title: HUES[one.method.family] for one in standing.chosen.values()
         }
+
+
+def test_a_value_that_lacks_a_seed_of_the_chosen_one_is_not_drawn(found):
+    (standing, _) = found
+    partial = next(one for one in standing.results if not standing.is_chosen(one))
+    results = [
+        replace(one, places=one.places[1:]) if one == partial else one for one in standing.results
+    ]
+    (panel,) = draw([replace(standing, results=results)]).axes
+    lines = [line for line in panel.lines if line.get_markerfacecolor() == "white"]
+    points = {tuple(point) for line in lines for point in line.get_xydata()}
+    assert len(points) == len(standing.results) - 1
+    assert (100 * partial.new_domain.value, 100 * partial.backward.value) not in points
 
 
 def test_a_perfect_method_has_a_place_too(made_up):
