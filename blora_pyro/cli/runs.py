@@ -205,7 +205,7 @@ def prune(
     ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Set this share of A and B to zero, what changes ΔW least."),
+        typer.Option(help="Set this share of A and B to zero: what changes ΔW least."),
     ] = None,
     evaluation: Annotated[
         bool, typer.Option("--evaluate/--no-evaluate", help="Measure what it costs.")
@@ -214,7 +214,7 @@ def prune(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Write a smaller adapter: what matters most, or is surest; show what that costs."""
+    """Write a smaller or sparser adapter; show what that costs."""
     with one_line_errors():
         from blora_pyro.reports.progress import TerminalProgress
         from blora_pyro.reports.tables import print_tables, prune_tables

@@ -143,7 +143,7 @@ def _is_measured(metrics: Mapping[str, Any]) -> bool:
 def _origin(about: Mapping[str, Any]) -> str:
     if pruned := about.get("pruned"):
         ways = ("snr", "rank", "sparsity")
-        kept = [f"{name} {pruned[name]}" for name in ways if pruned.get(name) is not None]
+        kept = [f"{name} {pruned[name]}" for name in ways if pruned[name] is not None]
         return f"`blora-pyro prune` of {pruned['from']}, by {', '.join(kept)}."
     if combined := about.get("combined"):
         return f"`blora-pyro combine`, {combined['method']} of {', '.join(combined['from'])}."

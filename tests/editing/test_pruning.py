@@ -10,6 +10,7 @@ from transformers import WhisperForConditionalGeneration
 from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.editing.pruning import prune
 from blora_pyro.errors import UserError
+from blora_pyro.models.pooling import Pooling
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.spectra import spectra
 from blora_pyro.runs.pruned import prune_run
@@ -180,6 +181,12 @@ def test_stock_loaders_compute_the_logits_of_the_pruned_mean(
 def test_what_cannot_be_pruned_by_is_refused(posterior, given, words):
     with pytest.raises(UserError, match=words):
         prune(posterior, **given)
+
+
+def test_several_domains_are_not_pruned_at_once(posterior):
+    pooled = replace(posterior, pooling=Pooling("none", ("a", "b")))
+    with pytest.raises(UserError, match="choose one by for_domain"):
+        prune(pooled, sparsity=0.5)
 
 
 def test_the_whole_rank_costs_nothing(finished_run, tmp_path):
