@@ -7,7 +7,7 @@ of new-domain error and backward error. With that one, and its two neighbours, t
 domains are scored with all seeds. So LoRA is compared at its own best learning rate, and every
 other method at its own best strength, chosen alike and without a look at the test sets.
 
-- `methods`: what is compared, as data;
+- `methods`: what is compared, as data; `candidates`: a method at a value of its knob;
 - `plan`: which rows there are to be, and which value is chosen;
 - `fits`, `rivals`: a fit in its folder, by the Pyro program or as full fine-tuning or stock PEFT;
 - `rows`: what one fit gives on one domain, kept as counts of every utterance; `shared_rows`: by way
@@ -16,8 +16,9 @@ other method at its own best strength, chosen alike and without a look at the te
 - `measures`, `tables`, `picture`: what comes out.
 """
 
+from blora_pyro.comparison.candidates import Candidate
 from blora_pyro.comparison.comparing import Comparison, compare_methods
-from blora_pyro.comparison.methods import METHODS, SETTINGS, Candidate, Method, Setting
+from blora_pyro.comparison.methods import METHODS, SETTINGS, Method, Setting
 
 __all__ = [
     "METHODS",

@@ -7,13 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blora_pyro.comparison.methods import (
-    SETTINGS,
-    Method,
-    choose_methods,
-    read_candidate,
-    read_setting,
-)
+from blora_pyro.comparison.candidates import read_candidate
+from blora_pyro.comparison.methods import SETTINGS, Method, choose_methods, read_setting
 from blora_pyro.comparison.plan import Plan, RowPlan
 from blora_pyro.comparison.rows import RowSpec
 from blora_pyro.comparison.study import Study

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from blora_pyro.comparison.candidates import Candidate
 from blora_pyro.comparison.measures import BACKWARD, Estimate, Scores
-from blora_pyro.comparison.methods import Candidate
 from blora_pyro.runs.outcomes import NEW_DOMAIN
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from blora_pyro.comparison.methods import BASE, Candidate
+from blora_pyro.comparison.candidates import Candidate
+from blora_pyro.comparison.methods import BASE
 from blora_pyro.comparison.rows import PIER, Row
 from blora_pyro.metrics import backward_gain, forgetting, forgetting_removed, new_domain_drop
 from blora_pyro.metrics.bootstrap import FloatArray, paired_rates, percentile_interval

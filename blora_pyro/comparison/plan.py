@@ -7,7 +7,8 @@ anew from the rows that are there, so that a comparison can be stopped and start
 
 from collections.abc import Callable, Mapping, Sequence
 
-from blora_pyro.comparison.methods import BASE, BAYESIAN, LORA, METHODS, Candidate, Method, Setting
+from blora_pyro.comparison.candidates import Candidate
+from blora_pyro.comparison.methods import BASE, BAYESIAN, LORA, METHODS, Method, Setting
 from blora_pyro.comparison.rows import DEV, TEST, Row, RowSpec
 
 RowOf = Callable[[RowSpec], Row | None]

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from blora_pyro.comparison.methods import Candidate, Setting
+from blora_pyro.comparison.candidates import Candidate
+from blora_pyro.comparison.methods import Setting
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import Evaluation
 from blora_pyro.files import replace_file

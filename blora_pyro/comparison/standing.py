@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from blora_pyro.comparison.candidates import Candidate
 from blora_pyro.comparison.comparing import Comparison
 from blora_pyro.comparison.matched import Matched, match
 from blora_pyro.comparison.measures import Against, Place, Result, Scores, to_json
-from blora_pyro.comparison.methods import BASE, BAYESIAN, LORA, METHODS, Candidate, Setting
+from blora_pyro.comparison.methods import BASE, BAYESIAN, LORA, METHODS, Setting
 from blora_pyro.comparison.plan import Plan, RowPlan
 from blora_pyro.comparison.rows import DEV, TEST, Row, RowSpec
 

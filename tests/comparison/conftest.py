@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from blora_pyro.comparison.candidates import Candidate
 from blora_pyro.comparison.comparing import Comparison
-from blora_pyro.comparison.methods import METHODS, Candidate, choose_methods, read_setting
+from blora_pyro.comparison.methods import METHODS, choose_methods, read_setting
 from blora_pyro.comparison.plan import Plan
 from blora_pyro.comparison.rows import FORMAT, RowSpec, read_row
 from blora_pyro.comparison.study import Study

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
+from blora_pyro.comparison.candidates import read_candidate
 from blora_pyro.comparison.matched import lowest, match
 from blora_pyro.comparison.measures import Scores
-from blora_pyro.comparison.methods import read_candidate
 
 BASE, BLORA = map(read_candidate, ("base", "blora:0.0001"))
 COLD, HOT = map(read_candidate, ("lora:0.001", "lora:0.003"))

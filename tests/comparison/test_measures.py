@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
+from blora_pyro.comparison.candidates import read_candidate
 from blora_pyro.comparison.measures import Scores, to_json
-from blora_pyro.comparison.methods import read_candidate
 from blora_pyro.metrics.bootstrap import paired_macro_bootstrap
 
 BASE, LORA, BLORA = map(read_candidate, ("base", "lora:0.003", "blora:0.0001"))

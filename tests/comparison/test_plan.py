@@ -1,6 +1,7 @@
 import pytest
 
-from blora_pyro.comparison.methods import Candidate, Method, Setting, read_candidate
+from blora_pyro.comparison.candidates import Candidate, read_candidate
+from blora_pyro.comparison.methods import Method, Setting
 from blora_pyro.comparison.plan import Plan, RowPlan
 from blora_pyro.comparison.rows import DEV, TEST
 

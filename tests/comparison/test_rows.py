@@ -5,7 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from blora_pyro.comparison.methods import read_candidate, read_setting
+from blora_pyro.comparison.candidates import read_candidate
+from blora_pyro.comparison.methods import read_setting
 from blora_pyro.comparison.rows import (
     TEST,
     RowSpec,

@@ -3,14 +3,9 @@ import torch
 from datasets import DatasetDict
 
 from blora_pyro.comparison import study as studies
+from blora_pyro.comparison.candidates import read_candidate
 from blora_pyro.comparison.fits import Edit
-from blora_pyro.comparison.methods import (
-    POINT,
-    Method,
-    choose_methods,
-    read_candidate,
-    read_setting,
-)
+from blora_pyro.comparison.methods import POINT, Method, choose_methods, read_setting
 from blora_pyro.comparison.plan import Plan
 from blora_pyro.comparison.rows import TEST, RowSpec
 from blora_pyro.comparison.study import Study
