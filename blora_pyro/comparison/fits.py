@@ -181,8 +181,6 @@ class NewWeights:
         self._old = {name: parameters[name].detach() for name in self.weights}
 
     def _new(self, name: str, edit: Edit) -> Tensor:
-        if edit.sparsity:
-            raise UserError("all weights were trained, and there are no A and B to prune")
         old = self._old[name]
         new = self.weights[name].to(old.device, old.dtype)
         return new if edit.factor == 1 else old + edit.factor * (new - old)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from blora_pyro.comparison.fits import Adapted, Edit, Fit, Nothing, fingerprint, make_fit
-from blora_pyro.comparison.methods import BASE, FACTOR, SHARE, SPARSITY
+from blora_pyro.comparison.methods import BASE, FACTOR, FULL, SHARE, SPARSITY
 from blora_pyro.comparison.rows import (
     DEV,
     FORMAT,
@@ -108,12 +108,21 @@ class Study:
     # ---- what a row is
 
     def fit_of(self, spec: RowSpec) -> tuple[Fit | None, Edit]:
-        """The fit of a row, None for the base model, and what is done to it afterwards."""
+        """The fit of a row, None for the base model, and what is done to it afterwards.
+
+        Raises:
+            UserError: If full fine-tuning, which has no A and B, is to be pruned.
+        """
         candidate = spec.candidate
         if candidate.method.name == BASE:
             return None, Edit()
         options = {**self.options, **spec.setting.options, **candidate.options, "seed": spec.seed}
         edit = Edit(float(options.pop(FACTOR, 1.0)), float(options.pop(SPARSITY, 0.0)))
+        if edit.sparsity and candidate.kind == FULL:
+            raise UserError(
+                f"method {candidate.method.name} prunes A and B, and full fine-tuning has none; "
+                "let it be of a LoRA or BLoRA"
+            )
         share = options.pop(SHARE, None)
         options["data"] = (self.domains[spec.domain],)
         if share is not None:  # of the draws, divided among the backward sets' train splits

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import DatasetDict
 
 from blora_pyro.comparison import study as studies
-from blora_pyro.comparison.candidates import read_candidate
+from blora_pyro.comparison.candidates import Candidate, read_candidate
 from blora_pyro.comparison.fits import Edit
 from blora_pyro.comparison.methods import POINT, Method, choose_methods, read_setting
 from blora_pyro.comparison.plan import Plan
@@ -47,6 +49,13 @@ def test_a_pruned_fit_is_the_fit_and_its_row_another(study, spec):
     assert (about["factor"], about["pruned"]) == (1.0, 0.5)
     assert about["sparsity"]["A"] + about["sparsity"]["B"] >= 1
     assert study.row_of(whole) is None
+
+
+def test_full_fine_tuning_is_not_pruned(study, spec):
+    method = Method("pruned-full", "full, pruned", "full", "sparsity", (0.5,), of="full")
+    pruned = Candidate(method, 0.5, read_candidate("full:0.0001"))
+    with pytest.raises(UserError, match="let it be of a LoRA or BLoRA"):
+        study.fit_of(replace(spec("base"), candidate=pruned))
 
 
 def test_replay_draws_a_share_from_the_backward_sets(study, spec, small):
