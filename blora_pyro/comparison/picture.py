@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from blora_pyro.canvas import (
@@ -21,6 +22,7 @@ from blora_pyro.canvas import (
     new_figure,
 )
 from blora_pyro.comparison.measures import Result
+from blora_pyro.comparison.methods import BASE
 from blora_pyro.comparison.standing import Standing
 from blora_pyro.metrics.pareto import pareto_front
 
@@ -42,8 +44,9 @@ def draw(standings: Sequence[Standing]) -> Figure:
     """New-domain error against backward error, a panel a setting; left and low is good.
 
     A line a method over the values of its knob, the chosen one filled and labelled; methods of one
-    family share a hue. The dotted line is the Pareto front: what no other point beats in both. A
-    value that lacks a domain or seed of the method's chosen one is not drawn.
+    family share a hue. The dotted line is the Pareto front: what no other point beats in both. The
+    view is of the chosen values of what is adapted; the base, far to the right, is named with its
+    error. A value that lacks a domain or seed of the method's chosen one is not drawn.
 
     Args:
         standings: One or more, each with results.
@@ -73,8 +76,10 @@ def _panel(panel: Any, standing: Standing) -> None:
     drawn = _comparable(standing)
     names = list(dict.fromkeys(one.candidate.method.name for one in drawn))
     points = [_point(one) for one in drawn]
-    _axes(panel, points)
-    chosen = []
+    chosen = [one for one in drawn if standing.is_chosen(one)]
+    adapted = [_point(one) for one in chosen if one.candidate.method.name != BASE]
+    _view(panel, adapted or points, [y for _, y in map(_point, chosen)] or [y for _, y in points])
+    labels = []
     for place, name in enumerate(names):
         results = [one for one in drawn if one.candidate.method.name == name]
         method = results[0].candidate.method
@@ -84,20 +89,27 @@ def _panel(panel: Any, standing: Standing) -> None:
         for one in results:
             if standing.is_chosen(one):
                 panel.plot(*_point(one), **look, markersize=6.5, linestyle="none", zorder=3)
-                chosen.append((_point(one), method.title, look))
+                labels.append((_point(one), method.title, look))
     front = np.array([points[place] for place in pareto_front(points)])
     panel.step(*front.T, where="post", color=BLACK, linewidth=0.8, linestyle=":", zorder=1)
-    _label(panel, chosen)
+    _label(panel, labels)
     on = "" if standing.split == "test" else f" ({standing.split}: the choice alone)"
     x, y = "error on the new domain, %", "backward error, %"
     dress(panel, f"{standing.setting.title}{on}", x, y)
     panel.grid(alpha=0.2, linewidth=0.5)
+    left = Rectangle((0, 0), 1 - LABELS + 0.04, 1, transform=panel.transAxes)
+    for drawn_line in panel.lines:
+        drawn_line.set_clip_path(left)  # not through the labels
 
 
-def _axes(panel: Any, points: Sequence[tuple[float, float]]) -> None:
-    """Logarithmic where no error is 0, with room for the labels at the right."""
-    for values, axis, room in zip(
-        zip(*points, strict=True), (panel.xaxis, panel.yaxis), (LABELS, 0.0), strict=True
+def _view(panel: Any, points: Sequence[tuple[float, float]], heights: Sequence[float]) -> None:
+    """Axes as wide as the points and as high as `heights`; logarithmic where no error is 0.
+
+    At the right there is room for the labels.
+    """
+    for values, axis, room in (
+        ([x for x, _ in points], panel.xaxis, LABELS),
+        (heights, panel.yaxis, 0.0),
     ):
         low, high = min(values), max(values)
         set_limits = panel.set_xlim if axis is panel.xaxis else panel.set_ylim
@@ -136,17 +148,23 @@ def _label(panel: Any, chosen: Sequence[tuple[tuple[float, float], str, dict[str
     places = sorted(chosen, key=lambda one: (one[0][1], one[0][0]))
     to_axes = panel.transData + panel.transAxes.inverted()
     heights = spaced([to_axes.transform(point)[1] for point, *_ in places])
+    right = panel.get_xlim()[1]
     for height, (point, title, look) in zip(heights, places, strict=True):
+        if outside := point[0] > right:
+            title = f"{title}, at {point[0]:.1f}"
         panel.annotate(
             title,
             xy=point,
+            annotation_clip=False,
             xycoords="data",
             xytext=(1 - LABELS + 0.06, height),
             textcoords="axes fraction",
             fontsize=SMALL - 1,
             color=look["color"],
             va="center",
-            arrowprops={
+            arrowprops=None
+            if outside
+            else {
                 "arrowstyle": "-",
                 "relpos": (0, 0.5),
                 "color": look["color"],

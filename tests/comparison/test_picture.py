@@ -49,10 +49,27 @@ def test_chosen_points_are_filled_and_named_in_their_familys_hue(found):
         }
         drawn = {tuple(line.get_xydata()[0]) for line in filled if len(line.get_xdata()) == 1}
         assert drawn == chosen
-        hues = {text.get_text(): text.get_color() for text in panel.texts}
+        hues = {text.get_text().split(", at ")[0]: text.get_color() for text in panel.texts}
         assert hues == {
             one.method.title: HUES[one.method.family] for one in standing.chosen.values()
         }
+
+
+def test_the_view_is_of_what_is_adapted_and_the_base_is_named_with_its_place(found):
+    for panel, standing in zip(draw(found).axes, found, strict=True):
+        base, *adapted = (100 * one.new_domain.value for one in standing.chosen_results)
+        low, high = panel.get_xlim()
+        assert low < min(adapted) and max(adapted) < high < base
+        assert f"base model, at {base:.1f}" in {text.get_text() for text in panel.texts}
+
+
+def test_the_base_alone_is_in_view(found):
+    for standing in found:
+        alone = replace(standing, results=standing.results[:1])
+        (panel,) = draw([alone]).axes
+        low, high = panel.get_xlim()
+        assert low < 100 * alone.results[0].new_domain.value < high
+        assert [text.get_text() for text in panel.texts] == ["base model"]
 
 
 def test_a_value_that_lacks_a_seed_of_the_chosen_one_is_not_drawn(found):
@@ -71,7 +88,8 @@ def test_a_value_that_lacks_a_seed_of_the_chosen_one_is_not_drawn(found):
 def test_a_perfect_method_has_a_place_too(made_up):
     comparison = made_up(["blora"], ("allx400",))
     (standing,) = standings(comparison)
-    zero = next(one for one in standing.results if one.candidate.method.name == "blora")
+    zero = standing.chosen_results[-1]
+    assert zero.candidate.method.name == "blora"
     object.__setattr__(zero.new_domain, "value", 0.0)
     (panel,) = draw([standing]).axes
     assert (panel.get_xscale(), panel.get_yscale()) == ("linear", "log")
