@@ -149,7 +149,8 @@ def test_the_best_posterior_is_the_runs_and_run_json_tells_how_it_was_found(
     assert listener.seen[-1][1] == best
     assert run.history == finished_run.history[: len(run.history)]  # it changes no step
     # the dev set is the test set here, so that its error is that of the run
-    assert run.metrics["new_domain"]["adapted"]["wer"]["rate"] == best.error == 0
+    scores = run.metrics["new_domain"]
+    assert scores["adapted"]["wer"]["rate"] == best.error < scores["base"]["wer"]["rate"]
     about = read_json(tmp_path / "run" / "run.json")
     assert about["dev"] == run.dev and about["skipped_steps"] == 0
     again = fit(tmp_path / "run", resume=True)
