@@ -57,8 +57,14 @@ class Method:
         return self.values or (None,)
 
 
-def _bayes(name: str, title: str, family: str = "priors", **options: Any) -> Method:
-    return Method(name, title, family, "beta", BETAS, {**BAYES, **options})
+def _bayes(
+    name: str,
+    title: str,
+    family: str = "priors",
+    betas: tuple[float, ...] = BETAS,
+    **options: Any,
+) -> Method:
+    return Method(name, title, family, "beta", betas, {**BAYES, **options})
 
 
 METHODS = {
@@ -103,13 +109,14 @@ METHODS = {
             of="distilled-lora",
         ),
         _bayes("blora", "BLoRA", "bayes", prior="normal", prior_scale=0.05),
-        Method(
+        _bayes(
             "blora-gentle",
             "BLoRA, lr 2e-3",
             "bayes",
-            "beta",
             (3e-7, 1e-6, 3e-6, 1e-5),
-            {"lr": 2e-3, "prior": "normal", "prior_scale": 0.05},
+            lr=2e-3,
+            prior="normal",
+            prior_scale=0.05,
         ),
         Method(
             "blora-scale",
@@ -121,14 +128,7 @@ METHODS = {
         ),
         _bayes("a-only", "BLoRA, A only", prior="a-only"),
         _bayes("laplace", "BLoRA, Laplace", prior="laplace"),
-        Method(
-            "horseshoe",
-            "BLoRA, horseshoe",
-            "priors",
-            "beta",
-            (1e-7, 3e-7, *BETAS),
-            {**BAYES, "prior": "horseshoe"},
-        ),
+        _bayes("horseshoe", "BLoRA, horseshoe", betas=(1e-7, 3e-7, *BETAS), prior="horseshoe"),
         _bayes("learned-scale", "BLoRA, learned scale", prior="learned-scale"),
         _bayes("pretrained-scale", "BLoRA, pretrained scale", prior="pretrained-scale"),
         Method("scaled-blora", "BLoRA, ΔW scaled", "both", FACTOR, FACTORS, of="blora"),

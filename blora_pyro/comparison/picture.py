@@ -76,9 +76,9 @@ def _panel(panel: Any, standing: Standing) -> None:
     drawn = _comparable(standing)
     names = list(dict.fromkeys(one.candidate.method.name for one in drawn))
     points = [_point(one) for one in drawn]
-    chosen = [one for one in drawn if standing.is_chosen(one)]
-    adapted = [_point(one) for one in chosen if one.candidate.method.name != BASE]
-    _view(panel, adapted or points, [y for _, y in map(_point, chosen)] or [y for _, y in points])
+    seen = [one for one in drawn if standing.is_chosen(one)] or drawn
+    adapted = [one for one in seen if one.candidate.method.name != BASE] or seen
+    _view(panel, [_point(one)[0] for one in adapted], [_point(one)[1] for one in seen])
     labels = []
     for place, name in enumerate(names):
         results = [one for one in drawn if one.candidate.method.name == name]
@@ -102,15 +102,9 @@ def _panel(panel: Any, standing: Standing) -> None:
         drawn_line.set_clip_path(left)  # not through the labels
 
 
-def _view(panel: Any, points: Sequence[tuple[float, float]], heights: Sequence[float]) -> None:
-    """Axes as wide as the points and as high as `heights`; logarithmic where no error is 0.
-
-    At the right there is room for the labels.
-    """
-    for values, axis, room in (
-        ([x for x, _ in points], panel.xaxis, LABELS),
-        (heights, panel.yaxis, 0.0),
-    ):
+def _view(panel: Any, xs: Sequence[float], ys: Sequence[float]) -> None:
+    """Axes around the values, logarithmic where none is 0, with room for labels at the right."""
+    for values, axis, room in ((xs, panel.xaxis, LABELS), (ys, panel.yaxis, 0.0)):
         low, high = min(values), max(values)
         set_limits = panel.set_xlim if axis is panel.xaxis else panel.set_ylim
         if low > 0:
