@@ -43,10 +43,11 @@ LABELS = 0.30  # of the panel's width, right of the points
 def draw(standings: Sequence[Standing]) -> Figure:
     """New-domain error against backward error, a panel a setting; left and low is good.
 
-    A line a method over the values of its knob, the chosen one filled and labelled; methods of one
-    family share a hue. The dotted line is the Pareto front: what no other point beats in both. The
-    view is of the chosen values of what is adapted; the base, far to the right, is named with its
-    error. A value that lacks a domain or seed of the method's chosen one is not drawn.
+    A line a method over the values of its knob, named at the chosen one, which is filled (at the
+    first one where the chosen has no rows yet); methods of one family share a hue. The dotted line
+    is the Pareto front: what no other point beats in both. The view is of the named values of what
+    is adapted; the base, far to the right, is named with its error. A value that lacks a domain or
+    seed of the method's chosen one is not drawn.
 
     Args:
         standings: One or more, each with results.
@@ -75,21 +76,20 @@ def _comparable(standing: Standing) -> list[Result]:
 def _panel(panel: Any, standing: Standing) -> None:
     drawn = _comparable(standing)
     names = list(dict.fromkeys(one.candidate.method.name for one in drawn))
-    points = [_point(one) for one in drawn]
-    seen = [one for one in drawn if standing.is_chosen(one)] or drawn
+    curves = [[one for one in drawn if one.candidate.method.name == name] for name in names]
+    seen = [next(filter(standing.is_chosen, curve), curve[0]) for curve in curves]
     adapted = [one for one in seen if one.candidate.method.name != BASE] or seen
     _view(panel, [_point(one)[0] for one in adapted], [_point(one)[1] for one in seen])
     labels = []
-    for place, name in enumerate(names):
-        results = [one for one in drawn if one.candidate.method.name == name]
-        method = results[0].candidate.method
+    for place, (curve, one) in enumerate(zip(curves, seen, strict=True)):
+        method = one.candidate.method
         look = {"color": HUES.get(method.family, GREEN), "marker": MARKERS[place % len(MARKERS)]}
-        line = np.array([_point(one) for one in results])
+        line = np.array([_point(result) for result in curve])
         panel.plot(*line.T, **look, markerfacecolor="white", markersize=4, linewidth=0.8, alpha=0.7)
-        for one in results:
-            if standing.is_chosen(one):
-                panel.plot(*_point(one), **look, markersize=6.5, linestyle="none", zorder=3)
-                labels.append((_point(one), method.title, look))
+        if standing.is_chosen(one):
+            panel.plot(*_point(one), **look, markersize=6.5, linestyle="none", zorder=3)
+        labels.append((_point(one), method.title, look))
+    points = [_point(one) for one in drawn]
     front = np.array([points[place] for place in pareto_front(points)])
     panel.step(*front.T, where="post", color=BLACK, linewidth=0.8, linestyle=":", zorder=1)
     _label(panel, labels)

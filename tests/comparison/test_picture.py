@@ -72,6 +72,19 @@ def test_the_base_alone_is_in_view(found):
         assert [text.get_text() for text in panel.texts] == ["base model"]
 
 
+def test_a_method_without_its_chosen_value_is_named_at_another(found):
+    (standing, _) = found
+    others = [
+        one
+        for one in standing.results
+        if one.candidate.method.name != "scaled-lora" or not standing.is_chosen(one)
+    ]
+    (panel,) = draw([replace(standing, results=others)]).axes
+    first = next(one for one in others if one.candidate.method.name == "scaled-lora")
+    (named,) = (text for text in panel.texts if text.get_text().startswith("LoRA, ΔW scaled"))
+    assert named.xy == pytest.approx((100 * first.new_domain.value, 100 * first.backward.value))
+
+
 def test_a_value_that_lacks_a_seed_of_the_chosen_one_is_not_drawn(found):
     (standing, _) = found
     partial = next(one for one in standing.results if not standing.is_chosen(one))
