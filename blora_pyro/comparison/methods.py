@@ -98,7 +98,7 @@ METHODS = {
             "LoRA, distilled",
             "regularised",
             "distillation",
-            DISTILLATIONS,
+            (0.02, *DISTILLATIONS),
             of=LORA,
         ),
         Method(
