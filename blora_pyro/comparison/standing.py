@@ -97,7 +97,7 @@ def _standing(plan: Plan, setting: Setting) -> Standing:
     second = [
         (spec, row)
         for name in names
-        for one in plan.scored(name, setting)
+        for one in plan.candidates(name, setting)  # rows of earlier choices count as well
         for spec in plan.test_rows(one, setting)
         if (row := plan.row_of(spec)) is not None
     ]

@@ -34,6 +34,14 @@ def test_results_are_in_the_order_of_the_knob(standing):
     assert len(values) == 3 and values == sorted(values)
 
 
+def test_values_that_are_not_asked_for_any_more_count_where_their_rows_are_there(made_up):
+    (wide,) = standings(made_up(COMPARED, ("allx400",)))
+    comparison = made_up(COMPARED, ("allx400",), neighbours=False)
+    (found,) = standings(comparison)
+    assert len(comparison.plan.scored("blora", found.setting)) == 1
+    assert found.results == wide.results and found.matched == wide.matched
+
+
 def test_methods_are_held_against_the_best_lora_and_against_the_one_of_the_same_rate(standing):
     assert standing.against_lora.keys() == {"scaled-lora", "blora"}
     best = standing.chosen["lora"].text
