@@ -15,7 +15,7 @@ BASE, LORA = "base", "lora"  # what all others are held against
 PROGRAM, FULL, PEFT = "program", "full", "peft"  # how a fit is made
 
 BETAS = (1e-6, 1e-5, 3e-5, 1e-4)
-SMALLER = (1e-7, 3e-7, *BETAS)
+WIDE_BETAS = (1e-7, 3e-7, *BETAS)
 RATES = (3e-4, 1e-3, 2e-3, 5e-3)
 FACTORS = (0.3, 0.5, 0.7, 0.85)
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
@@ -87,7 +87,7 @@ METHODS = {
             "LoRA, L2 to zero (MAP)",
             "regularised",
             "beta",
-            SMALLER,
+            WIDE_BETAS,
             {"prior": "normal", "prior_scale": 0.05},
             of=LORA,
         ),
@@ -129,7 +129,7 @@ METHODS = {
         ),
         _bayes("a-only", "BLoRA, A only", prior="a-only"),
         _bayes("laplace", "BLoRA, Laplace", prior="laplace"),
-        _bayes("horseshoe", "BLoRA, horseshoe", betas=SMALLER, prior="horseshoe"),
+        _bayes("horseshoe", "BLoRA, horseshoe", betas=WIDE_BETAS, prior="horseshoe"),
         _bayes("learned-scale", "BLoRA, learned scale", prior="learned-scale"),
         _bayes("pretrained-scale", "BLoRA, pretrained scale", prior="pretrained-scale"),
         Method("scaled-blora", "BLoRA, ΔW scaled", "both", FACTOR, FACTORS, of="blora"),
