@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from blora_pyro import Posterior, fit, load_base
-from blora_pyro.canvas import BLACK, BLUE, GREY, SMALL, TEXT, dress, new_figure
 from blora_pyro.data import DOMAINS, load_split, read_audio
 from blora_pyro.models import Base
+from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, TEXT, label_axes, new_figure
 from blora_pyro.transcription import Transcriber
 from blora_pyro.transcription.calibration import (
     Bins,
@@ -235,7 +235,7 @@ def plot(tests: dict[str, Scored], samples: int) -> Figure:
                 elinewidth=0.8,
                 label=label,
             )
-        dress(panel, domain, "confidence" if panel is axes[0][len(tests) // 2] else "")
+        label_axes(panel, domain, "confidence" if panel is axes[0][len(tests) // 2] else "")
         panel.set_xlim(0, 1.02)
         panel.set_ylim(0, 1.02)
         panel.set_box_aspect(1)

@@ -21,8 +21,8 @@ from common import about
 from matplotlib.figure import Figure
 
 from blora_pyro import prune
-from blora_pyro.canvas import BLACK, BLUE, GREEN, GREY, ORANGE, SMALL, dress, new_figure
 from blora_pyro.config import FitConfig
+from blora_pyro.plotting import BLACK, BLUE, GREEN, GREY, ORANGE, SMALL, label_axes, new_figure
 from blora_pyro.runs.finished import scoring_sets
 from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.listeners import Listener
@@ -124,7 +124,7 @@ def plot(found: list[dict[str, Any]]) -> Figure:
                 for share in shares
             ]
             panel.plot(range(len(shares)), means, color=color, marker="o", markersize=4, label=name)
-        dress(panel, label, "elements of A and B set to zero, %")
+        label_axes(panel, label, "elements of A and B set to zero, %")
         panel.set_xticks(range(len(shares)), [f"{100 * share:g}" for share in shares])
     handles, labels = axes[0][0].get_legend_handles_labels()
     place = {"loc": "outside lower center", "ncols": 2, "fontsize": SMALL, "frameon": False}

@@ -8,7 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from blora_pyro.canvas import (
+from blora_pyro.comparison.measures import Result
+from blora_pyro.comparison.methods import BASE
+from blora_pyro.comparison.standing import Standing
+from blora_pyro.metrics.pareto import pareto_front
+from blora_pyro.plotting import (
     BLACK,
     BLUE,
     GREEN,
@@ -18,13 +22,9 @@ from blora_pyro.canvas import (
     SKY,
     SMALL,
     VERMILLION,
-    dress,
+    label_axes,
     new_figure,
 )
-from blora_pyro.comparison.measures import Result
-from blora_pyro.comparison.methods import BASE
-from blora_pyro.comparison.standing import Standing
-from blora_pyro.metrics.pareto import pareto_front
 
 HUES = {
     "base": BLACK,
@@ -95,7 +95,7 @@ def _panel(panel: Any, standing: Standing) -> None:
     _label(panel, labels)
     on = "" if standing.split == "test" else f" ({standing.split}: the choice alone)"
     x, y = "error on the new domain, %", "backward error, %"
-    dress(panel, f"{standing.setting.title}{on}", x, y)
+    label_axes(panel, f"{standing.setting.title}{on}", x, y)
     panel.grid(alpha=0.2, linewidth=0.5)
     left = Rectangle((0, 0), 1 - LABELS + 0.04, 1, transform=panel.transAxes)
     for drawn_line in panel.lines:

@@ -7,10 +7,10 @@ import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from blora_pyro.canvas import SMALL, TEXT, TITLE, dress, mark_1_2_5, new_figure
 from blora_pyro.diagnostics.explanations import kl_by_module
 from blora_pyro.diagnostics.layers import Place, kinds
 from blora_pyro.diagnostics.summaries import Summary
+from blora_pyro.plotting import SMALL, TEXT, TITLE, label_axes, new_figure, tick_at_1_2_5
 
 HIDDEN = 1000  # what is smaller than the largest by this looks like 0
 ROWS = 60  # layers in a heat map of ranks, above that kinds
@@ -86,7 +86,7 @@ def _add_bar(figure: Figure, image: Any, axes: Any, unit: str) -> None:
     bar.set_label(unit, fontsize=TEXT)
     bar.ax.tick_params(labelsize=SMALL)
     if isinstance(image.norm, LogNorm):
-        mark_1_2_5(bar.ax.xaxis)
+        tick_at_1_2_5(bar.ax.xaxis)
 
 
 def _heat(panel: Any, cells: np.ndarray, rows: Sequence[str], **limits: float) -> Any:
@@ -98,7 +98,7 @@ def _heat(panel: Any, cells: np.ndarray, rows: Sequence[str], **limits: float) -
     norm = LogNorm(low, high) if skewed else Normalize(low, high if high > low else low + 1)
     panel.patch.set(hatch="////", edgecolor="#bbbbbb", facecolor="white")
     image = panel.imshow(cells, cmap="cividis", norm=norm, aspect="auto", interpolation="nearest")
-    dress(panel)
+    label_axes(panel)
     panel.set_yticks(range(len(rows)), rows)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
@@ -132,7 +132,7 @@ def active_rank_plot(summary: Summary, shrinkage: dict[str, np.ndarray]) -> Figu
         image = _heat(panel, cells, names, low=0, high=1)
         active = np.mean([row.active_ranks for row in summary.factors if row.factor == factor])
         title = f"{factor}: {active:.1f} of {summary.rank} ranks active"
-        dress(panel, title, "rank, most open first")
+        label_axes(panel, title, "rank, most open first")
         panel.set_xticks([0, summary.rank - 1], ["1", str(summary.rank)])
     rows_are = "mean over the layers of a kind" if grouped else "a row a layer"
     title = f"Which ranks the horseshoe leaves open: 1 - shrinkage factor, {rows_are}"

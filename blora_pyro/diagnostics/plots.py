@@ -12,7 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from blora_pyro.canvas import (
+from blora_pyro.diagnostics.densities import Densities, densities
+from blora_pyro.diagnostics.heat_maps import active_rank_plot, kl_map, update_map
+from blora_pyro.diagnostics.layers import PROJECTIONS, Place
+from blora_pyro.diagnostics.summaries import Summary, UpdateSummary
+from blora_pyro.fitting.svi import Step
+from blora_pyro.plotting import (
     BLACK,
     BLUE,
     GREEN,
@@ -23,15 +28,10 @@ from blora_pyro.canvas import (
     SMALL,
     TEXT,
     VERMILLION,
-    dress,
-    mark_1_2_5,
+    label_axes,
     new_figure,
+    tick_at_1_2_5,
 )
-from blora_pyro.diagnostics.densities import Densities, densities
-from blora_pyro.diagnostics.heat_maps import active_rank_plot, kl_map, update_map
-from blora_pyro.diagnostics.layers import PROJECTIONS, Place
-from blora_pyro.diagnostics.summaries import Summary, UpdateSummary
-from blora_pyro.fitting.svi import Step
 from blora_pyro.posterior import Posterior
 
 LOOKS = dict(
@@ -78,7 +78,7 @@ def contraction_plot(summary: Summary) -> Figure:
             )
         panel.set_xscale("log")
         panel.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
-        dress(panel, PARTS[part])
+        label_axes(panel, PARTS[part])
         panel.grid(alpha=0.25, linewidth=0.5)
     low = min(row.contraction for _, row in rows)
     axes[0][0].set_ylim(min(low - 0.05, 0.9), 1.0)  # so that equal looks equal
@@ -133,7 +133,7 @@ def density_plot(found: Sequence[Densities]) -> Figure:
         panel.set_ylim(min(v.min() for v in values) / 2, max(v.max() for v in values) * 2)
         panel.set_xlim(one.edges[0], one.edges[-1])
         panel.xaxis.set_major_locator(MaxNLocator(6))
-        dress(panel, one.title, "weight", "density")
+        label_axes(panel, one.title, "weight", "density")
     for panel in axes.flat[len(found) :]:
         panel.set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -176,10 +176,10 @@ def _spectrum(panel: Any, row: UpdateSummary) -> None:
     shown = np.concatenate([values, stddevs])
     panel.set_ylim(shown[shown > 0].min(initial=values.max() or 1) / 2, None)
     if np.ptp(np.log10(panel.get_ylim())) < 2:
-        mark_1_2_5(panel.yaxis)
+        tick_at_1_2_5(panel.yaxis)
     panel.yaxis.set_minor_formatter(NullFormatter())
     count = f": {row.directions} of {len(values)}" if stddevs.any() else ""
-    dress(panel, Place.of(row.module).label + count)
+    label_axes(panel, Place.of(row.module).label + count)
     panel.set_xlim(0.3, len(values) + 0.7)
 
 
@@ -195,7 +195,7 @@ def trace_plot(history: Sequence[Step], beta: float) -> Figure:
     for panel, (name, values) in zip(axes[0], parts.items(), strict=True):
         panel.plot(steps, values, color=SKY, linewidth=0.7, label="step")
         panel.plot(steps, _smooth(values), color=BLACK, linewidth=1.5, label="running mean")
-        dress(panel, "", "step of SVI", name)
+        label_axes(panel, "", "step of SVI", name)
         panel.grid(alpha=0.25, linewidth=0.5)
     axes[0][0].legend(fontsize=SMALL, frameon=False)
     return figure

@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from blora_pyro.canvas import BLACK, BLUE, GREY, SMALL, VERMILLION, dress, new_figure
 from blora_pyro.errors import UserError
 from blora_pyro.files import replace_file
+from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, VERMILLION, label_axes, new_figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -44,7 +44,7 @@ def strength_plot(curve: Mapping[str, Any]) -> Figure:
         panel.annotate(f"{strength:g}", (x, y), bbox=behind, **place)
     metric = curve["metric"].upper()
     x_label = f"error on the new domain, {curve['new_domain']}: {metric} in %"
-    dress(panel, "", x_label, "backward error in % (bars: 95% interval of forgetting)")
+    label_axes(panel, "", x_label, "backward error in % (bars: 95% interval of forgetting)")
     panel.grid(alpha=0.25, linewidth=0.5)
     panel.margins(0.08)
     if points:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from blora_pyro.canvas import BLACK, GREY, SMALL, TEXT, VERMILLION, dress, new_figure
+from blora_pyro.plotting import BLACK, GREY, SMALL, TEXT, VERMILLION, label_axes, new_figure
 from blora_pyro.runs.outcomes import NEW_DOMAIN
 
 if TYPE_CHECKING:  # which draws itself
@@ -61,7 +61,7 @@ def _trials(figure: Figure, panel: Any, found: "Sweep", name: str) -> None:
     if found.base:
         base = found.base[NEW_DOMAIN]["rate"], found.base["backward"]["rate"]
         panel.scatter(*_percents([base]), marker="X", s=50, color=BLACK, label="base", zorder=3)
-    dress(panel, f"colour: {name.replace('_', ' ')}", "new-domain error in %")
+    label_axes(panel, f"colour: {name.replace('_', ' ')}", "new-domain error in %")
     panel.grid(alpha=0.25, linewidth=0.5)
     figure.colorbar(dots, ax=panel).ax.tick_params(labelsize=SMALL)
 

@@ -1,4 +1,4 @@
-"""What every plot has in common: size, letters, and a palette that all eyes tell apart."""
+"""What all plots share: page width, font sizes, a palette safe for colour-blind eyes."""
 
 from typing import Any
 
@@ -9,19 +9,22 @@ from matplotlib.ticker import LogLocator, NullFormatter
 BLACK, GREY = "#000000", "#8c8c8c"
 ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-SMALL, TEXT, TITLE = 8, 9, 10.5  # points
-WIDTH = 7.2  # inches: a page's
+SMALL, TEXT, TITLE = 8, 9, 10.5  # font sizes in points
+WIDTH = 7.2  # width of a page in inches
 
 
 def new_figure(title: str, height: float, rows: int = 1, columns: int = 1, **grid: Any) -> Any:
-    """A figure of a page's width with its title, and its panels, (rows, columns)."""
+    """Returns a figure of page width with its title, and its axes, an array (rows, columns).
+
+    The figure belongs to nobody else: neither pyplot nor anyone's rcParams are touched.
+    """
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.suptitle(title, fontsize=TITLE, x=0.01, ha="left")
     return figure, figure.subplots(rows, columns, squeeze=False, **grid)
 
 
-def dress(axes: Any, title: str = "", x: str = "", y: str = "") -> None:
-    """Title and labels of a panel, and no more frame than it needs."""
+def label_axes(axes: Any, title: str = "", x: str = "", y: str = "") -> None:
+    """Set title and axis labels, and hide the top and right spines."""
     axes.set_title(title, fontsize=TEXT, loc="left")
     axes.set_xlabel(x, fontsize=TEXT)
     axes.set_ylabel(y, fontsize=TEXT)
@@ -29,8 +32,8 @@ def dress(axes: Any, title: str = "", x: str = "", y: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def mark_1_2_5(axis: Any) -> None:
-    """Ticks of a logarithmic axis that spans few decades."""
+def tick_at_1_2_5(axis: Any) -> None:
+    """Set ticks at 1, 2 and 5 times powers of ten, for a logarithmic axis of few decades."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,228 @@
+"""One table class for terminal, Markdown and JSON, and the one way to write rates with intervals.
+
+A report is a sequence of `Table`s and lines of text: `print_report` prints it, `report_markdown`
+makes it Markdown. Text is literal everywhere: brackets in it are no markup.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+NONE = "–"  # what is not known, or does not exist
+PIPED_WIDTH = 110  # columns of output that goes to no terminal
+
+Emphasis = Literal["", "bold", "dim"]
+
+
+def number(value: float | None, form: str) -> str:
+    """Returns a formatted number, or a dash for None."""
+    return NONE if value is None else format(value, form)
+
+
+def percent(share: float | None, form: str = ".1f") -> str:
+    """Returns a share in percent, without the sign `%`, or a dash for None."""
+    return number(None if share is None else 100 * share, form)
+
+
+@dataclass(frozen=True)
+class Percent:
+    """A cell: a share shown in percent, `44.7 ±1.2 [39.8, 49.5]`.
+
+    Attributes:
+        share: A fraction; None is shown as a dash.
+        interval: Its 95% interval, fractions, if there is one.
+        stddev: Its standard deviation (over seeds), a fraction, if there is one.
+        signed: Show the sign of a positive number, too, as of a difference.
+    """
+
+    share: float | None
+    interval: Sequence[float | None] | None = None
+    stddev: float | None = None
+    signed: bool = False
+
+    @classmethod
+    def of(cls, rate: Mapping[str, Any]) -> "Percent":
+        """Returns the cell of `{"rate": ..., "interval": ...}`, or of a `difference`, signed."""
+        signed = "difference" in rate
+        return cls(rate["difference" if signed else "rate"], rate.get("interval"), signed=signed)
+
+    def __str__(self) -> str:
+        """Returns the text of the cell."""
+        if self.share is None:
+            return NONE
+        text = percent(self.share, "+.1f" if self.signed else ".1f")
+        if self.stddev is not None:
+            text += f" ±{percent(self.stddev)}"
+        if self.interval is not None:
+            text += f" [{', '.join(map(percent, self.interval))}]"
+        return text
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fractions that are there."""
+        content = {"value": self.share, "stddev": self.stddev, "interval": self.interval}
+        return {name: value for name, value in content.items() if name == "value" or value}
+
+
+Cell = str | int | float | Percent | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        title: Its head; a line break in it is for the terminal only.
+        align: `left` for names and text, `right` for figures.
+        wrap: Let cells be broken into lines where the terminal is too narrow.
+    """
+
+    title: str
+    align: Literal["left", "right"] = "left"
+    wrap: bool = True
+
+    @property
+    def name(self) -> str:
+        """The title on one line."""
+        return self.title.replace("-\n", "").replace("\n", " ").strip()
+
+
+def text_columns(*titles: str, wrap: bool = True) -> list[Column]:
+    """Returns columns of names or text, aligned to the left."""
+    return [Column(title, "left", wrap) for title in titles]
+
+
+def figure_columns(*titles: str, wrap: bool = False) -> list[Column]:
+    """Returns columns of figures, aligned to the right."""
+    return [Column(title, "right", wrap) for title in titles]
+
+
+@dataclass
+class Table:
+    """A table to be filled by `add_row` and `add_section`.
+
+    Attributes:
+        columns: From left to right.
+        title: Above it.
+        captions: Lines below it.
+        grid: Draw lines between all cells on a terminal; otherwise below the heads only.
+        stack_intervals: On a terminal, put an interval `[low, high]` below its figure.
+        rows: (cells, emphasis) each; None is the end of a section.
+    """
+
+    columns: Sequence[Column]
+    title: str = ""
+    captions: Sequence[str] = ()
+    grid: bool = False
+    stack_intervals: bool = False
+    rows: list[tuple[tuple[Cell, ...], Emphasis] | None] = field(default_factory=list)
+
+    def add_row(self, *cells: Cell, emphasis: Emphasis = "") -> None:
+        """Add a row of a cell a column; None is shown as a dash.
+
+        Raises:
+            ValueError: If there are more or fewer cells than columns.
+        """
+        if len(cells) != len(self.columns):
+            raise ValueError(f"{len(cells)} cells for {len(self.columns)} columns")
+        self.rows.append((cells, emphasis))
+
+    def add_section(self) -> None:
+        """End a section: on a terminal, a line is drawn before the next row."""
+        self.rows.append(None)
+
+    @property
+    def filled_rows(self) -> list[tuple[tuple[Cell, ...], Emphasis]]:
+        """The rows without the ends of sections."""
+        return [row for row in self.rows if row is not None]
+
+    def to_rich(self) -> RenderableType:
+        """Returns the table for a terminal.
+
+        Title and captions are as wide as the terminal: those of rich are as narrow as the table.
+        """
+        plain: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+        table = RichTable(**({} if self.grid else plain))
+        for column in self.columns:
+            table.add_column(Text(column.title), justify=column.align, no_wrap=not column.wrap)
+        for row in self.rows:
+            if row is None:
+                table.add_section()
+                continue
+            texts = [_text(cell) for cell in row[0]]
+            if self.stack_intervals:
+                texts = [text.replace(" [", "\n[") for text in texts]
+            table.add_row(*map(Text, texts), style=row[1])
+        title = [Text(self.title, "bold")] if self.title else []
+        captions = [Text("\n".join(self.captions), "dim")] if self.captions else []
+        end = [Text()] if captions and not self.grid else []  # as below a table without captions
+        return Group(*title, table, *captions, *end)
+
+    def __rich__(self) -> RenderableType:
+        """Returns `to_rich()`, by which `Console.print` prints a table."""
+        return self.to_rich()
+
+    def to_markdown(self, level: int = 3) -> str:
+        """Returns the table as GitHub renders it, without a line break at the end.
+
+        Args:
+            level: Of the heading that the title becomes; 0 makes it a paragraph.
+        """
+        names = [_escape_markdown(column.name) for column in self.columns]
+        rules = ["---:" if column.align == "right" else "---" for column in self.columns]
+        lines = [names, rules, *(_markdown_row(*row) for row in self.filled_rows)]
+        parts = ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        if self.title:
+            parts.insert(0, f"{'#' * level} {self.title}" if level else f"{self.title}:")
+        return "\n\n".join([*parts, *self.captions])
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the table as JSON has it: rates are fractions, unknown cells None."""
+        names = [column.name for column in self.columns]
+        rows = [
+            {
+                name: cell.to_json() if isinstance(cell, Percent) else cell
+                for name, cell in zip(names, cells, strict=True)
+            }
+            for cells, _ in self.filled_rows
+        ]
+        return {"title": self.title, "rows": rows, "captions": list(self.captions)}
+
+
+Part = Table | Text | str
+
+
+def print_report(parts: Iterable[Part]) -> None:
+    """Print tables and lines to stdout, wide enough for tables also where no terminal is.
+
+    Lines of type `str` are not broken, so that paths and commands can be copied; a `Text` is.
+    """
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str), markup=False)
+
+
+def report_markdown(parts: Iterable[Part], level: int = 0) -> str:
+    """Returns tables and lines as paragraphs of Markdown; see `Table.to_markdown`."""
+    return "\n\n".join(
+        part.to_markdown(level) if isinstance(part, Table) else str(part).strip() for part in parts
+    )
+
+
+def _text(cell: Cell) -> str:
+    return NONE if cell is None else str(cell)
+
+
+def _markdown_row(cells: Sequence[Cell], emphasis: Emphasis) -> list[str]:
+    texts = [_escape_markdown(_text(cell)) for cell in cells]
+    return [f"**{text}**" if text and emphasis == "bold" else text for text in texts]
+
+
+def _escape_markdown(text: str) -> str:
+    """Returns a cell's text, in which a bar would begin another cell."""
+    return " ".join(text.replace("|", "\\|").split())

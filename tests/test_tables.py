@@ -1,0 +1,126 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from blora_pyro.tables import (
+    Column,
+    Percent,
+    Table,
+    figure_columns,
+    number,
+    percent,
+    print_report,
+    report_markdown,
+    text_columns,
+)
+
+
+def errors_table(**options):
+    columns = [*text_columns("set"), *figure_columns("base", "KL\nnats")]
+    table = Table(columns, title="error in % [95% interval]", **options)
+    table.add_row("[de]|a", Percent(0.4472, (0.398, 0.495)), 3)
+    table.add_section()
+    table.add_row("en", Percent.of({"difference": 0.0123, "interval": [-0.004, 0.0289]}), None)
+    return table
+
+
+def rendered(part, width=60) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(part)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (Percent(0.4472), "44.7"),
+        (Percent(0.4472, (0.398, 0.495)), "44.7 [39.8, 49.5]"),
+        (Percent(0.4472, (0.398, 0.495), 0.012), "44.7 ±1.2 [39.8, 49.5]"),
+        (Percent(0.02, signed=True), "+2.0"),
+        (Percent(-0.02, (None, None), signed=True), "-2.0 [–, –]"),
+        (Percent(None, (None, None)), "–"),
+        (Percent.of({"rate": 0.5, "interval": [0.4, 0.6]}), "50.0 [40.0, 60.0]"),
+        (Percent.of({"difference": 0.5, "interval": [0.4, 0.6]}), "+50.0 [40.0, 60.0]"),
+        (number(None, ".1f"), "–"),
+        (percent(0.1234, ".0f"), "12"),
+    ],
+)
+def test_rates_are_written_in_percent_with_spread_and_interval(cell, text):
+    assert str(cell) == text
+
+
+def test_a_grid_has_lines_between_its_sections():
+    assert rendered(errors_table(grid=True)) == [
+        "error in % [95% interval]",
+        "┏━━━━━━━━┳━━━━━━━━━━━━━━━━━━━┳━━━━━━┓",
+        "┃        ┃                   ┃   KL ┃",
+        "┃ set    ┃              base ┃ nats ┃",
+        "┡━━━━━━━━╇━━━━━━━━━━━━━━━━━━━╇━━━━━━┩",
+        "│ [de]|a │ 44.7 [39.8, 49.5] │    3 │",
+        "├────────┼───────────────────┼──────┤",
+        "│ en     │  +1.2 [-0.4, 2.9] │    – │",
+        "└────────┴───────────────────┴──────┘",
+    ]
+
+
+def test_a_plain_table_ends_with_an_empty_line_after_its_captions():
+    lines = rendered(errors_table(captions=["in points [x]", "of 9"], stack_intervals=True))
+    assert lines[0] == "error in % [95% interval]"
+    assert lines[-4:] == ["", "in points [x]", "of 9", ""]
+    row = next(i for i, line in enumerate(lines) if line.startswith(" [de]|a"))
+    assert lines[row].split() == ["[de]|a", "44.7", "3"]
+    assert lines[row + 1].split() == ["[39.8,", "49.5]"]
+
+
+def test_markdown_is_aligned_and_escapes_bars():
+    table = errors_table(captions=["in points"])
+    table.add_row("fr", 1.5, "", emphasis="bold")
+    assert table.to_markdown().splitlines() == [
+        "### error in % [95% interval]",
+        "",
+        "| set | base | KL nats |",
+        "| --- | ---: | ---: |",
+        "| [de]\\|a | 44.7 [39.8, 49.5] | 3 |",
+        "| en | +1.2 [-0.4, 2.9] | – |",
+        "| **fr** | **1.5** |  |",
+        "",
+        "in points",
+    ]
+    parts = report_markdown([errors_table(), "a line\n"]).split("\n\n")
+    assert parts[0] == "error in % [95% interval]:" and parts[-1] == "a line"
+
+
+def test_json_has_fractions_and_names_on_one_line():
+    content = errors_table(captions=["in points"]).to_json()
+    assert content == {
+        "title": "error in % [95% interval]",
+        "captions": ["in points"],
+        "rows": [
+            {
+                "set": "[de]|a",
+                "base": {"value": 0.4472, "interval": (0.398, 0.495)},
+                "KL nats": 3,
+            },
+            {
+                "set": "en",
+                "base": {"value": 0.0123, "interval": [-0.004, 0.0289]},
+                "KL nats": None,
+            },
+        ],
+    }
+    assert Column("contrac-\ntion").name == "contraction"
+
+
+def test_a_row_of_too_few_cells_is_refused():
+    with pytest.raises(ValueError, match="2 cells for 3 columns"):
+        errors_table().add_row("en", "1")
+
+
+def test_a_report_goes_to_stdout_and_its_lines_are_not_broken(capsys):
+    path = "run folder: runs/[a]/" + "x" * 150
+    print_report([errors_table(grid=True), path])
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines()[-1] == path
+    assert "44.7 [39.8, 49.5]" in out
