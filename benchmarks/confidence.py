@@ -19,13 +19,7 @@ import torch
 from common import about
 from matplotlib.figure import Figure
 from torch import Tensor
-
-from blora_pyro import Posterior, fit, load_base
-from blora_pyro.data import DOMAINS, load_split, read_audio
-from blora_pyro.models import Base
-from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, TEXT, label_axes, new_figure
-from blora_pyro.transcription import Transcriber
-from blora_pyro.transcription.calibration import (
+from word_calibration import (
     Bins,
     auroc,
     brier_score,
@@ -33,6 +27,12 @@ from blora_pyro.transcription.calibration import (
     reliability,
     right_words,
 )
+
+from blora_pyro import Posterior, fit, load_base
+from blora_pyro.data import DOMAINS, load_split, read_audio
+from blora_pyro.models import Base
+from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, TEXT, label_axes, new_figure
+from blora_pyro.transcription import Transcriber
 from blora_pyro.transcription.windows import Recording
 
 SPLITS = ("dev", "test")

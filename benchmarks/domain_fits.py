@@ -11,7 +11,7 @@ from domain_figures import DOMAINS
 
 from blora_pyro import Posterior, fit
 from blora_pyro.data import load_split
-from blora_pyro.editing.combining import combine
+from blora_pyro.posterior.combining import combine
 
 UTTERANCES, STEPS = 150, 200  # of each domain
 BAYES = {"beta": "auto", "lr": 5e-3}

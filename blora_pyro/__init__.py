@@ -29,11 +29,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from blora_pyro.config import FitConfig
-    from blora_pyro.editing.combining import combine
-    from blora_pyro.editing.pruning import prune
-    from blora_pyro.editing.strength import at_strength
     from blora_pyro.models import BLoRA, Temper, load_base
     from blora_pyro.posterior import Posterior
+    from blora_pyro.posterior.combining import combine
+    from blora_pyro.posterior.pruning import prune
+    from blora_pyro.posterior.strength import at_strength
     from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
     from blora_pyro.runs.fits import Run, fit
     from blora_pyro.runs.folders import read_run
@@ -45,14 +45,14 @@ _HOMES = {
     "Posterior": "posterior",
     "Run": "runs.fits",
     "Temper": "models",
-    "at_strength": "editing.strength",
-    "combine": "editing.combining",
+    "at_strength": "posterior.strength",
+    "combine": "posterior.combining",
     "evaluate_run": "runs.finished",
     "fit": "runs.fits",
     "load_base": "models",
     "load_examples": "runs.loading",
     "merge_run": "runs.finished",
-    "prune": "editing.pruning",
+    "prune": "posterior.pruning",
     "read_run": "runs.folders",
     "transcribe": "runs.finished",
 }

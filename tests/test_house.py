@@ -11,7 +11,7 @@ HOUSE = Path(blora_pyro.__file__).parent
 ORDER = (  # of the rooms and of the files beside them, as CONTRIBUTING.md tells it
     *("errors", "files", "hub", "launched", "tables", "plotting"),
     *("data", "metrics", "low_rank", "adapters", "models", "checking", "guides", "fitting"),
-    *("inference_data", "posterior", "diagnostics", "editing", "transcription", "evaluation"),
+    *("posterior", "diagnostics", "transcription", "evaluation"),
     *("config", "runs", "reports", "sweeps", "comparison", "publishing", "cli"),
 )
 FILES = sorted(path for path in HOUSE.rglob("*.py") if not path.stem.startswith("__main"))

@@ -63,7 +63,7 @@ def evaluate(
 ) -> None:
     """Score a run again, base and adapted, on its own sets or on another; or at many strengths."""
     with one_line_errors():
-        from blora_pyro.editing.strength import parse_strengths
+        from blora_pyro.posterior.strength import parse_strengths
         from blora_pyro.reports.progress import TerminalProgress
         from blora_pyro.reports.tables import fit_tables, print_tables
         from blora_pyro.runs import finished

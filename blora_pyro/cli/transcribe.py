@@ -88,7 +88,7 @@ def transcribe(
     """
     with one_line_errors():
         from blora_pyro.runs import finished
-        from blora_pyro.transcription.files import Output, check_format, find_audio, render
+        from blora_pyro.transcription.outputs import Output, check_format, find_audio, render
 
         if as_json and form not in ("json", "text"):
             raise UserError(f"--json and --format {form} are given; give one")

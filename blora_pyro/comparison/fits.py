@@ -18,12 +18,12 @@ from blora_pyro.comparison.methods import PROGRAM
 from blora_pyro.comparison.rivals import WEIGHTS, fit_rival
 from blora_pyro.comparison.rows import FORMAT, hash_of
 from blora_pyro.config import FitConfig
-from blora_pyro.editing.pruning import prune
-from blora_pyro.editing.strength import at_strength
 from blora_pyro.errors import UserError
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import Base
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.pruning import prune
+from blora_pyro.posterior.strength import at_strength
 from blora_pyro.runs import fits
 from blora_pyro.runs.folders import ADAPTER, RUN, state_of
 from blora_pyro.runs.listeners import Listener

@@ -11,9 +11,6 @@ from blora_pyro.diagnostics.summaries import (
     Summary,
     UpdateSummary,
     kl_by_site,
-    point_scales_of,
-    prior_variances,
-    prior_variances_at,
     summarise,
 )
 
@@ -23,8 +20,5 @@ __all__ = [
     "Summary",
     "UpdateSummary",
     "kl_by_site",
-    "point_scales_of",
-    "prior_variances",
-    "prior_variances_at",
     "summarise",
 ]

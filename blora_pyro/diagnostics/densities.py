@@ -12,7 +12,7 @@ from torch import Tensor
 from blora_pyro.adapters import Site
 from blora_pyro.diagnostics.explanations import kl_by_module
 from blora_pyro.diagnostics.layers import Place
-from blora_pyro.diagnostics.summaries import Summary, point_scales
+from blora_pyro.diagnostics.summaries import Summary
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.draws import traces
 
@@ -56,7 +56,7 @@ def densities(posterior: Posterior, summary: Summary) -> list[Densities]:
         if module in chosen
     }
     drawn = _posterior_values(posterior, list(sites.items()))
-    points = point_scales(posterior)
+    points = posterior.point_scales()
     found = []
     for module, remark in chosen.items():
         for factor in ("A", "B"):

@@ -5,11 +5,11 @@ import torch
 
 from blora_pyro.data import IGNORED, Examples
 from blora_pyro.guides import latent_sites
-from blora_pyro.inference_data import pareto_khat
 from blora_pyro.models import Base
 from blora_pyro.models.encoder import encode
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.draws import log_density, traces
+from blora_pyro.posterior.inference_data import pareto_khat
 
 
 def log_ratios(

@@ -3,7 +3,6 @@
 Everything here is in closed form or needs a few draws, at any size of model.
 """
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +15,11 @@ from torch.distributions import biject_to, kl_divergence
 from blora_pyro.adapters import Site
 from blora_pyro.guides import latent_sites
 from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.draws import Program, traces
+from blora_pyro.posterior.draws import is_point, traces
 from blora_pyro.posterior.spectra import effective_rank, spectra
 
 NEAR_ZERO = 1e-3
 KL_DRAWS = 16  # of what has no closed form
-PRIOR_DRAWS = 64
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def summarise(posterior: Posterior) -> Summary:
     Raises:
         UserError: If its prior is code that has not been named.
     """
-    variances = prior_variances(posterior)
+    variances = posterior.prior_variances()
     divergences = kl_by_site(posterior)
     shrinkage: dict[str, Tensor] = getattr(posterior.guide, "shrinkage", dict)()
     factors = [
@@ -171,57 +169,6 @@ def _summarise_site(
     return rows
 
 
-def point_scales(posterior: Posterior) -> dict[str, Tensor]:
-    """Scales of a hierarchical prior that the guide has as points: as good as parameters."""
-    return point_scales_of(posterior.guide, posterior.mean)
-
-
-def point_scales_of(guide: Program, factors: Collection[str]) -> dict[str, Tensor]:
-    """`point_scales` of a guide that samples these factors, and maybe scales."""
-    (trace,) = traces(guide, 1)
-    return {
-        name: node["value"]
-        for name, node in latent_sites(trace).items()
-        if name not in factors and _is_point(trace, name)
-    }
-
-
-def _is_point(trace: poutine.Trace, name: str) -> bool:
-    """Whether q of a site is a point; `auto-normal` only passes its Normal draws on as points."""
-    node = trace.nodes[name]
-    return isinstance(node["fn"], dist.Delta) and f"{name}_unconstrained" not in trace.nodes
-
-
-def prior_variances(posterior: Posterior) -> dict[str, Tensor]:
-    """Var_p of every weight by site, of the site's shape.
-
-    The scales of a hierarchical prior, and with them the weights of a layer, are averaged over:
-    (modules, 1, 1).
-    """
-    return prior_variances_at(posterior.prior, point_scales(posterior), posterior.mean)
-
-
-def prior_variances_at(
-    prior: Program, points: Mapping[str, Tensor], factors: Collection[str]
-) -> dict[str, Tensor]:
-    """`prior_variances` of a program that samples these factors, some of its scales being given."""
-    prior = poutine.condition(prior, data=points)
-    totals: dict[str, Tensor] = {}
-    count = 0
-    for trace in traces(prior, PRIOR_DRAWS):
-        count += 1
-        latent = latent_sites(trace)
-        for name in factors:
-            variance = latent[name]["fn"].variance
-            if is_hierarchical := latent.keys() != set(factors):
-                # E[w | scales] = 0, so the law of total variance has one term
-                variance = variance.mean((1, 2), keepdim=True)
-            totals[name] = totals.get(name, torch.tensor(0.0)) + variance
-        if not is_hierarchical:
-            break  # nothing to average over
-    return {name: total / count for name, total in totals.items()}
-
-
 def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
     """KL(q || p) in nats: (modules,) for factors, a scalar for scales, None for points.
 
@@ -240,7 +187,7 @@ def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
             return dict.fromkeys(latent)
         for name, node in latent.items():
             q, p, value = node["fn"], prior.nodes[name]["fn"], node["value"]
-            if _is_point(trace, name):
+            if is_point(trace, name):
                 totals[name] = None
                 continue
             if isinstance(q, dist.Delta):

@@ -1,22 +1,25 @@
 """Draws of a posterior and its prior, as traces of their Pyro programs and as ArviZ data."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 import xarray
 from pyro import poutine
+from torch import Tensor
 
 from blora_pyro.adapters import Group, Site, match_names
 from blora_pyro.errors import UserError
 from blora_pyro.guides import latent_sites
-from blora_pyro.inference_data import inference_data
+from blora_pyro.posterior.inference_data import inference_data
 
 Program = Callable[[], Any]
+PRIOR_DRAWS = 64
 
 
 def traces(program: Program, count: int, seed: int = 0) -> Iterator[poutine.Trace]:
@@ -39,6 +42,57 @@ def log_density(prior: Program, trace: poutine.Trace) -> float:
     if latent_sites(scored).keys() != latent_sites(trace).keys():
         return math.nan
     return scored.log_prob_sum().item()
+
+
+def is_point(trace: poutine.Trace, name: str) -> bool:
+    """Whether q of a site is a point mass; `auto-normal` wraps its Normal draws in Deltas too."""
+    node = trace.nodes[name]
+    return isinstance(node["fn"], dist.Delta) and f"{name}_unconstrained" not in trace.nodes
+
+
+def point_scales(guide: Program, factors: Collection[str]) -> dict[str, Tensor]:
+    """Scales of a hierarchical prior that the guide fits as points, by site name.
+
+    Args:
+        guide: A program that samples the factors, and perhaps scales.
+        factors: Site names of A and B.
+    """
+    (trace,) = traces(guide, 1)
+    return {
+        name: node["value"]
+        for name, node in latent_sites(trace).items()
+        if name not in factors and is_point(trace, name)
+    }
+
+
+def prior_variances(
+    prior: Program, points: Mapping[str, Tensor], factors: Collection[str]
+) -> dict[str, Tensor]:
+    """Prior variance of every weight by site, of the site's shape.
+
+    The scales of a hierarchical prior are averaged over, and with them the weights of a layer: then
+    the shape is (modules, 1, 1).
+
+    Args:
+        prior: A program that samples the factors, and perhaps scales.
+        points: Values of scales that are held fixed, see `point_scales`.
+        factors: Site names of A and B.
+    """
+    prior = poutine.condition(prior, data=points)
+    totals: dict[str, Tensor] = {}
+    count = 0
+    for trace in traces(prior, PRIOR_DRAWS):
+        count += 1
+        latent = latent_sites(trace)
+        for name in factors:
+            variance = latent[name]["fn"].variance
+            if is_hierarchical := latent.keys() != set(factors):
+                # E[w | scales] = 0, so the law of total variance has one term
+                variance = variance.mean((1, 2), keepdim=True)
+            totals[name] = totals.get(name, torch.tensor(0.0)) + variance
+        if not is_hierarchical:
+            break  # nothing to average over
+    return {name: total / count for name, total in totals.items()}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,12 @@ from blora_pyro.guides import Guide, build_guide, build_prior, latent_sites, pre
 from blora_pyro.hub import find_run
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
-from blora_pyro.posterior.draws import to_inference_data, traces
+from blora_pyro.posterior.draws import (
+    point_scales,
+    prior_variances,
+    to_inference_data,
+    traces,
+)
 from blora_pyro.posterior.families import NO_PRIOR, Family
 from blora_pyro.posterior.peft_export import save_adapter
 from blora_pyro.posterior.storage import DOMAINS, FILE, read_posterior, write_posterior
@@ -163,6 +168,18 @@ class Posterior:
         guide: Any = build_guide("normal", program)
         previous_posterior.start_at(guide, self.mean, self.stddev)
         return guide
+
+    def point_scales(self) -> dict[str, Tensor]:
+        """Scales of a hierarchical prior that the guide fits as points, by site name."""
+        return point_scales(self.guide, self.mean)
+
+    def prior_variances(self) -> dict[str, Tensor]:
+        """Prior variance of every weight by site; see `draws.prior_variances`.
+
+        Raises:
+            UserError: See `prior`.
+        """
+        return prior_variances(self.prior, self.point_scales(), self.mean)
 
     @property
     def rank(self) -> int:

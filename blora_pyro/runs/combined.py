@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blora_pyro.editing.combining import MEAN, PRODUCT, check_alike, combine
 from blora_pyro.errors import UserError
 from blora_pyro.files import write_json
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.combining import MEAN, PRODUCT, check_alike, combine
 from blora_pyro.runs.folders import FINISHED, RUN, claim, read_run
 
 

@@ -18,8 +18,8 @@ from blora_pyro.diagnostics.plots import all_plots, save_plots
 from blora_pyro.diagnostics.summaries import FactorSummary, Summary, UpdateSummary, summarise
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.svi import Step
-from blora_pyro.inference_data import MIN_RATIOS
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.inference_data import MIN_RATIOS
 from blora_pyro.runs.folders import beside, claim, read_run
 
 KHAT_DRAWS = 30

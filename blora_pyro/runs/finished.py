@@ -7,9 +7,9 @@ from typing import Any
 
 from blora_pyro.config import FitConfig, base_of
 from blora_pyro.data import Examples, Source, language_code
-from blora_pyro.editing.strength import SCALE, at_strength
 from blora_pyro.errors import UserError
 from blora_pyro.models import DTYPES, Base, check_dtype
+from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.folders import claim, claim_file, read_run
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader

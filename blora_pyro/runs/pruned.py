@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from blora_pyro.config import base_of
-from blora_pyro.editing.pruning import prune
 from blora_pyro.files import write_json
 from blora_pyro.hub import find_run
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.pruning import prune
 from blora_pyro.runs.folders import claim, read_run
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.outcomes import compare, evaluation_sets, measure

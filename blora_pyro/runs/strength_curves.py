@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from blora_pyro.editing.strength import SCALE, at_strength, check_strength
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import Evaluation, change_summary, rate_summary
 from blora_pyro.metrics import forgetting_removed
+from blora_pyro.posterior.strength import SCALE, at_strength, check_strength
 from blora_pyro.runs.finished import scoring_config, scoring_sets
 from blora_pyro.runs.folders import STRENGTH_PLOT, beside, claim_file, read_run
 from blora_pyro.runs.listeners import Listener

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from blora_pyro.config import FitConfig
-from blora_pyro.diagnostics import NEAR_ZERO, point_scales_of, prior_variances_at
+from blora_pyro.diagnostics import NEAR_ZERO
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.checkpoints import RandomState
 from blora_pyro.fitting.stopping import DevError
 from blora_pyro.fitting.svi import Step
 from blora_pyro.guides import Guide
 from blora_pyro.models import BLoRA, FactorPrior
+from blora_pyro.posterior.draws import point_scales, prior_variances
 from blora_pyro.runs.folders import TRACKING
 from blora_pyro.runs.listeners import Listener, Listeners
 
@@ -236,8 +237,8 @@ class PosteriorFigures:
         if self.variances is not None:
             return self.variances
         with RandomState.kept(self.prior.device):
-            points = point_scales_of(self.guide, names)
-            found = prior_variances_at(self.prior, points, names)
+            points = point_scales(self.guide, names)
+            found = prior_variances(self.prior, points, names)
         if not points:
             self.variances = found
         return found

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.data import Examples, read_manifest
 from blora_pyro.diagnostics.khat import fit_khat, log_ratios
-from blora_pyro.inference_data import pareto_khat
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.inference_data import pareto_khat
 
 from .conftest import SCALING, fitted, gate_squared, sites_of
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import HalfCauchy, Laplace, LogNormal, Normal, StudentT, kl_divergence
 
-from blora_pyro.diagnostics import kl_by_site, prior_variances, summarise
+from blora_pyro.diagnostics import kl_by_site, summarise
 from blora_pyro.errors import UserError
 from blora_pyro.guides import FAMILIES, build_prior
 
@@ -115,12 +115,12 @@ def test_a_only_has_noise_in_a_alone():
     ],
 )
 def test_the_variance_of_the_prior_is_that_of_its_family(prior, arguments, variance):
-    for found in prior_variances(fitted(prior, **arguments)).values():
+    for found in fitted(prior, **arguments).prior_variances().values():
         assert found.flatten().tolist() == pytest.approx([variance] * found.numel(), rel=1e-5)
 
 
 def test_the_variance_of_pretrained_scale_is_each_layers_own():
-    variances = prior_variances(fitted("pretrained-scale", scale=0.5))
+    variances = fitted("pretrained-scale", scale=0.5).prior_variances()
     found = {name: value.mean((1, 2)) for name, value in variances.items()}
     assert found["B_4x4"].tolist() == pytest.approx([0.05**2, 0.1**2, 0.15**2])
     assert found["A_6x4"].tolist() == pytest.approx([0.2**2, 0.25**2])
@@ -152,9 +152,8 @@ def horseshoe_prior_variance(count=200_000, scale=0.05, global_scale=0.01):
 def test_the_variance_of_the_horseshoe_is_averaged_over_its_scales(guide):
     expected, deviation = horseshoe_prior_variance()
     assert 0.02 < expected / 0.05**2 < 0.5
-    for variances in prior_variances(
-        fitted("horseshoe", guide, scale=0.05, global_scale=0.01)
-    ).values():
+    posterior = fitted("horseshoe", guide, scale=0.05, global_scale=0.01)
+    for variances in posterior.prior_variances().values():
         assert (abs(variances - expected) < 4.5 * deviation / 64**0.5).all()
         assert len(set(variances.flatten().tolist())) == len(variances)  # lambda is the layer's own
 

@@ -10,10 +10,10 @@ from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.diagnostics import summarise
 from blora_pyro.diagnostics.densities import densities
-from blora_pyro.editing.pruning import prune
 from blora_pyro.errors import UserError
 from blora_pyro.models import BLoRA
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.pruning import prune
 from blora_pyro.runs import diagnosis
 from blora_pyro.runs.chains import Previous
 from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe

@@ -10,7 +10,7 @@ from blora_pyro import fit
 from blora_pyro.diagnostics import summarise
 from blora_pyro.diagnostics.layers import Place
 from blora_pyro.errors import UserError
-from blora_pyro.inference_data import MIN_RATIOS
+from blora_pyro.posterior.inference_data import MIN_RATIOS
 from blora_pyro.runs import diagnosis
 from blora_pyro.runs.diagnosis import diagnose, measure_khat, summarise_kinds
 

@@ -7,7 +7,7 @@ from blora_pyro.config import FitConfig
 from blora_pyro.data import BadRow, load_mixture
 from blora_pyro.diagnostics import summarise
 from blora_pyro.errors import UserError
-from blora_pyro.inference_data import MIN_RATIOS
+from blora_pyro.posterior.inference_data import MIN_RATIOS
 from blora_pyro.runs import finished, outcomes
 from blora_pyro.runs.diagnosis import measure_khat
 from blora_pyro.runs.finished import evaluate_run

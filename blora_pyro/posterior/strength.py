@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from blora_pyro.editing.pruning import keep_directions, not_null, ratios
 from blora_pyro.errors import UserError
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.pruning import keep_directions, not_null, ratios
 from blora_pyro.posterior.spectra import Spectrum, spectra
 
 SCALE, SIGNAL_TO_NOISE = "scale", "signal-to-noise"

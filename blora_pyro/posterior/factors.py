@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from blora_pyro.adapters import Group
-from blora_pyro.diagnostics import prior_variances
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.families import NO_PRIOR, Family
 
@@ -91,7 +90,7 @@ def prior_factors(posterior: Posterior) -> dict[str, Factors]:
     """
     variance = {
         name: value.expand(posterior.mean[name].shape)
-        for name, value in prior_variances(posterior).items()
+        for name, value in posterior.prior_variances().items()
     }
     carried = posterior.prior_tensors
     mean = {

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from blora_pyro.adapters import SAME_WEIGHTS
-from blora_pyro.editing.factors import Factors, posterior_factors, posterior_of, prior_factors
-from blora_pyro.editing.pruning import keep_directions, not_null
 from blora_pyro.errors import UserError
 from blora_pyro.models.folders import is_same_place
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.factors import Factors, posterior_factors, posterior_of, prior_factors
+from blora_pyro.posterior.pruning import keep_directions, not_null
 from blora_pyro.posterior.spectra import spectra
 
 PRODUCT, MEAN, WEIGHTED = METHODS = ("product", "mean", "weighted")

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blora_pyro.editing.factors import Factors, posterior_factors, posterior_of, prior_factors
 from blora_pyro.guides import previous_posterior
+from blora_pyro.posterior.factors import Factors, posterior_factors, posterior_of, prior_factors
 from blora_pyro.posterior.families import Family
 
 

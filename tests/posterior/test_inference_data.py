@@ -1,17 +1,10 @@
-"""No torch here: the same file runs where ArviZ is 1.x and nothing else of ours is installed.
-
-PYTHONPATH=. pytest -c /dev/null --rootdir=. --noconftest -W error tests/test_inference_data.py
-"""
-
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import xarray
 
-from blora_pyro.inference_data import (
+from blora_pyro.posterior.inference_data import (
     import_arviz,
     inference_data,
     pareto_khat,
@@ -241,18 +234,3 @@ def test_khat_is_infinite_where_there_is_no_tail_to_fit(ratios):
 
 def test_khat_needs_thirty_draws():
     assert math.isfinite(pareto_khat(np.random.default_rng(6).standard_normal(30)))
-
-
-# ---- imports
-
-
-def test_the_bridge_loads_neither_torch_nor_the_rest_of_the_library():
-    program = (
-        "import sys, blora_pyro.inference_data\n"
-        "print([n for n in sys.modules if n in ('torch', 'pyro', 'transformers', 'arviz')\n"
-        "       or n.startswith('blora_pyro.')])"
-    )
-    output = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout
-    assert output.strip() == "['blora_pyro.inference_data']"

@@ -8,10 +8,10 @@ from peft import PeftModel
 from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.adapters import find_targets, group_by_shape
-from blora_pyro.editing.pruning import prune
 from blora_pyro.errors import UserError
 from blora_pyro.models.pooling import Pooling
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.pruning import prune
 from blora_pyro.posterior.spectra import spectra
 from blora_pyro.runs.pruned import prune_run
 

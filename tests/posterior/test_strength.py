@@ -5,10 +5,10 @@ import torch
 from peft import PeftModel
 
 from blora_pyro.adapters import find_targets, group_by_shape
-from blora_pyro.editing.strength import at_strength, parse_strengths
 from blora_pyro.errors import UserError
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.spectra import spectra
+from blora_pyro.posterior.strength import at_strength, parse_strengths
 
 SNR = "signal-to-noise"
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from blora_pyro.errors import UserError
-from blora_pyro.transcription import files
-from blora_pyro.transcription.files import AudioFile, Output, check_format, find_audio, render
+from blora_pyro.transcription import outputs
+from blora_pyro.transcription.outputs import AudioFile, Output, check_format, find_audio, render
 from blora_pyro.transcription.transcripts import Segment, Transcript, Word
 
 WORDS = (Word("das", 1.0, -0.25),)
@@ -70,7 +70,7 @@ def test_a_file_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path, monk
         raise OSError(28, "No space left on device", str(path))
 
     plan = Output.plan([AudioFile(Path("a.wav"), Path("a.wav"))], tmp_path, "text")
-    monkeypatch.setattr(files, "replace_file", full)
+    monkeypatch.setattr(outputs, "replace_file", full)
     with pytest.raises(UserError, match=r"a\.txt' can't be written \(No space .*--resume"):
         plan.write(0, DAS)
     assert list(tmp_path.iterdir()) == []

@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blora_pyro.editing.combining import check_alike, combine, multiply
-from blora_pyro.editing.factors import Factors, posterior_factors, prior_factors
-from blora_pyro.editing.pruning import prune
 from blora_pyro.errors import UserError
+from blora_pyro.posterior.combining import check_alike, combine, multiply
+from blora_pyro.posterior.factors import Factors, posterior_factors, prior_factors
 from blora_pyro.posterior.families import Family
+from blora_pyro.posterior.pruning import prune
 
 
 def deltas(posterior):

@@ -1,7 +1,7 @@
 """The one place that knows which ArviZ is installed: 0.23 (InferenceData) or 1.x (DataTree).
 
 Everything is built from xarray Datasets, so that both see the same names, dimensions and
-coordinates. This module imports nothing of the rest of the library.
+coordinates.
 """
 
 import math
