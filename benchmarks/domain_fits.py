@@ -1,7 +1,6 @@
 """The fits of `domains.py`: alone, one after the other, together, and put together afterwards."""
 
 import fcntl
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,21 +37,9 @@ class Fits:
         folder = self.root / "data" / domain
         with locked(folder):
             folder.mkdir(exist_ok=True)
-            if not (folder / "train.jsonl").is_file():
+            if not (folder / "train.parquet").is_file():
                 rows = load_split(domain, "train").shuffle(seed=self.seed).select(range(UTTERANCES))
-                lines = [
-                    json.dumps(
-                        {
-                            "audio": row["audio"]["path"],
-                            "text": row["text"],
-                            "language": row["language"],
-                            "word_languages": row["word_languages"],
-                        },
-                        ensure_ascii=False,
-                    )
-                    for row in rows
-                ]
-                (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+                rows.to_parquet(str(folder / "train.parquet"))
         return str(folder)
 
     def fitted(self, name: str, **options: Any) -> Path:

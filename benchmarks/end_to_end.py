@@ -11,6 +11,7 @@ intervals.
 """
 
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -185,6 +186,7 @@ def fit_with_ours(watch: Watch, steps: int) -> None:
 def fit_with_trainer(watch: Watch, steps: int) -> None:
     """The same job as transformers' and PEFT's guides have it."""
     import jiwer
+    import pyarrow.parquet
     import soundfile
     import torch
     from peft import LoraConfig, get_peft_model
@@ -207,9 +209,8 @@ def fit_with_trainer(watch: Watch, steps: int) -> None:
 
     def rows(split: str) -> list[dict[str, Any]]:
         found = []
-        for line in (corpus / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            wave, rate = soundfile.read(corpus / row["audio"], dtype="float32")
+        for row in pyarrow.parquet.read_table(corpus / f"{split}.parquet").to_pylist():
+            wave, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
             features = extractor(wave, sampling_rate=rate).input_features[0]
             labels = tokenizer(row["text"]).input_ids
             found.append({"input_features": features, "labels": labels})

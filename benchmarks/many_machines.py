@@ -22,7 +22,7 @@ import optuna
 from common import RESULTS, about
 from optuna.trial import FrozenTrial, TrialState
 
-from blora_pyro.data import corpus_dir
+from blora_pyro.data import load_split
 from blora_pyro.runs.folders import FINISHED, state_of
 from blora_pyro.sweeps.storages import kind_of, quiet_optuna
 
@@ -67,14 +67,11 @@ def main() -> None:
 
 
 def small_set(folder: Path, name: str) -> str:
-    """The first utterances of a built-in corpus, as a folder with a manifest a split."""
+    """The first utterances of a built-in corpus, as a folder with a parquet file a split."""
     (folder / name).mkdir(parents=True)
     for split, count in ROWS.items():
-        lines = (corpus_dir(name) / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines[:count]]
-        rows = [{**row, "audio": str(corpus_dir(name) / row["audio"])} for row in rows]
-        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        (folder / name / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        rows = load_split(name, split).select(range(count))
+        rows.to_parquet(str(folder / name / f"{split}.parquet"))
     return str(folder / name)
 
 

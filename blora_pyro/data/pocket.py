@@ -25,7 +25,7 @@ def cache_dir() -> Path | None:
 
 
 def corpus_dir(name: str) -> Path:
-    """Return the folder of a built-in corpus, which holds `{split}.jsonl` and the audio.
+    """Return the folder of a built-in corpus, which holds `{split}.parquet`.
 
     A corpus that is not shipped is looked for in `$BLORA_PYRO_CACHE/pocket/` (by default
     `~/.cache/blora-pyro/pocket/`), where `recipes/pocket/build.py` can put it.

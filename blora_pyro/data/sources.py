@@ -43,6 +43,7 @@ def load_split(source: Source, split: str, on_bad: OnBadRow = stop) -> Dataset:
             name of a built-in corpus ("de-en", "de", ...), or else a data set of the Hub,
             "owner/name" or "owner/name:config". A path may be
             - a manifest, the same for every split unless it has a column `split`;
+            - a parquet file, the same for every split;
             - a folder with `{split}.jsonl` (or .json, .csv, .tsv), `{split}/metadata.csv` (or
               another such ending), or one `metadata.csv` for all, as a manifest;
             - a folder that `save_to_disk` made;
@@ -95,6 +96,8 @@ def _find(source: Source, split: str) -> _Manifest | _Table:
     if isinstance(source, TABLES):
         return _Table(lambda streaming: source, "the data set")
     name = str(source)
+    if _is_parquet(name):
+        return _Table(partial(load_parquet, [Path(name)], split), printable(name))
     if os.path.isfile(name):
         return _Manifest(name, split)
     if is_hub_id(name):
@@ -124,6 +127,8 @@ def split_names(source: Source) -> list[str]:
     if isinstance(source, TABLES):
         return table_splits(source)
     name = str(source)
+    if _is_parquet(name):
+        return []
     if os.path.isfile(name):
         return manifest_splits(name)
     if is_hub_id(name):
@@ -156,6 +161,10 @@ def is_hub_id(name: str) -> bool:
     """Tell whether a name that is no path and no built-in corpus has the form of a Hub id."""
     manifest = Path(name).suffix.lower() in READERS
     return not (os.path.exists(name) or manifest) and bool(_HUB_ID.fullmatch(name))
+
+
+def _is_parquet(name: str) -> bool:
+    return Path(name).suffix.lower() == ".parquet" and os.path.isfile(name)
 
 
 def _folder(name: str) -> Path:

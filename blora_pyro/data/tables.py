@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pyarrow.parquet
 import soundfile
 from datasets import (
     Audio,
@@ -53,6 +54,7 @@ Table: TypeAlias = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
 
 _KNOWN = {*OPTIONAL, *itertools.chain(*ALIASES.values())}
 SHARDS = 64  # that a data set on disk is streamed in
+IN_MEMORY = 1 << 26  # bytes of parquet files that are read into memory, not through a cache
 _CHUNK = 200  # streamed rows that become one table: Arrow's binary columns hold 2 GB each
 
 
@@ -162,13 +164,19 @@ def parquet_files(folder: Path) -> dict[str, list[Path]]:
 def load_parquet(
     files: Iterable[Path], split: str, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """Load the parquet files of a split, through the cache of `datasets`, or stream them.
+    """Load the parquet files of a split, or stream them.
+
+    Small ones are read into memory; the others are mapped from the cache of `datasets`.
 
     Raises:
         UserError: if they cannot be loaded.
     """
+    files = list(files)
     names = [glob.escape(str(path)) for path in files]
     try:
+        if not streaming and sum(path.stat().st_size for path in files) <= IN_MEMORY:
+            tables = [pyarrow.parquet.read_table(path, partitioning=None) for path in files]
+            return concatenate_datasets([Dataset(table) for table in tables])
         return load_dataset("parquet", data_files={split: names}, split=split, streaming=streaming)
     except Exception as error:  # as for saved ones
         cause = reason(error.__cause__ or error)

@@ -1,5 +1,6 @@
 """Copy the trained model and the corpora into the package, and measure what was made."""
 
+import itertools
 import json
 import logging
 import platform
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import corpora
 import torch
+from datasets import Audio, Dataset
 
 from blora_pyro.data import DOMAINS, LANGUAGES, POCKET_DIR
 from blora_pyro.evaluation import evaluate, rate_summary
@@ -30,16 +32,25 @@ def ship(work: Path) -> None:
     shutil.copytree(work / "model", POCKET_DIR / "model")
     for corpus in (*corpora.LANGUAGES, *corpora.DOMAINS):
         for split in ("train", "dev", "test"):
-            source = work / "corpora" / corpus / f"{split}.jsonl"
-            lines = source.read_text(encoding="utf-8").splitlines()
-            if split == "train" and corpus in corpora.LANGUAGES:
-                lines = lines[:MONOLINGUAL_TRAIN]
-            target = POCKET_DIR / corpus / f"{split}.jsonl"
-            (target.parent / split).mkdir(parents=True, exist_ok=True)
-            target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            for line in lines:
-                audio = json.loads(line)["audio"]
-                shutil.copy(source.parent / audio, target.parent / audio)
+            limit = MONOLINGUAL_TRAIN if split == "train" and corpus in corpora.LANGUAGES else None
+            (POCKET_DIR / corpus).mkdir(exist_ok=True)
+            packed = pack(work / "corpora" / corpus / f"{split}.jsonl", limit)
+            packed.to_parquet(str(POCKET_DIR / corpus / f"{split}.parquet"))
+
+
+def pack(manifest: Path, limit: int | None = None) -> Dataset:
+    """Return the first rows of a manifest with the bytes of their audio files as they are.
+
+    Args:
+        manifest: `corpus/split.jsonl`.
+        limit: the number of rows; None is all.
+    """
+    lines = manifest.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in itertools.islice(lines, limit)]
+    for row in rows:
+        content = (manifest.parent / row["audio"]).read_bytes()
+        row["audio"] = {"bytes": content, "path": f"{manifest.parent.name}/{row['audio']}"}
+    return Dataset.from_list(rows).cast_column("audio", Audio(decode=False))
 
 
 def measure() -> None:

@@ -17,7 +17,7 @@ def test_the_pocket_whisper_recognises_speech(language):
 
 
 def test_a_short_fit_halves_the_error_and_forgets_little():
-    dev = str(corpus_dir("de-en") / "dev.jsonl")
+    dev = str(corpus_dir("de-en") / "dev.parquet")
     short = {"steps": 50, "batch_size": 8, "max_utterances": 200}
     run = fit(data="de-en", test=dev, backward=("en",), **short)
     domain, backward = run.metrics["new_domain"], run.metrics["backward_error"]
