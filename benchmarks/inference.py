@@ -24,7 +24,7 @@ from blora_pyro import Posterior, load_base
 from blora_pyro.config import FitConfig
 from blora_pyro.data import SAMPLING_RATE, load_split, read_audio
 from blora_pyro.models import Base
-from blora_pyro.posterior.families import Family
+from blora_pyro.posterior import Family
 from blora_pyro.runs.loading import load_examples
 from blora_pyro.runs.parts import build
 from blora_pyro.transcription import Transcriber, transcribe_features
@@ -65,7 +65,7 @@ def near(base: Base) -> Posterior:
     """A posterior at the start of a fit, but for a B that is nearly zero."""
     config = FitConfig().with_prior_args().resolved(1, 1)
     model, guide = build(base, config)
-    posterior = Posterior.of(base.name, model, guide, Family())
+    posterior = Posterior.from_guide(base.name, model, guide, Family())
     model.adapters.remove()
     mean = {
         name: NEAR * torch.randn_like(one) if name.startswith("B") else one

@@ -33,8 +33,7 @@ from safetensors.torch import save_file
 
 from blora_pyro.adapters import ALL_LINEAR
 from blora_pyro.fitting.checkpoints import write_checkpoint
-from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.families import Family
+from blora_pyro.posterior import Family, Posterior
 
 SIZES = ("tiny", "base", "small")
 RANKS = (8, 32)
@@ -126,7 +125,7 @@ def files_of_tiny() -> dict[str, Any]:
             one.step(batch)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        Posterior.of("tiny", ours.model, ours.guide, Family()).save(folder)
+        Posterior.from_guide("tiny", ours.model, ours.guide, Family()).save(folder)
         write_checkpoint(folder / "checkpoint.safetensors", ours.loop._state())
         tensors = {n: p.detach() for n, p in peft.net.named_parameters() if p.requires_grad}
         save_file(tensors, folder / "peft.safetensors")

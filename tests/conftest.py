@@ -169,8 +169,7 @@ def random_posterior(net) -> Callable[..., Posterior]:
     import torch
 
     from blora_pyro.adapters import find_targets, group_by_shape
-    from blora_pyro.posterior import Posterior
-    from blora_pyro.posterior.families import Family
+    from blora_pyro.posterior import Family, Posterior
 
     def make(seed, rank=4, alpha=6.0, targets="all-linear", spread=0.1) -> Posterior:
         groups = group_by_shape(find_targets(net, targets), rank)

@@ -31,8 +31,7 @@ from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.svi import Step
 from blora_pyro.models import Base, BLoRA, FactorPrior
-from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.families import Family
+from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.folders import (
     CHECKPOINT,
     FINISHED,

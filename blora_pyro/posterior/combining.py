@@ -1,26 +1,154 @@
-"""Separately fitted runs made into one adapter, on the level of ΔW.
+"""One adapter from separately fitted runs, combined on the level of ΔW.
 
 A and B are identified only up to A -> R⁻¹A, B -> BR, so those of separate fits can't be averaged
 element by element; ΔW = alpha/rank · B A can.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from blora_pyro.adapters import SAME_WEIGHTS
+from blora_pyro.adapters import SAME_WEIGHTS, Group
 from blora_pyro.errors import UserError
 from blora_pyro.models.folders import is_same_place
-from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.factors import Factors, posterior_factors, posterior_of, prior_factors
-from blora_pyro.posterior.pruning import keep_directions, not_null
-from blora_pyro.posterior.spectra import spectra
+from blora_pyro.posterior.family import NO_PRIOR, Family
+from blora_pyro.posterior.posterior import Posterior
+from blora_pyro.posterior.spectra import keep_directions, not_null, spectra
 
-PRODUCT, MEAN, WEIGHTED = METHODS = ("product", "mean", "weighted")
-ROUNDING = 1e-6  # of a singular value, in units of ‖A‖ ‖B‖
+PRODUCT, MEAN, WEIGHTED = COMBINING_METHODS = ("product", "mean", "weighted")
+ROUNDING = 1e-6  # error of a singular value, in units of ‖A‖ ‖B‖
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Independent A and B of one layer, in double precision on the CPU.
+
+    Attributes:
+        a: Mean of A, (rank, in_features).
+        b: Mean of B, (out_features, rank).
+        var_a: Variances of A, (rank, in_features).
+        var_b: Variances of B, (out_features, rank).
+        scaling: The factor in ΔW = scaling · B A.
+        weight_stddev: Standard deviation of the frozen weight; None if unknown.
+    """
+
+    a: Tensor
+    b: Tensor
+    var_a: Tensor
+    var_b: Tensor
+    scaling: float
+    weight_stddev: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of ΔW: (out_features, in_features)."""
+        return self.b.shape[0], self.a.shape[1]
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every element of ΔW, each (out_features, in_features).
+
+        E ΔW = s E[B] E[A] and, for independent elements,
+        Var ΔW_ij = s² Σ_k (E[B_ik]² Var A_kj + Var B_ik E[A_kj]² + Var B_ik Var A_kj). Both are
+        exact, although ΔW is not Gaussian and its elements are not independent.
+        """
+        mean = self.scaling * self.b @ self.a
+        second = self.b**2 + self.var_b
+        variance = second @ self.var_a + self.var_b @ self.a**2
+        return mean, self.scaling**2 * variance
+
+    def times(self, weight: float, scaling: float) -> "Factors":
+        """The factors of weight · ΔW, expressed at another scaling."""
+        c = math.sqrt(abs(weight) * self.scaling / scaling)
+        sign = math.copysign(1.0, weight)
+        return replace(
+            self,
+            a=c * self.a,
+            b=sign * c * self.b,
+            var_a=c**2 * self.var_a,
+            var_b=c**2 * self.var_b,
+            scaling=scaling,
+        )
+
+
+def _factors(
+    posterior: Posterior, mean: Mapping[str, Tensor], variance: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Factors]]:
+    """Yield (layer name, factors) from mean and variance by site name."""
+    for group in posterior.groups:
+        a, b, var_a, var_b = (
+            moment[site.name].cpu().double() for moment in (mean, variance) for site in group.sites
+        )
+        for i, name in enumerate(group.modules):
+            stddev = group.weight_stddevs[i] if group.weight_stddevs else None
+            yield name, Factors(a[i], b[i], var_a[i], var_b[i], posterior.scaling, stddev)
+
+
+def posterior_factors(posterior: Posterior) -> dict[str, Factors]:
+    """Layer name -> its factors under q."""
+    variance = {name: value.double() ** 2 for name, value in posterior.stddev.items()}
+    return dict(_factors(posterior, posterior.mean, variance))
+
+
+def prior_factors(posterior: Posterior) -> dict[str, Factors]:
+    """Layer name -> its factors under the prior, averaged over the scales of a hierarchical one.
+
+    Raises:
+        UserError: See `Posterior.prior`.
+    """
+    variance = {
+        name: value.expand(posterior.mean[name].shape)
+        for name, value in posterior.prior_variances().items()
+    }
+    carried = posterior.prior_tensors
+    mean = {
+        name: carried.get(f"{name}.mean", torch.zeros_like(value))
+        for name, value in posterior.mean.items()
+    }
+    return dict(_factors(posterior, mean, variance))
+
+
+def posterior_of(like: Posterior, layers: Mapping[str, Factors]) -> Posterior:
+    """A posterior with these factors, a guide of independent Normals and no prior.
+
+    Args:
+        like: Posterior that gives base and revision.
+        layers: Layer name -> its factors, all of one scaling; layers of one shape and rank become
+            one group.
+    """
+    by_shape: dict[tuple[int, int, int], list[str]] = {}
+    for name, one in layers.items():
+        by_shape.setdefault((*one.shape, one.a.shape[0]), []).append(name)
+    shapes = [shape[:2] for shape in by_shape]
+    groups, mean, stddev = [], {}, {}
+    for (out_features, in_features, rank), names in by_shape.items():
+        stddevs = [layers[name].weight_stddev for name in names]
+        group = Group(
+            tuple(names),
+            out_features,
+            in_features,
+            rank,
+            tuple(one for one in stddevs if one is not None),
+            f"_r{rank}" if shapes.count((out_features, in_features)) > 1 else "",
+        )
+        groups.append(group)
+        own = [layers[name] for name in names]
+        mean[group.A.name] = torch.stack([one.a for one in own]).float()
+        mean[group.B.name] = torch.stack([one.b for one in own]).float()
+        stddev[group.A.name] = torch.stack([one.var_a for one in own]).sqrt().float()
+        stddev[group.B.name] = torch.stack([one.var_b for one in own]).sqrt().float()
+    scaling = next(iter(layers.values())).scaling
+    return Posterior(
+        like.base,
+        tuple(groups),
+        scaling * max(group.rank for group in groups),
+        mean,
+        stddev,
+        Family(NO_PRIOR, {}, "normal"),
+        revision=like.revision,
+    )
 
 
 def combine(
@@ -30,27 +158,27 @@ def combine(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
 ) -> tuple[Posterior, float]:
-    """One posterior of several that were fitted to one base and the same layers.
+    """Combine posteriors that were fitted to one base and the same layers.
 
-    - `mean` and `weighted`: ΔW = Σ w_i ΔW_i, w_i = 1/K or as given (they need not add up to 1: 1,1
-      adds the updates). With A and B of all runs one after the other, rank Σ r_i holds it exactly,
-      its spread, too; a smaller rank keeps the first singular directions.
-    - `product`: see `multiply`. It is no sum of low-rank matrices: singular directions of it are
-      kept, by default as many as the largest rank of the runs, and no spread.
+    - `mean` and `weighted`: ΔW = Σ w_i ΔW_i, with w_i = 1/K or as given (they need not sum to 1:
+      1,1 adds the updates). Concatenated A and B of all runs, of rank Σ r_i, hold mean and spread
+      exactly; a smaller rank keeps the first singular directions.
+    - `product`: see `multiply`. It is no sum of low-rank matrices, so its first singular directions
+      are kept, by default as many as the largest rank of the runs, without spread.
 
     Args:
         posteriors: Two or more.
         method: `product`, `mean` or `weighted`.
-        weights: One for each, for `weighted`.
-        rank: Of the result; None is as above.
+        weights: One per posterior, for `weighted`.
+        rank: Rank of the result; None for the default above.
 
     Returns:
-        The posterior, whose guide is independent Normals and which has no prior, and the share of
-        the Frobenius norm of ΔW, all layers together, that is kept.
+        The posterior, with a guide of independent Normals and no prior, and the share of the
+        Frobenius norm of ΔW over all layers that it keeps.
 
     Raises:
-        UserError: If the posteriors do not match, have no spread or prior that `product` needs, or
-            an option can't be.
+        UserError: If the posteriors do not match, lack the spread or prior that `product` needs, or
+            an option is invalid.
     """
     shares = _check(posteriors, method, weights)
     for number, other in enumerate(posteriors[1:], 2):
@@ -79,31 +207,31 @@ def combine(
 
 
 def multiply(runs: Sequence[Factors], priors: Sequence[Factors]) -> Tensor:
-    """Mean of the product of Gaussians of one layer's ΔW, the prior counted once.
+    """Mean of the product of Gaussians over one layer's ΔW, with the prior counted once.
 
-    With the K runs' data independent given the weights, p(ΔW | D_1 ... D_K) is in proportion to
-    Π_i p(ΔW | D_i) / p(ΔW)^(K-1). In a Gaussian approximation, element by element, with means m_i,
-    variances v_i and those of the priors, m0_i and v0_i:
+    If the K runs' data are independent given the weights, p(ΔW | D_1 ... D_K) is proportional to
+    Π_i p(ΔW | D_i) / p(ΔW)^(K-1). In a Gaussian approximation, element by element, with means m_i
+    and variances v_i of the posteriors and m0_i and v0_i of the priors:
 
         P    = Σ_i 1/v_i - (K-1)/K Σ_i 1/v0_i
         mean = (Σ_i m_i/v_i - (K-1)/K Σ_i m0_i/v0_i) / P
 
-    Where the priors differ it is their geometric mean that is counted once. The approximation is in
-    three places: q stands for the posterior; ΔW = s B A is taken for Gaussian, and its elements for
-    independent (see `Factors.moments`); and since v_i, unlike a Gaussian posterior's variance, may
-    exceed v0_i (that of a product grows with the means of its factors), it is taken for v0_i there.
-    So data add where they said little, and are averaged, the surer the heavier, where they said
+    If the priors differ, their geometric mean is counted once. There are three approximations: q
+    replaces the posterior; ΔW = s B A is treated as Gaussian with independent elements (see
+    `Factors.moments`); and v_i is capped at v0_i, which it may exceed, unlike the variance of a
+    Gaussian posterior, because the variance of a product grows with the means of its factors.
+    So updates add up where the data said little, and are averaged by precision where they said
     much.
 
     Args:
         runs: The layer under each posterior.
-        priors: The layer under each prior, likewise.
+        priors: The layer under each prior.
 
     Returns:
-        (out_features, in_features), double.
+        (out_features, in_features), double precision.
 
     Raises:
-        UserError: If an element has no spread.
+        UserError: If an element has variance 0.
     """
     extra = (len(runs) - 1) / len(runs)
     total, precision = torch.tensor(0.0), torch.tensor(0.0)
@@ -120,7 +248,7 @@ def multiply(runs: Sequence[Factors], priors: Sequence[Factors]) -> Tensor:
 
 
 def _side_by_side(parts: Sequence[Factors]) -> Factors:
-    """The sum of some ΔW of one layer and one scaling: all of their directions."""
+    """The sum of several ΔW of one layer and one scaling, with the directions of all."""
     return replace(
         parts[0],
         a=torch.cat([one.a for one in parts], 0),
@@ -133,10 +261,10 @@ def _side_by_side(parts: Sequence[Factors]) -> Factors:
 def _truncated(
     like: Posterior, deltas: Iterable[tuple[str, Tensor, Factors]], rank: int, scaling: float
 ) -> tuple[Posterior, float]:
-    """The first singular directions of given ΔW, as a point; and the share of the norm.
+    """The first singular directions of each ΔW, as a point estimate, and their share of the norm.
 
-    ΔW come one at a time (name, ΔW, some factors of the layer): all together they are as large as
-    the model.
+    `deltas` yields (layer name, ΔW, some factors of the layer) one at a time, because all ΔW
+    together are as large as the model.
     """
     found, squares, kept = {}, 0.0, 0.0
     for name, delta, of_layer in deltas:
@@ -151,11 +279,11 @@ def _truncated(
 
 
 def _first_directions(whole: Posterior, rank: int) -> tuple[Posterior, float]:
-    """The first singular directions of a posterior, and the share of the norm that they hold."""
+    """The first singular directions of a posterior, and their share of the norm."""
     found, keep = spectra(whole), {}
     for group, one in zip(whole.groups, found.values(), strict=True):
         a, b = (whole.mean[site.name].flatten(1).norm(dim=1) for site in group.sites)
-        rounding = ROUNDING * whole.scaling * a * b  # all that is left where runs cancel out
+        rounding = ROUNDING * whole.scaling * a * b  # what remains where runs cancel out
         first = torch.arange(one.values.shape[1]) < rank
         keep[group.key] = not_null(one) & first & (one.values > rounding[:, None])
     if not any(mask.any() for mask in keep.values()):
@@ -172,10 +300,10 @@ def _share(kept: float, squares: float) -> float:
 def _check(
     posteriors: Sequence[Posterior], method: str, weights: Sequence[float] | None
 ) -> Sequence[float]:
-    """Refuse what can't be combined; the weights of the sum."""
+    """Check method and weights; return the weights of the sum."""
     count = len(posteriors)
-    if method not in METHODS:
-        raise UserError(f"method is '{method}'; give one of {', '.join(METHODS)}")
+    if method not in COMBINING_METHODS:
+        raise UserError(f"method is '{method}'; give one of {', '.join(COMBINING_METHODS)}")
     if count < 2:
         raise UserError(f"{count} run is given; give two or more to combine")
     if (method == WEIGHTED) != (weights is not None):
@@ -197,15 +325,15 @@ def _check_rank(rank: int | None, layers: Mapping[str, Factors]) -> None:
 
 
 def check_alike(one: Posterior, other: Posterior, names: Sequence[str]) -> None:
-    """Refuse posteriors of other bases or layers than each other's.
+    """Check that two posteriors have the same base and layers.
 
     Args:
-        one: The first of them.
-        other: The other.
-        names: What they are called.
+        one: The first posterior.
+        other: The second posterior.
+        names: Their names in error messages.
 
     Raises:
-        UserError: Naming what differs.
+        UserError: If base, layers or frozen weights differ.
     """
     bases = [f"{p.base} (revision {p.revision})" if p.revision else p.base for p in (one, other)]
     if not is_same_place(one.base, other.base) or one.revision != other.revision:

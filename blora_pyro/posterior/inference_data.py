@@ -1,24 +1,32 @@
-"""The one place that knows which ArviZ is installed: 0.23 (InferenceData) or 1.x (DataTree).
+"""Draws for ArviZ, whichever version is installed: 0.23 (InferenceData) or 1.x (DataTree).
 
-Everything is built from xarray Datasets, so that both see the same names, dimensions and
+Everything is built from xarray Datasets, so that both versions see the same names, dimensions and
 coordinates.
 """
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 import xarray
+from pyro import poutine
 
-MIN_RATIOS = 30  # a tail of six, the least that both fit
+from blora_pyro.adapters import Group, Site, match_names
+from blora_pyro.errors import UserError
+from blora_pyro.guides import latent_sites
+from blora_pyro.posterior.draws import Program, log_density, traces
+
+MIN_RATIOS = 30  # gives a tail of six, the smallest that both versions fit
 
 
 def import_arviz() -> ModuleType:
-    """ArviZ, without the advertisement of 1.x that 0.23 gives as a warning."""
+    """Import ArviZ without the warning by which 0.23 announces 1.x."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         import arviz
@@ -39,16 +47,16 @@ def inference_data(groups: Mapping[str, xarray.Dataset]) -> Any:
 def save_inference_data(data: Any, path: str | Path) -> Path:
     """Write to netCDF (`.nc`) or to a zarr store (`.zarr`, needs the zarr package).
 
-    `arviz.from_netcdf` reads the one back, `xarray.open_datatree(path, engine="zarr")` the other.
+    Read back by `arviz.from_netcdf` and `xarray.open_datatree(path, engine="zarr")`.
 
     Raises:
-        ValueError: If the path ends in neither.
+        ValueError: If the path has another suffix.
     """
     path = Path(path)
     if path.suffix == ".zarr":
         # ArviZ 0.23 refuses zarr 3 itself
         tree = data if isinstance(data, xarray.DataTree) else data.to_datatree()
-        tree.to_zarr(path, mode="w", zarr_format=2)  # version 3 has no standard for texts yet
+        tree.to_zarr(path, mode="w", zarr_format=2)  # version 3 has no standard for strings yet
     elif path.suffix == ".nc":
         data.to_netcdf(str(path))
     else:
@@ -57,15 +65,15 @@ def save_inference_data(data: Any, path: str | Path) -> Path:
 
 
 def pareto_khat(log_ratios: np.ndarray) -> float:
-    """Shape of the generalised Pareto fitted to the largest importance ratios (arXiv 1507.02646).
+    """Shape of a generalised Pareto fitted to the largest importance ratios (arXiv 1507.02646).
 
-    Infinite where there is nothing to fit: below 30 draws, if the largest ratios are all the same,
-    or if they lie so far apart that most of them vanish beside the largest.
+    Infinite where nothing can be fitted: with fewer than 30 draws, if the largest ratios are all
+    equal, or if most of them underflow relative to the largest.
 
     Args:
-        log_ratios: log p - log q at draws from q, (draws,); any constant may be missing.
+        log_ratios: log p - log q at draws from q, (draws,), up to a constant.
     """
-    ratios = np.array(log_ratios, np.float64)  # a copy, because 0.23 works in its argument
+    ratios = np.array(log_ratios, np.float64)  # a copy, because 0.23 overwrites its argument
     if len(ratios) < MIN_RATIOS:
         return math.inf
     try:
@@ -76,6 +84,172 @@ def pareto_khat(log_ratios: np.ndarray) -> float:
                 khat = array_stats.psislw(-ratios)[1]  # takes log-likelihoods
             else:
                 khat = import_arviz().psislw(ratios)[1]
-    except ValueError:  # what 1.x raises if all are the same
+    except ValueError:  # raised by 1.x if all are equal
         return math.inf
     return float(khat) if np.isfinite(khat) else math.inf
+
+
+@dataclass(frozen=True)
+class _Variable:
+    """A latent site, restricted to the chosen layers.
+
+    Attributes:
+        name: Pyro's site name.
+        shape_key: The layers' shape, as in site names.
+        coords: Dimension -> coordinate values.
+        chosen: Indices of the chosen layers, if the first dimension is over layers.
+    """
+
+    name: str
+    shape_key: str
+    coords: dict[str, tuple[Any, ...]]
+    chosen: list[int] | None
+
+    @property
+    def size(self) -> int:
+        return math.prod(len(values) for values in self.coords.values())
+
+    def values(self, trace: poutine.Trace) -> np.ndarray:
+        value = trace.nodes[self.name]["value"]
+        return (value if self.chosen is None else value[self.chosen]).detach().numpy()
+
+
+def to_inference_data(
+    guide: Program,
+    prior: Program,
+    groups: tuple[Group, ...],
+    *,
+    draws: int,
+    sites: Sequence[str] | None,
+    modules: str | None,
+    seed: int,
+    max_bytes: int,
+    attrs: dict[str, str],
+) -> Any:
+    """Draws of guide and prior for ArviZ; see `Posterior.to_arviz`."""
+    if draws < 1:
+        raise UserError(f"draws is {draws}; give a number above 0")
+    (first,) = traces(guide, 1, seed)
+    variables = _choose(latent_sites(first), groups, sites, modules)
+    size = 2 * 4 * draws * sum(variable.size for variable in variables)
+    if size > max_bytes:
+        raise UserError(
+            f"{draws} draws of posterior and prior would take {size / 2**20:,.0f} MiB, and "
+            f"{max_bytes / 2**20:,.0f} MiB are allowed: choose fewer draws=, some sites= or "
+            "modules=, or give a larger max_bytes="
+        )
+    names = _name_dimensions(variables)
+    posterior = _empty(variables, names, draws)
+    stats = {name: np.empty((1, draws)) for name in ("log_guide", "log_prior")}
+    for i, trace in enumerate(traces(guide, draws, seed)):
+        with torch.no_grad():
+            stats["log_guide"][0, i] = trace.log_prob_sum().item()
+            stats["log_prior"][0, i] = log_density(prior, trace)
+        for variable in variables:
+            posterior[variable.name][0, i] = variable.values(trace)
+    drawn = _empty(variables, names, draws)
+    for i, trace in enumerate(traces(prior, draws, seed + 1)):  # noise of its own
+        for variable in variables:
+            drawn[variable.name][0, i] = variable.values(trace)
+    sample = {"chain": [0], "draw": np.arange(draws)}
+    return inference_data(
+        {
+            "posterior": xarray.Dataset(posterior, attrs=attrs),
+            "prior": xarray.Dataset(drawn, attrs=attrs),
+            "sample_stats": xarray.Dataset(
+                {name: (("chain", "draw"), values) for name, values in stats.items()}, sample
+            ),
+        }
+    )
+
+
+def _choose(
+    latent: dict[str, Any],
+    groups: tuple[Group, ...],
+    sites: Sequence[str] | None,
+    modules: str | None,
+) -> list[_Variable]:
+    """The chosen sites and layers.
+
+    Raises:
+        UserError: If a site or layer is unknown.
+    """
+    if unknown := [name for name in sites or () if name not in latent]:
+        raise UserError(f"there is no site '{unknown[0]}'; give some of: {', '.join(latent)}")
+    layers = [name for group in groups for name in group.modules]
+    wanted = set(layers if modules is None else match_names(layers, modules))
+    if not wanted:
+        raise UserError(f"modules '{modules}' match no adapted layer; give some of: {layers}")
+    variables = []
+    homes = sorted((site for group in groups for site in group.sites), key=lambda s: -len(s.name))
+    for name, node in latent.items():
+        if sites is not None and name not in sites:
+            continue
+        site = next((site for site in homes if f"{name}_".startswith(f"{site.name}_")), None)
+        coords = _coordinates(name, site, tuple(node["value"].shape))
+        shape_key, chosen = "", None
+        if site is not None:
+            shape_key = site.name.partition("_")[2]
+            of_site = [i for i, layer in enumerate(site.modules) if layer in wanted]
+            if not of_site:
+                continue
+            if "module" in coords:
+                chosen = of_site
+                coords["module"] = tuple(site.modules[i] for i in chosen)
+        variables.append(_Variable(name, shape_key, coords, chosen))
+    if not variables:
+        raise UserError(f"sites {sites} hold no layer that matches '{modules}'; choose others")
+    return variables
+
+
+def _coordinates(
+    name: str, site: Site | None, shape: tuple[int, ...]
+) -> dict[str, tuple[Any, ...]]:
+    """Dimensions and coordinates of a factor, or of a scale of a hierarchical prior.
+
+    A user's prior may give its scales other names (then `site` is None) and shapes.
+    """
+    numbered = {f"{name}_dim_{i}": tuple(range(size)) for i, size in enumerate(shape)}
+    if site is None:
+        return numbered
+    shapes = {
+        site.shape: site.dims,
+        site.rank_shape: ("module", "rank"),
+        site.shape[:1]: ("module",),
+    }
+    if shape not in shapes:
+        return numbered
+    return {
+        dim: site.modules if dim == "module" else tuple(range(size))
+        for dim, size in zip(shapes[shape], shape, strict=True)
+    }
+
+
+def _name_dimensions(variables: list[_Variable]) -> dict[tuple[str, str], str]:
+    """(dimension, shape key) -> name: that of the dimension, ending in the shape on conflict."""
+    values: dict[str, set[tuple[Any, ...]]] = {}
+    for variable in variables:
+        for dim, coordinates in variable.coords.items():
+            values.setdefault(dim, set()).add(coordinates)
+    return {
+        (dim, variable.shape_key): dim if len(values[dim]) == 1 else f"{dim}_{variable.shape_key}"
+        for variable in variables
+        for dim in variable.coords
+    }
+
+
+def _empty(
+    variables: list[_Variable], names: dict[tuple[str, str], str], draws: int
+) -> dict[str, xarray.DataArray]:
+    """Arrays of zeros, (chain, draw, ...), to be filled."""
+    arrays = {}
+    for variable in variables:
+        coords: dict[str, Any] = {"chain": [0], "draw": np.arange(draws)}
+        coords |= {
+            names[dim, variable.shape_key]: list(values) for dim, values in variable.coords.items()
+        }
+        shape = [len(values) for values in coords.values()]
+        arrays[variable.name] = xarray.DataArray(
+            np.zeros(shape, np.float32), coords=coords, dims=list(coords)
+        )
+    return arrays

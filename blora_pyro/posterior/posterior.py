@@ -1,32 +1,32 @@
-"""The fitted posterior: draws, mean, sparsity, and what it is applied to."""
+"""The fitted posterior: draws, mean, sparsity, and a net adapted by them."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor, nn
 
 from blora_pyro.adapters import Adapters, Group
 from blora_pyro.errors import UserError
-from blora_pyro.guides import Guide, build_guide, build_prior, latent_sites, previous_posterior
+from blora_pyro.guides import Guide, latent_sites, previous_posterior
 from blora_pyro.hub import find_run
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
-from blora_pyro.posterior.draws import (
-    point_scales,
-    prior_variances,
-    to_inference_data,
-    traces,
+from blora_pyro.posterior.draws import point_scales, prior_variances, traces
+from blora_pyro.posterior.family import NO_PRIOR, Family, normal_guide
+from blora_pyro.posterior.inference_data import to_inference_data
+from blora_pyro.posterior.storage import (
+    DOMAIN_FOLDERS,
+    POSTERIOR_FILE,
+    read_posterior,
+    write_adapter,
+    write_posterior,
 )
-from blora_pyro.posterior.families import NO_PRIOR, Family
-from blora_pyro.posterior.peft_export import save_adapter
-from blora_pyro.posterior.storage import DOMAINS, FILE, read_posterior, write_posterior
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Posterior:
     """A fitted posterior over the stacked factors A and B.
 
     Attributes:
-        base: Name of the base model that it was fitted on.
+        base: Name of the base model.
         groups: Target layers by shape.
         alpha: Updates are scaled by alpha / rank.
         mean: Site name -> posterior mean, of the site's shape: (modules, rank, in_features) for
@@ -42,11 +42,11 @@ class Posterior:
         stddev: Site name -> posterior standard deviation, likewise.
         family: The prior and the guide.
         state: The guide's parameters, by the names of its `state_dict`.
-        revision: Of the base model, if it was fitted on a certain one.
-        prior_tensors: Of the prior, if that is an earlier posterior: see `previous_posterior`.
-        pooling: Of a fit to several domains with factors of their own: groups, moments, prior and
-            guide are then those of all rows (see `models.pooling`), and `for_domain` gives the
-            posterior that a net can take. None for any other.
+        revision: Revision of the base model, if the fit pinned one.
+        prior_tensors: Tensors of a prior that is an earlier posterior, see `previous_posterior`.
+        pooling: Layout of a fit to several domains with factors of their own: groups, moments,
+            prior and guide then cover all rows (see `models.pooling`), and `for_domain` gives the
+            posterior that can be applied to a net. None for any other fit.
     """
 
     base: str
@@ -61,10 +61,10 @@ class Posterior:
     pooling: Pooling | None = None
 
     @classmethod
-    def of(
+    def from_guide(
         cls, base: str, model: BLoRA, guide: Guide, family: Family, revision: str | None = None
     ) -> "Posterior":
-        """What `guide` holds now."""
+        """The posterior that `guide` holds now."""
         assert isinstance(guide, torch.nn.Module)
         state = {name: value.detach() for name, value in guide.state_dict().items()}
         moments = guide.mean(), guide.stddev()
@@ -75,17 +75,17 @@ class Posterior:
         return cls(base, groups, alpha, *moments, family, state, revision, tensors, pooling)
 
     def for_domain(self, domain: str | None = None) -> "Posterior":
-        """The posterior of one domain's factors, or of what all domains share.
+        """The posterior of one domain's factors, or of the part that all domains share.
 
-        Element by element a Normal with the moments of `Pooling.moments`, which is exact, for the
-        guides that can be pooled are mean-field Normal or points. Its prior is not carried on.
+        Element by element a Normal with the moments of `Pooling.moments`. This is exact, because
+        the guides that can be pooled are mean-field Normals or points. The result has no prior.
 
         Args:
-            domain: None is the shared part, for data of a domain that was not among them; and all
-                that there is of a posterior without domains.
+            domain: Name of a domain; None for the shared part, which serves data of new domains.
+                A posterior without domains takes None only and is returned as it is.
 
         Raises:
-            UserError: If there is no such domain, or nothing is shared.
+            UserError: If the domain is unknown, or nothing is shared.
         """
         if self.pooling is None:
             if domain is not None:
@@ -115,59 +115,26 @@ class Posterior:
 
     @cached_property
     def prior(self) -> FactorPrior:
-        """The prior as a Pyro program of all factors: `posterior.prior()` draws from it.
+        """The prior as a Pyro program over all factors: `posterior.prior()` draws from it.
 
         Raises:
-            UserError: If it is in a user's file that has not been named, or is gone with the basis
-                that it was in (an earlier posterior, after pruning).
+            UserError: If the prior is a user's file that has not been named, or if there is none:
+                after combining runs, and after pruning a run whose prior is an earlier posterior.
         """
-        if self.family.files and not self.family.runs_code:
-            files = " and ".join(self.family.files)
-            raise UserError(f"the run's prior is code, in {files}; name it with --prior to run it")
-        if self.family.prior == NO_PRIOR:
-            raise UserError(
-                "the adapter is combined of several runs, or part of one, and has no prior; give a "
-                "run"
-            )
-        arguments = self.family.prior_args
-        if self.family.prior != previous_posterior.NAME:
-            density = build_prior(self.family.prior, **arguments)
-        elif self.prior_tensors:
-            density = previous_posterior.Prior(self.groups, self.prior_tensors, **arguments)
-        else:
-            raise UserError(
-                "the adapter was turned away from its prior, an earlier posterior (by pruning, or "
-                "a strength by signal-to-noise); give the run itself"
-            )
-        return FactorPrior(self.groups, density, torch.device("cpu"))
+        return self.family.build_prior(self.groups, self.prior_tensors)
 
     @cached_property
     def guide(self) -> Guide:
         """The fitted guide, a Pyro program: `posterior.guide()` draws from q.
 
-        Without `state` (after pruning) it is independent Normals of the mean and deviation.
+        Without `state`, as after pruning, it is independent Normals with `mean` and `stddev`.
 
         Raises:
-            UserError: If it is in a user's file that has not been named, or that file has changed.
+            UserError: If the guide is a user's file that has not been named, or that has changed.
         """
-        with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
-            if not self.state:
-                return self._moments_guide()
-            guide = build_guide(self.family.guide, self.prior)
-            guide()  # Pyro's own guides make their parameters here
-        assert isinstance(guide, torch.nn.Module)
-        try:
-            guide.load_state_dict(dict(self.state))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"guide {self.family.guide} is not the fitted one: {reason}") from None
-        return guide
-
-    def _moments_guide(self) -> Guide:
-        program = FactorPrior(self.groups, build_prior("normal"), torch.device("cpu"))
-        guide: Any = build_guide("normal", program)
-        previous_posterior.start_at(guide, self.mean, self.stddev)
-        return guide
+        if not self.state:
+            return normal_guide(self.groups, self.mean, self.stddev)
+        return self.family.build_guide(self.prior, self.state)
 
     def point_scales(self) -> dict[str, Tensor]:
         """Scales of a hierarchical prior that the guide fits as points, by site name."""
@@ -183,7 +150,7 @@ class Posterior:
 
     @property
     def rank(self) -> int:
-        """Rank of every update, or the largest."""
+        """Largest rank of an update; without pruning all ranks are equal."""
         return max(group.rank for group in self.groups)
 
     @property
@@ -193,7 +160,7 @@ class Posterior:
 
     @property
     def num_weights(self) -> int:
-        """Number of adapter weights: elements of all A and B."""
+        """Number of adapter weights: all elements of A and B."""
         return sum(mean.numel() for mean in self.mean.values())
 
     def draws(self, count: int, seed: int = 0) -> Iterator[dict[str, Tensor]]:
@@ -217,23 +184,23 @@ class Posterior:
     ) -> Any:
         """Draws as `arviz.InferenceData` (ArviZ 0.23) or `xarray.DataTree` (1.x).
 
-        Groups `posterior` and `prior`: a variable a site, (chain, draw, module, rank, in_feature)
-        for A and (chain, draw, module, out_feature, rank) for B; the scales of a hierarchical prior
-        are variables, too. Group `sample_stats`: `log_guide` and `log_prior`, the log-densities of
-        each draw, all sites together. One chain: the draws of a variational fit are independent.
-        Where the chosen sites differ along a dimension, the layers' shape follows its name
-        (`module_192x768`). `inference_data.save_inference_data` writes netCDF or zarr.
+        Groups `posterior` and `prior` have one variable per site: (chain, draw, module, rank,
+        in_feature) for A, (chain, draw, module, out_feature, rank) for B, and the scales of a
+        hierarchical prior. Group `sample_stats` has `log_guide` and `log_prior`, the log-densities
+        of each draw over all sites. There is one chain, because the draws of a variational fit are
+        independent. Where the chosen sites differ along a dimension, its name ends in the layers'
+        shape (`module_192x768`). `inference_data.save_inference_data` writes netCDF or zarr.
 
         Args:
             draws: Number of draws.
-            sites: Site names; None is all.
-            modules: Layers, as in `find_targets`: suffixes with commas between, or a regex; None is
+            sites: Site names; None for all.
+            modules: Layers, as in `find_targets`: comma-separated suffixes, or a regex; None for
                 all.
-            seed: Of the draws.
-            max_bytes: Refuse to build more than this.
+            seed: Seed of the draws.
+            max_bytes: Largest size to build.
 
         Raises:
-            UserError: If that is too much, there is no such site or layer, or see `guide`.
+            UserError: If the size exceeds `max_bytes`, a site or layer is unknown, or see `guide`.
         """
         attrs = {
             "inference_library": "blora-pyro",
@@ -267,7 +234,7 @@ class Posterior:
     def sparsity(self, threshold: float = 1e-3) -> dict[str, float]:
         """Share of elements with |w| < threshold at the posterior mean, for `A`, `B`, `delta_w`.
 
-        Of several domains: of what they share, or if that is nothing, of all their adapters.
+        For several domains it is that of the shared part, or if nothing is shared, of all adapters.
         """
         if self.pooling is not None and self.pooling.is_shared:
             return self.for_domain().sparsity(threshold)
@@ -283,10 +250,10 @@ class Posterior:
     def applied(
         self, net: nn.Module, factors: Mapping[str, Tensor] | None = None
     ) -> Iterator[None]:
-        """`net` adapted by the posterior mean, or by `factors` (a draw), inside a `with`.
+        """Adapt `net` by the posterior mean, or by `factors` (a draw), inside a `with`.
 
         Raises:
-            UserError: If the net lacks the layers, or this is of several domains.
+            UserError: If the net lacks the layers, or the posterior has several domains.
         """
         self._check_one()
         adapters = Adapters(net, self.groups, self.alpha)
@@ -300,10 +267,10 @@ class Posterior:
 
     @torch.no_grad()
     def merge(self, net: nn.Module) -> None:
-        """Add ΔW of the posterior mean to the weights of `net`: no inference cost from then on.
+        """Add ΔW of the posterior mean to the weights of `net`: inference then costs nothing extra.
 
         Raises:
-            UserError: If the net lacks the layers, or this is of several domains.
+            UserError: If the net lacks the layers, or the posterior has several domains.
         """
         self._check_one()
         Adapters(net, self.groups, self.alpha).remove()  # checks names and shapes
@@ -312,19 +279,21 @@ class Posterior:
             weight.copy_(weight.float() + delta.to(weight.device))
 
     def save(self, folder: Path) -> None:
-        """Write `posterior.safetensors`, and the mean as a PEFT adapter beside it.
+        """Write `posterior.safetensors`, and the mean as a PEFT adapter next to it.
 
-        Of several domains what they share is the adapter beside it, if they do, and each one's own
-        is in `domains/NAME`.
+        For several domains the adapter is that of the shared part, if there is one, and each
+        domain's own goes to `domains/NAME`.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        write_posterior(self, folder / FILE)
-        if self.pooling is None:
-            return save_adapter(self, folder)
-        if self.pooling.is_shared:
-            save_adapter(self.for_domain(), folder)
-        for name in self.pooling.domains:
-            save_adapter(self.for_domain(name), folder / DOMAINS / name)
+        attributes = {field.name: getattr(self, field.name) for field in fields(self)}
+        write_posterior(attributes, folder / POSTERIOR_FILE)
+        if self.pooling is None or self.pooling.is_shared:
+            self.for_domain()._save_adapter(folder)
+        for name in self.pooling.domains if self.pooling else ():
+            self.for_domain(name)._save_adapter(folder / DOMAIN_FOLDERS / name)
+
+    def _save_adapter(self, folder: Path) -> None:
+        write_adapter(folder, self.groups, self.alpha, self.layer_means(), self.base, self.revision)
 
     @classmethod
     def load(cls, folder: Path | str, prior: str | None = None) -> "Posterior":
@@ -332,13 +301,15 @@ class Posterior:
 
         Args:
             folder: A run folder, or `OWNER/NAME[@REVISION]`, see `find_run`.
-            prior: The file of the prior, for a run that was fitted with a user's own: its code is
-                run only where it is named. Without it draws and densities are not to be had.
+            prior: File of the prior, for a run that was fitted with a user's own: its code is run
+                only if it is named here. Without it there are no draws and no densities.
 
         Raises:
-            UserError: If there is none, or it is damaged.
+            UserError: If there is no such file, or it is damaged.
         """
-        path = find_run(folder) / FILE
+        path = find_run(folder) / POSTERIOR_FILE
         if not path.is_file():
-            raise UserError(f"{folder} is no run folder (no {FILE}); give the --output of a fit")
+            raise UserError(
+                f"{folder} is no run folder (no {POSTERIOR_FILE}); give the --output of a fit"
+            )
         return cls(**read_posterior(path, prior))

@@ -1,58 +1,64 @@
-"""`posterior.safetensors`: the moments of q, the guide's state, and how to build them again."""
+"""How a posterior is stored: `posterior.safetensors`, and its mean as a stock PEFT adapter.
+
+Both ways take and return the attributes of a `Posterior` as they are named there.
+"""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from blora_pyro.adapters import Group
 from blora_pyro.errors import UserError
 from blora_pyro.models import Pooling
-from blora_pyro.posterior.families import Family
+from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from blora_pyro.posterior.family import Family
 
-if TYPE_CHECKING:
-    from blora_pyro.posterior.posterior import Posterior
-
-FILE = "posterior.safetensors"
-DOMAINS = "domains"  # folder beside it: a PEFT adapter for each domain
+POSTERIOR_FILE = "posterior.safetensors"
+DOMAIN_FOLDERS = "domains"  # holds a PEFT adapter for each domain
 
 
-def write_posterior(posterior: "Posterior", path: Path) -> None:
-    """Write the file: for every site `SITE.mean` and `SITE.stddev`, and `guide.NAME`, `prior.NAME`.
+def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
+    """Write `SITE.mean`, `SITE.stddev` of every site, `guide.NAME` and `prior.NAME`.
 
-    All else is in the metadata, as JSON.
+    Everything else goes into the metadata, as JSON.
+
+    Args:
+        attributes: Those of a `Posterior`.
+        path: The file.
     """
-    tensors = {f"{name}.mean": value for name, value in posterior.mean.items()}
-    tensors |= {f"{name}.stddev": value for name, value in posterior.stddev.items()}
-    tensors |= {f"guide.{name}": value for name, value in posterior.state.items()}
-    tensors |= {f"prior.{name}": value for name, value in posterior.prior_tensors.items()}
+    tensors = {f"{name}.mean": value for name, value in attributes["mean"].items()}
+    tensors |= {f"{name}.stddev": value for name, value in attributes["stddev"].items()}
+    tensors |= {f"guide.{name}": value for name, value in attributes["state"].items()}
+    tensors |= {f"prior.{name}": value for name, value in attributes["prior_tensors"].items()}
+    family, pooling = attributes["family"], attributes["pooling"]
     about = {
-        "base": posterior.base,
-        "revision": posterior.revision,
-        "alpha": posterior.alpha,
-        "groups": [asdict(group) for group in posterior.groups],
-        "prior": posterior.family.prior,
-        "prior_args": dict(posterior.family.prior_args),
-        "guide": posterior.family.guide,
+        **{name: attributes[name] for name in ("base", "revision", "alpha")},
+        "groups": [asdict(group) for group in attributes["groups"]],
+        "prior": family.prior,
+        "prior_args": dict(family.prior_args),
+        "guide": family.guide,
     }
-    if posterior.pooling is not None:
-        about["pooling"] = asdict(posterior.pooling)
+    if pooling is not None:
+        about["pooling"] = asdict(pooling)
     tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     save_file(tensors, path, metadata={"blora_pyro": json.dumps(about)})
 
 
 def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
-    """The attributes of a `Posterior`.
+    """Read the attributes of a `Posterior`.
 
     Args:
         path: The file.
         prior: See `Posterior.load`.
 
     Raises:
-        UserError: If it is damaged.
+        UserError: If the file is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -88,22 +94,66 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
 
 
 def _named(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Those whose names begin so, without it."""
+    """Tensors whose names begin with `prefix`, by the rest of their names."""
     chosen = (name for name in tensors if name.startswith(prefix))
     return {name.removeprefix(prefix): tensors[name] for name in chosen}
 
 
 def _group(stored: dict[str, Any]) -> Group:
-    """A group as JSON has it, its lists tuples again."""
+    """A group from JSON, whose lists become tuples."""
     lists = {name: tuple(stored[name]) for name in ("modules", "weight_stddevs")}
     return Group(**{**stored, **lists})
 
 
 def _pooling(stored: dict[str, Any] | None, groups: tuple[Group, ...]) -> Pooling | None:
-    """A pooling as JSON has it."""
+    """A pooling from JSON."""
     if stored is None:
         return None
     pooling = Pooling(**{**stored, "domains": tuple(stored["domains"])})
     if pooling.stack(pooling.unstack(groups)) != groups:
         raise ValueError("its layers are not those of its domains")
     return pooling
+
+
+def write_adapter(
+    folder: Path,
+    groups: tuple[Group, ...],
+    alpha: float,
+    layers: Iterable[tuple[str, Tensor, Tensor]],
+    base: str,
+    revision: str | None,
+) -> None:
+    """Write a stock PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        folder: Created if missing.
+        groups: Target layers by shape and rank.
+        alpha: Updates are scaled by alpha / largest rank.
+        layers: (layer name, A (rank, in_features), B (out_features, rank)).
+        base: Name of the base model.
+        revision: Of the base model.
+    """
+    from peft import LoraConfig
+
+    ranks = {name: group.rank for group in groups for name in group.modules}
+    largest = max(ranks.values())
+    other = {name: rank for name, rank in ranks.items() if rank != largest}
+    LoraConfig(  # task_type stays None: PEFT's SEQ_2_SEQ_LM wrapper does not take Whisper's inputs
+        base_model_name_or_path=base,
+        revision=revision,
+        r=largest,
+        lora_alpha=alpha,
+        target_modules=list(ranks),
+        rank_pattern=other,
+        alpha_pattern={name: alpha / largest * rank for name, rank in other.items()},
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    path = folder / ADAPTER_CONFIG  # PEFT keeps the targets in a set: fix their order
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tensors = {}
+    for name, a, b in layers:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""How much of a fit is used: from the base (strength 0) to the fit (1), chosen after the fact."""
+"""The strength of an adapter, chosen after the fit: from 0 (the base) to 1 (the fit)."""
 
 import math
 from collections.abc import Mapping
@@ -8,29 +8,28 @@ import torch
 from torch import Tensor
 
 from blora_pyro.errors import UserError
-from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.pruning import keep_directions, not_null, ratios
-from blora_pyro.posterior.spectra import Spectrum, spectra
+from blora_pyro.posterior.posterior import Posterior
+from blora_pyro.posterior.spectra import Spectrum, keep_directions, not_null, ratios, spectra
 
 SCALE, SIGNAL_TO_NOISE = "scale", "signal-to-noise"
-LARGEST = {SCALE: 2.0, SIGNAL_TO_NOISE: 1.0}  # beyond twice the update it is a slip: 50 for 50%
-MANY = 101  # strengths of a range
+MAX_STRENGTH = {SCALE: 2.0, SIGNAL_TO_NOISE: 1.0}  # more than 2 is a slip, such as 50 for 50%
+MAX_COUNT = 101  # strengths in a range
 
 
 def at_strength(posterior: Posterior, strength: float, by: str = SCALE) -> Posterior:
-    """The posterior with its update ΔW made weaker, or stronger: 0 is exactly the base, 1 the fit.
+    """The posterior with a weaker or stronger update ΔW: 0 is exactly the base, 1 the fit.
 
     Args:
-        posterior: What was fitted.
-        strength: By `scale` from 0 to 2, by `signal-to-noise` from 0 to 1.
-        by: `scale` multiplies ΔW = alpha/rank · B A by it, through alpha: mean, draws, merge and
-            the PEFT adapter follow exactly, and guide and KL stay as they are. (Of the weights it
-            is the line from base to fit: Wortsman et al., WiSE-FT, arXiv 2109.01903.)
-            `signal-to-noise` keeps the singular directions of E ΔW, over all layers, that the
-            posterior is surest of (highest singular value over its standard deviation), the fewest
-            that hold this share of ‖E ΔW‖²; the guide is replaced, see `pruning.keep_directions`.
-            Directions and not elements of A and B, since these are identified only up to
-            A -> R⁻¹A, B -> BR. A share of ‖E ΔW‖² and not of the directions, since few hold most.
+        posterior: The fitted posterior.
+        strength: From 0 to 2 by `scale`, from 0 to 1 by `signal-to-noise`.
+        by: `scale` multiplies ΔW = alpha/rank · B A by the strength, through alpha: mean, draws,
+            merge and the PEFT adapter follow exactly; guide and KL stay. (In weight space this is
+            the line from base to fit: Wortsman et al., WiSE-FT, arXiv 2109.01903.)
+            `signal-to-noise` keeps the fewest singular directions of E ΔW, over all layers, that
+            hold this share of ‖E ΔW‖², in order of singular value over its standard deviation; the
+            guide is replaced, see `spectra.keep_directions`. It selects directions, because
+            elements of A and B are identified only up to A -> R⁻¹A, B -> BR, and by a share of
+            ‖E ΔW‖², because few directions hold most of it.
 
     Raises:
         UserError: See `check_strength`.
@@ -48,15 +47,15 @@ def at_strength(posterior: Posterior, strength: float, by: str = SCALE) -> Poste
 
 
 def _surest(found: Mapping[str, Spectrum], share: float) -> dict[str, Tensor]:
-    """The fewest directions, by falling signal-to-noise, that hold a share of Σ values².
+    """The fewest directions, by descending signal-to-noise, that hold a share of Σ values².
 
-    Returns masks of (modules, rank) by group.
+    Returns masks (modules, rank) by group.
     """
     surely = [torch.where(not_null(one), ratios(one), 0.0) for one in found.values()]
     pooled = torch.cat([part.flatten() for part in surely])
     order = pooled.argsort(descending=True, stable=True)[: int((pooled > 0).sum())]
     squares = torch.cat([one.values.flatten() for one in found.values()])[order].double() ** 2
-    held = squares.cumsum(0) - squares  # by those before
+    held = squares.cumsum(0) - squares  # by the directions before
     chosen = torch.zeros(len(pooled), dtype=torch.bool)
     chosen[order[held < share * squares.sum()]] = True
     masks = chosen.split([part.numel() for part in surely])
@@ -64,17 +63,17 @@ def _surest(found: Mapping[str, Spectrum], share: float) -> dict[str, Tensor]:
 
 
 def check_strength(posterior: Posterior, strength: float, by: str = SCALE) -> None:
-    """Refuse what `at_strength` can't do.
+    """Check the arguments of `at_strength`.
 
     Raises:
-        UserError: If the strength is out of range, there is no such `by`, or the signal-to-noise of
-            a point estimate, or of several domains, is asked for.
+        UserError: If the strength is out of range, `by` is unknown, or `by` is signal-to-noise and
+            the posterior is a point estimate or has several domains.
     """
-    if by not in LARGEST:
-        raise UserError(f"strength_by is '{by}'; give {' or '.join(LARGEST)}")
-    if not 0 <= strength <= LARGEST[by]:
+    if by not in MAX_STRENGTH:
+        raise UserError(f"strength_by is '{by}'; give {' or '.join(MAX_STRENGTH)}")
+    if not 0 <= strength <= MAX_STRENGTH[by]:
         raise UserError(
-            f"strength is {strength:g}; give a number from 0 (the base) to {LARGEST[by]:g}, "
+            f"strength is {strength:g}; give a number from 0 (the base) to {MAX_STRENGTH[by]:g}, "
             "where 1 is the fit"
         )
     if by == SIGNAL_TO_NOISE and posterior.pooling is not None:
@@ -86,10 +85,10 @@ def check_strength(posterior: Posterior, strength: float, by: str = SCALE) -> No
 
 
 def parse_strengths(text: str) -> tuple[float, ...]:
-    """Strengths from text: "0.5"; "0,0.5,1"; or START:STOP:STEP with both ends, "0:1:0.1".
+    """Parse strengths: "0.5"; "0,0.5,1"; or START:STOP:STEP, ends included, such as "0:1:0.1".
 
     Raises:
-        UserError: If it is none of these, or names more than 101.
+        UserError: If the text has another form, or gives more than 101 strengths.
     """
     allowed = "give a number, some with commas between, or START:STOP:STEP such as 0:1:0.1"
     try:
@@ -101,8 +100,8 @@ def parse_strengths(text: str) -> tuple[float, ...]:
     if step <= 0 or stop < start:
         raise UserError(f"strength is '{text}', which leads nowhere; {allowed}")
     steps = (stop - start) / step + 1e-9  # 0.3 / 0.1 is 2.9999999999999996
-    if steps >= MANY:
-        raise UserError(f"strength is '{text}', more than {MANY} of them; give a larger STEP")
+    if steps >= MAX_COUNT:
+        raise UserError(f"strength is '{text}', more than {MAX_COUNT} of them; give a larger STEP")
     return tuple(round(start + place * step, 10) for place in range(math.floor(steps) + 1))
 
 

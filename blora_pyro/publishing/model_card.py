@@ -13,7 +13,7 @@ from blora_pyro.data import is_hub_id
 from blora_pyro.hub import is_run_id
 from blora_pyro.models import POCKET
 from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.storage import DOMAINS
+from blora_pyro.posterior.storage import DOMAIN_FOLDERS
 from blora_pyro.reports.tables import fit_tables, prune_tables
 
 TASK = "automatic-speech-recognition"
@@ -173,7 +173,7 @@ def _use(repo_id: str, posterior: Posterior, about: Mapping[str, Any], revision:
     pooling = posterior.pooling
     domain = pooling.domains[0] if pooling is not None else ""
     if pooling is not None and not pooling.is_shared:
-        at += f', subfolder="{DOMAINS}/{domain}"'
+        at += f', subfolder="{DOMAIN_FOLDERS}/{domain}"'
     base = f'"{posterior.base}"' + (f', revision="{posterior.revision}"' * bool(posterior.revision))
     lines = [
         "from peft import PeftModel",
@@ -220,7 +220,7 @@ def _prompt(about: Mapping[str, Any]) -> str:
 def _subfolders(posterior: Posterior) -> str:
     if posterior.pooling is None:
         return ""
-    names = ", ".join(f"`{DOMAINS}/{name}`" for name in posterior.pooling.domains)
+    names = ", ".join(f"`{DOMAIN_FOLDERS}/{name}`" for name in posterior.pooling.domains)
     return f" Every domain has an adapter of its own, in {names}."
 
 

@@ -27,12 +27,11 @@ from blora_pyro.files import write_json
 from blora_pyro.hub import REPO_ID, is_run_id
 from blora_pyro.models import POCKET
 from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.storage import DOMAINS as DOMAIN_FOLDERS
-from blora_pyro.posterior.storage import FILE
+from blora_pyro.posterior.storage import DOMAIN_FOLDERS, POSTERIOR_FILE
 from blora_pyro.publishing.model_card import model_card
 from blora_pyro.runs.folders import ADAPTER, METRICS, RUN, read_run
 
-UPLOADED = (*ADAPTER, FILE, RUN, METRICS, f"{DOMAIN_FOLDERS}/*", "README.md")
+UPLOADED = (*ADAPTER, POSTERIOR_FILE, RUN, METRICS, f"{DOMAIN_FOLDERS}/*", "README.md")
 KEPT = (
     "state",
     "language",

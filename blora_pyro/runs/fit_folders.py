@@ -15,8 +15,7 @@ from blora_pyro.files import write_json
 from blora_pyro.fitting.checkpoints import stored_step
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
-from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.families import Family
+from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.chains import Previous, previous_of
 from blora_pyro.runs.folders import (
     CHECKPOINT,

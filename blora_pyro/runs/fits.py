@@ -19,8 +19,7 @@ from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
 from blora_pyro.guides import Guide
 from blora_pyro.models import BLoRA
-from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.families import Family
+from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.chains import carried_on
 from blora_pyro.runs.early_ends import told
 from blora_pyro.runs.fit_folders import FitFolder
@@ -230,7 +229,7 @@ def _fit(
             history = _fit_guide(model, guide, train, config, around, progress)
             loader.tell(folder.list_skipped(loader.skipped))  # what a stream had
             family = Family(config.prior, config.prior_args, str(config.guide))
-            posterior = Posterior.of(base.name, model, guide, family, config.revision)
+            posterior = Posterior.from_guide(base.name, model, guide, family, config.revision)
             folder.save(posterior, history, stopping, time.monotonic() - fit_started)
         progress.fitted()
     else:

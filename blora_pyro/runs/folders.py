@@ -24,9 +24,9 @@ TRACKING = "tracking"  # folder of what trackers write
 TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
 ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 RESULTS = (
-    storage.FILE,
+    storage.POSTERIOR_FILE,
     *ADAPTER,
-    storage.DOMAINS,
+    storage.DOMAIN_FOLDERS,
     METRICS,
     UTTERANCES,
     SKIPPED,
@@ -57,7 +57,7 @@ def save_posterior(folder: Path, fitted: Posterior) -> None:
         sync(folder)
     except SafetensorError as error:
         why = str(error).rpartition("error: ")[2]
-        raise OSError(None, why, str(folder / storage.FILE)) from error
+        raise OSError(None, why, str(folder / storage.POSTERIOR_FILE)) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

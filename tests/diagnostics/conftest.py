@@ -5,8 +5,7 @@ from torch import nn
 from blora_pyro.adapters import Group
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import FactorPrior
-from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.families import Family
+from blora_pyro.posterior import Family, Posterior
 
 SQUARE = ("encoder.0.q_proj", "encoder.0.v_proj", "decoder.0.q_proj")
 TALL = ("encoder.0.fc1", "decoder.0.fc1")

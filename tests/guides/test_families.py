@@ -24,8 +24,7 @@ from blora_pyro.guides import (
     prior_arguments,
 )
 from blora_pyro.models import BLoRA, FactorPrior, Temper
-from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.families import Family
+from blora_pyro.posterior import Family, Posterior
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 EVERY_GUIDE = pytest.mark.parametrize("name", GUIDES)
@@ -278,7 +277,7 @@ def test_a_saved_posterior_draws_what_the_fitted_guide_draws(name, net, tmp_path
     perturb(guide)
     own = family_of(name)
     family = Family(own, prior_arguments(own), name)
-    Posterior.of("tiny", model, guide, family).save(tmp_path)
+    Posterior.from_guide("tiny", model, guide, family).save(tmp_path)
     loaded = Posterior.load(tmp_path)
     assert (loaded.family.prior, loaded.family.guide) == (own, name)
     assert loaded.family.prior_args == prior_arguments(own)

@@ -13,9 +13,8 @@ from blora_pyro.adapters import Group
 from blora_pyro.errors import UserError
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import FactorPrior
-from blora_pyro.posterior import Posterior
+from blora_pyro.posterior import Family, Posterior
 from blora_pyro.posterior.draws import traces
-from blora_pyro.posterior.families import Family
 from blora_pyro.posterior.inference_data import import_arviz, save_inference_data
 
 ENCODER = ("encoder.0.q_proj", "encoder.0.v_proj", "decoder.0.q_proj")

@@ -18,9 +18,8 @@ from blora_pyro.adapters import Group, find_targets, group_by_shape
 from blora_pyro.errors import UserError
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA
-from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.families import Family
-from blora_pyro.posterior.storage import FILE
+from blora_pyro.posterior import Family, Posterior
+from blora_pyro.posterior.storage import POSTERIOR_FILE
 
 TARGETS = {
     "all-linear": "all-linear",
@@ -142,7 +141,7 @@ def test_save_and_load_return_every_bit(posterior, tmp_path):
 def test_a_loaded_posterior_saves_the_same_tensor_files(posterior, tmp_path):
     posterior.save(tmp_path / "a")
     Posterior.load(str(tmp_path / "a")).save(tmp_path / "b")
-    for name in (FILE, "adapter_model.safetensors"):
+    for name in (POSTERIOR_FILE, "adapter_model.safetensors"):
         first, second = load_file(tmp_path / "a" / name), load_file(tmp_path / "b" / name)
         assert list(first) == list(second)
         assert all(torch.equal(value, second[key]) for key, value in first.items())
@@ -163,24 +162,24 @@ def test_a_folder_without_a_posterior_is_refused_by_name(tmp_path):
 
 def test_a_truncated_file_is_refused_wherever_it_was_cut(net, tmp_path):
     posterior_of(net).save(tmp_path)
-    whole = (tmp_path / FILE).read_bytes()
+    whole = (tmp_path / POSTERIOR_FILE).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     cuts = np.random.default_rng(0).integers(0, len(whole), 30)
     for cut in (0, 1, 7, 8, header - 1, header, len(whole) - 1, *cuts.tolist()):
-        (tmp_path / FILE).write_bytes(whole[:cut])
+        (tmp_path / POSTERIOR_FILE).write_bytes(whole[:cut])
         assert "damaged" in refusal(tmp_path)
 
 
 def test_a_flipped_byte_in_the_header_is_refused_or_harmless(net, tmp_path):
     posterior_of(net).save(tmp_path)
-    whole = (tmp_path / FILE).read_bytes()
+    whole = (tmp_path / POSTERIOR_FILE).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     rng = np.random.default_rng(1)
     refused = 0
     for place in rng.integers(0, header, 150).tolist():
         flipped = bytearray(whole)
         flipped[place] ^= int(rng.integers(1, 256))
-        (tmp_path / FILE).write_bytes(bytes(flipped))
+        (tmp_path / POSTERIOR_FILE).write_bytes(bytes(flipped))
         try:
             Posterior.load(tmp_path)
         except UserError as error:
@@ -191,7 +190,7 @@ def test_a_flipped_byte_in_the_header_is_refused_or_harmless(net, tmp_path):
 
 @pytest.mark.parametrize("content", [b"garbage", b"\0" * 64, b"\xff" * 64, b"{}", b"PK\x03\x04"])
 def test_garbage_is_refused(tmp_path, content):
-    (tmp_path / FILE).write_bytes(content)
+    (tmp_path / POSTERIOR_FILE).write_bytes(content)
     assert "damaged" in refusal(tmp_path)
 
 
@@ -200,7 +199,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "boom"),)
 
-    torch.save(Bomb(), tmp_path / FILE)
+    torch.save(Bomb(), tmp_path / POSTERIOR_FILE)
     assert "damaged" in refusal(tmp_path)
     assert not (tmp_path / "boom").exists()
 
@@ -214,7 +213,7 @@ def test_nothing_in_the_package_unpickles():
 
 def rewrite(folder: Path, change) -> None:
     """Save again what `change` makes of the tensors and of the description."""
-    tensors = load_file(folder / FILE)
+    tensors = load_file(folder / POSTERIOR_FILE)
     posterior = Posterior.load(folder)
     about = {
         "base": posterior.base,
@@ -225,7 +224,7 @@ def rewrite(folder: Path, change) -> None:
         "guide": posterior.family.guide,
     }
     tensors, about = change(tensors, about)
-    save_file(tensors, folder / FILE, metadata={"blora_pyro": json.dumps(about)})
+    save_file(tensors, folder / POSTERIOR_FILE, metadata={"blora_pyro": json.dumps(about)})
 
 
 def test_a_file_that_is_saved_again_as_it_was_is_read(net, tmp_path):
@@ -268,7 +267,7 @@ def test_a_file_of_another_content_is_refused(net, tmp_path, change):
 @pytest.mark.parametrize("metadata", [None, {"other": "{}"}, {"blora_pyro": "no JSON"}])
 def test_a_file_without_our_description_is_refused(net, tmp_path, metadata):
     posterior_of(net).save(tmp_path)
-    save_file(load_file(tmp_path / FILE), tmp_path / FILE, metadata=metadata)
+    save_file(load_file(tmp_path / POSTERIOR_FILE), tmp_path / POSTERIOR_FILE, metadata=metadata)
     assert "damaged" in refusal(tmp_path)
 
 
@@ -311,7 +310,7 @@ def own_run(net, own_file, tmp_path) -> tuple[Path, list[dict[str, torch.Tensor]
         for parameter in guide.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     family = Family(str(own_file), {"scale": 0.2}, str(own_file))
-    posterior = Posterior.of("tiny", model, guide, family)
+    posterior = Posterior.from_guide("tiny", model, guide, family)
     posterior.save(tmp_path / "run")
     torch.manual_seed(5)
     draws = [{name: value.detach() for name, value in guide().items()} for _ in range(2)]

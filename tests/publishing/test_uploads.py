@@ -14,7 +14,7 @@ from blora_pyro import Posterior
 from blora_pyro.cli import app
 from blora_pyro.errors import UserError
 from blora_pyro.models import Pooling, load_base
-from blora_pyro.posterior.families import Family
+from blora_pyro.posterior import Family
 from blora_pyro.publishing.uploads import push_run, write_public_run
 from blora_pyro.runs.finished import merge_run, transcribe
 from blora_pyro.runs.folders import ADAPTER, read_run

@@ -11,8 +11,7 @@ from blora_pyro.diagnostics import summarise
 from blora_pyro.errors import UserError
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA
-from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.families import Family
+from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs import tracking
 from blora_pyro.runs.fits import fit
 from blora_pyro.runs.folders import claim
@@ -220,7 +219,7 @@ def test_figures_are_those_of_diagnose_at_any_moment_and_draw_nothing(net, famil
         before = torch.get_rng_state()
         found = figures()
         assert torch.equal(torch.get_rng_state(), before)
-        posterior = Posterior.of("tiny", model, guide, Family(family, {}, family))
+        posterior = Posterior.from_guide("tiny", model, guide, Family(family, {}, family))
         assert found["contraction"] == pytest.approx(contraction_of(posterior), rel=1e-4, abs=1e-6)
         sparsity = posterior.sparsity()
         assert [found[f"sparsity/{name}"] for name in "AB"] == [sparsity["A"], sparsity["B"]]

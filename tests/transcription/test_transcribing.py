@@ -9,8 +9,7 @@ import torch
 from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.data import featurise, prompt_ids, read_audio
 from blora_pyro.errors import UserError
-from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.families import Family
+from blora_pyro.posterior import Family, Posterior
 from blora_pyro.transcription import (
     Transcriber,
     transcribe_features,

@@ -1,0 +1,110 @@
+"""The prior and the guide that a posterior comes from, and how to build them again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from blora_pyro.adapters import Group
+from blora_pyro.errors import UserError
+from blora_pyro.guides import Guide, build_guide, build_prior, previous_posterior
+from blora_pyro.models import FactorPrior
+
+NO_PRIOR = "none"  # of a posterior combined of several, or of one domain's part of one
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names and arguments of a prior and a guide.
+
+    Attributes:
+        prior: Name of the prior family, or the path of a user's file.
+        prior_args: Arguments of the prior.
+        guide: Name of the guide, or the path of a user's file.
+        runs_code: Whether the user has named these files in this session, so that they may be run.
+    """
+
+    prior: str = "normal"
+    prior_args: Mapping[str, Any] = field(default_factory=dict)
+    guide: str = "normal"
+    runs_code: bool = True
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The user's files among prior and guide."""
+        return tuple(dict.fromkeys(n for n in (self.prior, self.guide) if n.endswith(".py")))
+
+    def with_file(self, path: str) -> "Family":
+        """The same family with `path`, which the user has just named, as the user's file.
+
+        Raises:
+            UserError: If the run was not fitted with exactly one file.
+        """
+        if len(self.files) != 1:
+            raise UserError(f"the run's prior is {self.prior}, not one file; leave --prior out")
+        prior, guide = (path if n in self.files else n for n in (self.prior, self.guide))
+        return replace(self, prior=prior, guide=guide, runs_code=True)
+
+    def build_prior(self, groups: tuple[Group, ...], tensors: Mapping[str, Tensor]) -> FactorPrior:
+        """The prior as a Pyro program over the factors of `groups`, on the CPU.
+
+        Args:
+            groups: Target layers by shape.
+            tensors: Tensors that the prior stores with the posterior, see `previous_posterior`.
+
+        Raises:
+            UserError: If the prior is a file that the user has not named, or is gone.
+        """
+        if self.files and not self.runs_code:
+            files = " and ".join(self.files)
+            raise UserError(f"the run's prior is code, in {files}; name it with --prior to run it")
+        if self.prior == NO_PRIOR:
+            raise UserError(
+                "the adapter is combined of several runs, or part of one, and has no prior; give a "
+                "run"
+            )
+        if self.prior != previous_posterior.NAME:
+            density = build_prior(self.prior, **self.prior_args)
+        elif tensors:
+            density = previous_posterior.Prior(groups, tensors, **self.prior_args)
+        else:
+            raise UserError(
+                "the adapter was turned away from its prior, an earlier posterior (by pruning, or "
+                "a strength by signal-to-noise); give the run itself"
+            )
+        return FactorPrior(groups, density, torch.device("cpu"))
+
+    def build_guide(self, prior: FactorPrior, state: Mapping[str, Tensor]) -> Guide:
+        """The fitted guide for `prior`.
+
+        Args:
+            prior: See `build_prior`.
+            state: The guide's `state_dict`.
+
+        Raises:
+            UserError: If the state does not fit the guide, as after a change to a user's file.
+        """
+        with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
+            guide = build_guide(self.guide, prior)
+            guide()  # Pyro's own guides create their parameters in the first call
+        assert isinstance(guide, torch.nn.Module)
+        try:
+            guide.load_state_dict(dict(state))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"guide {self.guide} is not the fitted one: {reason}") from None
+        return guide
+
+
+def normal_guide(
+    groups: tuple[Group, ...], mean: Mapping[str, Tensor], stddev: Mapping[str, Tensor]
+) -> Guide:
+    """A guide of independent Normals with these moments, by site name."""
+    with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
+        program = FactorPrior(groups, build_prior("normal"), torch.device("cpu"))
+        guide: Any = build_guide("normal", program)
+        previous_posterior.start_at(guide, mean, stddev)
+    return guide
