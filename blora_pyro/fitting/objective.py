@@ -7,14 +7,10 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions.score_parts import ScoreParts
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.util import is_validation_enabled
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
 from blora_pyro.data import Batch, SoftTargets
 from blora_pyro.fitting.checkpoints import RandomState
@@ -23,61 +19,28 @@ from blora_pyro.fitting.processes import Processes, gradients_of
 from blora_pyro.models import BLoRA, Temper
 
 
-class _Traces(Trace_ELBO):
-    """Traces of guide and model as Pyro makes them, without the densities that nothing looks at.
+class Observed(Messenger):
+    """An effect handler that records -log p of every observed site.
 
-    Pyro computes the log-density of every latent site in both, also where the KL has a closed form,
-    which takes their place: a quarter of a step's time without Whisper. The loss is the same to the
-    bit.
+    Attributes:
+        terms: Site name -> scalar, scaled and masked as in the ELBO, nats.
     """
 
     def __init__(self) -> None:
-        """Of one model and its guide."""
+        """Start with no terms; every `with` starts anew."""
         super().__init__()
-        self._closed: dict[str, bool] = {}  # latent site -> whether its KL has a closed form
+        self.terms: dict[str, Tensor] = {}
 
-    def _get_trace(self, model, guide, args, kwargs):
-        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-        scored = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
-        if is_validation_enabled():
-            check_model_guide_match(scored, drawn, self.max_plate_nesting)
-        drawn, scored = prune_subsample_sites(drawn), prune_subsample_sites(scored)
-        sites, own = scored.nodes, drawn.nodes
-        closed = {n for n in scored.stochastic_nodes if self._is_closed(n, own[n], sites[n])}
-        scored.compute_log_prob(lambda name, site: name not in closed)
-        for name in closed:  # as if computed
-            own[name]["score_parts"] = ScoreParts(math.nan, 0.0, math.nan)
-        drawn.compute_score_parts()
-        if is_validation_enabled():
-            for site in (*sites.values(), *own.values()):
-                if "log_prob" in site:
-                    check_site_shape(site, self.max_plate_nesting)
-        return scored, drawn
+    def __enter__(self) -> Any:
+        """Forget the terms of the last `with`."""
+        self.terms = {}
+        return super().__enter__()
 
-    def _is_closed(self, name: str, own: Any, prior: Any) -> bool:
-        if name not in self._closed:
-            try:
-                with torch.no_grad():
-                    kl_divergence(own["fn"], prior["fn"])
-                self._closed[name] = True
-            except NotImplementedError:
-                self._closed[name] = False
-        return self._closed[name]
-
-
-class _Elbo(TraceMeanField_ELBO, _Traces):
-    """`TraceMeanField_ELBO` that remembers the observed terms of its last trace."""
-
-    nll: Tensor
-    regularizer: Tensor
-
-    def _get_trace(self, model, guide, args, kwargs):
-        traces = super()._get_trace(model, guide, args, kwargs)
-        nodes = traces[0].nodes
-        observed = {n: -nodes[n]["log_prob_sum"].detach() for n in traces[0].observation_nodes}
-        self.nll = observed.pop("tokens")
-        self.regularizer = sum(observed.values(), torch.zeros(()))
-        return traces
+    @torch.no_grad()
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"])
+            self.terms[msg["name"]] = -log_prob.sum()
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:
@@ -161,7 +124,8 @@ class Objective:
     ) -> None:
         """The objective of a model and its guide, in one process or in several."""
         self.model, self.guide, self.estimator = model, guide, estimator
-        self.temper, self.elbo, self.accumulation = Temper(beta), _Elbo(), accumulation
+        self.temper, self.accumulation = Temper(beta), accumulation
+        self.elbo, self.observed = TraceMeanField_ELBO(), Observed()
         self.scale = 2.0**16 if model.net.dtype is torch.float16 else 1.0
         self.steps_at_scale = 0
         self.regularizer, self.tokens = 0.0, 0
@@ -236,11 +200,12 @@ class Objective:
             guide = self._one_draw(batch) if len(parts) > 1 else self.guide
             for part in parts:
                 share = part.num_tokens / batch.num_tokens
-                with self.estimator:
+                with self.estimator, self.observed:
                     programs = self.temper(self.model), self.temper(guide)
                     term = share * self.elbo.differentiable_loss(*programs, part)
-                loss, nll = loss + term.item(), nll + share * self.elbo.nll.item()
-                self.regularizer += share * self.elbo.regularizer.item()
+                nll += share * self.observed.terms.pop("tokens").item()
+                self.regularizer += share * sum(one.item() for one in self.observed.terms.values())
+                loss += term.item()
                 if not math.isfinite(loss):
                     break
                 # What the draw came from is needed again; the activations of this part go with it.

@@ -7,7 +7,6 @@ from torch.nn.functional import softplus
 
 from blora_pyro.adapters import Site
 from blora_pyro.errors import check_positive
-from blora_pyro.guides.mean_field import MeanFieldNormal
 from blora_pyro.guides.starts import initial_mean, initial_rho
 from blora_pyro.models import FactorPrior
 
@@ -49,7 +48,7 @@ class Guide(nn.Module):
     def distribution(self, site: Site) -> dist.Distribution:
         """Q of a site: batch shape (modules,), event shape (rows, columns)."""
         sigma = softplus(self.rhos[site.name])
-        return MeanFieldNormal(self.means[site.name], sigma, validate_args=False).to_event(2)
+        return dist.Normal(self.means[site.name], sigma, validate_args=False).to_event(2)
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Sample every site; takes the model's arguments, returns site name -> draw."""

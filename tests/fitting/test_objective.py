@@ -81,15 +81,11 @@ def test_the_loss_is_that_of_pyros_own_elbo_to_the_bit(net, batch, name, beta):
             assert torch.equal(found[name], parameter.grad)
 
 
-def test_a_density_is_computed_only_where_there_is_no_closed_form(net, batch):
-    for name, needed in (("normal", False), ("student-t", True)):
-        objective = start(net, batch, name)
-        traces = objective.elbo._get_trace(objective.model, objective.guide, (batch,), {})
-        objective.model.adapters.clear()
-        for trace in traces:
-            latent = [trace.nodes[site.name] for site in objective.model.sites]
-            assert all(("log_prob" in site) == needed for site in latent)
-        assert "log_prob" in traces[0].nodes["tokens"]
+def test_the_observed_terms_of_a_loss_are_recorded_as_the_elbo_weighs_them(net, batch):
+    objective = start(net, batch, beta=0.0, penalty=lambda factors: torch.tensor(0.25))
+    loss, nll = objective.gradients(batch)
+    assert objective.regularizer == 0.25
+    assert loss == pytest.approx(nll + 0.25, rel=1e-6)
 
 
 # ---- gradient accumulation
