@@ -197,7 +197,7 @@ class Table:
 Part = Table | Text | str
 
 
-def print_report(parts: Iterable[Part]) -> None:
+def print_report(parts: Iterable[RenderableType]) -> None:
     """Print tables and lines to stdout, wide enough for tables also where no terminal is.
 
     Lines of type `str` are not broken, so that paths and commands can be copied; a `Text` is.

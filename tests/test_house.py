@@ -10,7 +10,7 @@ import blora_pyro
 HOUSE = Path(blora_pyro.__file__).parent
 ORDER = (  # of the rooms and of the files beside them, as CONTRIBUTING.md tells it
     *("errors", "files", "hub", "launched", "tables", "plotting"),
-    *("data", "metrics", "low_rank", "adapters", "models", "checking", "guides", "fitting"),
+    *("data", "metrics", "low_rank", "adapters", "models", "guides", "fitting"),
     *("posterior", "diagnostics", "transcription", "evaluation"),
     *("config", "runs", "reports", "sweeps", "comparison", "publishing", "cli"),
 )

@@ -91,7 +91,7 @@ def compare(
 
         from blora_pyro.comparison import compare_methods, files
         from blora_pyro.reports.progress import TerminalProgress
-        from blora_pyro.reports.tables import print_tables
+        from blora_pyro.tables import print_report
 
         if threads is not None:
             if threads < 1:
@@ -116,13 +116,13 @@ def compare(
                 **({} if backward is None else {"backward": backward}),
             )
         if dry_run:
-            print_tables([], *files.plan_lines(comparison))
+            print_report(files.plan_lines(comparison))
             return
         lines, content = files.report(comparison)
         if as_json:
             print_json(content)
         else:
-            print_tables(lines)
+            print_report(lines)
 
 
 def _parts(text: str) -> list[str]:

@@ -40,10 +40,10 @@ def check(
     Exit code 1 if a fit would refuse a row, 2 if a source can't be read at all.
     """
     with one_line_errors():
-        from blora_pyro.checking.checks import check_data
-        from blora_pyro.checking.report import check_tables
+        from blora_pyro.diagnostics.data_check import check_data
+        from blora_pyro.diagnostics.report import data_check_tables
         from blora_pyro.reports.progress import TerminalProgress
-        from blora_pyro.reports.tables import print_tables
+        from blora_pyro.tables import print_report
 
         with TerminalProgress() as progress:
             found = check_data(
@@ -52,6 +52,6 @@ def check(
         if as_json:
             print_json(found.to_json())
         else:
-            print_tables(check_tables(found))
+            print_report(data_check_tables(found))
         if found.refused:
             raise typer.Exit(1)

@@ -44,8 +44,9 @@ def prune(
     """Write a smaller or sparser adapter; show what that costs."""
     with one_line_errors():
         from blora_pyro.reports.progress import TerminalProgress
-        from blora_pyro.reports.tables import print_tables, prune_tables
         from blora_pyro.runs.pruned import prune_run
+        from blora_pyro.runs.report import prune_tables
+        from blora_pyro.tables import print_report
 
         with TerminalProgress() as progress:
             metrics = prune_run(
@@ -62,7 +63,7 @@ def prune(
         if as_json:
             print_json(metrics)
         else:
-            print_tables(prune_tables(metrics), f"run folder: {out}")
+            print_report([*prune_tables(metrics), f"run folder: {out}"])
 
 
 def combine(
@@ -109,9 +110,10 @@ def combine(
         if as_json:
             print_json(found)
         else:
-            from blora_pyro.reports.tables import combine_line, print_tables
+            from blora_pyro.runs.report import combine_line
+            from blora_pyro.tables import print_report
 
-            print_tables([combine_line(found)], f"run folder: {output}")
+            print_report([combine_line(found), f"run folder: {output}"])
 
 
 def merge(

@@ -275,8 +275,9 @@ def fit(
     """
     with one_line_errors():  # most options are read from the context, as `sweep` does it, too
         from blora_pyro.reports.progress import TerminalProgress
-        from blora_pyro.reports.tables import dev_line, fit_tables, print_tables
         from blora_pyro.runs import fits
+        from blora_pyro.runs.report import dev_line, fit_tables
+        from blora_pyro.tables import print_report
 
         names = [source.partition("=")[2] or source for source in data or ["de-en"]]
         domain = "+".join(Path(name).stem for name in names)
@@ -300,4 +301,4 @@ def fit(
             print_json(run.metrics)
         else:
             more = [dev_line(run.dev)] if run.dev else []
-            print_tables(fit_tables(run.metrics), *more, f"run folder: {folder}")
+            print_report([*fit_tables(run.metrics), *more, f"run folder: {folder}"])

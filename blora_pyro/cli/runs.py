@@ -65,8 +65,9 @@ def evaluate(
     with one_line_errors():
         from blora_pyro.posterior.strength import parse_strengths
         from blora_pyro.reports.progress import TerminalProgress
-        from blora_pyro.reports.tables import fit_tables, print_tables
         from blora_pyro.runs import finished
+        from blora_pyro.runs.report import fit_tables
+        from blora_pyro.tables import print_report
 
         strengths = parse_strengths(strength)
         if len(strengths) > 1:
@@ -105,21 +106,22 @@ def evaluate(
         if as_json:
             print_json(metrics)
         else:
-            print_tables(fit_tables(metrics), *([f"utterances: {output}"] if output else []))
+            print_report([*fit_tables(metrics), *([f"utterances: {output}"] if output else [])])
 
 
 def _draw_curve(run: Path, strengths: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """What `evaluate` does with several strengths."""
     from blora_pyro.reports.progress import TerminalProgress
-    from blora_pyro.reports.tables import print_tables, strength_tables
+    from blora_pyro.runs.report import strength_tables
     from blora_pyro.runs.strength_curves import strength_curve
+    from blora_pyro.tables import print_report
 
     with TerminalProgress() as progress:
         curve = strength_curve(run, strengths, progress, **options)
     if as_json:
         print_json(curve)
     else:
-        print_tables(strength_tables(curve))
+        print_report(strength_tables(curve))
 
 
 def errors(
@@ -139,16 +141,16 @@ def errors(
 ) -> None:
     """Show the utterances with the most errors, word by word."""
     with one_line_errors():
-        from blora_pyro.reports.errors import error_view
+        from blora_pyro.runs.report import error_view
         from blora_pyro.runs.utterances import choose, read_utterances, worst
 
         rows = choose(read_utterances(results), test_set, state)
         if as_json:
             print_json(worst(rows, top))
         else:
-            from blora_pyro.reports.tables import print_tables
+            from blora_pyro.tables import print_report
 
-            print_tables(error_view(rows, top))
+            print_report(error_view(rows, top))
 
 
 def diagnose(
@@ -169,9 +171,10 @@ def diagnose(
 ) -> None:
     """Show where a fit adapted Whisper and how its prior shrank it; plot it."""
     with one_line_errors():
+        from blora_pyro.diagnostics.report import diagnosis_tables
         from blora_pyro.reports.progress import TerminalProgress
-        from blora_pyro.reports.tables import diagnosis_tables, print_tables
         from blora_pyro.runs import diagnosis
+        from blora_pyro.tables import print_report
 
         with TerminalProgress() as progress:
             found = diagnosis.diagnose(
@@ -186,7 +189,7 @@ def diagnose(
         if as_json:
             print_json(found.to_json())
         else:
-            print_tables(diagnosis_tables(found))
+            print_report(diagnosis_tables(found))
 
 
 def priors(as_json: Json = False) -> None:
@@ -203,6 +206,7 @@ def priors(as_json: Json = False) -> None:
                 ]
             )
         else:
-            from blora_pyro.reports.tables import print_tables, prior_tables
+            from blora_pyro.diagnostics.report import prior_tables
+            from blora_pyro.tables import print_report
 
-            print_tables(prior_tables(families))
+            print_report(prior_tables(families))

@@ -54,9 +54,9 @@ def sweep(
     """
     with one_line_errors():
         from blora_pyro.reports.progress import TerminalProgress
-        from blora_pyro.reports.tables import print_tables
         from blora_pyro.sweeps import sweeping
         from blora_pyro.sweeps.report import sweep_tables
+        from blora_pyro.tables import print_report
 
         with TerminalProgress() as progress:
             found = sweeping.sweep(
@@ -72,7 +72,7 @@ def sweep(
         if as_json:
             print_json(found.to_json())
         else:
-            print_tables(sweep_tables(found))
+            print_report(sweep_tables(found))
 
 
 def _ranges(texts: list[str]) -> dict[str, tuple[float, float]]:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import RenderableType
-from rich.markup import escape
 
 from blora_pyro import __version__
 from blora_pyro.comparison.comparing import Comparison
@@ -33,11 +32,11 @@ def report(comparison: Comparison) -> tuple[list[RenderableType], dict[str, Any]
     """
     found, output = standings(comparison), comparison.study.output
     if not found:
-        return [f"no row is in {escape(str(output))} yet"], {}
+        return [f"no row is in {output} yet"], {}
     lines: list[RenderableType] = []
     for one in found:
         lines += [sheet.to_rich() for sheet in sheets(one)]
-    lines += [escape(line) for line in notes(comparison, found)]
+    lines += notes(comparison, found)
     content = to_json(comparison, found)
     try:
         replace_file(output / MARKDOWN, markdown(comparison, found).encode())
@@ -49,7 +48,7 @@ def report(comparison: Comparison) -> tuple[list[RenderableType], dict[str, Any]
             f"output '{output}' can't be written ({error.strerror}); put that right and start the "
             "same command again: no row is lost"
         ) from None
-    return [*lines, escape(f"written: {output / MARKDOWN}, {JSON}, {PICTURE}")], content
+    return [*lines, f"written: {output / MARKDOWN}, {JSON}, {PICTURE}"], content
 
 
 def markdown(comparison: Comparison, found: Sequence[Standing]) -> str:

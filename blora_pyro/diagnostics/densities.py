@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blora_pyro.adapters import Site
 from blora_pyro.diagnostics.explanations import kl_by_module
-from blora_pyro.diagnostics.layers import Place
+from blora_pyro.diagnostics.layers import LayerPosition
 from blora_pyro.diagnostics.summaries import Summary
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.draws import traces
@@ -62,7 +62,7 @@ def densities(posterior: Posterior, summary: Summary) -> list[Densities]:
         for factor in ("A", "B"):
             key = (module, factor)
             prior = _prior_values(posterior, sites[key], module, points)
-            title = f"{factor} of {Place.of(module).label} ({remark})"
+            title = f"{factor} of {LayerPosition.of(module).label} ({remark})"
             index = sites[key].modules.index(module)
             means = posterior.mean[sites[key].name][index].cpu().numpy().ravel()
             found.append(_densities(title, prior, drawn.get(key), means))

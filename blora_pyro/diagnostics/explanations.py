@@ -1,7 +1,6 @@
 """What the figures of a posterior mean, in plain English: how each prior shrinks, and k-hat."""
 
 import itertools
-import math
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -210,23 +209,6 @@ def _like_for_like(summary: Summary, shrinkage: Shrinkage) -> str:
     return (
         f"{text} {floor}; of what is above it, half sits in {shrinkage.half_kl_layers} of "
         f"{shrinkage.layers} layers."
-    )
-
-
-def khat_meaning(khat: float, num_weights: int) -> str:
-    """What a k-hat says of the fit, in two or three sentences."""
-    if khat < 0.7:
-        return (
-            "Below 0.7 importance weighting of these draws gives the exact posterior's "
-            "expectations: the guide is close to it, as few are."
-        )
-    here = "here a few draws outweigh all others"
-    if math.isinf(khat):
-        here = "here it has no finite value, because draws differ by hundreds of nats"
-    return (
-        "Below 0.7 the guide could stand in for the exact posterior after importance weighting; "
-        f"{here}, as a mean-field guide over {num_weights:,} weights must expect. Report it and "
-        "compare it between fits of one model and data; it is no test to pass."
     )
 
 

@@ -8,7 +8,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from blora_pyro.diagnostics.explanations import kl_by_module
-from blora_pyro.diagnostics.layers import Place, kinds
+from blora_pyro.diagnostics.layers import LayerPosition, layer_kinds
 from blora_pyro.diagnostics.summaries import Summary
 from blora_pyro.plotting import SMALL, TEXT, TITLE, label_axes, new_figure, tick_at_1_2_5
 
@@ -20,7 +20,7 @@ def kl_map(summary: Summary) -> Figure:
     """KL of A and B by block and projection: the layer's in figures, that of a weight in colour."""
     totals = kl_by_module(summary)
     colors = {module: kl / weights for module, (kl, weights) in totals.items()}
-    top = Place.of(max(colors, key=lambda name: colors[name])).label
+    top = LayerPosition.of(max(colors, key=lambda name: colors[name])).label
     whole = sum(kl for kl, _ in totals.values())
     title = f"Where the adaptation went: KL {_nats(whole)} nats, most a weight in {top}"
     numbers = {module: _nats(kl) for module, (kl, _) in totals.items()}
@@ -34,7 +34,7 @@ def update_map(summary: Summary) -> Figure:
         row.module: 100 * float(row.relative_norm or 0) if relative else row.norm
         for row in summary.updates
     }
-    top = Place.of(max(sizes, key=lambda name: sizes[name])).label
+    top = LayerPosition.of(max(sizes, key=lambda name: sizes[name])).label
     least = 10.0 ** np.floor(np.log10(max(max(sizes.values()) / HIDDEN, 1e-30)))
     numbers = {
         module: f"{size:#.2g}".rstrip(".") if size >= least else f"<{least:g}"
@@ -50,13 +50,14 @@ def _nats(kl: float) -> str:
 
 def _layer_map(values: dict[str, float], numbers: dict[str, str], title: str, unit: str) -> Figure:
     """A heat map of one value a layer; combinations that do not exist are hatched."""
-    places = sorted(map(Place.of, values), key=lambda place: place.order)
-    blocks = list(dict.fromkeys(place.block for place in places))
-    ordered = sorted(places, key=lambda place: place.order_in_block)
-    columns = list(dict.fromkeys(place.column for place in ordered))
+    positions = {module: LayerPosition.of(module) for module in values}
+    by_depth = sorted(positions.values(), key=lambda one: one.order)
+    blocks = list(dict.fromkeys(one.block for one in by_depth))
+    by_column = sorted(positions.values(), key=lambda one: one.order_in_block)
+    columns = list(dict.fromkeys(one.column for one in by_column))
     spots = {
-        module: (blocks.index(place.block), columns.index(place.column))
-        for module, place in ((module, Place.of(module)) for module in values)
+        module: (blocks.index(one.block), columns.index(one.column))
+        for module, one in positions.items()
     }
     cells = np.full((len(blocks), len(columns)), np.nan)
     for module, value in values.items():
@@ -116,15 +117,16 @@ def active_rank_plot(summary: Summary, shrinkage: dict[str, np.ndarray]) -> Figu
         summary: The posterior's.
         shrinkage: Shrinkage factors (rank,) by `{factor} {module}`.
     """
-    modules = sorted((row.module for row in summary.updates), key=lambda m: Place.of(m).order)
+    positions = {row.module: LayerPosition.of(row.module) for row in summary.updates}
+    modules = sorted(positions, key=lambda module: positions[module].order)
     grouped = len(modules) > ROWS
-    names = kinds(modules) if grouped else [Place.of(module).label for module in modules]
+    names = layer_kinds(modules) if grouped else [positions[module].label for module in modules]
     figure, axes = new_figure("", 1.6 + 0.16 * len(names), 1, 2, sharey=True)
     for panel, factor in zip(axes[0], "AB", strict=True):
         cells, counts = np.zeros((2, len(names), summary.rank))
         for module in modules:
-            place = Place.of(module)
-            row = names.index(place.kind if grouped else place.label)
+            position = positions[module]
+            row = names.index(position.kind if grouped else position.label)
             openness = np.sort(1 - shrinkage[f"{factor} {module}"])[::-1]
             cells[row, : len(openness)] += openness
             counts[row, : len(openness)] += 1

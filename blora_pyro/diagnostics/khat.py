@@ -1,4 +1,7 @@
-"""How well a guide fits: Pareto-smoothed importance sampling of its draws, on data."""
+"""How well a guide fits: k-hat of Pareto-smoothed importance sampling (PSIS) of its draws."""
+
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,16 +15,35 @@ from blora_pyro.posterior.draws import log_density, traces
 from blora_pyro.posterior.inference_data import pareto_khat
 
 
+@dataclass(frozen=True)
+class Khat:
+    """PSIS k-hat of a fit, or why there is none.
+
+    Attributes:
+        value: None if it was not computed; may be infinite.
+        meaning: What it says, or why it was not computed.
+        draws: Number of draws.
+        utterances: Training utterances that it was computed on.
+        of_utterances: All training utterances.
+    """
+
+    value: float | None
+    meaning: str
+    draws: int = 0
+    utterances: int = 0
+    of_utterances: int = 0
+
+
 def log_ratios(
     posterior: Posterior, base: Base, examples: Examples, beta: float, draws: int = 50
 ) -> np.ndarray:
-    """Log p - log q at draws from q, up to a constant, (draws,).
+    """Returns log p - log q at draws from q, up to a constant, (draws,).
 
     p is what a fit with weight `beta` approximates, p(w | data) ∝ exp(-NLL(w) / beta) p(w), with
     the mean token NLL of `examples`; a part of the training set stands for all of it.
 
     Args:
-        posterior: What was fitted.
+        posterior: Posterior of the fit.
         base: Its base model.
         examples: Training data, all of it or a part.
         beta: Weight of the KL, above 0.
@@ -59,10 +81,27 @@ def _mean_nll(base: Base, examples: Examples, batch_size: int = 32) -> float:
 def fit_khat(
     posterior: Posterior, base: Base, examples: Examples, beta: float, draws: int = 50
 ) -> float:
-    """PSIS k-hat of the fit (Yao et al., Yes, but Did It Work?, arXiv 1802.02538).
+    """Returns PSIS k-hat of the fit (Yao et al., Yes, but Did It Work?, arXiv 1802.02538).
 
     Below 0.7 the guide could stand in for the posterior in every expectation. With one mean-field
     guide over hundreds of thousands of weights it will be far above: log-ratios differ by tens of
     nats from draw to draw. It is a figure to report and to compare between fits, not a gate.
     """
     return pareto_khat(log_ratios(posterior, base, examples, beta, draws))
+
+
+def khat_meaning(khat: float, num_weights: int) -> str:
+    """Returns what a k-hat says of the fit, in two or three sentences."""
+    if khat < 0.7:
+        return (
+            "Below 0.7 importance weighting of these draws gives the exact posterior's "
+            "expectations: the guide is close to it, as few are."
+        )
+    here = "here a few draws outweigh all others"
+    if math.isinf(khat):
+        here = "here it has no finite value, because draws differ by hundreds of nats"
+    return (
+        "Below 0.7 the guide could stand in for the exact posterior after importance weighting; "
+        f"{here}, as a mean-field guide over {num_weights:,} weights must expect. Report it and "
+        "compare it between fits of one model and data; it is no test to pass."
+    )

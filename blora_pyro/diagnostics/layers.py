@@ -1,8 +1,11 @@
-"""Where in Whisper an adapted layer sits, told from its name."""
+"""Where in Whisper an adapted layer sits, by its name, and figures by kind of layer."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, median
+
+from blora_pyro.diagnostics.summaries import FactorSummary, Summary, UpdateSummary
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 _PARTS = ("encoder", "decoder", "cross", "other")
@@ -10,8 +13,8 @@ _NAME = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.(?:(\w+_attn)\.)?(\w+)")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A layer's place.
+class LayerPosition:
+    """Where a layer sits.
 
     Attributes:
         part: `encoder`, `decoder`, or `cross` for the decoder's attention to the encoder.
@@ -24,8 +27,8 @@ class Place:
     projection: str
 
     @classmethod
-    def of(cls, module: str) -> "Place":
-        """The place of a layer, such as `model.decoder.layers.0.encoder_attn.q_proj`."""
+    def of(cls, module: str) -> "LayerPosition":
+        """Returns the position of a layer, such as `model.decoder.layers.0.encoder_attn.q_proj`."""
         match = _NAME.search(module)
         if match is None:
             return cls("other", -1, module.rpartition(".")[2])
@@ -34,42 +37,127 @@ class Place:
 
     @property
     def kind(self) -> str:
-        """Part and projection, `cross q_proj`: what layers of all depths have in common."""
+        """Part and projection, `cross q_proj`, which layers of all depths share."""
         return f"{self.part} {self.projection}"
 
     @property
     def block(self) -> str:
-        """The block that it is in, `decoder 0`."""
+        """The block that the layer is in, `decoder 0`."""
         stack = "decoder" if self.part == "cross" else self.part
         return stack if self.layer < 0 else f"{stack} {self.layer}"
 
     @property
     def column(self) -> str:
-        """Its name within the block in a few letters, `cross q` or `fc1`."""
+        """A short name within the block, `cross q` or `fc1`."""
         name = self.projection.removesuffix("_proj")
         return f"cross {name}" if self.part == "cross" else name
 
     @property
     def label(self) -> str:
-        """All of it in a few letters: `decoder 0 cross q`."""
+        """A short name of the layer, `decoder 0 cross q`."""
         return f"{self.block} {self.column}"
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Sorts by stack, block, and the way that data takes through a block."""
+        """Key that sorts by stack, block, and the order of computation within a block."""
         stack = ("encoder", "decoder", "other").index(self.block.partition(" ")[0])
         return (stack, self.layer, *self.order_in_block)
 
     @property
     def order_in_block(self) -> tuple[int, ...]:
-        """Sorts the layers of a block: its own attention, that to the encoder, fc1 and fc2."""
+        """Key that sorts a block: self-attention, cross-attention, fc1 and fc2."""
         feed_forward = self.projection in ("fc1", "fc2")
         names = (*PROJECTIONS, self.projection)
         return feed_forward, _PARTS.index(self.part), names.index(self.projection)
 
 
-def kinds(modules: Iterable[str]) -> list[str]:
-    """The kinds of some layers, each once: encoder, decoder, cross-attention."""
-    places = {place.kind: place for place in map(Place.of, modules)}
-    key = lambda place: (_PARTS.index(place.part), place.order_in_block)  # noqa: E731
-    return [place.kind for place in sorted(places.values(), key=key)]
+def layer_kinds(modules: Iterable[str]) -> list[str]:
+    """Returns the kinds of some layers, each once: encoder, decoder, cross-attention."""
+    positions = {one.kind: one for one in map(LayerPosition.of, modules)}
+    key = lambda one: (_PARTS.index(one.part), one.order_in_block)  # noqa: E731
+    return [one.kind for one in sorted(positions.values(), key=key)]
+
+
+@dataclass(frozen=True)
+class KindSummary:
+    """Layers of one kind, such as `decoder q_proj`, together.
+
+    Attributes:
+        kind: Part of Whisper and projection.
+        layers: Number of layers.
+        contraction: By factor, mean over the layers; None for a point.
+        signal_to_noise: By factor, median over the layers; None for a point.
+        near_zero: Share of the elements of A and B with |mean| < 1e-3.
+        kl: By factor, nats; None for a point.
+        kl_share: Share in the posterior's whole KL; None without KL.
+        kl_per_weight: KL of A and B over their number of weights, nats; None without KL.
+        effective_rank: Mean over the layers.
+        directions: Directions of ΔW above their standard deviation, mean over the layers; None
+            where nothing has one.
+        relative_norm: Norm of ΔW over that of the frozen weight, mean over the layers, or None.
+        active_ranks: By factor, mean over the layers; None unless the prior is the horseshoe.
+    """
+
+    kind: str
+    layers: int
+    contraction: dict[str, float | None]
+    signal_to_noise: dict[str, float | None]
+    near_zero: float
+    kl: dict[str, float | None]
+    kl_share: float | None
+    kl_per_weight: float | None
+    effective_rank: float
+    directions: float | None
+    relative_norm: float | None
+    active_ranks: dict[str, float | None]
+
+
+def summarise_kinds(summary: Summary) -> tuple[KindSummary, ...]:
+    """Returns the figures of every kind of layer, encoder first."""
+    whole = summary.kl if any(row.kl is not None for row in summary.factors) else None
+    return tuple(
+        _summarise_kind(
+            kind,
+            [row for row in summary.factors if LayerPosition.of(row.module).kind == kind],
+            [row for row in summary.updates if LayerPosition.of(row.module).kind == kind],
+            whole,
+        )
+        for kind in layer_kinds(row.module for row in summary.updates)
+    )
+
+
+def _summarise_kind(
+    kind: str, factors: list[FactorSummary], updates: list[UpdateSummary], whole: float | None
+) -> KindSummary:
+    by_factor = {name: [row for row in factors if row.factor == name] for name in ("A", "B")}
+    random = {n: [row for row in rows if row.kl is not None] for n, rows in by_factor.items()}
+    weights = sum(row.weights for row in factors)
+    kl = {name: _over(sum, [row.kl for row in rows]) for name, rows in random.items()}
+    total = sum(value or 0.0 for value in kl.values())
+    random_weights = sum(row.weights for rows in random.values() for row in rows)
+    return KindSummary(
+        kind=kind,
+        layers=len(updates),
+        contraction={
+            n: _over(fmean, [row.contraction for row in rows]) for n, rows in random.items()
+        },
+        signal_to_noise={
+            n: _over(median, [row.signal_to_noise for row in rows]) for n, rows in random.items()
+        },
+        near_zero=sum(row.near_zero * row.weights for row in factors) / weights,
+        kl=kl,
+        kl_share=total / whole if whole else None,
+        kl_per_weight=total / random_weights if random_weights else None,
+        effective_rank=fmean(row.effective_rank for row in updates),
+        directions=_over(fmean, [row.directions for row in updates if any(row.singular_stddevs)]),
+        relative_norm=_over(fmean, [row.relative_norm for row in updates]),
+        active_ranks={
+            n: _over(fmean, [row.active_ranks for row in rows]) for n, rows in by_factor.items()
+        },
+    )
+
+
+def _over(function: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
+    """Returns a function of the known values, or None if there are none."""
+    known = [value for value in values if value is not None]
+    return function(known) if known else None

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from blora_pyro.diagnostics.densities import Densities, densities
 from blora_pyro.diagnostics.heat_maps import active_rank_plot, kl_map, update_map
-from blora_pyro.diagnostics.layers import PROJECTIONS, Place
+from blora_pyro.diagnostics.layers import PROJECTIONS, LayerPosition
 from blora_pyro.diagnostics.summaries import Summary, UpdateSummary
 from blora_pyro.fitting.svi import Step
 from blora_pyro.plotting import (
@@ -57,17 +57,17 @@ def contraction_plot(summary: Summary) -> Figure:
 
     A panel a part of Whisper; colour and shape say the projection, filled is A, hollow is B.
     """
-    rows = [(Place.of(row.module), row) for row in summary.factors if row.kl is not None]
-    parts = [part for part in PARTS if any(place.part == part for place, _ in rows)]
+    rows = [(LayerPosition.of(row.module), row) for row in summary.factors if row.kl is not None]
+    parts = [part for part in PARTS if any(one.part == part for one, _ in rows)]
     middle = np.median([row.contraction for _, row in rows])
     noise = np.median([row.signal_to_noise for _, row in rows])
     title = f"Contraction (median {middle:.2f}) against signal-to-noise (median {noise:.2g})"
     figure, axes = new_figure(title, 3.4, 1, len(parts), sharex=True, sharey=True)
     for panel, part in zip(axes[0], parts, strict=True):
-        for place, row in rows:
-            if place.part != part:
+        for position, row in rows:
+            if position.part != part:
                 continue
-            color, marker = LOOKS.get(place.projection, (BLACK, "*"))
+            color, marker = LOOKS.get(position.projection, (BLACK, "*"))
             panel.plot(
                 *(max(row.signal_to_noise, 1e-4), row.contraction),
                 marker=marker,
@@ -86,7 +86,7 @@ def contraction_plot(summary: Summary) -> Figure:
     label = "signal-to-noise: median |mean| / sd of a factor"
     axes[0][len(parts) // 2].set_xlabel(label, fontsize=TEXT)
     figure.legend(
-        handles=_projection_handles([place.projection for place, _ in rows]),
+        handles=_projection_handles([one.projection for one, _ in rows]),
         loc="outside lower center",
         ncols=8,
         fontsize=SMALL,
@@ -179,7 +179,7 @@ def _spectrum(panel: Any, row: UpdateSummary) -> None:
         tick_at_1_2_5(panel.yaxis)
     panel.yaxis.set_minor_formatter(NullFormatter())
     count = f": {row.directions} of {len(values)}" if stddevs.any() else ""
-    label_axes(panel, Place.of(row.module).label + count)
+    label_axes(panel, LayerPosition.of(row.module).label + count)
     panel.set_xlim(0.3, len(values) + 0.7)
 
 

@@ -1,20 +1,17 @@
 """The model card of a run: what it is, what was measured, how to use it, where it ends."""
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from blora_pyro.data import is_hub_id
 from blora_pyro.hub import is_run_id
 from blora_pyro.models import POCKET
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS
-from blora_pyro.reports.tables import fit_tables, prune_tables
+from blora_pyro.runs.report import fit_tables, prune_tables
+from blora_pyro.tables import report_markdown
 
 TASK = "automatic-speech-recognition"
 HUB_METRICS = ("wer", "cer")  # MER of the Hub is another measure, the match error rate
@@ -130,10 +127,10 @@ def _title(repo_id: str, posterior: Posterior, codes: Sequence[str]) -> str:
 def _measured(about: Mapping[str, Any], metrics: dict[str, Any]) -> str:
     if "size" in metrics:
         what = f"The full adapter, before, and this one, pruned: {_origin(about)}"
-        return f"## Measured\n\n{what}\n\n{_markdown(prune_tables(metrics))}"
+        return f"## Measured\n\n{what}\n\n{report_markdown(prune_tables(metrics))}"
     if not _is_measured(metrics):
         return "## Measured\n\nNothing: there was no evaluation, or no set to evaluate on."
-    return f"## Measured\n\n{_markdown(fit_tables(metrics))}"
+    return f"## Measured\n\n{report_markdown(fit_tables(metrics))}"
 
 
 def _is_measured(metrics: Mapping[str, Any]) -> bool:
@@ -148,23 +145,6 @@ def _origin(about: Mapping[str, Any]) -> str:
     if combined := about.get("combined"):
         return f"`blora-pyro combine`, {combined['method']} of {', '.join(combined['from'])}."
     return ""
-
-
-def _markdown(lines: Sequence[Table | str]) -> str:
-    """Tables and lines of a report as Markdown."""
-    console = Console(file=io.StringIO(), width=1000, highlight=False, color_system=None)
-    parts = []
-    for line in lines:
-        if isinstance(line, Table):
-            parts.append(f"{line.title}:")
-            line.title, line.box = None, box.MARKDOWN
-            for row in line.rows:
-                row.end_section = False
-        with console.capture() as captured:
-            console.print(line, soft_wrap=isinstance(line, str))
-        rows = captured.get().splitlines()
-        parts.append("\n".join(row.strip() for row in rows if row.strip()))
-    return "\n\n".join(parts)
 
 
 def _use(repo_id: str, posterior: Posterior, about: Mapping[str, Any], revision: str | None) -> str:

@@ -1,5 +1,1 @@
-"""What terminals show.
-
-- `tables`: of fits, diagnoses, priors; `errors`: utterances, word above word;
-- `progress`: a run as it goes;
-"""
+"""Progress of a run, shown on a terminal."""

@@ -1,21 +1,19 @@
-"""A run looked into: figures by kind of layer, k-hat, plots, and what they say of its prior."""
+"""Diagnosis of a run: figures by kind of layer, k-hat, plots, and how its prior shrinks."""
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
 from blora_pyro.config import FitConfig, base_of
 from blora_pyro.data import Examples, OnBadRow, load_mixture, stop
-from blora_pyro.diagnostics.explanations import Shrinkage, how_it_shrinks, khat_meaning
-from blora_pyro.diagnostics.khat import fit_khat
-from blora_pyro.diagnostics.layers import Place, kinds
+from blora_pyro.diagnostics.explanations import Shrinkage, how_it_shrinks
+from blora_pyro.diagnostics.khat import Khat, fit_khat, khat_meaning
+from blora_pyro.diagnostics.layers import summarise_kinds
 from blora_pyro.diagnostics.plots import all_plots, save_plots
-from blora_pyro.diagnostics.summaries import FactorSummary, Summary, UpdateSummary, summarise
+from blora_pyro.diagnostics.report import Diagnosis
+from blora_pyro.diagnostics.summaries import Summary, summarise
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.svi import Step
 from blora_pyro.posterior import Posterior
@@ -24,92 +22,6 @@ from blora_pyro.runs.folders import beside, claim, read_run
 
 KHAT_DRAWS = 30
 KHAT_UTTERANCES = 64
-
-
-@dataclass(frozen=True)
-class KindSummary:
-    """Layers of one kind, such as `decoder q_proj`, together.
-
-    Attributes:
-        kind: Part of Whisper and projection.
-        layers: Number of layers.
-        contraction: By factor, mean over the layers; None for a point.
-        signal_to_noise: By factor, median over the layers; None for a point.
-        near_zero: Share of the elements of A and B with |mean| < 1e-3.
-        kl: By factor, nats; None for a point.
-        kl_share: Share in the posterior's whole KL; None without KL.
-        kl_per_weight: KL of A and B over their number of weights, nats; None without KL.
-        effective_rank: Mean over the layers.
-        directions: Directions of ΔW above their standard deviation, mean over the layers; None
-            where nothing has one.
-        relative_norm: Norm of ΔW over that of the frozen weight, mean over the layers, or None.
-        active_ranks: By factor, mean over the layers; None unless the prior is the horseshoe.
-    """
-
-    kind: str
-    layers: int
-    contraction: dict[str, float | None]
-    signal_to_noise: dict[str, float | None]
-    near_zero: float
-    kl: dict[str, float | None]
-    kl_share: float | None
-    kl_per_weight: float | None
-    effective_rank: float
-    directions: float | None
-    relative_norm: float | None
-    active_ranks: dict[str, float | None]
-
-
-@dataclass(frozen=True)
-class Khat:
-    """PSIS k-hat of a fit.
-
-    Attributes:
-        value: None if it was not computed; may be infinite.
-        meaning: What it says, or why it was not computed.
-        draws: Number of draws.
-        utterances: Training utterances that it was computed on.
-        of_utterances: All training utterances.
-    """
-
-    value: float | None
-    meaning: str
-    draws: int = 0
-    utterances: int = 0
-    of_utterances: int = 0
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What `blora-pyro diagnose` shows.
-
-    Attributes:
-        run: The run's folder.
-        beta: Weight of the KL in the fit.
-        num_weights: Number of adapter weights.
-        summary: Every layer's figures.
-        kinds: The same by kind of layer.
-        shrinkage: Figures that compare between priors.
-        explanation: How the prior shrinks, in words.
-        khat: PSIS k-hat of the fit.
-        plots: Files written.
-    """
-
-    run: Path
-    beta: float
-    num_weights: int
-    summary: Summary
-    kinds: tuple[KindSummary, ...]
-    shrinkage: Shrinkage
-    explanation: str
-    khat: Khat
-    plots: tuple[Path, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as JSON has it: what is infinite or no number is None."""
-        content = asdict(self)
-        content["summary"]["kl"] = self.summary.kl
-        return _finite(content)
 
 
 def diagnose(
@@ -122,7 +34,7 @@ def diagnose(
     device: str = "cpu",
     on_stage: Callable[[str], None] = lambda name: None,
 ) -> Diagnosis:
-    """Look into a run: figures, k-hat, plots.
+    """Compute figures and k-hat of a run, and draw its plots.
 
     Args:
         run: Folder of a fit, or its Hub id.
@@ -131,7 +43,7 @@ def diagnose(
         khat: Compute k-hat, on up to 64 utterances of the run's training set.
         draws: Draws for k-hat, 30 or more.
         device: A torch device, for k-hat.
-        on_stage: Told what begins.
+        on_stage: Called with the name of every stage.
 
     Raises:
         UserError: If the run can't be read, or is a pruned or combined one, its prior has to be
@@ -180,7 +92,7 @@ def _history(run: str | Path, about: dict[str, Any]) -> list[Step]:
 
 
 def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draws: int) -> Khat:
-    """K-hat on evenly spaced utterances of the run's training set, or why there is none."""
+    """Returns k-hat on evenly spaced utterances of the training set, or why there is none."""
     beta = float(config.beta)
     if beta == 0:
         return Khat(None, "not computed: with beta = 0 there is no posterior to be close to")
@@ -210,64 +122,3 @@ def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draw
         return Khat(None, f"not computed: {error}")
     meaning = khat_meaning(value, posterior.num_weights)
     return Khat(value, meaning, draws, len(examples), len(dataset))
-
-
-def summarise_kinds(summary: Summary) -> tuple[KindSummary, ...]:
-    """Layers of one kind together, encoder first."""
-    whole = summary.kl if any(row.kl is not None for row in summary.factors) else None
-    return tuple(
-        _summarise_kind(
-            kind,
-            [row for row in summary.factors if Place.of(row.module).kind == kind],
-            [row for row in summary.updates if Place.of(row.module).kind == kind],
-            whole,
-        )
-        for kind in kinds(row.module for row in summary.updates)
-    )
-
-
-def _summarise_kind(
-    kind: str, factors: list[FactorSummary], updates: list[UpdateSummary], whole: float | None
-) -> KindSummary:
-    by_factor = {name: [row for row in factors if row.factor == name] for name in ("A", "B")}
-    random = {n: [row for row in rows if row.kl is not None] for n, rows in by_factor.items()}
-    weights = sum(row.weights for row in factors)
-    kl = {name: _over(sum, [row.kl for row in rows]) for name, rows in random.items()}
-    total = sum(value or 0.0 for value in kl.values())
-    random_weights = sum(row.weights for rows in random.values() for row in rows)
-    return KindSummary(
-        kind=kind,
-        layers=len(updates),
-        contraction={
-            n: _over(fmean, [row.contraction for row in rows]) for n, rows in random.items()
-        },
-        signal_to_noise={
-            n: _over(median, [row.signal_to_noise for row in rows]) for n, rows in random.items()
-        },
-        near_zero=sum(row.near_zero * row.weights for row in factors) / weights,
-        kl=kl,
-        kl_share=total / whole if whole else None,
-        kl_per_weight=total / random_weights if random_weights else None,
-        effective_rank=fmean(row.effective_rank for row in updates),
-        directions=_over(fmean, [row.directions for row in updates if any(row.singular_stddevs)]),
-        relative_norm=_over(fmean, [row.relative_norm for row in updates]),
-        active_ranks={
-            n: _over(fmean, [row.active_ranks for row in rows]) for n, rows in by_factor.items()
-        },
-    )
-
-
-def _over(function: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
-    """A function of the values that are known, or None if there are none."""
-    known = [value for value in values if value is not None]
-    return function(known) if known else None
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return str(content) if isinstance(content, Path) else content

@@ -112,7 +112,7 @@ def read_utterances(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether a row has what `reports.errors` shows."""
+    """Whether a row has what `report.error_view` shows."""
     return (
         isinstance(row, dict)
         and all(isinstance(row.get(name), str) for name in ("set", "state", "metric", "origin"))

@@ -1,5 +1,5 @@
-from blora_pyro.checking import checks
-from blora_pyro.checking.findings import DataCheck
+from blora_pyro.diagnostics import data_check
+from blora_pyro.diagnostics.data_check import DataCheck
 
 from .conftest import complaint, parsed, run, well
 
@@ -24,7 +24,7 @@ def test_data_check_hands_every_option_on(monkeypatch):
         seen.append(arguments)
         return DataCheck("b", 30, [])
 
-    monkeypatch.setattr(checks, "check_data", check)
+    monkeypatch.setattr(data_check, "check_data", check)
     options = ["--base", "b", "--split", "s", "--language", "German", "--revision", "v1"]
     well("data", "check", "x", "y", *options, "--local-files-only")
     assert seen[0][:4] == (["x", "y"], "b", "s", "German")

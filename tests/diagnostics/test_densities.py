@@ -6,7 +6,7 @@ from blora_pyro import fit
 from blora_pyro.diagnostics import summarise
 from blora_pyro.diagnostics.densities import densities
 from blora_pyro.diagnostics.explanations import kl_by_module
-from blora_pyro.diagnostics.layers import Place
+from blora_pyro.diagnostics.layers import LayerPosition
 
 WIDTHS = {"normal": 1.0, "laplace": 2**0.5}  # standard deviation in units of the scale
 
@@ -24,7 +24,7 @@ def test_a_and_b_of_the_layers_with_most_and_least_kl_a_weight(finished_run):
     summary = summarise(finished_run.posterior)
     found = densities(finished_run.posterior, summary)
     sizes = {name: kl / weights for name, (kl, weights) in kl_by_module(summary).items()}
-    most, least = (Place.of(of(sizes, key=sizes.get)).label for of in (max, min))
+    most, least = (LayerPosition.of(of(sizes, key=sizes.get)).label for of in (max, min))
     assert [one.title for one in found] == [
         f"{factor} of {label} ({remark} KL a weight)"
         for label, remark in ((most, "most"), (least, "least"))
@@ -40,7 +40,7 @@ def test_densities_have_the_moments_of_prior_and_posterior(fit_options, prior):
         width = WIDTHS[prior] * posterior.family.prior_args["scale"]
         assert moment(one, one.prior) == pytest.approx(width**2, rel=0.1)
         module = next(
-            n for g in posterior.groups for n in g.modules if Place.of(n).label in one.title
+            n for g in posterior.groups for n in g.modules if LayerPosition.of(n).label in one.title
         )
         site, index = next(
             (site, site.modules.index(module))
@@ -58,7 +58,10 @@ def test_a_prior_with_a_width_a_layer_is_that_layers(fit_options):
         if name.startswith("log_scales"):
             value.copy_(torch.linspace(-5, -2, len(value)) + 0.1 * i)
     summary = summarise(posterior)
-    widths = {(Place.of(row.module).label, row.factor): row.prior_stddev for row in summary.factors}
+    widths = {
+        (LayerPosition.of(row.module).label, row.factor): row.prior_stddev
+        for row in summary.factors
+    }
     for one in densities(posterior, summary):
         label = one.title.partition(" of ")[2].partition(" (")[0]
         width = widths[label, one.title[0]]

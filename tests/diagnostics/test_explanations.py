@@ -1,5 +1,4 @@
 import dataclasses
-import math
 from statistics import median
 
 import pytest
@@ -11,7 +10,6 @@ from blora_pyro.diagnostics.explanations import (
     HOW,
     Shrinkage,
     how_it_shrinks,
-    khat_meaning,
     kl_by_module,
 )
 from blora_pyro.guides import FAMILIES, previous_posterior, prior_arguments
@@ -162,11 +160,3 @@ def test_points_have_no_directions(fit_options):
     figures = Shrinkage.of(posterior, summarise(posterior))
     assert figures.directions is figures.kl_floor is figures.half_kl_layers is None
     assert figures.effective_rank >= 1
-
-
-def test_khat_is_read_by_the_rule_of_0_7():
-    assert "close to it" in khat_meaning(0.6, 1000)
-    high = khat_meaning(12.0, 405_504)
-    assert "405,504 weights" in high
-    assert "no test to pass" in high
-    assert "no finite value" in khat_meaning(math.inf, 1000)

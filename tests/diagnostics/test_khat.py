@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.data import Examples, read_manifest
-from blora_pyro.diagnostics.khat import fit_khat, log_ratios
+from blora_pyro.diagnostics.khat import fit_khat, khat_meaning, log_ratios
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.inference_data import pareto_khat
 
@@ -130,3 +130,11 @@ def test_khat_of_a_fit_is_that_of_its_ratios(net, tiny_base, examples):
 def test_khat_of_a_point_is_infinite(net, tiny_base, examples):
     point = on(net, "normal", "point")
     assert fit_khat(point, tiny_base, examples, beta=1.0, draws=30) == math.inf
+
+
+def test_khat_is_read_by_the_rule_of_0_7():
+    assert "close to it" in khat_meaning(0.6, 1000)
+    high = khat_meaning(12.0, 405_504)
+    assert "405,504 weights" in high
+    assert "no test to pass" in high
+    assert "no finite value" in khat_meaning(math.inf, 1000)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from blora_pyro.checking.checks import load_processor
+from blora_pyro.diagnostics.data_check import load_processor
 from blora_pyro.errors import UserError
 from blora_pyro.models import load_base
 from blora_pyro.models.folders import check_folder, find_folder

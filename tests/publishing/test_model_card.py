@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from blora_pyro import Posterior
 from blora_pyro.publishing.model_card import model_card
-from blora_pyro.reports.tables import fit_tables
+from blora_pyro.runs.report import fit_tables
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ import pytest
 
 from blora_pyro import fit
 from blora_pyro.diagnostics import summarise
-from blora_pyro.diagnostics.layers import Place
 from blora_pyro.errors import UserError
 from blora_pyro.posterior.inference_data import MIN_RATIOS
 from blora_pyro.runs import diagnosis
-from blora_pyro.runs.diagnosis import diagnose, measure_khat, summarise_kinds
+from blora_pyro.runs.diagnosis import diagnose, measure_khat
 
 DRAWS = MIN_RATIOS
 
@@ -47,34 +46,6 @@ def test_khat_says_what_it_was_computed_on(found):
     assert math.isfinite(khat.value) or khat.value == math.inf
     assert (khat.draws, khat.utterances, khat.of_utterances) == (DRAWS, 2, 2)
     assert khat.meaning
-
-
-def test_kinds_add_up(found):
-    kinds, summary = found.kinds, found.summary
-    assert sum(row.layers for row in kinds) == len(summary.updates)
-    assert sum(sum(row.kl.values()) for row in kinds) == pytest.approx(summary.kl)
-    assert sum(row.kl_share for row in kinds) == pytest.approx(1)
-    (row,) = [row for row in kinds if row.kind == "cross v_proj"]
-    rows = [one for one in summary.factors if Place.of(one.module).kind == "cross v_proj"]
-    assert row.layers == 2 and len(rows) == 4
-    of_a = [one for one in rows if one.factor == "A"]
-    assert row.contraction["A"] == pytest.approx(sum(one.contraction for one in of_a) / 2)
-    assert row.kl["A"] == pytest.approx(sum(one.kl for one in of_a))
-    assert row.near_zero == pytest.approx(sum(one.near_zero for one in rows) / 4)
-    weights = sum(one.weights for one in rows)
-    assert row.kl_per_weight == pytest.approx(sum(one.kl for one in rows) / weights)
-    assert row.active_ranks == {"A": None, "B": None}
-
-
-def test_kinds_of_points_have_no_figures_of_spread(fit_options):
-    run = fitted(fit_options, guide="point")
-    for row in summarise_kinds(summarise(run.posterior)):
-        assert row.contraction == row.signal_to_noise == row.kl == {"A": None, "B": None}
-        assert row.kl_share is row.kl_per_weight is row.directions is None
-    half = fitted(fit_options, prior="a-only")
-    for row in summarise_kinds(summarise(half.posterior)):
-        assert row.kl["A"] > 0 and row.kl["B"] is None
-        assert row.directions is not None
 
 
 def test_json_is_valid_and_holds_every_layer(found):

@@ -15,10 +15,10 @@ from blora_pyro.config.commands import fit_command
 from blora_pyro.errors import UserError
 from blora_pyro.models import load_base
 from blora_pyro.posterior import Posterior
-from blora_pyro.reports.tables import fit_tables
 from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import Run, fit
 from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.report import fit_tables
 from blora_pyro.sweeps.sweeping import sweep
 
 

@@ -21,7 +21,7 @@ def shown(found):
     console = Console(width=110)
     with console.capture() as capture:
         for line in sweep_tables(found):
-            console.print(line, soft_wrap=isinstance(line, str))
+            console.print(line, soft_wrap=isinstance(line, str), markup=False)
     return capture.get().splitlines()
 
 

@@ -1,23 +1,11 @@
 import copy
-import dataclasses
 import io
-from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
-from blora_pyro.diagnostics import FactorSummary, Summary, UpdateSummary
-from blora_pyro.diagnostics.explanations import Shrinkage
-from blora_pyro.guides import FAMILIES, describe_prior
-from blora_pyro.reports.tables import (
-    dev_line,
-    diagnosis_tables,
-    fit_tables,
-    print_tables,
-    prior_tables,
-    strength_tables,
-)
-from blora_pyro.runs.diagnosis import Diagnosis, Khat, KindSummary
+from blora_pyro.runs.report import dev_line, error_view, fit_tables, strength_tables
 
 
 def rate(value, low, high):
@@ -72,11 +60,15 @@ METRICS = {
 }
 
 
-def rendered(metrics, width=110) -> list[str]:
+def shown(parts, width=110) -> list[str]:
     console = Console(file=io.StringIO(), width=width, highlight=False)
-    for line in fit_tables(metrics):
-        console.print(line, soft_wrap=isinstance(line, str))
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str), markup=False)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def rendered(metrics) -> list[str]:
+    return shown(fit_tables(metrics))
 
 
 def row(lines, *starts) -> str:
@@ -128,9 +120,7 @@ def test_a_rate_of_nothing_is_a_dash():
     metrics = copy.deepcopy(METRICS)
     metrics["backward_error"]["base"] = rate(None, None, None)
     metrics["backward_error"]["change"] = change(None, None, None)
-    assert row(rendered(metrics), "│ backward average") == (
-        "backward average – [–, –] 11.8 [9.0, 14.0] – [–, –]"
-    )
+    assert row(rendered(metrics), "│ backward average") == ("backward average – 11.8 [9.0, 14.0] –")
 
 
 def test_the_backward_average_and_the_forgetting_are_shown():
@@ -185,158 +175,12 @@ def test_a_long_name_costs_no_digit():
         assert figures in cells
 
 
-def test_tables_are_printed_to_stdout_and_further_lines_as_they_are(capsys):
-    print_tables(fit_tables(METRICS), "run folder: runs/[a]/" + "x" * 150)
-    out, err = capsys.readouterr()
-    assert err == ""
-    assert out.splitlines()[-1] == "run folder: runs/[a]/" + "x" * 150
-    assert "65.4 [60.1, 70.9]" in out
-
-
 def test_the_best_dev_error_is_told_at_the_end():
     errors = [{"step": 50, "error": 0.1234}, {"step": 100, "error": 0.2}]
     dev = {"errors": errors, "best_step": 50, "ended_by": "steps"}
     assert dev_line(dev) == "dev error 12.3% after step 50, the best; of 100 steps"
     early = dev_line({**dev, "ended_by": "patience"})
     assert early == "dev error 12.3% after step 50, the best; stopped early, after 100 steps"
-
-
-# ---- diagnose and priors
-
-BLOCK = "model.decoder.layers.2."
-NONE = {"A": None, "B": None}
-
-
-def factor_row(name, kl):
-    return FactorSummary(f"{BLOCK}fc1", name, 500, 0.5, 1.5, 0.6, 0.25, kl, None, 0.05)
-
-
-SUMMARY = Summary(
-    prior="horseshoe",
-    prior_args={"scale": 0.05, "global_scale": 0.01},
-    guide="horseshoe",
-    rank=2,
-    factors=(factor_row("A", 600.0), factor_row("B", 1400.0)),
-    updates=(UpdateSummary(f"{BLOCK}fc1", 0.98, 0.02, (0.9, 0.4), (0.1, 0.5), 1.8, 1),),
-    scales_kl={"tau": 500.0},
-)
-KIND = KindSummary(
-    kind="cross out_proj",
-    layers=3,
-    contraction={"A": 0.514, "B": -0.2},
-    signal_to_noise={"A": 0.25, "B": 1.5},
-    near_zero=0.123,
-    kl={"A": 600.4, "B": 1_234_567.0},
-    kl_share=0.8,
-    kl_per_weight=0.0421,
-    effective_rank=1.84,
-    directions=0.7,
-    relative_norm=0.0213,
-    active_ranks={"A": 0.5, "B": 1.25},
-)
-DIAGNOSIS = Diagnosis(
-    run=Path("runs/[a]"),
-    beta=1e-4,
-    num_weights=1000,
-    summary=SUMMARY,
-    kinds=(KIND,),
-    shrinkage=Shrinkage(1, 1.0, 2, 1.8, 0.25, 7.0, 1, 0.1, 0.4, 1, 1.2, 0.5),
-    explanation="It [shrinks] so.",
-    khat=Khat(5.678, "That is high.", 30, 64, 400),
-    plots=(Path("runs/[a]/diagnostics/kl.png"), Path("runs/[a]/diagnostics/kl.pdf")),
-)
-
-
-def shown(lines, width=110) -> list[str]:
-    console = Console(file=io.StringIO(), width=width, highlight=False)
-    for line in lines:
-        console.print(line, soft_wrap=isinstance(line, str))
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
-
-
-def squeezed(line) -> str:
-    return " ".join(line.split())
-
-
-def test_a_diagnosis_begins_with_what_was_fitted_and_its_kl():
-    first, second, *_ = shown(diagnosis_tables(DIAGNOSIS))
-    assert first == (
-        "runs/[a]: prior horseshoe (scale 0.05, global_scale 0.01), guide horseshoe, rank 2, "
-        "beta 0.0001, 1,000 adapter weights"
-    )
-    assert second == ("KL(q || p): 2,500 nats, 2.500 a weight; 20.0% of it is the prior's scales")
-
-
-def test_points_have_no_kl():
-    points = dataclasses.replace(SUMMARY, factors=(factor_row("A", None),), scales_kl={})
-    lines = shown(diagnosis_tables(dataclasses.replace(DIAGNOSIS, summary=points)))
-    assert "infinite" in lines[1]
-    half = dataclasses.replace(SUMMARY, factors=(factor_row("A", 5.0), factor_row("B", None)))
-    lines = shown(diagnosis_tables(dataclasses.replace(DIAGNOSIS, summary=half)))
-    assert "without the factors that are points" in lines[1]
-
-
-def test_every_kind_of_layer_has_a_row_with_the_figures_of_a_and_b():
-    lines = shown(diagnosis_tables(DIAGNOSIS))
-    (line,) = [line for line in lines if "cross out" in line]
-    assert squeezed(line) == (
-        "cross out 0.51 -0.20 0.25 1.50 12% 600 1.23M 0.042 80.0% 1.8 0.7 2.1 0.5 1.2"
-    )
-
-
-def test_figures_that_do_not_exist_are_dashes_and_active_ranks_are_the_horseshoe_s():
-    none = dataclasses.replace(
-        KIND,
-        contraction=NONE,
-        signal_to_noise=NONE,
-        kl=NONE,
-        kl_share=None,
-        kl_per_weight=None,
-        relative_norm=None,
-        active_ranks=NONE,
-        directions=None,
-    )
-    lines = shown(diagnosis_tables(dataclasses.replace(DIAGNOSIS, kinds=(none,))))
-    (line,) = [line for line in lines if "cross out" in line]
-    assert squeezed(line) == "cross out – – – – 12% – – – – 1.8 – –"
-    assert not any("active" in line for line in lines)
-
-
-def test_layers_are_shown_with_singular_values_and_their_spread():
-    lines = shown(diagnosis_tables(DIAGNOSIS))
-    (line,) = [line for line in lines if "decoder 2 fc1" in line]
-    assert squeezed(line) == "decoder 2 fc1 0.98 1 of 2 0.900 ± 0.100, 0.400 ± 0.500"
-    update = dataclasses.replace(SUMMARY.updates[0], singular_stddevs=(0.0, 0.0))
-    point = dataclasses.replace(SUMMARY, updates=(update,))
-    lines = shown(diagnosis_tables(dataclasses.replace(DIAGNOSIS, summary=point)))
-    (line,) = [line for line in lines if "decoder 2 fc1" in line]
-    assert squeezed(line) == "decoder 2 fc1 0.98 – 0.900, 0.400"
-
-
-def test_explanation_khat_and_plots_are_told():
-    lines = shown(diagnosis_tables(DIAGNOSIS))
-    assert "How this prior shrinks. It [shrinks] so." in lines
-    assert (
-        "k-hat of the fit: 5.68 (30 draws, 64 of 400 training utterances). That is high." in lines
-    )
-    assert lines[-1] == "plots (and as .pdf) in runs/[a]/diagnostics: kl.png"
-    bare = dataclasses.replace(DIAGNOSIS, khat=Khat(None, "not computed: beta"), plots=())
-    assert shown(diagnosis_tables(bare))[-1] == "k-hat of the fit: not computed: beta"
-
-
-def test_the_tables_of_a_diagnosis_fit_into_a_terminal_of_96_columns():
-    lines = shown([one for one in diagnosis_tables(DIAGNOSIS) if not isinstance(one, str)], 96)
-    assert not any("…" in line for line in lines)
-
-
-def test_every_prior_is_listed_with_arguments_and_defaults():
-    lines = shown(prior_tables({name: describe_prior(name) for name in FAMILIES}))
-    for name in FAMILIES:
-        assert any(f"│ {name} " in line for line in lines)
-    row = next(line for line in lines if "global_scale" in line)
-    assert "0.01" in row
-    text = " ".join(lines)
-    assert "--prior-arg" in text and "PATH.py" in text
 
 
 def curve(fit_forgetting):
@@ -355,10 +199,7 @@ def curve(fit_forgetting):
 
 def test_a_curve_is_a_row_a_strength():
     lines = strength_tables(curve(change(0.0212, 0.01, 0.03)))
-    console = Console(file=io.StringIO(), width=110, highlight=False)
-    for line in lines:
-        console.print(line)
-    out = console.file.getvalue()
+    out = "\n".join(shown(lines))
     rows = [[cell.strip() for cell in r.split("│")[1:-1]] for r in out.splitlines() if "│" in r]
     assert rows == [
         ["base 0", "50.0 [40.0, 60.0]", "5.0 [4.0, 6.0]", "+0.0 [0.0, 0.0]", "100%"],
@@ -379,3 +220,96 @@ def test_the_table_says_the_strength_and_the_dev_sets():
     assert "on the dev sets, before and after" in out
     assert "adapted: at strength 0.5 by scale" in out
     assert "dev" not in "\n".join(rendered({**METRICS, "split": "test"}))
+
+
+# ---- errors, word by word
+
+
+def utterance(alignment, **more):
+    figures = {
+        "edits": sum(step[0] != "=" for step in alignment),
+        "length": sum(step[0] != "I" for step in alignment),
+    }
+    about = {"set": "new_domain", "state": "adapted", "metric": "wer", "origin": "test.csv, line 3"}
+    return {**about, "audio": "clips/3.wav", **figures, "alignment": alignment, **more}
+
+
+SWITCHED = utterance(
+    [["=", "das", "das"], ["S", "haus", "house"], ["D", "cool", "", "pier"], ["I", "", "oh"]],
+    pier={"edits": 1, "length": 1},
+)
+
+
+def shown_errors(rows, top=10, width=100) -> list[str]:
+    return shown(error_view(rows, top), width)
+
+
+def test_an_utterance_by_hand():
+    assert shown_errors([SWITCHED, utterance([["=", "a", "a"]])]) == [
+        "adapted: errors in 1 of 2 utterances; the worst 1:",
+        "",
+        "WER 3 of 3, PIER 1 of 1  new_domain",
+        "clips/3.wav",
+        "REF  das  haus   cool",
+        "HYP  das  house        oh",
+        "          S      D*    I",
+        "",
+        "most frequent: haus → house (1), cool → (nothing) (1), (nothing) → oh (1)",
+        "S substitution, D deletion, I insertion, * counts in PIER",
+    ]
+
+
+def test_without_errors_there_is_nothing_to_see():
+    assert shown_errors([utterance([["=", "a", "a"]])]) == ["no errors in 1 utterances"]
+    assert shown_errors([]) == ["no errors in 0 utterances"]
+
+
+def test_only_the_worst_are_shown_but_all_are_counted():
+    twice = utterance([["S", "ab", "cd"], ["S", "ab", "cd"]])
+    lines = shown_errors([utterance([["S", "x", "y"], ["=", "z", "z"]]), twice], top=1)
+    assert [line for line in lines if line.startswith("REF")] == ["REF  ab  ab"]
+    assert "most frequent: ab → cd (2), x → y (1)" in lines
+
+
+@pytest.mark.parametrize("width", [30, 47, 80])
+def test_long_utterances_are_wrapped_and_stay_aligned(width):
+    long = utterance([["S", f"reference{i}", f"hyp{i}"] for i in range(20)])
+    lines = [line for line in shown_errors([long], width=width) if line.startswith(("REF", "HYP"))]
+    assert all(len(line) <= width for line in lines)
+    wanted = " ".join(line[5:] for line in lines[::2]).split()
+    assert wanted == [f"reference{i}" for i in range(20)]
+    for above, below in zip(lines[::2], lines[1::2], strict=True):
+        starts = [
+            [i for i in range(5, len(line)) if line[i] != " " and line[i - 1] == " "]
+            for line in (above, below)
+        ]
+        assert starts[0] == starts[1]
+
+
+def test_wide_characters_stay_aligned():
+    han = utterance([["=", "我", "我"], ["S", "red", "喜欢"], ["S", "车", "x"]], metric="mer")
+    above, below = (line for line in shown_errors([han]) if line.startswith(("REF", "HYP")))
+    assert cell_len(above[: above.index("车")]) == cell_len(below[: below.index("x")])
+
+
+@pytest.mark.parametrize(
+    ("segment", "place"),
+    [
+        ({}, "clips/3.wav"),
+        ({"start": None, "end": None}, "clips/3.wav"),
+        ({"start": 12.5, "end": 14.25}, "clips/3.wav, 12.5 s to 14.25 s"),
+        ({"start": None, "end": 2}, "clips/3.wav, 0 s to 2 s"),
+        ({"start": 3.0, "end": None}, "clips/3.wav, 3 s to its end"),
+    ],
+)
+def test_it_says_where_to_listen(segment, place):
+    assert shown_errors([utterance([["S", "a", "b"]], **segment)])[3] == place
+
+
+def test_a_text_is_no_markup_and_no_control_sequence():
+    lines = shown_errors(
+        [utterance([["S", "[red]", "\x1b[31m"]], audio=None, origin="[bold] line 1")]
+    )
+    assert "[bold] line 1" in lines
+    assert "REF  [red]" in lines
+    assert not any("\x1b" in line for line in lines)

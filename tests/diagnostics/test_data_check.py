@@ -5,14 +5,16 @@ import numpy as np
 import pytest
 import soundfile
 
-from blora_pyro.checking import checks
-from blora_pyro.checking.checks import check_data, load_processor
-from blora_pyro.checking.findings import NOTES, REFUSED, Finding, SetCheck
-from blora_pyro.checking.report import check_tables
 from blora_pyro.config import FitConfig
-from blora_pyro.data import DOMAINS
+from blora_pyro.data import DOMAINS, load_split
+from blora_pyro.diagnostics.data_check import (
+    NOTES,
+    REFUSED,
+    _check_characters,
+    check_data,
+    load_processor,
+)
 from blora_pyro.errors import UserError
-from blora_pyro.reports.tables import print_tables
 from blora_pyro.runs.loading import Loader
 
 GOOD = {"audio": "a.wav", "text": "das red", "language": "de-en", "word_languages": ["de", "en"]}
@@ -158,8 +160,8 @@ class Poor:
 
 
 def test_characters_that_cannot_be_spelled(folder):
-    dataset = checks.load_split(folder("train", {"text": "ab äö"}, {"text": "ö"}), "train")
-    found = list(checks._spell(dataset, Poor()))
+    dataset = load_split(folder("train", {"text": "ab äö"}, {"text": "ö"}), "train")
+    found = list(_check_characters(dataset, Poor()))
     assert [(one.kind, one.message) for one in found] == [
         ("characters", "'ä' (U+00E4), rows: 1"),
         ("bytes", "'ö' (U+00F6), rows: 2"),
@@ -230,26 +232,3 @@ def test_json_holds_it_all(folder, fluent_folder):
     (one,) = content["sets"]
     assert one["refused"] == {"row": 1} and one["sampling_rates"] == {"16000": 1}
     assert one["findings"][0]["message"] == "not JSON: '?'"
-
-
-def printed(found, capsys):
-    print_tables(check_tables(found))
-    return " ".join(capsys.readouterr().out.split())
-
-
-def test_tables(folder, fluent_folder, capsys):
-    source = folder("test", {}, *["?"] * 5, {"text": "", "word_languages": None})
-    text = printed(check_data(source, str(fluent_folder)), capsys)
-    for part in ("a fit would refuse", "5 rows that can't be read", "line 4: not JSON: '?'"):
-        assert part in text
-    assert "line 5: not JSON" not in text  # three are enough
-    assert "worth knowing" in text and "a fit would stop at 5 bad rows; --on-bad-row skip" in text
-    clean = printed(check_data(folder("test", {}), str(fluent_folder)), capsys)
-    assert "a fit would take every row" in clean and "refuse" not in clean
-
-
-def test_tables_of_nothing_readable_and_of_names_in_brackets(capsys):
-    finding = Finding("row", "[red]a.csv, line 1", "[bold]")
-    one = SetCheck("[red]", "", 1, 0.0, None, {}, {}, {}, [finding])
-    text = printed(checks.DataCheck("[x]", 30, [one]), capsys)
-    assert "[red]a.csv, line 1: [bold]" in text and "– – –" in text and "base [x]" in text

@@ -1,0 +1,244 @@
+"""What the terminal shows of a diagnosis, of the prior families, and of checked data."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from blora_pyro.diagnostics.data_check import NOTES, REFUSED, DataCheck, SetCheck
+from blora_pyro.diagnostics.explanations import Shrinkage
+from blora_pyro.diagnostics.khat import Khat
+from blora_pyro.diagnostics.layers import KindSummary, LayerPosition
+from blora_pyro.diagnostics.summaries import Summary
+from blora_pyro.guides import Argument
+from blora_pyro.tables import NONE, Part, Table, figure_columns, number, percent, text_columns
+
+TOP = 5  # layers shown one by one
+SHOWN_VALUES = 4  # singular values shown of each
+EXAMPLES = 3  # findings shown of a kind and a set
+CHARACTERS = 8  # the same of characters
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `blora-pyro diagnose` shows.
+
+    Attributes:
+        run: The run's folder.
+        beta: Weight of the KL in the fit.
+        num_weights: Number of adapter weights.
+        summary: The figures of every layer.
+        kinds: The same by kind of layer.
+        shrinkage: Figures that compare between priors.
+        explanation: How the prior shrinks, in words.
+        khat: PSIS k-hat of the fit.
+        plots: Files written.
+    """
+
+    run: Path
+    beta: float
+    num_weights: int
+    summary: Summary
+    kinds: tuple[KindSummary, ...]
+    shrinkage: Shrinkage
+    explanation: str
+    khat: Khat
+    plots: tuple[Path, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns all of it as JSON has it: infinite values and NaN are None."""
+        content = asdict(self)
+        content["summary"]["kl"] = self.summary.kl
+        return _as_json(content)
+
+
+def _as_json(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _as_json(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_as_json(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return str(content) if isinstance(content, Path) else content
+
+
+def diagnosis_tables(found: Diagnosis) -> list[Part]:
+    """Returns header, tables, explanations and plots of `blora-pyro diagnose`."""
+    parts: list[Part] = [*_header(found), "", _kinds_table(found), _layers_table(found)]
+    parts.append(Text(f"How this prior shrinks. {found.explanation}\n"))
+    khat = found.khat
+    text = khat.meaning
+    if khat.value is not None:
+        value = f"{khat.value:.2f}" if math.isfinite(khat.value) else "infinite"
+        text = (
+            f"{value} ({khat.draws} draws, {khat.utterances} of {khat.of_utterances} "
+            f"training utterances). {text}"
+        )
+    parts.append(Text(f"k-hat of the fit: {text}"))
+    names = [path.name for path in found.plots if path.suffix == ".png"]
+    if names:
+        folder = found.plots[0].parent
+        parts.append(f"\nplots (and as .pdf) in {folder}: {', '.join(names)}")
+    return parts
+
+
+def _header(found: Diagnosis) -> list[str]:
+    summary = found.summary
+    arguments = ", ".join(f"{name} {value}" for name, value in summary.prior_args.items())
+    lines = [
+        f"{found.run}: prior {summary.prior} ({arguments}), guide {summary.guide}, rank "
+        f"{summary.rank}, beta {found.beta:.3g}, {found.num_weights:,} adapter weights"
+    ]
+    if all(row.kl is None for row in summary.factors):
+        return [*lines, "KL(q || p): infinite, as of every point estimate"]
+    weights = sum(row.weights for row in summary.factors if row.kl is not None)
+    text = f"KL(q || p): {summary.kl:,.0f} nats, {summary.kl / weights:.3f} a weight"
+    if summary.scales_kl:
+        text += f"; {sum(summary.scales_kl.values()) / summary.kl:.1%} of it is the prior's scales"
+    if any(row.kl is None for row in summary.factors):
+        text += "; without the factors that are points"
+    return [*lines, text]
+
+
+def _kinds_table(found: Diagnosis) -> Table:
+    """Returns a row a kind of layer; two figures in a cell are those of A and of B."""
+    has_active_ranks = any(row.active_ranks["A"] is not None for row in found.kinds)
+    heads = ["contrac-\ntion", "|mean|\n/ sd", "near 0", "KL\nnats", "a\nweight", "share"]
+    heads += ["eff.\nrank", "dirs\n> sd", "‖ΔW‖\n%", *(["active\nranks"] * has_active_ranks)]
+    table = Table(
+        [*text_columns("", wrap=False), *figure_columns(*heads)],
+        "by kind of layer (two figures: A and B)",
+        captions=[
+            "sd: posterior standard deviation; near 0: share with |mean| < 0.001; dirs > sd: "
+            "directions of ΔW above their sd; ‖ΔW‖: in % of the frozen weight's norm"
+        ],
+    )
+    for row in found.kinds:
+        active_ranks = [_pair(row.active_ranks, ".1f")] * has_active_ranks
+        table.add_row(
+            row.kind.removesuffix("_proj"),
+            _pair(row.contraction, ".2f"),
+            _pair(row.signal_to_noise, ".2f"),
+            f"{row.near_zero:.0%}",
+            " ".join(map(_nats, row.kl.values())),
+            number(row.kl_per_weight, ".3f"),
+            number(row.kl_share, ".1%"),
+            f"{row.effective_rank:.1f}",
+            number(row.directions, ".1f"),
+            percent(row.relative_norm),
+            *active_ranks,
+        )
+    return table
+
+
+def _layers_table(found: Diagnosis) -> Table:
+    """Returns the layers with the largest ΔW, with their largest singular values."""
+    heads = ("‖ΔW‖", "dirs > sd", "largest singular values of ΔW ± sd")
+    columns = [*text_columns("", wrap=False), *figure_columns(*heads)]
+    table = Table(columns, "the layers with the largest ΔW")
+    for row in sorted(found.summary.updates, key=lambda row: -row.norm)[:TOP]:
+        is_point = not any(row.singular_stddevs)
+        values = [*zip(row.singular_values, row.singular_stddevs, strict=True)][:SHOWN_VALUES]
+        table.add_row(
+            LayerPosition.of(row.module).label,
+            f"{row.norm:.2f}",
+            None if is_point else f"{row.directions} of {len(row.singular_values)}",
+            ", ".join(f"{v:.3f}" if is_point else f"{v:.3f} ± {s:.3f}" for v, s in values),
+        )
+    return table
+
+
+def _nats(kl: float | None) -> str:
+    if kl is None:
+        return NONE
+    if kl < 1e4:
+        return f"{kl:,.0f}"
+    return f"{kl / 1e3:.1f}k" if kl < 1e6 else f"{kl / 1e6:.2f}M"
+
+
+def _pair(values: Mapping[str, float | None], form: str) -> str:
+    """Returns the figures of A and of B."""
+    return " ".join(number(value, form) for value in values.values())
+
+
+def prior_tables(families: Mapping[str, tuple[str, tuple[Argument, ...]]]) -> list[Part]:
+    """Returns every prior family, what it is, its arguments and their defaults."""
+    table = Table(
+        [
+            *text_columns("prior", "argument", wrap=False),
+            *figure_columns("default"),
+            *text_columns("what"),
+        ],
+        "prior families",
+        grid=True,
+    )
+    for name, (summary, arguments) in families.items():
+        table.add_row(name, "", "", summary, emphasis="bold")
+        for one in arguments:
+            table.add_row("", one.name, f"{one.default}", one.description)
+        table.add_section()
+    return [
+        table,
+        "fit with one: blora-pyro fit --prior student-t --prior-arg df=3 --prior-arg scale=0.05",
+        "your own: --prior PATH.py, a file with classes Prior and Guide; see "
+        "docs/your_own_prior.md",
+    ]
+
+
+def data_check_tables(found: DataCheck) -> list[Part]:
+    """Returns the sets, what a fit would refuse in them, and what is worth knowing."""
+    tables = (
+        _findings_table(found, REFUSED, "a fit would refuse"),
+        _findings_table(found, NOTES, "worth knowing; a fit takes it"),
+    )
+    parts: list[Part] = [_sets_table(found), *(table for table in tables if table.rows)]
+    rows = {(one.name, row.origin) for one in found.sets for row in one.findings if row.refused}
+    if rows:
+        left_out = "--on-bad-row skip leaves them out"
+        return [*parts, f"a fit would stop at {len(rows):,} bad rows; {left_out}"]
+    return [*parts, "a fit would take every row"]
+
+
+def _sets_table(found: DataCheck) -> Table:
+    heads = ("rows", "hours", "seconds\nmin", "\nmedian", "\nmax")
+    columns = [*text_columns("set"), *figure_columns(*heads)]
+    columns += text_columns("Hz", "channels", "languages")
+    title = f"data for the base {found.base}, which hears {found.window:g} s at a time"
+    table = Table(columns, title)
+    for one in found.sets:
+        lengths = [f"{value:.2f}" for value in (one.seconds or {}).values()] or [NONE] * 3
+        counts = [_listed(counts) for counts in (one.sampling_rates, one.channels, one.languages)]
+        table.add_row(one.name, f"{one.rows:,}", f"{one.hours:.2f}", *lengths, *counts)
+    return table
+
+
+def _listed(counts: Mapping[Any, int]) -> str:
+    """Returns values and how often they come; a single value needs no number."""
+    if len(counts) == 1:
+        return f"{next(iter(counts)) or 'none'}"
+    return ", ".join(f"{value or 'none'}: {count:,}" for value, count in counts.items())
+
+
+def _findings_table(found: DataCheck, kinds: Mapping[str, str], title: str) -> Table:
+    columns = [
+        *text_columns("set"),
+        *figure_columns("number"),
+        *text_columns("what, and the first of them"),
+    ]
+    table = Table(columns, title)
+    for one in found.sets:
+        for index, (kind, count) in enumerate(one.count(kinds).items()):
+            table.add_row("" if index else one.name, f"{count:,}", kinds[kind], emphasis="bold")
+            for example in _examples(one, kind):
+                table.add_row("", "", example)
+    return table
+
+
+def _examples(one: SetCheck, kind: str) -> list[str]:
+    rows = [row for row in one.findings if row.kind == kind]
+    if kind in ("characters", "bytes"):
+        return ["; ".join(row.message for row in rows[:CHARACTERS])]
+    return [f"{row.origin}: {row.message}" for row in rows[:EXAMPLES]]

@@ -1,0 +1,226 @@
+"""What the terminal and the model card show of runs: tables of metrics, and errors word by word."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.text import Text
+
+from blora_pyro.data.messages import printable
+from blora_pyro.runs.outcomes import NEW_DOMAIN
+from blora_pyro.runs.utterances import worst
+from blora_pyro.tables import Part, Percent, Table, figure_columns, number, text_columns
+
+FREQUENT = 8  # kinds of errors that are counted in the last line
+LABELS = ("REF", "HYP", "")
+GAP = "  "
+
+AlignedWord = tuple[str, str, str]  # reference, hypothesis, and the kind of error, one above other
+
+
+def fit_tables(metrics: Mapping[str, Any]) -> list[Part]:
+    """Returns table and lines of `metrics.json`: rates in percent with 95% bootstrap intervals."""
+    parts = _rate_tables(metrics, ("base", "adapted"))
+    if not parts:
+        return ["no test set and no backward sets: nothing was measured"]
+    if "strength" in metrics:
+        parts.append(f"adapted: at strength {metrics['strength']:g} by {metrics['strength_by']}")
+    if average := metrics.get("backward_error"):
+        change = Percent.of(average["change"])
+        value, _, interval = str(change).partition(" ")
+        parts.append(f"forgetting: {value} points {interval} on the backward average")
+    shares = metrics["sparsity"]
+    parts.append(
+        "sparsity (share of |w| < 1e-3 at the posterior mean): "
+        f"A {shares['A']:.1%}, B {shares['B']:.1%}, ΔW {shares['delta_w']:.1%}"
+    )
+    return parts
+
+
+def dev_line(dev: Mapping[str, Any]) -> str:
+    """Returns which step a fit with a dev set ended with, and how far the fit went."""
+    errors = {one["step"]: one["error"] for one in dev["errors"]}
+    best, last = dev["best_step"], max(errors)
+    end = "stopped early, after" if dev["ended_by"] == "patience" else "of"
+    return f"dev error {errors[best]:.1%} after step {best}, the best; {end} {last} steps"
+
+
+def prune_tables(metrics: Mapping[str, Any]) -> list[Part]:
+    """Returns rates of the full and of the pruned adapter, and their sizes."""
+    full, pruned = metrics["size"]["full"], metrics["size"]["pruned"]
+    share = 1 - pruned["nonzero_weights"] / full["adapter_weights"]
+    size = (
+        f"{pruned['nonzero_weights']:,} of {full['adapter_weights']:,} adapter weights are left "
+        f"({share:.1%} pruned): {pruned['directions']:,} of {full['directions']:,} directions, in "
+        f"{pruned['layers']} of {full['layers']} layers"
+    )
+    rates = _rate_tables(metrics, ("full", "pruned")) if "backward" in metrics else []
+    return [*rates, size]
+
+
+def combine_line(found: Mapping[str, Any]) -> str:
+    """Returns what `combine_runs` made, and how much of the updates it keeps."""
+    how = found["method"]
+    if found["weights"] is not None:
+        how += " by " + ", ".join(f"{one:g}" for one in found["weights"])
+    return (
+        f"{how} of {len(found['from'])} runs at rank {found['rank']}, "
+        f"{found['adapter_weights']:,} adapter weights: {found['kept_norm']:.2%} of the Frobenius "
+        "norm of ΔW is kept"
+    )
+
+
+def strength_tables(curve: Mapping[str, Any]) -> list[Part]:
+    """Returns what `strength_curve` found, a row a strength."""
+    domain = f"new domain {curve['new_domain']}\n{curve['metric'].upper()}"
+    heads = ("strength", domain, "backward average", "forgetting", "forgetting\nremoved")
+    title = f"error in % [95% interval] on the {curve['split']} sets, by {curve['strength_by']}"
+    table = Table(figure_columns(*heads, wrap=True), title, grid=True)
+    names = {0.0: "base 0", 1.0: "fit 1"}
+    for point in curve["points"]:
+        table.add_row(
+            names.get(point["strength"], f"{point['strength']:g}"),
+            *(Percent.of(point[key]) for key in ("new_domain", "backward_error", "forgetting")),
+            number(point["forgetting_removed"], ".0%"),
+        )
+    fit = next(one["forgetting"] for one in curve["points"] if one["strength"] == 1)
+    low = fit["interval"][0]
+    doubt = "" if low is None or low > 0 else "; the fit's own forgetting may be chance"
+    return [table, f"forgetting removed: of that at strength 1{doubt}", f"plot: {curve['plot']}"]
+
+
+def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Part]:
+    """Returns rates of two states of the model, and their change; nothing if none was measured."""
+    domains = {f"domain {name}": one for name, one in metrics.get("domains", {}).items()}
+    if domain := metrics.get(NEW_DOMAIN):
+        domains[f"new domain {domain['name']}"] = domain
+    if not domains and not metrics["backward"]:
+        return []
+    sets = " on the dev sets" if metrics.get("split") == "dev" else ""
+    table = Table(
+        [*text_columns("set", "measure"), *figure_columns(*states, "change", wrap=True)],
+        f"error in % [95% interval]{sets}, before and after",
+        grid=True,
+    )
+    for name, domain in domains.items():
+        for index, measure in enumerate(domain["change"]):
+            _add_rates(table, "" if index else name, measure, _rates_of(domain, measure))
+        table.add_section()
+    for name, both in metrics["backward"].items():
+        measure = both["base"]["metric"]
+        _add_rates(table, f"backward {name}", measure, _rates_of(both, measure))
+    if average := metrics.get("backward_error"):
+        _add_rates(table, "backward average", "", average)
+    if not (normalizer := metrics.get("normalizer")):  # runs of old versions had no choice
+        return [table]
+    return [table, f"normalizer: {normalizer}; raw is without it, shown where that differs"]
+
+
+def _rates_of(both: Mapping[str, Any], measure: str) -> dict[str, Any]:
+    """Returns one measure's rates by state, and their change."""
+    return {state: both[state][measure] for state in ("base", "adapted", "change")}
+
+
+def _add_rates(table: Table, name: str, measure: str, rates: Mapping[str, Any]) -> None:
+    """Add a row of normalised rates, and below it one of the raw rates, if they differ."""
+    cells = _rate_cells(rates)
+    table.add_row(name, measure.upper(), *cells)
+    raw = {state: rate["raw"] for state, rate in rates.items() if "raw" in rate}
+    if raw and list(map(str, _rate_cells(raw))) != list(map(str, cells)):
+        label = f"raw {measure.upper()}".strip()
+        table.add_row("", label, *_rate_cells(raw), emphasis="dim")
+
+
+def _rate_cells(rates: Mapping[str, Any]) -> list[Percent]:
+    return [Percent.of(rates[state]) for state in ("base", "adapted", "change")]
+
+
+class AlignedText:
+    """A row's alignment as wide as the terminal, in as many blocks of lines as that takes."""
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        """Takes a row of `utterance_rows`."""
+        self.words = [_aligned_word(*step) for step in row["alignment"]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        """Yields lines of reference, hypothesis and kinds of errors."""
+        width = options.max_width - len(LABELS[0]) - len(GAP)
+        for block in _blocks(self.words, width):
+            for index, label in enumerate(LABELS):
+                line = Text(f"{label:3}", style="dim", no_wrap=True)
+                for word in block:
+                    style = "bold red" if word[2] else "default not dim"
+                    pad = " " * (_width(word) - cell_len(word[index]))
+                    line.append(GAP).append(word[index], style).append(pad)
+                line.rstrip()
+                if line.plain.strip():
+                    yield line
+
+
+def error_view(rows: Sequence[dict[str, Any]], top: int) -> list[RenderableType]:
+    """Returns the `top` utterances with the most errors, word above word.
+
+    Args:
+        rows: Of `utterance_rows`.
+        top: How many utterances are shown; errors are counted in all of them.
+    """
+    shown = worst(rows, top)
+    if not shown:
+        return [f"no errors in {len(rows)} utterances"]
+    wrong = sum(row["edits"] > 0 for row in rows)
+    parts: list[RenderableType] = [
+        f"{rows[0]['state']}: errors in {wrong} of {len(rows)} utterances; the worst {len(shown)}:"
+    ]
+    for row in shown:
+        parts += [Text(), *_utterance_title(row), AlignedText(row)]
+    edits = Counter(
+        (step[1] or "(nothing)", step[2] or "(nothing)")
+        for row in rows
+        for step in row["alignment"]
+        if step[0] != "="
+    )
+    frequent = ", ".join(
+        f"{printable(reference)} → {printable(hypothesis)} ({count})"
+        for (reference, hypothesis), count in edits.most_common(FREQUENT)
+    )
+    notes = "S substitution, D deletion, I insertion"
+    if any(len(step) > 3 for row in shown for step in row["alignment"]):
+        notes += ", * counts in PIER"
+    return [*parts, Text(f"\nmost frequent: {frequent}"), Text(notes, style="dim")]
+
+
+def _utterance_title(row: Mapping[str, Any]) -> list[Text]:
+    """Returns a line with the error rates, and one with the recording and its segment."""
+    rate = f"{row['metric'].upper()} {row['edits']} of {row['length']}"
+    if pier := row.get("pier"):
+        rate += f", PIER {pier['edits']} of {pier['length']}"
+    recording = printable(row["audio"] or row["origin"])
+    start, end = row.get("start"), row.get("end")
+    if start is not None or end is not None:
+        recording += f", {start or 0:g} s to " + ("its end" if end is None else f"{end:g} s")
+    return [Text(f"{rate}  {printable(row['set'])}"), Text(recording, "dim", overflow="fold")]
+
+
+def _aligned_word(operation: str, reference: str, hypothesis: str, *pier: str) -> AlignedWord:
+    mark = "" if operation == "=" else operation + ("*" if pier else "")
+    return printable(reference), printable(hypothesis), mark
+
+
+def _width(word: AlignedWord) -> int:
+    return max(map(cell_len, word))
+
+
+def _blocks(words: Sequence[AlignedWord], width: int) -> Iterator[list[AlignedWord]]:
+    """Yields the words in blocks, each no wider than `width` unless it is one word."""
+    block: list[AlignedWord] = []
+    used = 0
+    for word in words:
+        if block and used + _width(word) + len(GAP) > width:
+            yield block
+            block, used = [], 0
+        block.append(word)
+        used += _width(word) + len(GAP)
+    if block:
+        yield block
