@@ -21,7 +21,7 @@ from contestants import Ours, geometry, random_batch, random_net
 
 from blora_pyro import fit, load_base
 from blora_pyro.config import FitConfig
-from blora_pyro.data import DOMAINS, LANGUAGES, Batch, Examples, trim, trimming
+from blora_pyro.data import DOMAINS, LANGUAGES, Batch, Examples, features, trim
 from blora_pyro.evaluation import (
     Evaluation,
     change_summary,
@@ -44,8 +44,8 @@ FULL, TRIMMED, CACHED = "full windows", "trimmed", "cached"
 # Frames that are left after an utterance, None for all; utterances that are heard together.
 WAYS: dict[str, tuple[int | None, int]] = {
     FULL: (None, 64),
-    "batches of 64": (trimming.MARGIN, 64),
-    "one by one": (trimming.MARGIN, 1),
+    "batches of 64": (features.MARGIN, 64),
+    "one by one": (features.MARGIN, 1),
     "one by one, no margin": (0, 1),
 }
 FIT = {"data": "de-en", "steps": 400, "batch_size": 4, "evaluate": False}
@@ -135,12 +135,12 @@ def errors(base: Base, examples: Examples, way: str) -> Evaluation:
 @contextmanager
 def margin_of(frames: int) -> Iterator[None]:
     """`trim` leaves so many frames in here."""
-    before = trimming.MARGIN
+    before = features.MARGIN
     try:
-        trimming.MARGIN = frames
+        features.MARGIN = frames
         yield
     finally:
-        trimming.MARGIN = before
+        features.MARGIN = before
 
 
 def fit_table(results: Results, quick: bool) -> None:

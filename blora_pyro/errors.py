@@ -2,6 +2,8 @@
 
 import math
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
 
 class UserError(Exception):
     """Bad input, told in one line: what was given, what is allowed, what to do.
@@ -46,3 +48,16 @@ def check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{name} is {value}; give a number above 0")
+
+
+def printable(value: object, limit: int = 300) -> str:
+    """Return a path or a name as text that prints on one line; its end, if it is too long."""
+    text = "".join(char if char.isprintable() else REPLACEMENT for char in str(value))
+    return text if len(text) <= limit else "…" + text[-limit:]
+
+
+def reason(error: BaseException, limit: int = 200) -> str:
+    """Return what an exception of other people's code says, as one line of `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(char if char.isprintable() else REPLACEMENT for char in text)
+    return text if len(text) <= limit else text[:limit] + "…"

@@ -37,3 +37,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole and on the disk."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     replace_file(path, text.encode())
+
+
+def cache_dir() -> Path | None:
+    """Return the folder for what can be made again, `$BLORA_PYRO_CACHE`; None if that is empty.
+
+    It is `~/.cache/blora-pyro` by default (None where there is no home folder), and may be deleted
+    at any time.
+    """
+    folder = os.environ.get("BLORA_PYRO_CACHE", "~/.cache/blora-pyro")
+    try:
+        return Path(folder).expanduser() if folder else None
+    except RuntimeError:
+        return None

@@ -2,10 +2,17 @@
 
 from blora_pyro.data.audio import SAMPLING_RATE, AudioHeader, read_audio, read_header
 from blora_pyro.data.collation import IGNORED, Batch, Examples, SoftTargets
-from blora_pyro.data.features import Digests, Features, OnNote, OnProgress, featurise, usable_cores
+from blora_pyro.data.features import (
+    Digests,
+    Features,
+    OnNote,
+    OnProgress,
+    featurise,
+    trim,
+    usable_cores,
+)
 from blora_pyro.data.languages import is_language, language_code
 from blora_pyro.data.manifest import read_manifest
-from blora_pyro.data.messages import BadRow, OnBadRow, all_bad, stop
 from blora_pyro.data.mixtures import (
     as_domains,
     as_sources,
@@ -14,25 +21,23 @@ from blora_pyro.data.mixtures import (
     load_mixture,
     named_sources,
 )
-from blora_pyro.data.pocket import (
+from blora_pyro.data.prompts import TASKS, Encoder, language_codes, prompt_ids, text_ids
+from blora_pyro.data.rows import BadRow, OnBadRow, all_bad, stop
+from blora_pyro.data.sources import (
     DOMAINS,
     LANGUAGES,
     MODEL_DIR,
     POCKET_DIR,
+    Source,
     cache_dir,
     corpus_dir,
-)
-from blora_pyro.data.prompts import TASKS, Encoder, language_codes, prompt_ids, text_ids
-from blora_pyro.data.sources import (
-    Source,
     describe_source,
     is_hub_id,
     load_split,
     split_names,
     stream_split,
 )
-from blora_pyro.data.streaming import BUFFER, Place, Stream
-from blora_pyro.data.trimming import trim
+from blora_pyro.data.streaming import BUFFER, Stream, StreamPosition
 
 __all__ = [
     "BUFFER",
@@ -53,10 +58,10 @@ __all__ = [
     "OnBadRow",
     "OnNote",
     "OnProgress",
-    "Place",
     "SoftTargets",
     "Source",
     "Stream",
+    "StreamPosition",
     "all_bad",
     "as_domains",
     "as_sources",

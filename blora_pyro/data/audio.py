@@ -11,8 +11,7 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from blora_pyro.data.messages import printable, reason
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, printable, reason
 
 SAMPLING_RATE = 16_000  # Hz
 SLACK = 0.01  # seconds that a segment may end after its file: manifests round

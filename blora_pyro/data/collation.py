@@ -10,11 +10,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from blora_pyro.data.features import Features, OnNote, OnProgress, load_features
+from blora_pyro.data.features import Features, OnNote, OnProgress, load_features, trim
 from blora_pyro.data.languages import language_code
-from blora_pyro.data.messages import BadRow, OnBadRow, all_bad, located, stop
 from blora_pyro.data.prompts import Encoder
-from blora_pyro.data.trimming import trim
+from blora_pyro.data.rows import BadRow, OnBadRow, all_bad, located, stop
 from blora_pyro.errors import UserError
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ class Examples:
                 window, whose language is unknown to the tokenizer, or whose transcript is longer
                 than the decoder. Where it does not raise, the row is left out.
             cache: keep the features on disk, see `load_features`.
-            trim: cut every batch after its longest utterance, see `trimming`.
+            trim: cut every batch after its longest utterance, see `features.trim`.
             on_progress: told how many utterances are featurised.
             on_note: told if the cache cannot be written.
 

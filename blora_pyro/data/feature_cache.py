@@ -22,15 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from blora_pyro.data.messages import printable, reason
-from blora_pyro.data.pocket import cache_dir
+from blora_pyro.errors import printable, reason
+from blora_pyro.files import cache_dir
 
 SUFFIX, HALF_WRITTEN = ".safetensors", ".new"
 _NAME, _ROWS = "features", "keys_and_crc32"  # a tensor; what a shard says of its rows
 _HOUR = 3600.0
 _DAMAGED = (SafetensorError, LookupError, TypeError, ValueError, RecursionError)
 
-Place = tuple[Tensor, int]  # a block, (k, mels, frames), and the row of it
+CachedRow = tuple[Tensor, int]  # a block, (k, mels, frames), and the row of it
 
 
 class FeatureCache:
@@ -60,11 +60,11 @@ class FeatureCache:
             for shard in self._shards():
                 self._read_keys(shard)
 
-    def find(self, keys: Iterable[str]) -> dict[str, Place]:
+    def find(self, keys: Iterable[str]) -> dict[str, CachedRow]:
         """Return the places of those log-mels that are cached and whole."""
         return {key: place for key in keys if (place := self._find(key)) is not None}
 
-    def store(self, features: Mapping[str, Tensor]) -> dict[str, Place]:
+    def store(self, features: Mapping[str, Tensor]) -> dict[str, CachedRow]:
         """Keep log-mels by key, (mels, frames) each; return their places, in memory or mapped."""
         keys = sorted(features)  # whoever computes them writes the same shard
         block = torch.stack([features[key] for key in keys])
@@ -96,7 +96,7 @@ class FeatureCache:
             rows = enumerate(json.loads(file.metadata()[_ROWS]))
             self._index |= {str(key): (shard, row, total) for row, (key, total) in rows}
 
-    def _find(self, key: str) -> Place | None:
+    def _find(self, key: str) -> CachedRow | None:
         if key not in self._index:
             return None
         shard, row, total = self._index[key]

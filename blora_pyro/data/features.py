@@ -21,13 +21,14 @@ from torch import Tensor
 
 from blora_pyro.data import audio as audio_module
 from blora_pyro.data.audio import SAMPLING_RATE, audio_name, read_audio
-from blora_pyro.data.feature_cache import FeatureCache, Place
-from blora_pyro.data.messages import BadRow, OnBadRow, stop
+from blora_pyro.data.feature_cache import CachedRow, FeatureCache
+from blora_pyro.data.rows import BadRow, OnBadRow, stop
 from blora_pyro.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import WhisperFeatureExtractor
 
+MARGIN = 50  # frames of 10 ms that are left: Whisper was never taught to stop right after a word
 SHARD = 64  # utterances that are worked on, and written, at a time
 _CODE = (audio_module.__file__, __file__)  # what computes features
 
@@ -41,7 +42,7 @@ class Features:
     They may lie in mapped files, of which only what is looked at is in memory.
     """
 
-    def __init__(self, places: Sequence[Place], shape: tuple[int, int]) -> None:
+    def __init__(self, places: Sequence[CachedRow], shape: tuple[int, int]) -> None:
         """Log-mels by their places; `shape` is (mels, frames)."""
         self._places = list(places)
         self.shape = torch.Size((len(self._places), *shape))
@@ -92,6 +93,29 @@ def featurise(
             )
         features.append(log_mels(wave, feature_extractor))
     return torch.stack(features)
+
+
+def trim(features: Tensor) -> Tensor:
+    """Cut a batch of log-mels half a second after its longest utterance.
+
+    A window is filled up with zeros, whose log-mels are the lowest value that those of the window
+    have (Whisper's features are cut off at the loudest minus 80 dB). So an utterance ends with the
+    last frame that has any other; silence of zeros at the end of a recording counts as filling.
+
+    Whisper itself never sees that: it was trained on full windows, and its encoder attends to the
+    filling. What it says changes.
+
+    Args:
+        features: (batch, mels, frames), all frames of a window.
+
+    Returns:
+        (batch, mels, fewer frames), an even number; a view.
+    """
+    frames = features.shape[-1]
+    is_sound = (features > features.amin((1, 2), keepdim=True)).any(1).any(0)
+    last = int(is_sound.nonzero().max()) + 1 if is_sound.any() else 0
+    end = last + MARGIN
+    return features[..., : min(end + end % 2, frames)]
 
 
 def load_features(
@@ -158,7 +182,7 @@ class _Featurisation:
         self.store, self.pool = store, pool
         self.digests = Digests()
         self.keys: dict[int, str] = {}  # by the number of the row
-        self.found: dict[str, Place] = {}
+        self.found: dict[str, CachedRow] = {}
         self.fresh: dict[str, Tensor] = {}  # computed, and not stored yet
 
     def add(self, chunk: Mapping[int, dict[str, Any]]) -> dict[int, str | UserError]:
@@ -183,7 +207,7 @@ class _Featurisation:
             self._store()
         return {number: bad.get(keys[number], content) for number, content in contents.items()}
 
-    def places(self, numbers: Iterable[int]) -> list[Place]:
+    def places(self, numbers: Iterable[int]) -> list[CachedRow]:
         """Return where the features of these rows are."""
         self._store()
         return [self.found[self.keys[number]] for number in numbers]

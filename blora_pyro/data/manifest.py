@@ -8,19 +8,22 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 
-from blora_pyro.data.messages import BadRow, OnBadRow, Unreadable, printable, stop
 from blora_pyro.data.rows import (
+    BadRow,
+    OnBadRow,
     Record,
     Row,
     RowStream,
+    Unreadable,
     check_columns,
     good_rows,
     parse_row,
     parse_rows,
     shown,
+    stop,
     to_dataset,
 )
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, printable
 
 Records = Iterator[tuple[int, Record | UserError]]  # with the numbers of their lines
 _ESCAPED = "surrogateescape"  # keeps bytes that are no UTF-8 as what no text may hold

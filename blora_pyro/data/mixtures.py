@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from blora_pyro.data.messages import BadRow, OnBadRow, all_bad, printable, stop
+from blora_pyro.data.rows import BadRow, OnBadRow, all_bad, stop
 from blora_pyro.data.sources import TABLES, Source, describe_source, load_split
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, printable
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 

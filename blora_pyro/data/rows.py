@@ -3,16 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from datasets import Audio, Dataset, Features, IterableDataset, List, Value
 
-from blora_pyro.data.messages import BadRow, OnBadRow, located, printable, stop
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, printable
 
 ALIASES = {
     "audio": ("audio", "audio_filepath", "file_name"),
@@ -35,6 +35,56 @@ FEATURES = Features({"audio": {"bytes": Value("binary"), "path": Value("string")
 
 Row = dict[str, Any]
 Record = Mapping[str, Any]
+
+
+class BadRow(UserError):
+    """A row that cannot be used.
+
+    Attributes:
+        origin: where it stands, such as "train.csv, line 3".
+        reason: what is wrong with it.
+        source: the place of its source among those of a mixture.
+    """
+
+    def __init__(self, origin: str, reason: str, source: int = 0) -> None:
+        """See the attributes."""
+        super().__init__(f"{origin}: {reason}")
+        self.origin, self.reason, self.source = origin, reason, source
+
+
+OnBadRow = Callable[[BadRow], object]  # what is to be done: raise it, or keep it and go on
+
+
+class Unreadable(UserError):
+    """A row after which no other can be read: no row to be skipped."""
+
+
+def stop(error: BadRow) -> NoReturn:
+    """Raise it: the `OnBadRow` that is meant where nothing else is said."""
+    raise error
+
+
+@contextmanager
+def located(origin: str) -> Iterator[None]:
+    """Put "origin: " before the message of a `UserError` that is raised inside.
+
+    Args:
+        origin: where a row stands, such as "train.csv, line 3".
+
+    Raises:
+        BadRow: the error from inside, located; `Unreadable` stays what it is.
+    """
+    try:
+        yield
+    except Unreadable as error:
+        raise Unreadable(f"{origin}: {error}") from error.__cause__
+    except UserError as error:
+        raise BadRow(origin, str(error)) from error.__cause__
+
+
+def all_bad(errors: Sequence[BadRow]) -> str:
+    """Say that no row is left."""
+    return f"all rows are bad ({len(errors):,}); the first: {errors[0]}"
 
 
 @dataclass(frozen=True)

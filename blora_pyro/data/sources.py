@@ -9,11 +9,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from blora_pyro.data.manifest import READERS, manifest_splits, manifest_stream, read_manifest
-from blora_pyro.data.messages import OnBadRow, printable, stop
-from blora_pyro.data.pocket import DOMAINS, LANGUAGES, corpus_dir
-from blora_pyro.data.rows import RowStream
-from blora_pyro.data.tables import (
+from blora_pyro.data.hf_datasets import (
     Table,
     hub_splits,
     is_saved,
@@ -25,9 +21,17 @@ from blora_pyro.data.tables import (
     table_splits,
     table_stream,
 )
-from blora_pyro.errors import UserError
+from blora_pyro.data.manifest import READERS, manifest_splits, manifest_stream, read_manifest
+from blora_pyro.data.rows import OnBadRow, RowStream, stop
+from blora_pyro.errors import UserError, printable
+from blora_pyro.files import cache_dir
 
 Source = str | Path | Table
+
+POCKET_DIR = Path(__file__).parent / "pocket"  # a folder of assets beside this module
+MODEL_DIR = POCKET_DIR / "model"
+DOMAINS = ("de-en", "es-en", "zh-en")  # code-switched, matrix language first
+LANGUAGES = ("en", "de", "es", "fr", "tr", "zh")
 
 TABLES = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 _OBJECT = "<"  # how the description of an object begins, as no name of a source does
@@ -161,6 +165,29 @@ def is_hub_id(name: str) -> bool:
     """Tell whether a name that is no path and no built-in corpus has the form of a Hub id."""
     manifest = Path(name).suffix.lower() in READERS
     return not (os.path.exists(name) or manifest) and bool(_HUB_ID.fullmatch(name))
+
+
+def corpus_dir(name: str) -> Path:
+    """Return the folder of a built-in corpus, which holds `{split}.parquet`.
+
+    A corpus that is not shipped is looked for in `$BLORA_PYRO_CACHE/pocket/` (by default
+    `~/.cache/blora-pyro/pocket/`), where `recipes/pocket/build.py` can put it.
+
+    Raises:
+        UserError: if no corpus has this name, or it is neither shipped nor built.
+    """
+    if name not in (*DOMAINS, *LANGUAGES):
+        allowed = ", ".join((*DOMAINS, *LANGUAGES))
+        raise UserError(f"no built-in corpus is called {name!r}; choose from {allowed}")
+    cache = cache_dir()
+    folders = [POCKET_DIR, *([cache / "pocket"] if cache else [])]
+    for folder in folders:
+        if (folder / name).is_dir():
+            return folder / name
+    raise UserError(
+        f"the built-in corpus {name!r} is not in {' or '.join(map(str, folders))}; "
+        "make it with: python recipes/pocket/build.py"
+    )
 
 
 def _is_parquet(name: str) -> bool:

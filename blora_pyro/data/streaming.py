@@ -13,10 +13,9 @@ from torch import Tensor
 from blora_pyro.data.audio import read_audio
 from blora_pyro.data.collation import Batch, Encoded, Examples, encode_row
 from blora_pyro.data.features import log_mels
-from blora_pyro.data.messages import BadRow, OnBadRow, all_bad, located, reason, stop
 from blora_pyro.data.prompts import Encoder
-from blora_pyro.data.rows import Record, Row, RowStream
-from blora_pyro.errors import UserError
+from blora_pyro.data.rows import BadRow, OnBadRow, Record, Row, RowStream, all_bad, located, stop
+from blora_pyro.errors import UserError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
@@ -25,8 +24,8 @@ BUFFER = 1000  # rows, as in `datasets`
 SAMPLE = 16  # rows that are looked at before a fit
 READERS = 4  # threads; torch may use several cores in each
 
-Place = dict[str, Any]  # where a process is in its stream, as JSON has it; see `_records`
-START: Place = {"epoch": 0, "block": 0, "taken": 0, "state": None}
+StreamPosition = dict[str, Any]  # where a process is in its stream, as JSON has it; see `_records`
+START: StreamPosition = {"epoch": 0, "block": 0, "taken": 0, "state": None}
 
 
 class Stream:
@@ -65,7 +64,7 @@ class Stream:
             language: of rows that name none, see `language_code`.
             buffer: rows that are shuffled at a time; 1 keeps their order within a shard.
             seed: of the order.
-            trim: cut every batch after its longest utterance, see `trimming`.
+            trim: cut every batch after its longest utterance, see `features.trim`.
             on_bad: told of every bad row, again in every epoch and from another thread; see
                 `Examples`. Where it does not raise, the row is left out.
 
@@ -93,8 +92,8 @@ class Stream:
         return self.sample.batch(indices)
 
     def batches(
-        self, batch_size: int, place: Place | None = None, rank: int = 0, count: int = 1
-    ) -> Iterator[tuple[Batch, Place]]:
+        self, batch_size: int, place: StreamPosition | None = None, rank: int = 0, count: int = 1
+    ) -> Iterator[tuple[Batch, StreamPosition]]:
         """Endless batches, each with the place from which it was drawn; the next is made meanwhile.
 
         Of several processes each has its own shards, or where their number is no multiple of that
@@ -119,8 +118,13 @@ class Stream:
                 yield drawn
 
     def _batches(
-        self, batch_size: int, place: Place, rank: int, count: int, readers: ThreadPoolExecutor
-    ) -> Iterator[tuple[Batch, Place]]:
+        self,
+        batch_size: int,
+        place: StreamPosition,
+        rank: int,
+        count: int,
+        readers: ThreadPoolExecutor,
+    ) -> Iterator[tuple[Batch, StreamPosition]]:
         records = self._records(place, rank, count)
         size = len(range(rank, batch_size, count))
         if not size:
@@ -142,7 +146,9 @@ class Stream:
                     raise UserError(f"{self._name(rank, count)} has nothing but bad rows")
             yield self._examples(rows).batch(range(size)), start
 
-    def _records(self, place: Place, rank: int, count: int) -> Iterator[tuple[Record, Place]]:
+    def _records(
+        self, place: StreamPosition, rank: int, count: int
+    ) -> Iterator[tuple[Record, StreamPosition]]:
         """Endless records from a place on, each with the place behind it.
 
         A block is `buffer` rows on end. A place is the epoch, the number of the block, the state of

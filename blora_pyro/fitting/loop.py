@@ -9,7 +9,7 @@ from typing import Any
 import pyro
 from torch import nn
 
-from blora_pyro.data import Batch, Examples, Place, Stream, batch_indices
+from blora_pyro.data import Batch, Examples, Stream, StreamPosition, batch_indices
 from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import EarlyStopping
@@ -45,7 +45,7 @@ def batches(
 
 def _drawn(
     examples: Examples | Stream, loop: Loop, teacher: Teacher | None
-) -> Generator[tuple[Batch | None, Place | None], None, None]:
+) -> Generator[tuple[Batch | None, StreamPosition | None], None, None]:
     """Endless batches from where the loop is, and of a stream the places that they are from."""
     chosen, processes = loop.options, loop.processes
     if isinstance(examples, Stream):

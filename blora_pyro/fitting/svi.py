@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blora_pyro.data import Batch, Place
+from blora_pyro.data import Batch, StreamPosition
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.augmentation import SpecAugment
 from blora_pyro.fitting.averaging import Average
@@ -121,7 +121,7 @@ class Loop:
         self.average = None if start is None else Average(start * options.steps)
         self.done, self.skipped = 0, 0
         self.history: list[Step] = []
-        self.place: Place | None = None
+        self.place: StreamPosition | None = None
         self.checkpoints = checkpoints
         if checkpoint := processes.checkpoint(checkpoints):
             self._restore(checkpoint)
@@ -133,7 +133,7 @@ class Loop:
             return True
         return self.done >= self.options.steps and not self.skipped
 
-    def step(self, batch: Batch | None, place: Place | None = None) -> Step | None:
+    def step(self, batch: Batch | None, place: StreamPosition | None = None) -> Step | None:
         """One step of SVI; None if it is skipped, or only tried after the last.
 
         `place` is where the batch was in a stream.
@@ -252,7 +252,7 @@ class Loop:
             ) from None
         self.done = checkpoint.step
 
-    def _go_to(self, places: Sequence[Place]) -> None:
+    def _go_to(self, places: Sequence[StreamPosition]) -> None:
         """Have a stream go on where it was; there is a place for each process."""
         count = self.processes.count
         if places and len(places) != count:

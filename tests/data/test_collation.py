@@ -5,10 +5,10 @@ import torch
 
 from blora_pyro.data.audio import read_audio
 from blora_pyro.data.collation import Batch, Examples
+from blora_pyro.data.features import trim
 from blora_pyro.data.manifest import read_manifest
-from blora_pyro.data.messages import BadRow
 from blora_pyro.data.prompts import text_ids
-from blora_pyro.data.trimming import trim
+from blora_pyro.data.rows import BadRow
 from blora_pyro.errors import UserError
 
 ROWS = [

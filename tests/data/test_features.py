@@ -12,15 +12,17 @@ from transformers import WhisperFeatureExtractor
 from blora_pyro.data import features as module
 from blora_pyro.data.audio import read_audio
 from blora_pyro.data.features import (
+    MARGIN,
     Features,
     feature_settings,
     featurise,
     load_features,
     log_mels,
+    trim,
     usable_cores,
 )
 from blora_pyro.data.manifest import read_manifest
-from blora_pyro.data.messages import BadRow
+from blora_pyro.data.rows import BadRow
 from blora_pyro.errors import UserError
 
 
@@ -308,3 +310,44 @@ def test_killed_processes_leave_nothing_that_is_wrong(
     computed.clear()
     assert torch.equal(load_features(dataset, window)[0][:], plain[:])
     assert not computed
+
+
+# ---- trimming
+
+
+def noise_then_zeros(seconds, rest=0.0):
+    """Noise, and zeros after it."""
+    rng = np.random.default_rng(0)
+    sound = 0.1 * rng.standard_normal(round(seconds * 16_000))
+    return np.concatenate([sound, np.zeros(round(rest * 16_000))]).astype(np.float32)
+
+
+def log_mels_of(extractor, *waves):
+    return featurise((("", one) for one in waves), extractor)
+
+
+@pytest.mark.parametrize("seconds", [0.31, 1.0, 1.777])
+@pytest.mark.parametrize("rest", [0.0, 0.5])
+def test_what_is_left_is_the_audio_and_half_a_second(extractor, seconds, rest):
+    whole = log_mels_of(extractor, noise_then_zeros(seconds, rest))
+    left = trim(whole)
+    # a frame looks 12.5 ms to each side
+    assert 100 * seconds <= left.shape[-1] - MARGIN <= 100 * seconds + 3
+    assert left.shape[-1] % 2 == 0
+    assert torch.equal(left, whole[..., : left.shape[-1]])
+    cut = whole[..., left.shape[-1] :]
+    assert (cut == whole.min()).all()
+
+
+def test_the_longest_utterance_of_a_batch_decides(extractor):
+    short, long = noise_then_zeros(0.5), noise_then_zeros(1.5)
+    both = trim(log_mels_of(extractor, short, long))
+    assert both.shape[:2] == (2, 80)
+    assert both.shape[-1] == trim(log_mels_of(extractor, long)).shape[-1]
+    assert both.shape[-1] > trim(log_mels_of(extractor, short)).shape[-1]
+    assert torch.equal(trim(both), both)
+
+
+def test_a_full_window_stays_whole_and_silence_is_half_a_second(extractor):
+    assert trim(log_mels_of(extractor, noise_then_zeros(2.9))).shape[-1] == 300
+    assert trim(log_mels_of(extractor, noise_then_zeros(0, 1.0))).shape[-1] == MARGIN

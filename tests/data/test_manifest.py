@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from blora_pyro.data.audio import read_audio
 from blora_pyro.data.manifest import manifest_rows, manifest_splits, read_manifest
-from blora_pyro.data.messages import BadRow, Unreadable, stop
+from blora_pyro.data.rows import BadRow, Unreadable, stop
 from blora_pyro.errors import UserError
 
 GIVEN = ["audio", "text", "language", "word_languages", "duration", "start", "end"]

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blora_pyro.data import load_split
-from blora_pyro.data.messages import BadRow
 from blora_pyro.data.mixtures import (
     as_domains,
     as_sources,
@@ -16,6 +15,7 @@ from blora_pyro.data.mixtures import (
     load_mixture,
     named_sources,
 )
+from blora_pyro.data.rows import BadRow
 from blora_pyro.data.sources import describe_source, split_names
 from blora_pyro.errors import UserError
 

@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from blora_pyro.data import pocket
+from blora_pyro.data import sources
 from blora_pyro.data.sources import load_split, split_names
 from blora_pyro.errors import UserError
+from blora_pyro.files import cache_dir
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def row(speak):
 
 @pytest.fixture
 def built_in(monkeypatch, tmp_path, manifest, row):
-    monkeypatch.setattr(pocket, "POCKET_DIR", tmp_path / "pocket")
+    monkeypatch.setattr(sources, "POCKET_DIR", tmp_path / "pocket")
     manifest({**row, "text": "built in"}, name="pocket/de-en/test.jsonl")
 
 
@@ -130,3 +131,42 @@ def test_anything_else_lists_what_is_allowed(tmp_path):
         part in message
         for part in ("gone", ".jsonl, .json, .csv, .tsv", "owner/name", "zh-en, en, de")
     )
+
+
+@pytest.fixture
+def folders(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "POCKET_DIR", tmp_path / "shipped")
+    monkeypatch.setenv("BLORA_PYRO_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_shipped_corpus_comes_before_one_in_the_cache(folders, tmp_path):
+    cached = tmp_path / "cache" / "pocket" / "tr"
+    cached.mkdir(parents=True)
+    assert sources.corpus_dir("tr") == cached
+    shipped = tmp_path / "shipped" / "tr"
+    shipped.mkdir(parents=True)
+    assert sources.corpus_dir("tr") == shipped
+
+
+def test_the_cache_is_in_the_home_folder(folders, monkeypatch, tmp_path):
+    monkeypatch.delenv("BLORA_PYRO_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cached = tmp_path / ".cache" / "blora-pyro" / "pocket" / "zh-en"
+    cached.mkdir(parents=True)
+    assert sources.corpus_dir("zh-en") == cached
+
+
+def test_a_missing_corpus_is_an_error_that_says_how_to_make_it(folders):
+    with pytest.raises(UserError, match=r"python recipes/pocket/build.py"):
+        sources.corpus_dir("de")
+    with pytest.raises(UserError, match=r"'\.\./de'; choose from de-en, es-en, zh-en, en, de"):
+        sources.corpus_dir("../de")
+
+
+def test_no_cache_where_it_is_switched_off_or_there_is_no_home(folders, monkeypatch):
+    monkeypatch.setenv("BLORA_PYRO_CACHE", "")
+    assert cache_dir() is None
+    with pytest.raises(UserError, match=r"'de' is not in .*shipped; make it"):
+        sources.corpus_dir("de")
+    monkeypatch.setenv("BLORA_PYRO_CACHE", "~nobody-of-that-name/x")
+    assert cache_dir() is None

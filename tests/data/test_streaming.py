@@ -258,6 +258,6 @@ def test_the_hub_is_streamed(monkeypatch):
         asked.append((names, options))
         return source()
 
-    monkeypatch.setattr("blora_pyro.data.tables.load_dataset", load_dataset)
+    monkeypatch.setattr("blora_pyro.data.hf_datasets.load_dataset", load_dataset)
     assert texts_of("owner/name:config") == TEXTS
     assert asked == [(("owner/name", "config"), {"split": "train", "streaming": True})]

@@ -97,7 +97,7 @@ def test_trimmed_audio_is_encoded_as_long_as_it_is(tiny_base, monkeypatch):
     features[..., 50:] = features.min()
     trimmed = replace(tiny_base, trim_audio=True)
     assert encode(trimmed, features).shape[1] == 50  # half a second is left, and the window short
-    monkeypatch.setattr("blora_pyro.data.trimming.MARGIN", 9)
+    monkeypatch.setattr("blora_pyro.data.features.MARGIN", 9)
     assert torch.equal(encode(trimmed, features), encode(tiny_base, features[..., :60]))
 
 

@@ -227,7 +227,7 @@ def test_a_run_that_was_fitted_to_trimmed_audio_is_used_on_it(
         lengths.append(features.shape[-1])
         return embed(net, features)
 
-    monkeypatch.setattr("blora_pyro.data.trimming.MARGIN", 10)  # of windows of a second
+    monkeypatch.setattr("blora_pyro.data.features.MARGIN", 10)  # of windows of a second
     for where in ("encoder", "whisper"):
         monkeypatch.setattr(f"blora_pyro.models.{where}.embed", seen)
     distilled = {"distillation": 0.1, "distillation_languages": ("en",)}

@@ -23,32 +23,28 @@ from datasets import (
 )
 
 from blora_pyro.data.audio import check_array
-from blora_pyro.data.messages import (
-    BadRow,
-    OnBadRow,
-    Unreadable,
-    located,
-    printable,
-    reason,
-    stop,
-)
 from blora_pyro.data.rows import (
     ALIASES,
     DETAILS,
     OPTIONAL,
+    BadRow,
+    OnBadRow,
     Record,
     Row,
     RowStream,
+    Unreadable,
     check_columns,
     check_text,
     column,
     good_rows,
+    located,
     parse_details,
     parse_rows,
     shown,
+    stop,
     to_dataset,
 )
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, printable, reason
 
 Table: TypeAlias = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
 

@@ -11,8 +11,8 @@ from datasets import Audio, Dataset, DatasetDict, Features, IterableDataset, Val
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blora_pyro.data import Examples, read_audio, tables
-from blora_pyro.data.messages import BadRow, Unreadable
+from blora_pyro.data import Examples, hf_datasets, read_audio
+from blora_pyro.data.rows import BadRow, Unreadable
 from blora_pyro.data.sources import load_split, split_names, stream_split
 from blora_pyro.errors import UserError
 
@@ -107,10 +107,10 @@ def test_a_dictionary_of_splits_and_streams_of_the_same(saved):
 
 
 def test_audio_of_a_data_set_is_not_copied_and_chunks_of_a_stream_are_joined(saved, monkeypatch):
-    monkeypatch.setattr(tables, "_sound", None)
+    monkeypatch.setattr(hf_datasets, "_sound", None)
     check(load_split(saved.select([1, 0]).select([1, 0]), "train"))
     monkeypatch.undo()
-    monkeypatch.setattr(tables, "_CHUNK", 2)
+    monkeypatch.setattr(hf_datasets, "_CHUNK", 2)
     many = datasets.concatenate_datasets([saved, saved, saved.select([0])])
     check(load_split(many.to_iterable_dataset(), "train"), "xyxyx")
 
@@ -251,9 +251,9 @@ def test_damaged_saved_data(saved, tmp_path):
         load_split(tmp_path / "splits", "train")
 
 
-@pytest.mark.parametrize("limit", [0, tables.IN_MEMORY])
+@pytest.mark.parametrize("limit", [0, hf_datasets.IN_MEMORY])
 def test_parquet_files_as_on_the_hub(saved, tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(tables, "IN_MEMORY", limit)
+    monkeypatch.setattr(hf_datasets, "IN_MEMORY", limit)
     folder = tmp_path / "odd [name]*"
     (folder / "data").mkdir(parents=True)
     saved.select([0]).to_parquet(folder / "data" / "train-00000-of-00002.parquet")
@@ -303,7 +303,7 @@ def hub(monkeypatch, saved, tmp_path):
         return call
 
     for name in ("load_dataset", "get_dataset_split_names"):
-        monkeypatch.setattr(tables, name, local(getattr(datasets, name)))
+        monkeypatch.setattr(hf_datasets, name, local(getattr(datasets, name)))
     return asked
 
 
@@ -346,7 +346,7 @@ def test_hub_folder_of_audio_files(monkeypatch):
         except ImportError as error:
             raise RuntimeError("while generating") from error
 
-    monkeypatch.setattr(tables, "load_dataset", fail)
+    monkeypatch.setattr(hf_datasets, "load_dataset", fail)
     with pytest.raises(UserError, match="download the repository and give its folder"):
         load_split("owner/name", "train")
 
@@ -386,5 +386,5 @@ def test_any_stream(rows):
 def test_encoded_arrays_are_wav_files():
     row = {"audio": {"array": WAVE, "sampling_rate": 8_000}, "text": "x"}
     dataset = load_split(IterableDataset.from_generator(lambda: iter([row])), "train")
-    info = tables.soundfile.info(io.BytesIO(dataset[0]["audio"]["bytes"]))
+    info = hf_datasets.soundfile.info(io.BytesIO(dataset[0]["audio"]["bytes"]))
     assert (info.samplerate, info.subtype) == (8_000, "FLOAT")
