@@ -1,4 +1,4 @@
-"""What the figures of a posterior mean, in plain English: how each prior shrinks, and k-hat."""
+"""How a prior shrinks, in figures that compare between priors, and in plain English."""
 
 import itertools
 from dataclasses import dataclass
@@ -7,70 +7,21 @@ from typing import Any
 
 import torch
 
-from blora_pyro.diagnostics.summaries import Summary
-from blora_pyro.guides import previous_posterior
+from blora_pyro.diagnostics.summaries import Summary, shrinkage_factors
+from blora_pyro.errors import UserError
+from blora_pyro.guides import load_family, previous_posterior
 from blora_pyro.posterior import Posterior
+from blora_pyro.tables import number
 
-CLOSED = 0.9  # a rank with a shrinkage factor above this is switched off
-MOSTLY = 0.5  # a larger share of a floor in the KL is explained
+SWITCHED_OFF = 0.9  # a rank with a shrinkage factor above this counts as switched off
+HIGH_FLOOR = 0.5  # above this share in the KL its floor is explained
 
-HOW = {
-    "normal": (
-        "A Normal prior pulls every weight towards 0 in proportion to its size, in every rank and "
-        "layer alike: it makes updates small and switches nothing off."
-    ),
-    "laplace": (
-        "A Laplace prior pulls with one force whatever a weight's size: small weights are pressed "
-        "closer to 0 than under a Normal of the same width, large ones are held back less. It "
-        "works weight by weight and knows nothing of ranks."
-    ),
-    "student-t": (
-        "A Student-t prior (df {df:g}) holds on in the middle and lets go in the tails: weights "
-        "near 0 are pulled like under a narrow Normal, one several scales away hardly at all. It "
-        "works weight by weight and knows nothing of ranks."
-    ),
-    "scale-mixture": (
-        "A scale mixture takes a weight for noise (a spike of width {spike_scale:g}, hard pull) or "
-        "for signal (a slab of width {scale:g}, soft pull), weight by weight: small weights are "
-        "pressed into the spike, large ones are left to the slab."
-    ),
-    "horseshoe": (
-        "A horseshoe decides rank by rank, not weight by weight: a rank is left nearly as free as "
-        "under a Normal of width {scale:g}, or is switched off with all its weights. Of {rank} "
-        "ranks {active} are active in the median layer and {most_active} in the one with the most; "
-        "{closed} of all ranks are switched off "
-        f"(shrinkage factor above {CLOSED:g}). Contraction is high where ranks are off, too: their "
-        "width is gone, whatever the data said."
-    ),
-    "learned-scale": (
-        "A learned scale shrinks layer by layer: each factor of a layer has a Normal prior whose "
-        "width was fitted, here from {narrowest:.2g} to {widest:.2g} (it started at {scale:g}). A "
-        "layer that the data do not need gets a narrow prior and shrinks as a whole; within it "
-        "all ranks are treated alike."
-    ),
-    "pretrained-scale": (
-        "A pretrained scale shrinks layer by layer: each prior is {scale:g} times as wide as the "
-        "layer's frozen weights, here from {narrowest:.2g} to {widest:.2g}, so a layer with small "
-        "weights may move less. Within a layer it is a Normal and treats all ranks alike."
-    ),
-    "a-only": (
-        "A Normal prior that pulls all weights in proportion to their size, but with noise in A "
-        "alone: B is a point with an L2 pull, so contraction, signal-to-noise and KL are those of "
-        "A, and the spread of ΔW is what A leaves open."
-    ),
-}
-HOW[previous_posterior.NAME] = (
-    "The prior is an earlier run's posterior, its deviations times {inflation:g}: every weight is "
-    "pulled to where that run left it, the harder the surer it was (the widths of layers are "
-    "{narrowest:.2g} to {widest:.2g}). Contraction is what the new data added, and KL how far they "
-    "led away."
-)
 OWN = "The prior is your own code ({prior}); these figures show what it did to the weights."
 
 
 @dataclass(frozen=True)
 class Shrinkage:
-    """What any prior's pull comes to, in figures that compare between priors.
+    """How much a posterior was shrunk, in figures that compare between priors.
 
     Attributes:
         directions: Directions of ΔW above their standard deviation in all layers; None where
@@ -104,12 +55,12 @@ class Shrinkage:
 
     @classmethod
     def of(cls, posterior: Posterior, summary: Summary) -> "Shrinkage":
-        """The figures of a posterior and its summary."""
+        """Returns the figures of a posterior with this summary."""
         spread = any(any(row.singular_stddevs) for row in summary.updates)
         weights = sum(row.weights for row in summary.factors)
         active = [row.active_ranks for row in summary.factors if row.active_ranks is not None]
-        factors: dict[str, torch.Tensor] = getattr(posterior.guide, "shrinkage", dict)()
-        closed = torch.cat([one.flatten() > CLOSED for one in factors.values()] or [torch.empty(0)])
+        factors = [one.flatten() for one in shrinkage_factors(posterior).values()]
+        closed = torch.cat(factors or [torch.empty(0)]) > SWITCHED_OFF
         directions = [row.directions for row in summary.updates]
         sizes = [row.norm**2 for row in summary.updates]
         ranks = [row.effective_rank for row in summary.updates]
@@ -134,7 +85,7 @@ def _peak(posterior: Posterior) -> float | None:
 
 
 def kl_by_module(summary: Summary) -> dict[str, tuple[float, int]]:
-    """KL of A and B of a layer, nats, and their number of weights; nothing of points."""
+    """Returns KL of A and B of every layer, nats, and their number of weights, without points."""
     totals: dict[str, tuple[float, int]] = {}
     for row in summary.factors:
         if row.kl is not None:
@@ -144,7 +95,7 @@ def kl_by_module(summary: Summary) -> dict[str, tuple[float, int]]:
 
 
 def _above_the_floor(summary: Summary) -> dict[str, Any]:
-    """`kl_floor`, `floor_share` and `half_kl_layers` of `Shrinkage`."""
+    """Returns `kl_floor`, `floor_share` and `half_kl_layers` of `Shrinkage`."""
     totals = kl_by_module(summary)
     if not totals:
         return {"kl_floor": None, "floor_share": None, "half_kl_layers": None}
@@ -156,21 +107,42 @@ def _above_the_floor(summary: Summary) -> dict[str, Any]:
     return {"kl_floor": floor, "floor_share": 1 - sum(above) / whole, "half_kl_layers": half}
 
 
+def _explanation(prior: str) -> str:
+    """Returns the text of a family; a user's file was named, and so run, to get the summary."""
+    if prior == previous_posterior.NAME:
+        return previous_posterior.EXPLANATION
+    return str(getattr(load_family(prior), "EXPLANATION", OWN))
+
+
 def how_it_shrinks(summary: Summary, shrinkage: Shrinkage, beta: float) -> str:
-    """A paragraph on the run's prior, with the run's figures."""
+    """Returns a paragraph on the run's prior: its family's `EXPLANATION`, and the run's figures.
+
+    An explanation may name the prior's arguments (`{scale:g}`), and these figures: `rank`;
+    `narrowest` and `widest`, standard deviations of the prior over the factors of all layers;
+    and, for priors that shrink rank by rank, `active` and `most_active`, the effective number of
+    ranks in the median layer and the largest, and `closed`, the share of ranks switched off.
+
+    Raises:
+        UserError: If an explanation names something else.
+    """
     widths = [row.prior_stddev for row in summary.factors]
-    text = HOW.get(summary.prior, OWN).format(
-        **{
-            **summary.prior_args,
-            "prior": summary.prior,
-            "rank": summary.rank,
-            "narrowest": min(widths),
-            "widest": max(widths),
-            "active": _number(shrinkage.active_ranks),
-            "most_active": _number(max((r.active_ranks or 0 for r in summary.factors), default=0)),
-            "closed": _share(shrinkage.closed_ranks),
-        }
-    )
+    figures = {
+        "prior": summary.prior,
+        "rank": summary.rank,
+        "narrowest": min(widths),
+        "widest": max(widths),
+        "active": number(shrinkage.active_ranks, ".1f"),
+        "most_active": f"{max((row.active_ranks or 0 for row in summary.factors), default=0):.1f}",
+        "closed": number(shrinkage.closed_ranks, ".0%"),
+        "switched_off": SWITCHED_OFF,
+    }
+    try:
+        text = _explanation(summary.prior).format(**{**summary.prior_args, **figures})
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"EXPLANATION of prior {summary.prior} can't be filled in ({error}); name arguments of "
+            f"the prior, or {', '.join(figures)}"
+        ) from None
     if summary.guide == "point":
         text += (
             " The guide is a point, the MAP estimate: no spread, and so no contraction, "
@@ -193,15 +165,15 @@ def _like_for_like(summary: Summary, shrinkage: Shrinkage) -> str:
     facts.append(f"the effective rank is {shrinkage.effective_rank:.1f}, layers weighed by ‖ΔW‖²")
     if shrinkage.peak is not None:
         facts.append(f"the largest |mean| is {shrinkage.peak:,.0f} times the median one")
-    facts.append(f"{_share(shrinkage.near_zero)} of the weights have |mean| < 0.001")
+    facts.append(f"{shrinkage.near_zero:.0%} of the weights have |mean| < 0.001")
     text = f"To compare with other priors: {'; '.join(facts)}."
     if shrinkage.kl_floor is None:
         return text
     floor = (
-        f"{_share(shrinkage.floor_share)} of the weights' KL is a floor that every layer pays "
+        f"{shrinkage.floor_share:.0%} of the weights' KL is a floor that every layer pays "
         f"alike, {shrinkage.kl_floor:.2g} nats a weight"
     )
-    if (shrinkage.floor_share or 0) > MOSTLY:
+    if (shrinkage.floor_share or 0) > HIGH_FLOOR:
         floor += (
             " (the guide is narrower than the prior everywhere: it starts narrow, and noise costs "
             "likelihood in every layer; so compare layers, not totals)"
@@ -210,11 +182,3 @@ def _like_for_like(summary: Summary, shrinkage: Shrinkage) -> str:
         f"{text} {floor}; of what is above it, half sits in {shrinkage.half_kl_layers} of "
         f"{shrinkage.layers} layers."
     )
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.0f}%"

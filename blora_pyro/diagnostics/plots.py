@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from blora_pyro.diagnostics.densities import Densities, densities
 from blora_pyro.diagnostics.heat_maps import active_rank_plot, kl_map, update_map
 from blora_pyro.diagnostics.layers import PROJECTIONS, LayerPosition
-from blora_pyro.diagnostics.summaries import Summary, UpdateSummary
+from blora_pyro.diagnostics.summaries import Summary, UpdateSummary, shrinkage_factors
 from blora_pyro.fitting.svi import Step
 from blora_pyro.plotting import (
     BLACK,
@@ -248,8 +248,8 @@ def save_plots(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
 
 
 def shrinkage_by_layer(posterior: Posterior) -> dict[str, np.ndarray]:
-    """Shrinkage factors of a horseshoe: `A {layer}`, `B {layer}` -> (rank,); empty for others."""
-    found: dict[str, Any] = getattr(posterior.guide, "shrinkage", dict)()
+    """Returns `A {layer}`, `B {layer}` -> shrinkage factors (rank,), of guides that have them."""
+    found = shrinkage_factors(posterior)
     return {
         f"{site.factor} {module}": found[site.name][i].cpu().numpy()
         for group in posterior.groups

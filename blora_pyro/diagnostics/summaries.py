@@ -115,7 +115,7 @@ def summarise(posterior: Posterior) -> Summary:
     """
     variances = posterior.prior_variances()
     divergences = kl_by_site(posterior)
-    shrinkage: dict[str, Tensor] = getattr(posterior.guide, "shrinkage", dict)()
+    shrinkage = shrinkage_factors(posterior)
     factors = [
         row
         for group in posterior.groups
@@ -136,6 +136,12 @@ def summarise(posterior: Posterior) -> Summary:
             if name not in names and kl is not None
         },
     )
+
+
+def shrinkage_factors(posterior: Posterior) -> dict[str, Tensor]:
+    """Returns site name -> shrinkage factors (modules, rank), of guides that have them."""
+    factors: dict[str, Tensor] = getattr(posterior.guide, "shrinkage", dict)()
+    return factors
 
 
 def _summarise_site(

@@ -11,6 +11,12 @@ from blora_pyro.models import FactorPrior
 
 __all__ = ["Guide", "Prior"]
 
+EXPLANATION = (
+    "A Normal prior that pulls all weights in proportion to their size, but with noise in A "
+    "alone: B is a point with an L2 pull, so contraction, signal-to-noise and KL are those of "
+    "A, and the spread of ΔW is what A leaves open."
+)
+
 
 class Guide(normal.Guide):
     """q(A) = N(mean, sigma²) and q(B) = delta(B - mean_B): B is its MAP estimate.

@@ -20,6 +20,14 @@ SPREAD = 0.1  # standard deviation of log tau and log lambda in the guide at the
 NODES, WEIGHTS = (torch.from_numpy(x).float() for x in np.polynomial.hermite_e.hermegauss(33))
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 
+EXPLANATION = (
+    "A horseshoe decides rank by rank, not weight by weight: a rank is left nearly as free as "
+    "under a Normal of width {scale:g}, or is switched off with all its weights. Of {rank} "
+    "ranks {active} are active in the median layer and {most_active} in the one with the most; "
+    "{closed} of all ranks are switched off (shrinkage factor above {switched_off:g}). Contraction "
+    "is high where ranks are off, too: their width is gone, whatever the data said."
+)
+
 
 def _softplus_inverse(value: float) -> float:
     return math.log(math.expm1(value))

@@ -8,6 +8,12 @@ from blora_pyro.guides.normal import Guide
 
 __all__ = ["Guide", "Prior"]
 
+EXPLANATION = (
+    "A Laplace prior pulls with one force whatever a weight's size: small weights are pressed "
+    "closer to 0 than under a Normal of the same width, large ones are held back less. It "
+    "works weight by weight and knows nothing of ranks."
+)
+
 
 class Prior:
     """p(w) = exp(-|w| / scale) / (2 scale) for every element of A and B (the Bayesian lasso's).

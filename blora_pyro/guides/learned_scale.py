@@ -12,6 +12,13 @@ from blora_pyro.errors import check_positive
 from blora_pyro.guides import normal
 from blora_pyro.models import FactorPrior
 
+EXPLANATION = (
+    "A learned scale shrinks layer by layer: each factor of a layer has a Normal prior whose "
+    "width was fitted, here from {narrowest:.2g} to {widest:.2g} (it started at {scale:g}). A "
+    "layer that the data do not need gets a narrow prior and shrinks as a whole; within it "
+    "all ranks are treated alike."
+)
+
 
 class Prior:
     """p(w | s) = N(w; 0, s²) with one s a layer and factor, s ~ LogNormal(log scale, spread²).

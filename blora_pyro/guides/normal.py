@@ -10,6 +10,11 @@ from blora_pyro.errors import check_positive
 from blora_pyro.guides.starts import initial_mean, initial_rho
 from blora_pyro.models import FactorPrior
 
+EXPLANATION = (
+    "A Normal prior pulls every weight towards 0 in proportion to its size, in every rank and "
+    "layer alike: it makes updates small and switches nothing off."
+)
+
 
 class Prior:
     """p(w) = N(w; 0, scale²) for every element of A and B (arXiv 2510.18723)."""

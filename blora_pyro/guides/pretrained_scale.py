@@ -9,6 +9,12 @@ from blora_pyro.guides.normal import Guide
 
 __all__ = ["Guide", "Prior"]
 
+EXPLANATION = (
+    "A pretrained scale shrinks layer by layer: each prior is {scale:g} times as wide as the "
+    "layer's frozen weights, here from {narrowest:.2g} to {widest:.2g}, so a layer with small "
+    "weights may move less. Within a layer it is a Normal and treats all ranks alike."
+)
+
 
 class Prior:
     """p(w) = N(w; 0, (scale · sd(W0))²), sd(W0) being that of the layer's own frozen weight.

@@ -12,6 +12,13 @@ from blora_pyro.guides import normal
 
 NAME = "previous-posterior"
 
+EXPLANATION = (
+    "The prior is an earlier run's posterior, its deviations times {inflation:g}: every weight is "
+    "pulled to where that run left it, the harder the surer it was (the widths of layers are "
+    "{narrowest:.2g} to {widest:.2g}). Contraction is what the new data added, and KL how far they "
+    "led away."
+)
+
 
 class Prior:
     """p(w) = N(w; m, (inflation · s)²), m and s the mean and deviation of w after an earlier fit.

@@ -10,6 +10,12 @@ from blora_pyro.guides.normal import Guide
 
 __all__ = ["Guide", "Prior"]
 
+EXPLANATION = (
+    "A scale mixture takes a weight for noise (a spike of width {spike_scale:g}, hard pull) or "
+    "for signal (a slab of width {scale:g}, soft pull), weight by weight: small weights are "
+    "pressed into the spike, large ones are left to the slab."
+)
+
 
 class Prior:
     """p(w) = slab N(w; 0, scale²) + (1 - slab) N(w; 0, spike_scale²) for every element of A and B.

@@ -8,6 +8,12 @@ from blora_pyro.guides.normal import Guide
 
 __all__ = ["Guide", "Prior"]
 
+EXPLANATION = (
+    "A Student-t prior (df {df:g}) holds on in the middle and lets go in the tails: weights "
+    "near 0 are pulled like under a narrow Normal, one several scales away hardly at all. It "
+    "works weight by weight and knows nothing of ranks."
+)
+
 
 class Prior:
     """p(w) = t(w; df, 0, scale) ∝ (1 + (w / scale)² / df)^(-(df + 1) / 2) for every element.

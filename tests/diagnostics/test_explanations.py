@@ -7,12 +7,12 @@ import torch
 from blora_pyro import fit
 from blora_pyro.diagnostics import FactorSummary, Summary, UpdateSummary, summarise
 from blora_pyro.diagnostics.explanations import (
-    HOW,
     Shrinkage,
     how_it_shrinks,
     kl_by_module,
 )
-from blora_pyro.guides import FAMILIES, previous_posterior, prior_arguments
+from blora_pyro.errors import UserError
+from blora_pyro.guides import FAMILIES, load_family, previous_posterior, prior_arguments
 
 
 def factor(module, name, kl=10.0, weights=100, **changes):
@@ -35,7 +35,7 @@ def summary(prior="normal", **changes):
     modules = [f"model.decoder.layers.{i}.fc1" for i in range(3)]
     values = {
         "prior": prior,
-        "prior_args": prior_arguments(prior),
+        "prior_args": prior_arguments(prior) if prior in FAMILIES else {},
         "guide": prior,
         "rank": 4,
         "factors": tuple(
@@ -63,8 +63,16 @@ FIGURES = Shrinkage(
 )
 
 
-def test_every_family_has_its_words():
-    assert HOW.keys() == {*FAMILIES, previous_posterior.NAME}
+@pytest.mark.parametrize("prior", FAMILIES)
+def test_every_family_has_an_explanation(prior):
+    assert load_family(prior).EXPLANATION
+    assert how_it_shrinks(summary(prior), FIGURES, 1e-4)
+
+
+def test_an_earlier_posterior_as_prior_is_explained():
+    args = {"inflation": 2.0}
+    text = how_it_shrinks(summary(previous_posterior.NAME, prior_args=args), FIGURES, 1e-4)
+    assert text.startswith("The prior is an earlier run's posterior, its deviations times 2:")
 
 
 @pytest.mark.parametrize("prior", FAMILIES)
@@ -92,12 +100,26 @@ def test_fitted_widths_are_told():
     assert "from 0.01 to 0.06" in text
 
 
-def test_a_prior_of_ones_own_gets_the_general_text():
-    own = summary(prior_args={"width": 3}, guide="./own.py")
-    own = dataclasses.replace(own, prior="./own.py")
-    text = how_it_shrinks(own, FIGURES, 1e-4)
-    assert text.startswith("The prior is your own code (./own.py)")
+def own_prior(tmp_path, explanation=""):
+    file = tmp_path / "own.py"
+    file.write_text(f"from blora_pyro.guides.normal import Guide, Prior\n{explanation}\n")
+    return summary(prior_args={"width": 3}), str(file)
+
+
+def test_a_users_own_prior_gets_a_general_text(tmp_path):
+    own, file = own_prior(tmp_path)
+    text = how_it_shrinks(dataclasses.replace(own, prior=file), FIGURES, 1e-4)
+    assert text.startswith(f"The prior is your own code ({file})")
     assert "of 12 directions" in text
+
+
+def test_a_users_own_prior_may_explain_itself(tmp_path):
+    own, file = own_prior(tmp_path, 'EXPLANATION = "Width {width:g}, rank {rank}."')
+    text = how_it_shrinks(dataclasses.replace(own, prior=file), FIGURES, 1e-4)
+    assert text.startswith("Width 3, rank 4. To compare")
+    own, file = own_prior(tmp_path, 'EXPLANATION = "Width {breadth:g}."')
+    with pytest.raises(UserError, match=r"can't be filled in \('breadth'\); name arguments"):
+        how_it_shrinks(dataclasses.replace(own, prior=file), FIGURES, 1e-4)
 
 
 def test_points_and_beta_0_are_told():
