@@ -32,7 +32,7 @@ from contestants import (
     random_batch,
     random_net,
 )
-from torch import Tensor, nn
+from torch import nn
 from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.adapters import ALL_LINEAR, Group, find_targets, projections
@@ -41,7 +41,7 @@ from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.svi import Loop, SviOptions
 from blora_pyro.guides import build_guide, build_prior
-from blora_pyro.models import FactorPrior
+from blora_pyro.models import FactorPrior, Prediction
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 WIDTHS = (("tiny", 8), ("tiny", 32), ("small", 8), ("small", 32), ("large-v3", 8), ("large-v3", 32))
@@ -121,13 +121,12 @@ def silent(ours: Any) -> Ours:
     """The same with a sum over all factors in the place of its net."""
     adapters = ours.model.adapters
 
-    def decode(heard: object, tokens: Tensor) -> Tensor:
+    def likelihood(batch: Batch) -> Prediction:
         maps = [one for pair in adapters._projections.values() for one in pair]
         total = sum((one.weight.sum() for one in maps), torch.zeros(()))
-        return total.expand(*tokens.shape, 2)
+        return Prediction(total.expand(*batch.decoder_input_ids.shape, 2), {})
 
-    ours.model._encode = lambda batch: None
-    ours.model._decode = decode
+    ours.model.likelihood = likelihood
     return ours
 
 

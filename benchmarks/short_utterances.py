@@ -87,7 +87,7 @@ def steps(targets: str, rounds: int) -> dict[str, Any]:
     }
     torch.manual_seed(1)
     those = {name: Ours(net, RANK, targets, False) for name in (*heard, CACHED)}
-    if those[CACHED].model.first_adapted:
+    if those[CACHED].model.likelihood.first_adapted:
         cache = EncoderCache(those[CACHED].model, BATCH_SIZE)
         heard[CACHED] = lambda: cache(heard[FULL](), range(BATCH_SIZE), 0)
     calls = {name: lambda n=name: those[n].step(heard[n]()) for name in heard}

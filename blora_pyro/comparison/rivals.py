@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
-from blora_pyro.adapters import Adapters, Group, Site, find_targets, group_by_shape
+from blora_pyro.adapters import Group, Site, find_targets, group_by_shape
 from blora_pyro.comparison.methods import FULL
 from blora_pyro.config import FitConfig
 from blora_pyro.data import Examples
@@ -30,7 +30,7 @@ from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.svi import Step
-from blora_pyro.models import Base, BLoRA, FactorPrior
+from blora_pyro.models import Base, WhisperLikelihood, WhisperProgram
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.folders import (
     CHECKPOINT,
@@ -49,32 +49,20 @@ WEIGHTS = "net.safetensors"  # of full fine-tuning
 _FIXED = ("model.encoder.embed_positions.weight",)
 
 
-class PlainWhisper(BLoRA):
-    """The likelihood of `BLoRA` with nothing latent: tokens ~ Categorical(Whisper(x))."""
+def plain_program(
+    net: WhisperForConditionalGeneration, autocast: torch.dtype | None = None
+) -> WhisperProgram:
+    """Tokens ~ Categorical(Whisper(x)) without latent sites.
 
-    def __init__(
-        self,
-        net: WhisperForConditionalGeneration,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        """The program of a net, whose parameters train or not as they are.
+    Args:
+        net: A Whisper, whose parameters train or not as they are; set to eval mode (no dropout).
+        autocast: See `WhisperLikelihood`.
+    """
 
-        Args:
-            net: A Whisper; set to eval mode (no dropout), as `BLoRA` does.
-            autocast: As in `BLoRA`.
-        """
-        FactorPrior.__init__(self, (), _nothing, net.device)
-        self.net = net.eval()
-        self.alpha = 1.0
-        self.autocast = autocast
-        self.gradient_checkpointing = False
-        self.penalty = None
-        self.adapters = Adapters(net, (), self.alpha)
-        self.first_adapted = 0  # any layer may be trained
+    def no_prior(site: Site) -> dist.Distribution:
+        raise AssertionError(f"there is no {site.name}")
 
-
-def _nothing(site: Site) -> dist.Distribution:
-    raise AssertionError(f"there is no {site.name}")
+    return WhisperProgram(WhisperLikelihood(net, autocast=autocast), (), no_prior)
 
 
 class Weights(nn.Module):
@@ -230,7 +218,7 @@ def train_net(
     """
     progress = progress or Listener()
     autocast = torch.bfloat16 if config.precision == "bf16" else None
-    model, guide = PlainWhisper(net, autocast), Weights(net)
+    model, guide = plain_program(net, autocast), Weights(net)
     about = {**config.to_json(), "weights": guide.names, "training_data": train.fingerprint}
     progress.ready(config, train.num_tokens, sum(one.numel() for one in guide.parameters()))
     return fit_guide(

@@ -41,13 +41,13 @@ class EncoderCache:
         Raises:
             UserError: If the first layer is adapted, or there is no room on the disk.
         """
-        if model.first_adapted == 0:
+        if model.likelihood.first_adapted == 0:
             raise UserError(
                 "cache_encoder is given, but target_modules adapts the encoder's first layer, and "
                 "all after it changes; adapt the decoder alone, with target_modules "
                 "'.*decoder.*', or later layers, or leave cache_encoder out"
             )
-        self.model, self.then = model, then
+        self.likelihood, self.then = model.likelihood, then
         config, self.dtype = model.net.config, model.net.dtype
         self.shape = config.max_source_positions, config.d_model
         self._row = self.shape[0] * self.shape[1] * self.dtype.itemsize
@@ -76,7 +76,8 @@ class EncoderCache:
     @torch.no_grad()
     def _states(self, features: Tensor) -> Tensor:
         # One at a time: they are then the same to the bit when a fit goes on in other batches.
-        return self.model.frozen_states(features[None].to(self.model.device))[0].cpu()
+        features = features[None].to(self.likelihood.net.device)
+        return self.likelihood.frozen_states(features)[0].cpu()
 
     def _write(self, index: int, states: Tensor) -> None:
         try:

@@ -15,7 +15,7 @@ from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Loop, Step, SviOptions
 from blora_pyro.guides import Guide
-from blora_pyro.models import BLoRA
+from blora_pyro.models import WhisperProgram
 
 # Gives a batch, of these utterances, the batch of this number, its soft targets, or states of the
 # encoder.
@@ -58,7 +58,7 @@ def _drawn(
 
 
 def fit_guide(
-    model: BLoRA,
+    model: WhisperProgram,
     guide: Guide,
     examples: Examples | Stream,
     *,

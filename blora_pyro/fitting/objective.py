@@ -16,7 +16,7 @@ from blora_pyro.data import Batch, SoftTargets
 from blora_pyro.fitting.checkpoints import RandomState
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.processes import Processes, gradients_of
-from blora_pyro.models import BLoRA, Temper
+from blora_pyro.models import Temper, WhisperProgram
 
 
 class Observed(Messenger):
@@ -113,7 +113,7 @@ class Objective:
 
     def __init__(
         self,
-        model: BLoRA,
+        model: WhisperProgram,
         guide: nn.Module,
         *,
         beta: float,

@@ -17,7 +17,7 @@ from blora_pyro.fitting.objective import Objective
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.schedules import Schedule, learning_rate
 from blora_pyro.fitting.stopping import EarlyStopping
-from blora_pyro.models import BLoRA, build_estimator
+from blora_pyro.models import WhisperProgram, build_estimator
 
 MAX_SKIPPED = 10  # steps in a row
 
@@ -95,7 +95,7 @@ class Loop:
 
     def __init__(
         self,
-        model: BLoRA,
+        model: WhisperProgram,
         guide: Any,
         options: SviOptions,
         checkpoints: Checkpoints,

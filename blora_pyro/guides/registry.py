@@ -22,7 +22,8 @@ from torch import Tensor
 
 from blora_pyro.errors import UserError
 from blora_pyro.guides import previous_posterior
-from blora_pyro.models import FactorPrior, Prior
+from blora_pyro.models import Density as Prior
+from blora_pyro.models import FactorPrior
 
 FAMILIES = {
     "normal": "blora_pyro.guides.normal",

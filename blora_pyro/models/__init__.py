@@ -1,10 +1,10 @@
 """The generative side: the Pyro program, effect handlers for it, and the base models.
 
-- `whisper`: the program, on one screen; `pooling`: several domains in one;
-- `tempering`: beta; `estimators`: how noise reaches the tokens of a step;
-- `base`, `folders`: a Whisper with all that belongs to it, and its files;
-- `encoder`: in two parts, and on shorter windows; `decoding`: a window to tokens;
-- `gradient_checkpointing`: less memory.
+- `whisper`: the program, on one screen; `pooling`: the same over several domains;
+- `likelihood`: how Whisper scores a batch; `encoder`: its encoder in two parts;
+- `tempering`: beta; `estimators`: how the noise of a draw reaches the tokens of a batch;
+- `base`, `folders`: a Whisper with its tokenizer and features, and its files;
+- `decoding`: a window of audio to tokens.
 """
 
 from blora_pyro.models.base import DTYPES, POCKET, Base, check_device, check_dtype, load_base
@@ -16,9 +16,10 @@ from blora_pyro.models.estimators import (
     build_estimator,
 )
 from blora_pyro.models.folders import adapter_in, find_folder
+from blora_pyro.models.likelihood import Likelihood, Prediction, WhisperLikelihood
 from blora_pyro.models.pooling import POOLINGS, PooledBLoRA, Pooling
 from blora_pyro.models.tempering import Temper
-from blora_pyro.models.whisper import BLoRA, FactorPrior, Prior
+from blora_pyro.models.whisper import BLoRA, Density, FactorPrior, WhisperProgram
 
 __all__ = [
     "DTYPES",
@@ -27,14 +28,18 @@ __all__ = [
     "POOLINGS",
     "BLoRA",
     "Base",
+    "Density",
     "FactorPrior",
     "Flipout",
+    "Likelihood",
     "LocalReparameterization",
     "PooledBLoRA",
     "Pooling",
-    "Prior",
+    "Prediction",
     "Shared",
     "Temper",
+    "WhisperLikelihood",
+    "WhisperProgram",
     "adapter_in",
     "build_estimator",
     "check_device",

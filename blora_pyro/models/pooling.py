@@ -31,7 +31,7 @@ from transformers import WhisperForConditionalGeneration
 from blora_pyro.adapters import Group
 from blora_pyro.data import Batch
 from blora_pyro.errors import UserError
-from blora_pyro.models.whisper import BLoRA, Prior
+from blora_pyro.models.whisper import BLoRA, Density
 
 COMPLETE, HIERARCHICAL, NONE = POOLINGS = ("complete", "hierarchical", "none")
 SCALE = 0.5  # tau unless given
@@ -175,7 +175,7 @@ class PooledBLoRA(BLoRA):
     def __init__(
         self,
         net: WhisperForConditionalGeneration,
-        prior: Prior,
+        prior: Density,
         pooling: Pooling,
         **options: Any,
     ) -> None:

@@ -8,12 +8,12 @@ import torch
 
 from blora_pyro.comparison.methods import FULL, PEFT
 from blora_pyro.comparison.rivals import (
-    PlainWhisper,
     Weights,
     fit_rival,
     full_net,
     peft_net,
     peft_posterior,
+    plain_program,
     train_net,
 )
 from blora_pyro.config import FitConfig
@@ -53,7 +53,7 @@ def test_without_latent_sites_the_loss_is_that_of_whisper_itself(fluent_base, tr
     batch = train.batch([0, 1])
     net = full_net(fluent_base)
     objective = Objective(
-        PlainWhisper(net), Weights(net), beta=0.0, estimator=build_estimator("shared")
+        plain_program(net), Weights(net), beta=0.0, estimator=build_estimator("shared")
     )
     with pyro.get_param_store().scope():
         loss, nll = objective.gradients(batch)

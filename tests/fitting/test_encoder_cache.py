@@ -82,7 +82,7 @@ def test_states_are_the_same_to_the_bit_whatever_the_batches(
     assert torch.equal(first[[1, 0]], second) and torch.equal(first[0], first[2])
     assert first.shape == (3, 50, 16) and first.dtype == dtype
     assert one.size == 2 * 50 * 16 * dtype.itemsize
-    expected = model.frozen_states(examples.batch([0, 1]).input_features)
+    expected = model.likelihood.frozen_states(examples.batch([0, 1]).input_features)
     assert expected.dtype == dtype and not torch.equal(expected[0], expected[1])
     assert torch.allclose(second.float(), expected.float(), atol=1e-5, rtol=1e-2)
 

@@ -43,7 +43,7 @@ def test_a_shorter_window_is_that_of_a_whisper_with_fewer_positions(net, batch):
 def test_the_first_adapted_layer(net, batch, targets, first):
     assert first_adapted(net, find_targets(net, targets)) == first
     model = BLoRA(net, build_prior("normal"), rank=2, target_modules=targets)
-    before = model.frozen_states(batch.input_features)
+    before = model.likelihood.frozen_states(batch.input_features)
     expected = net.get_encoder()(batch.input_features, output_hidden_states=True).hidden_states
     if first < 2:  # transformers' last ones are after the layer norm
         assert torch.equal(before, expected[first])

@@ -15,7 +15,14 @@ from blora_pyro.data import IGNORED, Batch, Examples, read_manifest
 from blora_pyro.errors import UserError
 from blora_pyro.fitting import fit_guide
 from blora_pyro.guides import build_guide, build_prior
-from blora_pyro.models import ESTIMATORS, BLoRA, FactorPrior, Temper, build_estimator
+from blora_pyro.models import (
+    ESTIMATORS,
+    BLoRA,
+    FactorPrior,
+    Temper,
+    WhisperLikelihood,
+    build_estimator,
+)
 
 NAMES = pytest.mark.parametrize("name", ESTIMATORS)
 NOISY = pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "shared"])
@@ -492,7 +499,7 @@ def test_several_particles_have_noise_of_their_own(name, whisper, batch):
 def test_autocast_stays_near_float32_and_keeps_float32_gradients(name, whisper, batch):
     exact, guide = whisper(noise=-3.0)
     cast = copy.copy(exact)
-    cast.autocast = torch.bfloat16
+    cast.likelihood = WhisperLikelihood(exact.net, autocast=torch.bfloat16)
     (fine_loss, fine), (loss, coarse) = (step_of(name, m, guide, batch) for m in (exact, cast))
     assert loss != fine_loss
     assert loss == pytest.approx(fine_loss, abs=0.05)

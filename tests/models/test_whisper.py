@@ -11,7 +11,7 @@ from torch.nn import functional
 from blora_pyro.data import IGNORED, Batch
 from blora_pyro.errors import UserError
 from blora_pyro.guides import FAMILIES, GUIDES, build_guide, build_prior, normal
-from blora_pyro.models import BLoRA, Temper
+from blora_pyro.models import BLoRA, Temper, WhisperLikelihood
 
 ALL_GUIDES = pytest.mark.parametrize("name", GUIDES)
 SHAPES = {
@@ -223,7 +223,7 @@ def test_autocast_stays_near_float32_and_keeps_float32_gradients(net, batch):
         for mean in guide.means.values():
             mean += 0.05 * torch.randn_like(mean)
     cast = copy.copy(exact)
-    cast.autocast = torch.bfloat16
+    cast.likelihood = WhisperLikelihood(exact.net, autocast=torch.bfloat16)
     mean = guide.mean()
     logits, rough = (poutine.condition(model, data=mean)(batch) for model in (exact, cast))
     assert rough.dtype == torch.float32
