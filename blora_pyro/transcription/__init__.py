@@ -1,11 +1,11 @@
-"""Recordings to transcripts.
+"""Transcripts of recordings of any length.
 
-- `transcribing`: the whole way; `hearing`: window by window, batched across recordings; `windows`,
-  `pauses`: where they begin and end;
-- `confidence`: how sure draws are of words; `calibration`: how true that is;
-- `transcripts`, `subtitles`, `files`: what was said, as objects, SRT and VTT, and on disk.
+- `transcriber`: from audio files or log-mels to transcripts;
+- `long_form`: decoding window by window; `windows`: where windows begin and end;
+- `confidence`: word confidences from posterior draws;
+- `transcripts`: transcripts as objects, JSON, SRT and VTT; `outputs`: files of transcripts.
 """
 
-from blora_pyro.transcription.transcribing import Transcriber, transcribe_features, transcribe_files
+from blora_pyro.transcription.transcriber import Transcriber, transcribe_features, transcribe_files
 
 __all__ = ["Transcriber", "transcribe_features", "transcribe_files"]

@@ -1,4 +1,4 @@
-"""Which files are transcribed, and which files that makes."""
+"""The audio files to transcribe, and the transcript files that are written."""
 
 import json
 from collections.abc import Sequence
@@ -7,11 +7,10 @@ from pathlib import Path
 
 from blora_pyro.errors import UserError
 from blora_pyro.files import replace_file
-from blora_pyro.transcription.subtitles import srt, vtt
-from blora_pyro.transcription.transcripts import Transcript
+from blora_pyro.transcription.transcripts import Transcript, srt, vtt
 
 SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}  # by format
-AUDIO = (".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")  # what is taken from a folder
+AUDIO = (".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")  # files picked from folders
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,8 @@ class AudioFile:
     """A file to transcribe.
 
     Attributes:
-        path: Where it is.
-        name: Its path below the folder that was given, or its file name.
+        path: Path of the file.
+        name: Path relative to the given folder, or the file name.
     """
 
     path: Path
@@ -28,9 +27,9 @@ class AudioFile:
 
 
 def find_audio(paths: Sequence[str | Path]) -> list[AudioFile]:
-    """The files given, and all audio files in the folders given and below them, sorted.
+    """The given files, and all audio files in and below the given folders, sorted.
 
-    A file that is not there is left to be told when it is read.
+    A missing file is reported only when it is read.
 
     Raises:
         UserError: If a folder holds no audio file.
@@ -49,13 +48,13 @@ def find_audio(paths: Sequence[str | Path]) -> list[AudioFile]:
 
 
 def check_format(form: str) -> None:
-    """Raise UserError unless it is one."""
+    """Raise UserError unless `form` is a known format."""
     if form not in SUFFIXES:
         raise UserError(f"format is '{form}'; choose from {', '.join(SUFFIXES)}")
 
 
 def render(transcript: Transcript, form: str) -> str:
-    """A transcript as the content of a file."""
+    """The content of a transcript file in the format `form`."""
     if form == "json":
         return json.dumps(transcript.to_json(), indent=2, ensure_ascii=False) + "\n"
     if form == "text":
@@ -65,12 +64,12 @@ def render(transcript: Transcript, form: str) -> str:
 
 @dataclass(frozen=True)
 class Output:
-    """Transcripts as files.
+    """Transcript files to write.
 
     Attributes:
-        files: What is to be transcribed.
-        paths: Where the transcript of each goes.
-        form: The format.
+        files: Audio files to transcribe.
+        paths: Path of each one's transcript.
+        form: Format of the transcripts.
     """
 
     files: list[AudioFile]
@@ -86,18 +85,18 @@ class Output:
         overwrite: bool = False,
         resume: bool = False,
     ) -> "Output":
-        """A file an input: its name below `folder`, with the format's suffix.
+        """Plan one transcript per input: its name below `folder`, with the format's suffix.
 
         Args:
             files: All inputs.
-            folder: Need not be there.
-            form: The format.
-            overwrite: Write over files that are there.
-            resume: Leave out inputs whose files are there.
+            folder: Created if missing.
+            form: Format of the transcripts.
+            overwrite: Overwrite existing files.
+            resume: Skip inputs whose transcripts exist.
 
         Raises:
-            UserError: If two inputs would be written to one place, a file is there already, or the
-                folder can't be made.
+            UserError: If two inputs would be written to one path, a transcript exists already, or
+                the folder can't be created.
         """
         taken: dict[Path, AudioFile] = {}
         for file in files:
@@ -122,13 +121,13 @@ class Output:
         left = {path: file for path, file in taken.items() if path not in there}
         return cls(list(left.values()), list(left), form)
 
-    def write(self, place: int, transcript: Transcript) -> None:
-        """Write the transcript of one of `files`; a reader sees the whole file or none.
+    def write(self, index: int, transcript: Transcript) -> None:
+        """Write the transcript of `files[index]`, atomically.
 
         Raises:
             UserError: If it can't be written.
         """
-        path = self.paths[place]
+        path = self.paths[index]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, render(transcript, self.form).encode())

@@ -1,19 +1,35 @@
-"""What was said in a recording: segments and words, when, and how sure the posterior is of them."""
+"""Transcripts with segments and words, as JSON and as SubRip (.srt) and WebVTT (.vtt) subtitles.
+
+WebVTT: https://www.w3.org/TR/webvtt1/. SubRip has no standard; all players accept a number, a line
+of times with commas, lines of text and an empty line.
+"""
 
 import math
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+COLUMNS = 42  # per line; a Han character takes two
+LINES = 2  # per cue
+MIN_CUE = 1  # milliseconds
+
+# A line may end at white space and on either side of a character of a script without spaces, but
+# not before closing punctuation.
+_WIDE = r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U0001b000-\U0003fffd]"
+_CLOSING = r"[、。，．：；！？」』）】》\u0300-\u036f]"
+_PART = re.compile(rf"\s*(?:{_WIDE}|(?:(?!{_WIDE})\S)+){_CLOSING}*")
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word (a Han character is one) and what K posterior draws make of it; see `confidence`.
+    """A word (a Han character counts as one) with its confidence from K draws, see `confidence`.
 
     Attributes:
-        text: As in the transcript, punctuation included.
-        agreement: Share of the draws whose own transcripts have the word at this place.
-        log_prob: Mean over the draws of its log-probability after what was said before, nats.
+        text: The word as in the transcript, punctuation included.
+        agreement: Share of the draws whose own transcripts have the word at this position.
+        log_prob: Its log-probability given the words before it, mean over the draws, nats.
     """
 
     text: str
@@ -22,11 +38,11 @@ class Word:
 
     @property
     def confidence(self) -> float:
-        """How sure to be that the word is right: (agreement + exp(log_prob)) / 2."""
+        """Estimated probability that the word is correct: (agreement + exp(log_prob)) / 2."""
         return (self.agreement + math.exp(self.log_prob)) / 2
 
     def to_json(self) -> dict[str, Any]:
-        """For JSON, rounded."""
+        """The word for JSON, rounded to four digits."""
         figures = {"agreement": self.agreement, "log_prob": self.log_prob}
         figures["confidence"] = self.confidence
         return {"text": self.text, **{name: round(value, 4) for name, value in figures.items()}}
@@ -34,13 +50,13 @@ class Word:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a recording.
+    """The transcript of a part of a recording.
 
     Attributes:
         start: Seconds.
         end: Seconds.
-        text: What was said.
-        words: Its words with their confidences; None where no draws were asked for.
+        text: Its transcript.
+        words: Its words with their confidences; None without draws.
     """
 
     start: float
@@ -49,7 +65,7 @@ class Segment:
     words: tuple[Word, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """For JSON; times to the millisecond."""
+        """The segment for JSON; times to the millisecond."""
         row: dict[str, Any] = {"start": round(self.start, 3), "end": round(self.end, 3)}
         row["text"] = self.text
         if self.words is not None:
@@ -59,13 +75,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcript:
-    """A recording's transcript.
+    """The transcript of a recording.
 
     Attributes:
-        audio: The recording's path.
-        language: What the decoder was told, or detected: "de", or "de-en" if code-switched.
+        audio: Path of the recording.
+        language: The language given or detected: "de", or "de-en" if code-switched.
         duration: Seconds.
-        segments: In order, none of them empty.
+        segments: Non-empty segments, in order.
     """
 
     audio: str
@@ -75,11 +91,11 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """All of it, in one line."""
+        """The whole transcript in one line."""
         return " ".join(segment.text for segment in self.segments)
 
     def to_json(self) -> Mapping[str, Any]:
-        """For JSON."""
+        """The transcript for JSON."""
         return {
             "audio": self.audio,
             "language": self.language,
@@ -87,3 +103,86 @@ class Transcript:
             "text": self.text,
             "segments": [segment.to_json() for segment in self.segments],
         }
+
+
+@dataclass(frozen=True)
+class Cue:
+    """A subtitle.
+
+    Attributes:
+        start: Milliseconds.
+        end: Milliseconds, later than the start.
+        lines: Lines of text.
+    """
+
+    start: int
+    end: int
+    lines: tuple[str, ...]
+
+
+def srt(transcript: Transcript) -> str:
+    """The content of a SubRip file."""
+    return "".join(
+        f"{number}\n{_time(cue.start, ',')} --> {_time(cue.end, ',')}\n{_arrowless(cue)}\n\n"
+        for number, cue in enumerate(cues(transcript.segments), 1)
+    )
+
+
+def vtt(transcript: Transcript) -> str:
+    """The content of a WebVTT file."""
+    return "WEBVTT\n\n" + "".join(
+        f"{_time(cue.start, '.')} --> {_time(cue.end, '.')}\n{_escaped(cue)}\n\n"
+        for cue in cues(transcript.segments)
+    )
+
+
+def cues(segments: Iterable[Segment]) -> Iterator[Cue]:
+    """Yield cues that do not overlap, in order.
+
+    A segment that needs several cues gives each a share of its time in proportion to its columns.
+    """
+    shown = 0
+    for segment in segments:
+        lines = _wrap(segment.text)
+        groups = [tuple(lines[i : i + LINES]) for i in range(0, len(lines), LINES)]
+        widths = [max(1, sum(map(_width, group))) for group in groups]
+        start, end = (round(1000 * time) for time in (segment.start, segment.end))
+        start = max(start, shown)
+        end = max(end, start + MIN_CUE * len(groups))
+        spare, done = end - start - MIN_CUE * len(groups), 0
+        for index, (group, width) in enumerate(zip(groups, widths, strict=True), 1):
+            done += width
+            stop = start + MIN_CUE * index + spare * done // sum(widths)
+            yield Cue(max(shown, start), stop, group)
+            shown = stop
+
+
+def _wrap(text: str) -> list[str]:
+    """Lines of at most `COLUMNS` columns; only a single wider word exceeds that."""
+    lines: list[str] = []
+    for part in _PART.findall(" ".join(text.split())):
+        if lines and _width(lines[-1] + part) <= COLUMNS:
+            lines[-1] += part
+        else:
+            lines.append(part.strip())
+    return lines
+
+
+def _width(text: str) -> int:
+    return sum(
+        0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
+        for char in text
+    )
+
+
+def _time(milliseconds: int, point: str) -> str:
+    seconds, rest = divmod(milliseconds, 1000)
+    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{point}{rest:03}"
+
+
+def _arrowless(cue: Cue) -> str:
+    return "\n".join(cue.lines).replace("-->", "→")
+
+
+def _escaped(cue: Cue) -> str:
+    return "\n".join(cue.lines).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

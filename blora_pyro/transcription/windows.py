@@ -1,18 +1,28 @@
-"""Recordings, and the windows that a Whisper hears of them, one at a time."""
+"""Recordings, and the windows in which Whisper decodes them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from blora_pyro.data.audio import SAMPLING_RATE, Wave
 from blora_pyro.models.decoding import Piece
-from blora_pyro.transcription.pauses import cut_at_pauses
 
-LEAST = 0.1  # seconds that are worth a window
+MIN_WINDOW = 0.1  # seconds; a shorter rest of a recording is left out
+
+# Pauses, at which long audio is cut for a model without timestamp tokens
+FRAME = SAMPLING_RATE // 100  # samples: 10 ms
+SMOOTHING = 5  # frames that a level is averaged over
+MIN_PAUSE = 0.25  # seconds
+MARGIN = 0.1  # seconds of a pause that are kept on either side of speech
+DEPTH = 0.3  # a frame is quiet below this share of the way from the quiet to the loud level
+CONTRAST = 10.0  # decibels between quiet and loud level below which no pause is detected
 
 Span = tuple[int, int]  # first sample and end
+Levels = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,29 +38,29 @@ class Recording:
         return len(self.wave) / SAMPLING_RATE
 
     def fixed_spans(self, window: float) -> list[Span]:
-        """All of it, cut at pauses if it is longer than the window (in seconds)."""
+        """Spans of the whole recording, cut at pauses if it is longer than `window` seconds."""
         if self.duration <= window:
             return [(0, len(self.wave))]
         return cut_at_pauses(self.wave, window)
 
     def span_from(self, first: int, window: float) -> list[Span]:
-        """One window from a sample on; none where hardly anything is left."""
+        """The span of `window` seconds from sample `first` on; none if hardly anything is left."""
         end = min(first + round(window * SAMPLING_RATE), len(self.wave))
-        return [(first, end)] if first == 0 or end - first > LEAST * SAMPLING_RATE else []
+        return [(first, end)] if first == 0 or end - first > MIN_WINDOW * SAMPLING_RATE else []
 
 
 @dataclass(eq=False)
 class Window:
-    """A stretch of a recording that the model hears at once, and what it says.
+    """A span of a recording that is decoded at once, and its transcript.
 
     Attributes:
-        recording: The recording's place among those that are transcribed together.
+        recording: Index of the recording among those that are transcribed together.
         span: First sample and end.
         features: Log-mels (mels, frames), float16.
         timed: Whether the decoder is asked for timestamps.
-        language: Code or codes; empty until it is known.
-        prompt: The decoder's.
-        pieces: What was said.
+        language: Code or codes; empty until known.
+        prompt: Tokens of the decoder prompt.
+        pieces: Decoded tokens with their times.
     """
 
     recording: int
@@ -63,29 +73,29 @@ class Window:
 
     @property
     def start(self) -> float:
-        """Seconds."""
+        """Start in the recording, seconds."""
         return self.span[0] / SAMPLING_RATE
 
     @property
     def seconds(self) -> float:
-        """Its length."""
+        """Length in seconds."""
         return (self.span[1] - self.span[0]) / SAMPLING_RATE
 
     @property
     def tokens(self) -> list[int]:
-        """All that was said."""
+        """All decoded tokens."""
         return [token for piece in self.pieces for token in piece.tokens]
 
     def next_sample(self, timestamp_begin: int) -> int:
-        """Where the next window begins, if this one is timed.
+        """The sample at which the next window begins, if this one is timed.
 
-        Two timestamps at the end say that another segment begins, which the window does not hold as
-        a whole: it is heard again from there. Otherwise the window is done with.
+        Two timestamps at the end mean that another segment begins that the window cuts off: the
+        next window starts there. Otherwise it starts where this one ends.
         """
         tokens = self.tokens
         if len(tokens) > 1 and min(tokens[-2:]) >= timestamp_begin:
             finished = self.pieces[-1].end
-            if LEAST < finished < self.seconds:
+            if MIN_WINDOW < finished < self.seconds:
                 return self.span[0] + round(finished * SAMPLING_RATE)
         return self.span[1]
 
@@ -93,15 +103,68 @@ class Window:
 def batched(
     windows: Sequence[Window], size: int, length: Callable[[Window], float]
 ) -> Iterator[tuple[list[Window], Tensor]]:
-    """Windows in batches of timed ones or of others, of like length, with their log-mels.
+    """Yield batches of windows and their log-mels (n, mels, frames).
+
+    A batch has either timed windows or others, of similar length.
 
     Args:
         windows: In any order.
-        size: Of a batch, at most.
-        length: Of what is said in a window, or a guess: the longest decides how long a batch takes.
+        size: Largest size of a batch.
+        length: Length of a window's transcript, or a proxy: the longest decides a batch's time.
     """
     for timed in (False, True):
         rows = sorted((window for window in windows if window.timed == timed), key=length)
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
             yield batch, torch.stack([window.features for window in batch])
+
+
+def cut_at_pauses(wave: Wave, window: float) -> list[Span]:
+    """Cut audio into spans that fit the window, at pauses if there are any, by energy alone.
+
+    A frame is quiet if it lies below `DEPTH` of the way from the 5th to the 95th percentile of the
+    levels. Each stretch between two pauses is a span; one that is too long is cut repeatedly, at
+    the quietest frame of the second half of its first window. Pauses are left out.
+
+    Args:
+        wave: (samples,) at 16 kHz.
+        window: Seconds.
+
+    Returns:
+        First sample and end of every span, in order.
+    """
+    levels = _levels(wave)
+    parts = []
+    for first, end in _speech(levels):
+        while end - first > (most := int(window * SAMPLING_RATE) // FRAME):
+            half = first + most // 2
+            cut = half + int(np.argmin(levels[half : first + most]))
+            parts.append((first, cut))
+            first = cut
+        parts.append((first, end))
+    return [(first * FRAME, min(end * FRAME, len(wave))) for first, end in parts]
+
+
+def _levels(wave: Wave) -> Levels:
+    """Level of every frame in decibels, averaged over `SMOOTHING` frames."""
+    padded = np.pad(wave, (0, -len(wave) % FRAME)).astype(np.float64)
+    power = (padded.reshape(-1, FRAME) ** 2).mean(1)
+    kernel = np.ones(SMOOTHING) / SMOOTHING
+    smooth = np.convolve(np.pad(power, SMOOTHING // 2, mode="edge"), kernel, mode="valid")
+    return 10 * np.log10(smooth + 1e-10)
+
+
+def _speech(levels: Levels) -> list[tuple[int, int]]:
+    """First frame and end of every stretch between pauses."""
+    quiet, loud = np.percentile(levels, (5, 95))
+    if loud - quiet < CONTRAST:
+        return [(0, len(levels))]
+    loud_frames = np.flatnonzero(levels > quiet + DEPTH * (loud - quiet))
+    gaps = np.flatnonzero(np.diff(loud_frames) > MIN_PAUSE * SAMPLING_RATE / FRAME)
+    margin = round(MARGIN * SAMPLING_RATE / FRAME)
+    firsts = loud_frames[np.concatenate([[0], gaps + 1])] - margin
+    ends = loud_frames[np.concatenate([gaps, [len(loud_frames) - 1]])] + 1 + margin
+    return [
+        (max(int(first), 0), min(int(end), len(levels)))
+        for first, end in zip(firsts, ends, strict=True)
+    ]

@@ -1,9 +1,13 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from blora_pyro.models.decoding import Piece
-from blora_pyro.transcription.windows import Recording, Window, batched
+from blora_pyro.transcription.windows import Recording, Window, batched, cut_at_pauses
 
 SECOND = 16_000
 BEGIN = 100  # the first timestamp
@@ -25,12 +29,12 @@ def window(span, *pieces, timed=True) -> Window:
         ([Piece(0.1, 1.2, [105, 6, 160, 160])], 3.0),  # after the audio's end
     ],
 )
-def test_where_the_next_window_begins(pieces, expected):
+def test_the_next_window_begins_after_the_last_complete_segment(pieces, expected):
     heard = window((2 * SECOND, 3 * SECOND), *pieces)
     assert heard.next_sample(BEGIN) / SECOND == pytest.approx(expected)
 
 
-def test_spans():
+def test_spans_fit_the_window_and_leave_a_tiny_rest_out():
     recording = Recording("x", np.zeros(int(2.5 * SECOND), np.float32))
     assert recording.duration == 2.5
     assert recording.fixed_spans(3) == [(0, 40_000)]
@@ -49,3 +53,61 @@ def test_batches_hold_windows_of_a_kind_and_of_like_length():
         if features.shape == (len(batch), 1, 1)
     ]
     assert seen == [[(1, False), (5, False)], [(1, True), (2, True)], [(3, True)]]
+
+
+RATE = 16_000
+
+
+def speech(seconds: float, level: float = 0.3) -> np.ndarray:
+    wave = level * np.sin(2 * np.pi * 200 * np.arange(round(seconds * RATE)) / RATE)
+    return wave.astype(np.float32)
+
+
+def quiet(seconds: float) -> np.ndarray:
+    return np.full(round(seconds * RATE), 1e-4, np.float32)
+
+
+def seconds_of(wave, window=3.0):
+    return [(first / RATE, end / RATE) for first, end in cut_at_pauses(wave, window)]
+
+
+def test_what_lies_between_pauses_is_a_part_with_a_margin():
+    wave = np.concatenate([quiet(1), speech(1), quiet(0.5), speech(2), quiet(1)])
+    (a, b), (c, d) = seconds_of(wave)
+    assert (a, b, c, d) == pytest.approx((0.9, 2.1, 2.4, 4.6), abs=0.03)
+
+
+def test_a_gap_inside_a_word_is_no_pause():
+    wave = np.concatenate([quiet(0.5), speech(0.8), quiet(0.1), speech(0.8), quiet(0.5)])
+    assert len(seconds_of(wave)) == 1
+
+
+def test_speech_longer_than_the_window_is_cut_where_it_is_quietest():
+    wave = np.concatenate([quiet(0.5), speech(2.5), speech(0.1, 0.1), speech(2.0), quiet(0.5)])
+    (_, cut), (again, _) = seconds_of(wave)
+    assert cut == again
+    assert 3.0 <= cut <= 3.1
+
+
+def test_audio_of_one_level_is_cut_all_the_same():
+    assert [round(end - first, 1) for first, end in seconds_of(speech(10.0))]
+    assert seconds_of(speech(10.0))[-1][1] == 10.0
+    assert seconds_of(np.zeros(5 * RATE, np.float32))[-1][1] == 5.0
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.floats(0.05, 4), st.floats(0.001, 0.5)), min_size=1, max_size=6),
+    st.sampled_from([1.0, 3.0]),
+)
+def test_parts_are_in_order_fit_the_window_and_hold_all_that_is_loud(stretches, window):
+    parts = [np.concatenate([speech(length, level), quiet(0.4)]) for length, level in stretches]
+    wave = np.concatenate(parts)
+    spans = cut_at_pauses(wave, window)
+    assert all(0 <= first < end <= len(wave) for first, end in spans)
+    assert all(end - first <= window * RATE for first, end in spans)
+    assert all(end <= first for (_, end), (first, _) in pairwise(spans))
+    heard = np.zeros(len(wave), bool)
+    for first, end in spans:
+        heard[first:end] = True
+    assert np.abs(wave[~heard]).max(initial=0) < np.abs(wave).max() / 2

@@ -1,11 +1,11 @@
-"""What a Whisper says to recordings of any length, window by window, batched across recordings.
+"""Decoding of recordings of any length, window by window, batched across recordings.
 
-A recording no longer than the model's window is one window, heard as in evaluation. A longer one is
-heard in several: with a model that has timestamp tokens each begins where the last segment that was
-finished ended, as in OpenAI's decoder; without, the audio is cut at its pauses.
+A recording that fits the model's window is decoded at once, as in evaluation. A longer one takes
+several windows: with a model that has timestamp tokens each begins where the last complete segment
+ended, as in OpenAI's decoder; otherwise the audio is cut at its pauses.
 
-transformers' own long-form `generate` is not used for that, as its prompt has room for one language
-and code-switched speech has two. Here every window is a call of `generate` with its whole prompt.
+transformers' own long-form `generate` is not used, because its prompt has room for one language and
+code-switched speech has two. Here every window is a call of `generate` with its whole prompt.
 """
 
 import zlib
@@ -28,12 +28,12 @@ from blora_pyro.models.decoding import (
 )
 from blora_pyro.transcription.windows import Recording, Span, Window, batched
 
-# What OpenAI's decoder does with a window that went astray: it is drawn anew at the next
-# temperature while it is too repetitive or too unlikely, and dropped if it rather is silence.
+# OpenAI's temperature fallback: a window whose transcript is too repetitive or too unlikely is
+# sampled again at the next temperature, and dropped if it is probably silence.
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-REPETITIVE = 2.4  # times that zlib compresses the text
-UNLIKELY = -1.0  # nats a token
-SILENT = 0.6  # probability of no speech
+MAX_COMPRESSION = 2.4  # zlib ratio of the text
+MIN_LOG_PROB = -1.0  # nats per token
+NO_SPEECH = 0.6  # probability of no speech
 
 ENGLISH = "en"
 
@@ -45,8 +45,8 @@ def text_of(base: Base, tokens: Sequence[int]) -> str:
     return base.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
-class Hearing:
-    """Recordings that are heard together."""
+class LongFormDecoder:
+    """Decodes recordings together."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Hearing:
         timestamps: bool = False,
         batch_size: int = 16,
     ) -> None:
-        """How recordings are heard; see `Transcriber`."""
+        """Set how recordings are decoded; see `Transcriber`."""
         self.base = base
         self.language = language
         self.task = task
@@ -66,36 +66,36 @@ class Hearing:
         self.length: float = base.feature_extractor.chunk_length
         self._prompt_ids = lru_cache(lambda code: prompt_ids(base.tokenizer, code, task))
 
-    def hear(self, recordings: Sequence[Recording]) -> list[list[Window]]:
-        """The windows of every recording, in order, each with what the model says to it.
+    def decode(self, recordings: Sequence[Recording]) -> list[list[Window]]:
+        """The windows of every recording, in order, with their transcripts.
 
         Raises:
-            UserError: If the tokenizer does not know the language or the task.
+            UserError: If the tokenizer lacks the language or the task.
         """
         timed = [self._timed(recording) for recording in recordings]
         todo = [
             one.span_from(0, self.length) if by_time else one.fixed_spans(self.length)
             for one, by_time in zip(recordings, timed, strict=True)
         ]
-        heard: list[list[Window]] = [[] for _ in recordings]
+        decoded: list[list[Window]] = [[] for _ in recordings]
         while any(todo):
-            # A recording's first window, which tells its language, goes before the others.
-            now = [row[: None if heard[i] else 1] for i, row in enumerate(todo)]
+            # A recording's first window comes alone, because it may detect the language.
+            now = [row[: None if decoded[i] else 1] for i, row in enumerate(todo)]
             todo = [row[len(taken) :] for row, taken in zip(todo, now, strict=True)]
             spans = [(i, span) for i, row in enumerate(now) for span in row]
             windows = self._windows(recordings, spans, timed)
             for window in windows:
-                if before := heard[window.recording]:
+                if before := decoded[window.recording]:
                     window.language, window.prompt = before[0].language, before[0].prompt
-            self._say(windows)
+            self._decode(windows)
             for window in windows:
-                heard[window.recording].append(window)
+                decoded[window.recording].append(window)
                 if window.timed:
                     first = window.next_sample(self.begin or 0)
                     todo[window.recording] = recordings[window.recording].span_from(
                         first, self.length
                     )
-        return heard
+        return decoded
 
     def _timed(self, recording: Recording) -> bool:
         return self.begin is not None and (self.timestamps or recording.duration > self.length)
@@ -109,20 +109,20 @@ class Hearing:
             Window(i, span, mels, timed[i]) for (i, span), mels in zip(spans, features, strict=True)
         ]
 
-    def _say(self, windows: Sequence[Window]) -> None:
+    def _decode(self, windows: Sequence[Window]) -> None:
         """Fill in language, prompt and pieces."""
         for batch, features in batched(windows, self.batch_size, lambda window: window.seconds):
             encoded = encode(self.base, features)
             self._prompt(batch, encoded)
             if batch[0].timed:
-                self._say_timed(batch, encoded)
+                self._decode_timed(batch, encoded)
                 continue
-            said = decode(self.base, encoded, [window.prompt for window in batch])
-            for window, tokens in zip(batch, said, strict=True):
+            rows = decode(self.base, encoded, [window.prompt for window in batch])
+            for window, tokens in zip(batch, rows, strict=True):
                 window.pieces = [Piece(0.0, window.seconds, tokens)]
 
     def _prompt(self, batch: Sequence[Window], encoded: Tensor) -> None:
-        """Give a prompt to windows that have none, in the language detected if none is given."""
+        """Give a prompt to windows without one, in the detected language if none is given."""
         codes = [self.language or ENGLISH] * len(batch)
         multilingual = getattr(self.base.net.generation_config, "is_multilingual", False)
         if not self.language and multilingual and not all(window.prompt for window in batch):
@@ -133,23 +133,23 @@ class Hearing:
                 window.language = code
                 window.prompt = prompt[:-1] if window.timed else prompt
 
-    def _say_timed(self, batch: Sequence[Window], encoded: Tensor) -> None:
-        """Fill in pieces with their times, at the lowest temperature that does not go astray."""
-        astray = list(range(len(batch)))
+    def _decode_timed(self, batch: Sequence[Window], encoded: Tensor) -> None:
+        """Fill in timed pieces, at the lowest temperature whose transcript is accepted."""
+        todo = list(range(len(batch)))
         for temperature in TEMPERATURES:
-            prompts, states = [batch[i].prompt for i in astray], encoded[astray]
-            said = decode_timed(self.base, states, prompts, temperature)
-            for i, pieces in zip(astray, said, strict=True):  # nothing is said after the audio
+            prompts, states = [batch[i].prompt for i in todo], encoded[todo]
+            rows = decode_timed(self.base, states, prompts, temperature)
+            for i, pieces in zip(todo, rows, strict=True):  # no piece starts after the audio
                 batch[i].pieces = [one for one in pieces if one.start < batch[i].seconds]
-            scores = score_tokens(self.base, states, prompts, [batch[i].tokens for i in astray])
-            pairs = [(i, one) for i, one in zip(astray, scores, strict=True)]
+            scores = score_tokens(self.base, states, prompts, [batch[i].tokens for i in todo])
+            pairs = [(i, one) for i, one in zip(todo, scores, strict=True)]
             for i, one in pairs:
-                if one.mean < UNLIKELY and one.no_speech > SILENT:
+                if one.mean < MIN_LOG_PROB and one.no_speech > NO_SPEECH:
                     batch[i].pieces = []
-            astray = [i for i, one in pairs if batch[i].pieces and self._is_astray(batch[i], one)]
-            if not astray:
+            todo = [i for i, one in pairs if batch[i].pieces and self._failed(batch[i], one)]
+            if not todo:
                 return
 
-    def _is_astray(self, window: Window, scores: Scores) -> bool:
+    def _failed(self, window: Window, scores: Scores) -> bool:
         text = text_of(self.base, window.tokens).encode()
-        return scores.mean < UNLIKELY or len(text) > REPETITIVE * len(zlib.compress(text))
+        return scores.mean < MIN_LOG_PROB or len(text) > MAX_COMPRESSION * len(zlib.compress(text))

@@ -1,4 +1,4 @@
-"""Recordings to transcripts, and how sure a posterior is of their words."""
+"""Transcripts of recordings, with word confidences from posterior draws."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,14 +16,14 @@ from blora_pyro.models import Base
 from blora_pyro.models.decoding import decode, decode_timed, encode, score_tokens
 from blora_pyro.posterior import Posterior
 from blora_pyro.transcription.confidence import Speller, Spelling, Tally
-from blora_pyro.transcription.hearing import Hearing, text_of
+from blora_pyro.transcription.long_form import LongFormDecoder, text_of
 from blora_pyro.transcription.transcripts import Segment, Transcript, Word
 from blora_pyro.transcription.windows import Recording, Window, batched
 
 BATCH_SIZE = 64  # in evaluation
-GROUP = 8  # batches whose recordings are in memory together
+BATCHES_IN_MEMORY = 8  # recordings are read for so many batches at a time
 
-Words = Mapping[Window, list[tuple[Word, ...]]]  # by piece of each window
+Words = Mapping[Window, list[tuple[Word, ...]]]  # words of each piece, by window
 
 
 def transcribe_features(
@@ -32,7 +32,7 @@ def transcribe_features(
     prompts: Sequence[Sequence[int]],
     batch_size: int = BATCH_SIZE,
 ) -> list[str]:
-    """Greedy transcripts of log-mels (n, mels, frames), in order, each after its own prompt."""
+    """Greedy transcripts of log-mels (n, mels, frames), each with its own prompt, in order."""
     texts = [""] * len(prompts)
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
@@ -41,27 +41,27 @@ def transcribe_features(
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
             encoded = encode(base, features[chosen])
-            said = decode(base, encoded, [prompts[index] for index in chosen])
-            for index, tokens in zip(chosen, said, strict=True):
+            decoded = decode(base, encoded, [prompts[index] for index in chosen])
+            for index, tokens in zip(chosen, decoded, strict=True):
                 texts[index] = text_of(base, tokens)
     return texts
 
 
 @dataclass(frozen=True)
 class Transcriber:
-    """How recordings are transcribed.
+    """Transcribes recordings.
 
     Attributes:
-        base: A Whisper.
-        posterior: Adapts it; the transcript is that of the posterior mean. None is the base alone.
-        language: A code, or "de-en" for code-switched speech; None is what the model detects in the
-            first window of each recording.
+        base: A Whisper model.
+        posterior: Its mean adapts the base; None for the base alone.
+        language: A code, or "de-en" for code-switched speech; None to detect it in the first window
+            of each recording.
         task: "transcribe" or "translate".
-        timestamps: Ask for timestamps also where one window holds the whole recording; a model
-            without timestamp tokens is never asked.
-        batch_size: Windows that are heard at once.
-        samples: Draws of the posterior for the confidences of words; 0 is none.
-        seed: Of the draws, and of windows that go astray, see `hearing`.
+        timestamps: Ask for timestamps even if one window holds the whole recording; ignored for a
+            model without timestamp tokens.
+        batch_size: Windows per batch.
+        samples: Posterior draws for word confidences; 0 for none.
+        seed: Seed of the draws, and of windows sampled at a temperature, see `long_form`.
     """
 
     base: Base
@@ -74,10 +74,11 @@ class Transcriber:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check what can be checked before anything is read.
+        """Check the options.
 
         Raises:
-            UserError: If draws are asked for where there are none, or a number is out of range.
+            UserError: If a number is out of range, or the posterior has no draws and `samples` asks
+                for some.
         """
         check_positive(batch_size=self.batch_size)
         if self.samples < 0:
@@ -85,7 +86,7 @@ class Transcriber:
         if self.samples and self.posterior is None:
             raise UserError(f"samples is {self.samples}, but there is no adapter to draw from")
         if self.samples and self.posterior is not None:
-            self.posterior.guide  # noqa: B018 - raises where it is in a file that was not named
+            self.posterior.guide  # noqa: B018 - raises for a file that was not named
             if not any(stddev.any() for stddev in self.posterior.stddev.values()):
                 raise UserError(
                     f"samples is {self.samples}, but the adapter is a point estimate, all of whose "
@@ -96,27 +97,29 @@ class Transcriber:
         """Transcripts of recordings, in their order.
 
         Raises:
-            UserError: If the tokenizer does not know the language or the task.
+            UserError: If the tokenizer lacks the language or the task.
         """
-        hearing = Hearing(self.base, self.language, self.task, self.timestamps, self.batch_size)
+        decoder = LongFormDecoder(
+            self.base, self.language, self.task, self.timestamps, self.batch_size
+        )
         device = self.base.net.device
         with self._adapted(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed)  # a window that goes astray is drawn anew
-            heard = hearing.hear(recordings)
-        words = self._words([window for row in heard for window in row]) if self.samples else {}
+            torch.manual_seed(self.seed)  # for windows sampled at a temperature
+            decoded = decoder.decode(recordings)
+        words = self._words([window for row in decoded for window in row]) if self.samples else {}
         transcripts: list[Transcript] = []
-        for recording, windows in zip(recordings, heard, strict=True):
+        for recording, windows in zip(recordings, decoded, strict=True):
             language = windows[0].language if windows else self.language or ""
             segments = tuple(one for window in windows for one in self._segments(window, words))
             transcripts.append(Transcript(recording.name, language, recording.duration, segments))
         return transcripts
 
     def _adapted(self, draw: Mapping[str, Tensor] | None = None) -> AbstractContextManager[None]:
-        """The net adapted by the posterior mean or by a draw, if there is a posterior."""
+        """Adapt the net by the posterior mean or by a draw, if there is a posterior."""
         return self.posterior.applied(self.base.net, draw) if self.posterior else nullcontext()
 
     def _words(self, windows: Sequence[Window]) -> Words:
-        """What the draws make of the words of every piece of every window."""
+        """Words with confidences, by piece of every window."""
         assert self.posterior is not None
         speller = Speller(self.base.tokenizer)
         spelled = {window: _spell_pieces(speller, window) for window in windows}
@@ -126,8 +129,8 @@ class Transcriber:
         for draw in self.posterior.draws(self.samples, self.seed):
             with self._adapted(draw):
                 for batch, features in batched(windows, self.batch_size, lambda w: len(w.tokens)):
-                    for window, log_probs, said in self._judge(batch, features):
-                        tallies[window].add(log_probs, speller.spell(said))
+                    for window, log_probs, decoded in self._judge(batch, features):
+                        tallies[window].add(log_probs, speller.spell(decoded))
         words = {}
         for window, pieces in spelled.items():
             rest = iter(tallies[window].words())
@@ -137,20 +140,20 @@ class Transcriber:
     def _judge(
         self, batch: Sequence[Window], features: Tensor
     ) -> Iterator[tuple[Window, Tensor, list[int]]]:
-        """Log-probabilities of each window's tokens under the net as it is, and what it says."""
+        """Yield (window, log-probabilities of its tokens, the net's own transcript)."""
         prompts = [window.prompt for window in batch]
         encoded = encode(self.base, features)
         scores = score_tokens(self.base, encoded, prompts, [window.tokens for window in batch])
         if batch[0].timed:
             pieces = decode_timed(self.base, encoded, prompts)
-            said = [[token for piece in row for token in piece.tokens] for row in pieces]
+            decoded = [[token for piece in row for token in piece.tokens] for row in pieces]
         else:
-            said = decode(self.base, encoded, prompts)
-        for window, one, tokens in zip(batch, scores, said, strict=True):
+            decoded = decode(self.base, encoded, prompts)
+        for window, one, tokens in zip(batch, scores, decoded, strict=True):
             yield window, one.log_probs, tokens
 
     def _segments(self, window: Window, words: Words) -> Iterator[Segment]:
-        """What was said in a window, at its times in the recording."""
+        """Segments of a window, with times in the recording."""
         found = words.get(window, [None] * len(window.pieces))
         for piece, sure in zip(window.pieces, found, strict=True):
             if text := text_of(self.base, piece.tokens):
@@ -167,20 +170,20 @@ def transcribe_files(
     """Transcripts of audio files, in their order.
 
     Args:
-        transcriber: How.
+        transcriber: Transcribes them.
         paths: wav, flac, ogg/opus or mp3 files.
-        on_transcript: Told each file's place and transcript, in order, as they come.
-        on_error: Told the place of a file that can't be read, and why, which is then left out; None
-            raises.
+        on_transcript: Called with each file's index and transcript, in order.
+        on_error: Called with the index of a file that can't be read and the error; the file is then
+            left out. None raises the error.
 
     Raises:
         UserError: If a file can't be read, or as `Transcriber.transcribe`.
     """
     done: list[Transcript] = []
-    for places, recordings in _groups(transcriber, paths, on_error):
+    for indices, recordings in _groups(transcriber, paths, on_error):
         transcripts = transcriber.transcribe(recordings)
-        for place, transcript in zip(places, transcripts, strict=True):
-            on_transcript(place, transcript)
+        for index, transcript in zip(indices, transcripts, strict=True):
+            on_transcript(index, transcript)
         done += transcripts
     return done
 
@@ -190,31 +193,31 @@ def _groups(
     paths: Sequence[str | Path],
     on_error: Callable[[int, UserError], None] | None,
 ) -> Iterator[tuple[list[int], list[Recording]]]:
-    """Files that are in memory together: enough for batches of windows of like length."""
+    """Yield indices and recordings of files that are held in memory together."""
     window = transcriber.base.feature_extractor.chunk_length
-    places: list[int] = []
+    indices: list[int] = []
     recordings: list[Recording] = []
     windows = 0
-    for place, path in enumerate(paths):
+    for index, path in enumerate(paths):
         try:
             recording = Recording(str(path), read_audio({"path": str(path)}))
         except UserError as error:
             if on_error is None:
                 raise
-            on_error(place, error)
+            on_error(index, error)
             continue
-        places.append(place)
+        indices.append(index)
         recordings.append(recording)
         windows += math.ceil(recording.duration / window)
-        if windows >= GROUP * transcriber.batch_size:
-            yield places, recordings
-            places, recordings, windows = [], [], 0
+        if windows >= BATCHES_IN_MEMORY * transcriber.batch_size:
+            yield indices, recordings
+            indices, recordings, windows = [], [], 0
     if recordings:
-        yield places, recordings
+        yield indices, recordings
 
 
 def _spell_pieces(speller: Speller, window: Window) -> list[list[Spelling]]:
-    """Words of every piece; the places of their tokens are those in the whole window."""
+    """Words of every piece; token indices count from the start of the window."""
     rows, offset = [], 0
     for piece in window.pieces:
         rows.append(speller.spell(piece.tokens, offset))

@@ -14,7 +14,7 @@ from blora_pyro.transcription import (
     Transcriber,
     transcribe_features,
     transcribe_files,
-    transcribing,
+    transcriber,
 )
 from blora_pyro.transcription.confidence import Speller, word_key
 from blora_pyro.transcription.windows import Recording
@@ -165,7 +165,7 @@ def test_the_task_is_in_the_prompt(fluent_base, tones_folder):
 
 def test_many_files_are_transcribed_in_order_and_in_groups(fluent_base, tones_folder, monkeypatch):
     names = ["de2", "en0", "de3", "en1"] * 3
-    monkeypatch.setattr(transcribing, "GROUP", 2)
+    monkeypatch.setattr(transcriber, "BATCHES_IN_MEMORY", 2)
     sizes, seen = [], []
     original = Transcriber.transcribe
 
