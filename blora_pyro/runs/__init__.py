@@ -6,6 +6,7 @@
 - `folders`: how any run is kept and read; `fit_folders`: how a fit keeps what it has; `early_ends`:
   what it says when it ends before its time; `skipped_rows`: of its data;
 - `listeners`, `tracking`: who is told how it goes;
-- `finished`: a run scored again, merged, used; `diagnosis`: looked into; `strength_curves`,
-  `strength_plot`: at every strength; `pruned`: made smaller; `combined`: several made one.
+- `finished`: a run scored again, merged, used; `diagnosis`: its figures and plots;
+  `strength_curves`: at every strength; `pruned`: made smaller; `combined`: several made one;
+- `report`: tables of its metrics, and its errors word by word.
 """

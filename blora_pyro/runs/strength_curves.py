@@ -1,18 +1,25 @@
-"""What every strength of one fit costs and gains: a curve from the base to the fit."""
+"""Errors of one fit at several strengths, a curve from the base to the fit, and its plot."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import Evaluation, change_summary, rate_summary
+from blora_pyro.files import replace_file
 from blora_pyro.metrics import forgetting_removed
+from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, VERMILLION, label_axes, new_figure
 from blora_pyro.posterior.strength import SCALE, at_strength, check_strength
 from blora_pyro.runs.finished import scoring_config, scoring_sets
 from blora_pyro.runs.folders import STRENGTH_PLOT, beside, claim_file, read_run
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.outcomes import NEW_DOMAIN, domain_name, measure
-from blora_pyro.runs.strength_plot import check_plot_file, save_strength_plot
+
+SUFFIXES = (".png", ".pdf", ".svg")
+ENDS = {0.0: ("the base (strength 0)", BLACK, "*"), 1.0: ("the fit (strength 1)", VERMILLION, "D")}
 
 
 def strength_curve(
@@ -27,12 +34,12 @@ def strength_curve(
     plot: str | Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Score a run at several strengths, and draw new-domain error against backward error.
+    """Score a run at several strengths, and plot new-domain error against backward error.
 
     Args:
         folder: Of the run, or its Hub id.
         strengths: See `at_strength`. 0 (the base) and 1 (the fit) are scored in any case.
-        progress: Told of stages.
+        progress: Listener of stages.
         device: A torch device.
         by: See `at_strength`.
         split: Of the run's sets: `test`, or `dev` to choose a strength by.
@@ -81,7 +88,7 @@ def strength_curve(
 
 
 def _claim_plot(folder: str | Path, plot: str | Path | None, overwrite: bool) -> Path:
-    """The file of the picture, before there is one."""
+    """Returns the plot's file, which can be written."""
     file = beside(folder, STRENGTH_PLOT, "plot") if plot is None else Path(plot)
     check_plot_file(file)
     claim_file(file, overwrite or plot is None)
@@ -89,7 +96,7 @@ def _claim_plot(folder: str | Path, plot: str | Path | None, overwrite: bool) ->
 
 
 def _points(results: dict[float, dict[str, Evaluation]]) -> list[dict[str, Any]]:
-    """The figures of every strength, rising; the first is the base, and 1 is among them."""
+    """Returns the figures of every strength, rising; the first is the base, and 1 is among them."""
     points = []
     base = _backward(results[0.0])
     for strength, sets in results.items():
@@ -113,8 +120,74 @@ def _backward(sets: dict[str, Evaluation]) -> list[Evaluation]:
 
 
 def _removed(errors: dict[float, float | None], strength: float) -> float | None:
-    """Share of the fit's forgetting that is not there at a strength, given backward errors."""
+    """Returns the share of the fit's forgetting that is gone at a strength, of backward errors."""
     base, here, fit = errors[0.0], errors[strength], errors[1.0]
     if base is None or here is None or fit is None or fit <= base:
         return None
     return forgetting_removed(fit, here, base)
+
+
+def strength_plot(curve: Mapping[str, Any]) -> Figure:
+    """Plots new-domain error against backward error, in %, with a point a strength.
+
+    Base and fit are marked. Bars are the paired 95% intervals of forgetting, added to the backward
+    error of the base.
+
+    Args:
+        curve: See `strength_curve`. Points without a rate are left out.
+    """
+    points = [
+        (one["strength"], 100 * one["new_domain"]["rate"], 100 * one["backward_error"]["rate"])
+        for one in curve["points"]
+        if None not in (one["new_domain"]["rate"], one["backward_error"]["rate"])
+    ]
+    intervals = {one["strength"]: one["forgetting"]["interval"] for one in curve["points"]}
+    title = f"One fit at every strength, by {curve['strength_by']} ({curve['split']} sets)"
+    figure, axes = new_figure(title, 4.4)
+    panel = axes[0][0]
+    panel.plot([x for _, x, _ in points], [y for _, _, y in points], color=GREY, linewidth=1.2)
+    base_error = points[0][2] if points else 0.0
+    for strength, x, y in points:
+        low, high = (base_error + 100 * end for end in intervals[strength])
+        panel.vlines(x, low, high, color=GREY, linewidth=0.8, alpha=0.6)
+        name, color, marker = ENDS.get(strength, (None, BLUE, "o"))
+        size = 5 if name is None else 9
+        panel.plot(x, y, marker, color=color, markersize=size, label=name, linestyle="none")
+        offset = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": SMALL}
+        white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+        panel.annotate(f"{strength:g}", (x, y), bbox=white, **offset)
+    metric = curve["metric"].upper()
+    x_label = f"error on the new domain, {curve['new_domain']}: {metric} in %"
+    label_axes(panel, "", x_label, "backward error in % (bars: 95% interval of forgetting)")
+    panel.grid(alpha=0.25, linewidth=0.5)
+    panel.margins(0.08)
+    if points:
+        panel.legend(fontsize=SMALL, frameon=False)
+    return figure
+
+
+def check_plot_file(file: Path) -> None:
+    """Refuse a plot's file by its suffix.
+
+    Raises:
+        UserError: If it is none of `SUFFIXES`.
+    """
+    if file.suffix not in SUFFIXES:
+        raise UserError(f"plot is '{file}'; give a file that ends in {' or '.join(SUFFIXES)}")
+
+
+def save_strength_plot(file: Path, curve: Mapping[str, Any]) -> None:
+    """Write the plot, over what is at `file`.
+
+    Raises:
+        UserError: If it can't be written.
+    """
+    check_plot_file(file)
+    content = io.BytesIO()
+    strength_plot(curve).savefig(content, format=file.suffix[1:], dpi=200)
+    try:
+        replace_file(file, content.getvalue())
+    except OSError as error:
+        raise UserError(
+            f"{file} can't be written ({error.strerror}); give another --plot"
+        ) from None
