@@ -24,10 +24,10 @@ from domain_fits import BAYES, LORA, STEPS, Fits, locked
 
 from blora_pyro import Posterior, load_base
 from blora_pyro.comparison.rows import counts_to_json
-from blora_pyro.config import FitConfig
 from blora_pyro.data import Examples
 from blora_pyro.evaluation import Evaluation
 from blora_pyro.models import Base
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior.strength import at_strength
 from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.outcomes import NEW_DOMAIN, evaluation_sets, measure

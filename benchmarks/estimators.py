@@ -24,6 +24,7 @@ from torch import Tensor
 from blora_pyro import FitConfig, Temper, load_base
 from blora_pyro.data import batch_indices
 from blora_pyro.fitting import fit_guide
+from blora_pyro.guides import with_prior_arguments
 from blora_pyro.models import ESTIMATORS, build_estimator
 from blora_pyro.runs.loading import load_examples
 from blora_pyro.runs.parts import build
@@ -65,7 +66,7 @@ def main() -> None:
 
 def measure(config: FitConfig, draws: int) -> dict[str, Any]:
     """Fit, then draw gradients: what the JSON holds for one prior."""
-    config = config.with_prior_args()
+    config = with_prior_arguments(config)
     pyro.set_rng_seed(config.seed)
     base = load_base(config.base)
     examples = load_examples(base, config.data, "train")

@@ -21,9 +21,10 @@ from common import Results, compared, interleaved, parse, parser, print_table, s
 from transformers import pipeline
 
 from blora_pyro import Posterior, load_base
-from blora_pyro.config import FitConfig
 from blora_pyro.data import SAMPLING_RATE, load_split, read_audio
+from blora_pyro.guides import with_prior_arguments
 from blora_pyro.models import Base
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family
 from blora_pyro.runs.loading import load_examples
 from blora_pyro.runs.parts import build
@@ -63,7 +64,7 @@ def main() -> None:
 
 def near(base: Base) -> Posterior:
     """A posterior at the start of a fit, but for a B that is nearly zero."""
-    config = FitConfig().with_prior_args().resolved(1, 1)
+    config = with_prior_arguments(FitConfig()).resolved(1, 1)
     model, guide = build(base, config)
     posterior = Posterior.from_guide(base.name, model, guide, Family())
     model.adapters.remove()

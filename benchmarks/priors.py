@@ -16,7 +16,7 @@ from common import about
 
 from blora_pyro import fit
 from blora_pyro.diagnostics import summarise
-from blora_pyro.guides import FAMILIES
+from blora_pyro.families import FAMILIES
 from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.pruned import prune_run
 

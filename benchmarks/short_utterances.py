@@ -20,7 +20,6 @@ from common import Results, compared, interleaved, parse, parser, print_table, s
 from contestants import Ours, geometry, random_batch, random_net
 
 from blora_pyro import fit, load_base
-from blora_pyro.config import FitConfig
 from blora_pyro.data import DOMAINS, LANGUAGES, Batch, Examples, features, trim
 from blora_pyro.evaluation import (
     Evaluation,
@@ -31,6 +30,7 @@ from blora_pyro.evaluation import (
 )
 from blora_pyro.fitting.encoder_cache import EncoderCache
 from blora_pyro.models import Base
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.loading import Loader
 from blora_pyro.transcription import transcribe_features
 

@@ -21,7 +21,7 @@ from common import about
 from matplotlib.figure import Figure
 
 from blora_pyro import prune
-from blora_pyro.config import FitConfig
+from blora_pyro.options import FitConfig
 from blora_pyro.plotting import BLACK, BLUE, GREEN, GREY, ORANGE, SMALL, label_axes, new_figure
 from blora_pyro.runs.finished import scoring_sets
 from blora_pyro.runs.folders import read_run

@@ -28,8 +28,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from blora_pyro.config import FitConfig
     from blora_pyro.models import BLoRA, Temper, load_base
+    from blora_pyro.options import FitConfig
     from blora_pyro.posterior import Posterior
     from blora_pyro.posterior.combining import combine
     from blora_pyro.posterior.pruning import prune
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BLoRA": "models",
-    "FitConfig": "config",
+    "FitConfig": "options",
     "Posterior": "posterior",
     "Run": "runs.fits",
     "Temper": "models",

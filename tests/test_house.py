@@ -9,10 +9,11 @@ import blora_pyro
 
 HOUSE = Path(blora_pyro.__file__).parent
 ORDER = (  # of the rooms and of the files beside them, as CONTRIBUTING.md tells it
-    *("errors", "files", "hub", "launched", "tables", "plotting"),
+    *("errors", "files", "hub", "launched", "families", "languages", "sources", "tables"),
+    *("plotting", "declarations", "options"),
     *("data", "metrics", "low_rank", "adapters", "models", "guides", "fitting"),
     *("posterior", "diagnostics", "transcription", "evaluation"),
-    *("config", "runs", "reports", "sweeps", "comparison", "publishing", "cli"),
+    *("runs", "reports", "sweeps", "comparison", "publishing", "cli"),
 )
 FILES = sorted(path for path in HOUSE.rglob("*.py") if not path.stem.startswith("__main"))
 

@@ -17,7 +17,7 @@ def fit_options(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: If a text is not of the form that it should have.
     """
-    from blora_pyro.config import FitConfig
+    from blora_pyro.options import FitConfig
 
     weights, backward = given["data_weights"], given["backward"]
     languages = given["distillation_languages"]

@@ -195,7 +195,8 @@ def diagnose(
 def priors(as_json: Json = False) -> None:
     """List the prior families and their arguments."""
     with one_line_errors():
-        from blora_pyro.guides import FAMILIES, describe_prior
+        from blora_pyro.families import FAMILIES
+        from blora_pyro.guides import describe_prior
 
         families = {name: describe_prior(name) for name in FAMILIES}
         if as_json:

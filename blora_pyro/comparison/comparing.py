@@ -12,10 +12,11 @@ from blora_pyro.comparison.methods import SETTINGS, Method, choose_methods, read
 from blora_pyro.comparison.plan import Plan, RowPlan
 from blora_pyro.comparison.rows import RowSpec
 from blora_pyro.comparison.study import Study
-from blora_pyro.data import DOMAINS, Source, named_sources
+from blora_pyro.data import DOMAINS
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.runs.folders import FINISHED, state_of
 from blora_pyro.runs.listeners import Listener
+from blora_pyro.sources import Source, named_sources
 from blora_pyro.sweeps.storages import quiet_optuna
 
 SEEDS = (0, 1, 2)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from blora_pyro.comparison.methods import PROGRAM
 from blora_pyro.comparison.rivals import WEIGHTS, fit_rival
 from blora_pyro.comparison.rows import FORMAT, hash_of
-from blora_pyro.config import FitConfig
 from blora_pyro.errors import UserError
+from blora_pyro.guides import with_prior_arguments
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import Base
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.pruning import prune
 from blora_pyro.posterior.strength import at_strength
@@ -65,7 +66,7 @@ class Fit:
         known = {one.name for one in fields(FitConfig)}
         if unknown := self.options.keys() - known:
             raise UserError(f"a fit has no option '{min(unknown)}'; leave its method out")
-        return FitConfig(**self.options).with_prior_args()
+        return with_prior_arguments(FitConfig(**self.options))
 
     @cached_property
     def key(self) -> str:

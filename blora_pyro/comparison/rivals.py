@@ -22,7 +22,6 @@ from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.adapters import Group, Site, find_targets, group_by_shape
 from blora_pyro.comparison.methods import FULL
-from blora_pyro.config import FitConfig
 from blora_pyro.data import Examples
 from blora_pyro.errors import UserError
 from blora_pyro.files import replace_file, write_json
@@ -31,6 +30,7 @@ from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.svi import Step
 from blora_pyro.models import Base, WhisperLikelihood, WhisperProgram
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.folders import (
     CHECKPOINT,

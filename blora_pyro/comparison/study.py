@@ -23,19 +23,15 @@ from blora_pyro.comparison.rows import (
     hash_of,
 )
 from blora_pyro.comparison.shared_rows import SharedRows
-from blora_pyro.config import FitConfig, base_of
-from blora_pyro.data import (
-    Examples,
-    Source,
-    describe_source,
-    is_language,
-    split_names,
-)
+from blora_pyro.data import Examples, split_names
 from blora_pyro.errors import UserError
-from blora_pyro.models import Base
+from blora_pyro.languages import is_language
+from blora_pyro.models import Base, base_of
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.outcomes import DEV_SPLITS, NEW_DOMAIN, measure
+from blora_pyro.sources import Source, describe_source
 
 
 class _Fits(Listener):

@@ -11,10 +11,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from blora_pyro.data.features import Features, OnNote, OnProgress, load_features, trim
-from blora_pyro.data.languages import language_code
 from blora_pyro.data.prompts import Encoder
 from blora_pyro.data.rows import BadRow, OnBadRow, all_bad, located, stop
 from blora_pyro.errors import UserError
+from blora_pyro.languages import language_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor

@@ -1,75 +1,14 @@
 """Several sources of data as one: their names, their rows, and the order of drawing them."""
 
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from datasets import Dataset, concatenate_datasets
 
 from blora_pyro.data.rows import BadRow, OnBadRow, all_bad, stop
-from blora_pyro.data.sources import TABLES, Source, describe_source, load_split
+from blora_pyro.data.sources import load_split
 from blora_pyro.errors import UserError, printable
-
-_NAMED = re.compile(r"([\w.-]+)=(.+)")
-
-
-def as_sources(value: Any) -> tuple[Source, ...]:
-    """One source or several, or sources by name, as a tuple.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if isinstance(value, Mapping) and not isinstance(value, TABLES):
-        value = tuple(value.values())
-    one = isinstance(value, (str, os.PathLike, *TABLES))
-    sources = (value,) if one else tuple(value)
-    if not sources:
-        raise UserError("data names no source; give one or more")
-    return sources
-
-
-def as_domains(value: Any) -> tuple[Source, ...] | dict[str, Source]:
-    """Sources by name, if they are, or a text among them is "NAME=SOURCE"; else as a tuple.
-
-    Raises:
-        UserError: if there is none, or two have one name.
-    """
-    sources = as_sources(value)
-    if isinstance(value, Mapping) and not isinstance(value, TABLES):
-        return dict(value)
-    texts = [source for source in sources if isinstance(source, str)]
-    if len(texts) == len(sources) and any(map(_name_and_source, texts)):
-        return named_sources(texts)
-    return sources
-
-
-def _name_and_source(text: str) -> re.Match[str] | None:
-    """Of "NAME=SOURCE"; None for a text that is a path as it stands, or has no name."""
-    return None if os.path.exists(text) else _NAMED.fullmatch(text)
-
-
-def named_sources(value: Mapping[str, Source] | Sequence[str]) -> dict[str, Source]:
-    """Sources by name: a mapping as it is, of texts "NAME=SOURCE", or SOURCE as its own name.
-
-    A text that is a path as it stands is not taken apart.
-
-    Raises:
-        UserError: if two have one name.
-    """
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, (str, *TABLES)):
-        raise UserError("backward must be a list of sources, or sources by name")
-    found: dict[str, Source] = {}
-    for text in map(str, value):
-        match = _name_and_source(text)
-        name, source = match.groups() if match else (text, text)
-        if name in found:
-            raise UserError(f"two sets are called '{name}'; name them apart: NAME=SOURCE")
-        found[name] = source
-    return found
+from blora_pyro.sources import Source, as_sources, describe_source
 
 
 def load_mixture(
@@ -112,21 +51,6 @@ def load_mixture(
             part = part.select(sorted(drawn[:limit].tolist()))
         parts.append(part)
     return concatenate_datasets(parts)
-
-
-def check_weights(weights: Sequence[float] | None, sources: Sequence[Source]) -> None:
-    """Refuse weights that are not one number above 0 for each source; None passes.
-
-    Raises:
-        UserError: saying what was given.
-    """
-    if weights is None:
-        return
-    if len(weights) != len(sources) or not all(0 < weight < float("inf") for weight in weights):
-        raise UserError(
-            f"data_weights is {', '.join(map(str, weights))} for {len(sources)} source(s) of data; "
-            "give one number above 0 for each"
-        )
 
 
 def batch_indices(

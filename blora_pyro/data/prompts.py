@@ -3,14 +3,15 @@
 import re
 from typing import TYPE_CHECKING
 
-from blora_pyro.data.languages import language_code
 from blora_pyro.errors import UserError
+from blora_pyro.languages import language_code
+from blora_pyro.options import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 START, END, NO_TIMESTAMPS = "<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>"
-TASKS = ("transcribe", "translate")
+
 _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 _ENGLISH_ONLY_END = 50256
 _MAX_CHARACTERS = 100  # a token; longer texts are not worth tokenising

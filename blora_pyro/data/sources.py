@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset
 
 from blora_pyro.data.hf_datasets import (
     Table,
@@ -25,15 +25,13 @@ from blora_pyro.data.manifest import READERS, manifest_splits, manifest_stream, 
 from blora_pyro.data.rows import OnBadRow, RowStream, stop
 from blora_pyro.errors import UserError, printable
 from blora_pyro.files import cache_dir
-
-Source = str | Path | Table
+from blora_pyro.options import POCKET_DOMAINS, POCKET_LANGUAGES
+from blora_pyro.sources import Source, is_table
 
 POCKET_DIR = Path(__file__).parent / "pocket"  # a folder of assets beside this module
 MODEL_DIR = POCKET_DIR / "model"
-DOMAINS = ("de-en", "es-en", "zh-en")  # code-switched, matrix language first
-LANGUAGES = ("en", "de", "es", "fr", "tr", "zh")
+DOMAINS, LANGUAGES = POCKET_DOMAINS, POCKET_LANGUAGES
 
-TABLES = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 _OBJECT = "<"  # how the description of an object begins, as no name of a source does
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
 
@@ -97,7 +95,7 @@ class _Table:
 
 
 def _find(source: Source, split: str) -> _Manifest | _Table:
-    if isinstance(source, TABLES):
+    if is_table(source):
         return _Table(lambda streaming: source, "the data set")
     name = str(source)
     if _is_parquet(name):
@@ -128,7 +126,7 @@ def split_names(source: Source) -> list[str]:
     Raises:
         UserError: if the source is none of those of `load_split`.
     """
-    if isinstance(source, TABLES):
+    if is_table(source):
         return table_splits(source)
     name = str(source)
     if _is_parquet(name):
@@ -146,19 +144,6 @@ def split_names(source: Source) -> list[str]:
     if not names and (manifest := _only(folder, "metadata")):
         return manifest_splits(manifest)
     return sorted(names or parquet_files(folder))
-
-
-def describe_source(source: Source) -> str:
-    """Return a source as text; an object of `datasets` as "<Dataset of 3 rows, ...>"."""
-    if not isinstance(source, TABLES):
-        return str(source)
-    kind = type(source).__name__
-    if isinstance(source, dict):
-        parts = ", ".join(f"{name}: {describe_source(one)}" for name, one in source.items())
-        return f"{_OBJECT}{kind} {parts}>"
-    if isinstance(source, Dataset):
-        return f"{_OBJECT}{kind} of {len(source)} rows, fingerprint {source._fingerprint}>"
-    return f"{_OBJECT}{kind}>"
 
 
 def is_hub_id(name: str) -> bool:

@@ -16,11 +16,11 @@ from blora_pyro.data.features import log_mels
 from blora_pyro.data.prompts import Encoder
 from blora_pyro.data.rows import BadRow, OnBadRow, Record, Row, RowStream, all_bad, located, stop
 from blora_pyro.errors import UserError, reason
+from blora_pyro.options import SHUFFLE_BUFFER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-BUFFER = 1000  # rows, as in `datasets`
 SAMPLE = 16  # rows that are looked at before a fit
 READERS = 4  # threads; torch may use several cores in each
 
@@ -48,7 +48,7 @@ class Stream:
         max_tokens: int = 448,
         *,
         language: str | None = None,
-        buffer: int = BUFFER,
+        buffer: int = SHUFFLE_BUFFER,
         seed: int = 0,
         trim: bool = False,
         on_bad: OnBadRow = stop,

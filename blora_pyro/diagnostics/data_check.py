@@ -18,10 +18,6 @@ from blora_pyro.data import (
     BadRow,
     Digests,
     Encoder,
-    Source,
-    as_sources,
-    describe_source,
-    language_code,
     load_split,
     prompt_ids,
     read_audio,
@@ -31,8 +27,11 @@ from blora_pyro.data import (
     usable_cores,
 )
 from blora_pyro.errors import UserError
+from blora_pyro.languages import language_code
 from blora_pyro.metrics import check_tags
-from blora_pyro.models import POCKET, adapter_in, find_folder
+from blora_pyro.models import adapter_in, find_folder
+from blora_pyro.options import POCKET
+from blora_pyro.sources import Source, as_sources, describe_source
 
 CHUNK = 64  # recordings that are decoded at a time
 TOLERANCE = 0.1  # seconds by which a stated duration may be wrong

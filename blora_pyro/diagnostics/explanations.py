@@ -9,6 +9,7 @@ import torch
 
 from blora_pyro.diagnostics.summaries import Summary, shrinkage_factors
 from blora_pyro.errors import UserError
+from blora_pyro.families import PREVIOUS_POSTERIOR
 from blora_pyro.guides import load_family, previous_posterior
 from blora_pyro.posterior import Posterior
 from blora_pyro.tables import number
@@ -109,7 +110,7 @@ def _above_the_floor(summary: Summary) -> dict[str, Any]:
 
 def _explanation(prior: str) -> str:
     """Returns the text of a family; a user's file was named, and so run, to get the summary."""
-    if prior == previous_posterior.NAME:
+    if prior == PREVIOUS_POSTERIOR:
         return previous_posterior.EXPLANATION
     return str(getattr(load_family(prior), "EXPLANATION", OWN))
 

@@ -1,16 +1,8 @@
 """The learning rate of every step: a linear warm-up to its peak, and what comes then."""
 
 import math
-from typing import Literal, get_args
 
-Schedule = Literal["cosine", "linear", "constant"]
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
-WARM_UP_SHARE = 0.1  # of the steps, unless given
-
-
-def default_warmup_steps(steps: int) -> int:
-    """A tenth of the steps, at least one."""
-    return max(1, round(WARM_UP_SHARE * steps))
+from blora_pyro.options import Schedule, default_warmup_steps
 
 
 def learning_rate(

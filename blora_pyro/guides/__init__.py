@@ -25,6 +25,7 @@ from blora_pyro.guides.registry import (
     latent_sites,
     load_family,
     prior_arguments,
+    with_prior_arguments,
 )
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "latent_sites",
     "load_family",
     "prior_arguments",
+    "with_prior_arguments",
 ]

@@ -10,8 +10,6 @@ from blora_pyro.adapters import Group, Site
 from blora_pyro.errors import UserError
 from blora_pyro.guides import normal
 
-NAME = "previous-posterior"
-
 EXPLANATION = (
     "The prior is an earlier run's posterior, its deviations times {inflation:g}: every weight is "
     "pulled to where that run left it, the harder the surer it was (the widths of layers are "

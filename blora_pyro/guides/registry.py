@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -21,25 +21,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from blora_pyro.errors import UserError
+from blora_pyro.families import FAMILIES, GUIDES, PREVIOUS_POSTERIOR, is_code
 from blora_pyro.guides import previous_posterior
 from blora_pyro.models import Density as Prior
 from blora_pyro.models import FactorPrior
-
-FAMILIES = {
-    "normal": "blora_pyro.guides.normal",
-    "laplace": "blora_pyro.guides.laplace",
-    "student-t": "blora_pyro.guides.student_t",
-    "scale-mixture": "blora_pyro.guides.scale_mixture",
-    "horseshoe": "blora_pyro.guides.horseshoe",
-    "learned-scale": "blora_pyro.guides.learned_scale",
-    "pretrained-scale": "blora_pyro.guides.pretrained_scale",
-    "a-only": "blora_pyro.guides.a_only",
-}
-GUIDES = {
-    **FAMILIES,
-    "point": "blora_pyro.guides.point",
-    "auto-normal": "blora_pyro.guides.auto_normal",
-}
+from blora_pyro.options import FitConfig
 
 
 class Guide(Protocol):
@@ -64,7 +50,7 @@ def load_family(name: str, known: dict[str, str] = FAMILIES) -> ModuleType:
     if name in known:
         return importlib.import_module(known[name])
     path = Path(name)
-    if path.suffix != ".py" or not path.is_file():
+    if not is_code(name) or not path.is_file():
         raise UserError(f"'{name}' is none of {', '.join(known)}, nor the path of a .py file")
     spec = importlib.util.spec_from_file_location(f"blora_pyro_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # a .py file always has a loader
@@ -140,6 +126,24 @@ def build_prior(name: str, **arguments: Any) -> Prior:
     """
     arguments = prior_arguments(name, **arguments)
     return _member(load_family(name), "Prior", name)(**arguments)
+
+
+def with_prior_arguments(config: FitConfig) -> FitConfig:
+    """Return a configuration with every argument of the prior in it, and the guide's name.
+
+    Loads the family: a user's own file is run here.
+
+    Raises:
+        UserError: If there is no such family, argument or value.
+    """
+    if config.prior_from is not None:
+        inflation = {"inflation": config.prior_inflation or 1.0}
+        return replace(config, prior=PREVIOUS_POSTERIOR, prior_args=inflation, guide="normal")
+    given = dict(config.prior_args)
+    if config.prior_scale is not None:
+        given["scale"] = config.prior_scale
+    arguments = prior_arguments(config.prior, **given)
+    return replace(config, prior_args=arguments, guide=config.guide or config.prior)
 
 
 def _convert(name: str, key: str, text: str, annotation: Any) -> Any:
@@ -238,7 +242,7 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
 def _name_of(prior: Prior) -> str:
     """A built-in family's name, or the path of a user's file."""
     if isinstance(prior, previous_posterior.Prior):
-        return previous_posterior.NAME
+        return PREVIOUS_POSTERIOR
     home = type(prior).__module__
     names = [name for name, module in FAMILIES.items() if home == module]
     return names[0] if names else getattr(sys.modules.get(home), "__file__", None) or home

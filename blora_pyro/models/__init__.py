@@ -7,7 +7,7 @@
 - `decoding`: a window of audio to tokens.
 """
 
-from blora_pyro.models.base import DTYPES, POCKET, Base, check_device, check_dtype, load_base
+from blora_pyro.models.base import DTYPES, Base, base_of, check_device, check_dtype, load_base
 from blora_pyro.models.estimators import (
     ESTIMATORS,
     Flipout,
@@ -17,15 +17,13 @@ from blora_pyro.models.estimators import (
 )
 from blora_pyro.models.folders import adapter_in, find_folder
 from blora_pyro.models.likelihood import Likelihood, Prediction, WhisperLikelihood
-from blora_pyro.models.pooling import POOLINGS, PooledBLoRA, Pooling
+from blora_pyro.models.pooling import PooledBLoRA, Pooling, pooling_of
 from blora_pyro.models.tempering import Temper
 from blora_pyro.models.whisper import BLoRA, Density, FactorPrior, WhisperProgram
 
 __all__ = [
     "DTYPES",
     "ESTIMATORS",
-    "POCKET",
-    "POOLINGS",
     "BLoRA",
     "Base",
     "Density",
@@ -41,9 +39,11 @@ __all__ = [
     "WhisperLikelihood",
     "WhisperProgram",
     "adapter_in",
+    "base_of",
     "build_estimator",
     "check_device",
     "check_dtype",
     "find_folder",
     "load_base",
+    "pooling_of",
 ]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
 from blora_pyro.data import MODEL_DIR, language_codes
-from blora_pyro.data.prompts import END, NO_TIMESTAMPS, START, TASKS
+from blora_pyro.data.prompts import END, NO_TIMESTAMPS, START
 from blora_pyro.errors import UserError
 from blora_pyro.models.folders import (
     ADAPTER_WEIGHTS,
@@ -20,8 +20,8 @@ from blora_pyro.models.folders import (
     check_folder,
     find_folder,
 )
+from blora_pyro.options import POCKET, TASKS, BaseOptions
 
-POCKET = "pocket"
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -168,6 +168,14 @@ def _merged(
         raise UserError(
             f"base model '{name}' is an adapter that can't be merged ({reason}); give another"
         ) from None
+
+
+def base_of(options: BaseOptions) -> Base:
+    """Load the base model of a configuration; see `load_base`."""
+    base = load_base(
+        options.base, options.device, options.dtype, options.revision, options.local_files_only
+    )
+    return replace(base, trim_audio=options.trim_audio)
 
 
 def _check_parts(base: Base, report: dict[str, Any]) -> None:

@@ -32,9 +32,8 @@ from blora_pyro.adapters import Group
 from blora_pyro.data import Batch
 from blora_pyro.errors import UserError
 from blora_pyro.models.whisper import BLoRA, Density
+from blora_pyro.options import POOLING_SCALE, FitConfig
 
-COMPLETE, HIERARCHICAL, NONE = POOLINGS = ("complete", "hierarchical", "none")
-SCALE = 0.5  # tau unless given
 _OF = "@"  # between a layer's name and its domain's
 
 
@@ -51,12 +50,12 @@ class Pooling:
 
     kind: Literal["hierarchical", "none"]
     domains: tuple[str, ...]
-    scale: float = SCALE
+    scale: float = POOLING_SCALE
 
     @property
     def is_shared(self) -> bool:
         """Whether the first rows are a part that all domains share."""
-        return self.kind == HIERARCHICAL
+        return self.kind == "hierarchical"
 
     @property
     def parts(self) -> int:
@@ -158,6 +157,13 @@ class Pooling:
         if self.is_shared:
             for mean in guide.means.values():
                 mean.unflatten(0, (self.parts, -1))[1:] = 0
+
+
+def pooling_of(config: FitConfig) -> Pooling | None:
+    """Return how a configuration pools its domains; None for complete pooling."""
+    if config.pooling is None or config.pooling == "complete":
+        return None
+    return Pooling(config.pooling, tuple(config.domains), config.pooling_scale or POOLING_SCALE)
 
 
 class PooledBLoRA(BLoRA):

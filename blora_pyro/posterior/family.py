@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blora_pyro.adapters import Group
 from blora_pyro.errors import UserError
+from blora_pyro.families import PREVIOUS_POSTERIOR
 from blora_pyro.guides import Guide, build_guide, build_prior, previous_posterior
 from blora_pyro.models import FactorPrior
 
@@ -66,7 +67,7 @@ class Family:
                 "the adapter is combined of several runs, or part of one, and has no prior; give a "
                 "run"
             )
-        if self.prior != previous_posterior.NAME:
+        if self.prior != PREVIOUS_POSTERIOR:
             density = build_prior(self.prior, **self.prior_args)
         elif tensors:
             density = previous_posterior.Prior(groups, tensors, **self.prior_args)

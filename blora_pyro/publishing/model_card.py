@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from blora_pyro.data import is_hub_id
 from blora_pyro.hub import is_run_id
-from blora_pyro.models import POCKET
+from blora_pyro.options import POCKET
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS
 from blora_pyro.runs.report import fit_tables, prune_tables

@@ -25,7 +25,7 @@ from blora_pyro.data import DOMAINS, LANGUAGES, is_hub_id
 from blora_pyro.errors import UserError
 from blora_pyro.files import write_json
 from blora_pyro.hub import REPO_ID, is_run_id
-from blora_pyro.models import POCKET
+from blora_pyro.options import POCKET
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS, POSTERIOR_FILE
 from blora_pyro.publishing.model_card import model_card

@@ -4,9 +4,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from blora_pyro.config import FitConfig
 from blora_pyro.fitting.stopping import DevError
 from blora_pyro.fitting.svi import Step
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.listeners import Listener
 
 SMOOTHING = 0.9  # of the figures beside the bar

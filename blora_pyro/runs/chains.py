@@ -18,10 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from blora_pyro.adapters import SAME_WEIGHTS, Group
-from blora_pyro.config import FitConfig
 from blora_pyro.errors import UserError
 from blora_pyro.guides import previous_posterior
 from blora_pyro.models.folders import is_same_place
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.folders import read_run
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from blora_pyro.config import FitConfig, base_of
 from blora_pyro.data import Examples, OnBadRow, load_mixture, stop
 from blora_pyro.diagnostics.explanations import Shrinkage, how_it_shrinks
 from blora_pyro.diagnostics.khat import Khat, fit_khat, khat_meaning
@@ -16,6 +15,8 @@ from blora_pyro.diagnostics.report import Diagnosis
 from blora_pyro.diagnostics.summaries import Summary, summarise
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.svi import Step
+from blora_pyro.models import base_of
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.inference_data import MIN_RATIOS
 from blora_pyro.runs.folders import beside, claim, read_run

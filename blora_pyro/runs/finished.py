@@ -5,16 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blora_pyro.config import FitConfig, base_of
-from blora_pyro.data import Examples, Source, language_code
+from blora_pyro.data import Examples
 from blora_pyro.errors import UserError
-from blora_pyro.models import DTYPES, Base, check_dtype
+from blora_pyro.languages import language_code
+from blora_pyro.models import DTYPES, Base, base_of, check_dtype
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.folders import claim, claim_file, read_run
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.outcomes import check_split, compare, evaluation_sets, measure, measure_adapted
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
+from blora_pyro.sources import Source
 from blora_pyro.transcription import Transcriber, transcribe_files
 from blora_pyro.transcription.transcripts import Transcript
 
@@ -88,7 +90,7 @@ def evaluate_run(
 
 def of_domain(config: FitConfig, domain: str | None) -> FitConfig:
     """A run's configuration as if it had been fitted to one of its domains; None to all, pooled."""
-    if config.pooled is None:
+    if config.pooling is None:
         return config
     data = config.data if domain is None else config.domains[domain]
     weights = config.data_weights if domain is None else None

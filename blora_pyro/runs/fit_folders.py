@@ -9,12 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from blora_pyro.config import FitConfig
 from blora_pyro.errors import UserError
 from blora_pyro.files import write_json
 from blora_pyro.fitting.checkpoints import stored_step
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.chains import Previous, previous_of
 from blora_pyro.runs.folders import (

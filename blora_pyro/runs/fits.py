@@ -8,7 +8,6 @@ from typing import Any
 
 import pyro
 
-from blora_pyro.config import FitConfig, base_of
 from blora_pyro.data import Examples, Stream
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.fitting import Teacher, fit_guide
@@ -17,8 +16,9 @@ from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
-from blora_pyro.guides import Guide
-from blora_pyro.models import BLoRA
+from blora_pyro.guides import Guide, with_prior_arguments
+from blora_pyro.models import BLoRA, base_of
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.chains import carried_on
 from blora_pyro.runs.early_ends import told
@@ -179,7 +179,7 @@ def _open(
             raise UserError(f"{path} holds no fit to go on with; start it without --resume")
     options, previous = carried_on(options)
     config = FitConfig(**options)
-    config.with_prior_args()  # refuses what can't be
+    with_prior_arguments(config)  # refuses what can't be
     check_trackers(config.track, path)
     return FitFolder.create(path, config, overwrite, previous)
 
@@ -195,7 +195,7 @@ def _fit(
     """From wherever the folder is to the end."""
     started = time.monotonic()
     progress.stage("loading")
-    config = folder.config.with_prior_args()
+    config = with_prior_arguments(folder.config)
     pyro.set_rng_seed(config.seed)
     fitting, evaluate = folder.state == FITTING, evaluate and processes.is_main
     with processes.main_first():  # which leaves features in the cache
@@ -211,7 +211,7 @@ def _fit(
             teacher = teacher_of(base, model, config, size["utterances"])
             languages = train.source_languages if isinstance(train, Examples) else ()
             counts = size["utterances"], size["tokens"], model.num_weights
-            folder.begin(config, train.main_language, *counts, languages if config.pooled else ())
+            folder.begin(config, train.main_language, *counts, languages if config.pooling else ())
             progress.built(model, guide)
     loader.tell(folder.list_skipped(loader.skipped))
     kept = folder.transcripts("base")

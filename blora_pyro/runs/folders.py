@@ -9,12 +9,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from blora_pyro.config import FitConfig
 from blora_pyro.errors import UserError
 from blora_pyro.files import sync
 from blora_pyro.fitting import checkpoints
 from blora_pyro.hub import find_run
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior, storage
 from blora_pyro.runs.skipped_rows import SKIPPED
 

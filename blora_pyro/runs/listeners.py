@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from blora_pyro.config import FitConfig
 from blora_pyro.fitting.stopping import DevError
 from blora_pyro.fitting.svi import Step
 from blora_pyro.guides import Guide
 from blora_pyro.models import BLoRA
+from blora_pyro.options import FitConfig
 
 
 class Listener:

@@ -7,18 +7,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from blora_pyro.config import FitConfig
 from blora_pyro.data import (
-    BUFFER,
     BadRow,
     Examples,
     OnBadRow,
     OnNote,
-    Source,
     Stream,
     all_bad,
-    as_sources,
-    describe_source,
     load_mixture,
     prompt_ids,
     stream_split,
@@ -26,7 +21,9 @@ from blora_pyro.data import (
 from blora_pyro.errors import UserError
 from blora_pyro.metrics import check_tags
 from blora_pyro.models import Base
+from blora_pyro.options import SHUFFLE_BUFFER, FitConfig
 from blora_pyro.runs.skipped_rows import SkippedRow
+from blora_pyro.sources import Source, as_sources, describe_source
 
 OnSetProgress = Callable[[str, int, int], object]  # told a set's name, utterances done, of how many
 
@@ -117,7 +114,7 @@ class Loader:
             self.config.task,
             self.base.net.config.max_target_positions,
             language=self.config.language,
-            buffer=self.config.shuffle_buffer or BUFFER,
+            buffer=self.config.shuffle_buffer or SHUFFLE_BUFFER,
             seed=self.config.seed,
             trim=self.base.trim_audio,
             on_bad=self._on_bad([describe_source(source)], "train", on_skipped),

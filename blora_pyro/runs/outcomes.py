@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from blora_pyro.config import FitConfig
-from blora_pyro.data import Examples, Source, describe_source, is_language, split_names
+from blora_pyro.data import Examples, split_names
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import (
     Evaluation,
@@ -18,9 +17,12 @@ from blora_pyro.evaluation import (
 )
 from blora_pyro.files import write_json
 from blora_pyro.fitting.stopping import DevError, EarlyStopping
+from blora_pyro.languages import is_language
 from blora_pyro.models import Base
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.loading import Loader
+from blora_pyro.sources import Source, describe_source
 from blora_pyro.transcription import transcribe_features
 
 NEW_DOMAIN = "new_domain"
@@ -56,7 +58,7 @@ def evaluation_sets(
             sets[key] = load(source, _existing_dev_split(loader, source, is_held_out))
         elif config.test is not None or "test" in split_names(source):
             sets[key] = load(source, "test")
-    apart = config.domains if config.pooled and not config.pooled.is_shared else None
+    apart = config.domains if config.pooling == "none" else None
     for name, source in config.backward_sets.items():
         its = _existing_dev_split(loader, source) if split == "dev" else "test"
         examples = load(source, its, name if is_language(name) else None)
@@ -66,7 +68,7 @@ def evaluation_sets(
 
 def _new_domains(config: FitConfig, split: str) -> dict[str, Source]:
     """What the domains' sets of a split are read from, by the names of the sets."""
-    if config.pooled is None:
+    if config.pooling is None:
         return {NEW_DOMAIN: _new_domain(config, split)}
     return {domain_set(name): source for name, source in config.domains.items()}
 
@@ -256,7 +258,7 @@ def compare(
         "backward": {},
         "sparsity": posterior.sparsity(),
     }
-    domains = {domain_set(name): name for name in config.domains} if config.pooled else {}
+    domains = {domain_set(name): name for name in config.domains} if config.pooling else {}
     backward = [name for name in before if name != NEW_DOMAIN and name not in domains]
     for name, base in before.items():
         adapted = after[name]

@@ -6,18 +6,20 @@ from typing import Any
 
 import torch
 
-from blora_pyro.config import FitConfig
-from blora_pyro.data import Examples, Stream, describe_source, is_language, split_names
+from blora_pyro.data import Examples, Stream, split_names
 from blora_pyro.errors import UserError
 from blora_pyro.fitting import Teacher
 from blora_pyro.fitting.distillation import Distillation
 from blora_pyro.fitting.elastic import ElasticPenalty, fisher_information
 from blora_pyro.fitting.encoder_cache import EncoderCache
 from blora_pyro.guides import build_guide, build_prior
-from blora_pyro.models import Base, BLoRA, PooledBLoRA
+from blora_pyro.languages import is_language
+from blora_pyro.models import Base, BLoRA, PooledBLoRA, pooling_of
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.chains import Previous, previous_of
 from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.skipped_rows import SkippedRow
+from blora_pyro.sources import describe_source
 
 
 def training_set(
@@ -100,7 +102,7 @@ def build(base: Base, config: FitConfig, previous: Previous | None = None) -> tu
         if previous is None
         else previous.prior(config.prior_inflation)
     )
-    pooling = config.pooled
+    pooling = pooling_of(config)
     program: Any = BLoRA if pooling is None else partial(PooledBLoRA, pooling=pooling)
     model = program(
         base.net,

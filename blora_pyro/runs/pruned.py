@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blora_pyro.config import base_of
 from blora_pyro.files import write_json
 from blora_pyro.hub import find_run
+from blora_pyro.models import base_of
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.pruning import prune
 from blora_pyro.runs.folders import claim, read_run

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blora_pyro.config import FitConfig
 from blora_pyro.diagnostics import NEAR_ZERO
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.checkpoints import RandomState
@@ -20,6 +19,7 @@ from blora_pyro.fitting.stopping import DevError
 from blora_pyro.fitting.svi import Step
 from blora_pyro.guides import Guide
 from blora_pyro.models import BLoRA, FactorPrior
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior.draws import point_scales, prior_variances
 from blora_pyro.runs.folders import TRACKING
 from blora_pyro.runs.listeners import Listener, Listeners

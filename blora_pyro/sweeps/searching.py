@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from blora_pyro.config import FitConfig
 from blora_pyro.errors import UserError
-from blora_pyro.guides import describe_prior
+from blora_pyro.guides import describe_prior, with_prior_arguments
+from blora_pyro.options import FitConfig
 
 Ranges = dict[str, tuple[float, float]]  # name -> lowest and highest value
 
@@ -68,12 +68,12 @@ def dev_config(options: Mapping[str, Any], ranges: Ranges) -> FitConfig:
         UserError: If no fit could be made at the lowest or the highest ones, or there are no
             backward sets.
     """
-    FitConfig(**with_values(options, _ends(ranges, 1))).with_prior_args()
+    with_prior_arguments(FitConfig(**with_values(options, _ends(ranges, 1))))
     given = with_values(options, _ends(ranges, 0))
     if options.get("dev") is not None and "dev" not in given:
         given |= {"dev": options["dev"], "eval_every": 1}  # a fit takes it with both only
-    config = FitConfig(**given).with_prior_args()
-    if config.pooled is not None:
+    config = with_prior_arguments(FitConfig(**given))
+    if config.pooling is not None:
         raise UserError(
             f"pooling is {config.pooling}, and a sweep looks at the error of one domain; give "
             "pooling complete"

@@ -11,11 +11,11 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from blora_pyro.config.commands import fit_command
 from blora_pyro.errors import Interrupted, check_positive
 from blora_pyro.files import write_json
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.metrics.pareto import knee, pareto_front
+from blora_pyro.options import FitConfig, fit_command
 from blora_pyro.runs.chains import carried_on
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.outcomes import NEW_DOMAIN
@@ -75,7 +75,7 @@ class Sweep:
 
     def command(self, trial: Trial) -> str:
         """The `blora-pyro fit` of a trial."""
-        return fit_command(with_values(self.options, trial.values))
+        return fit_command(FitConfig(**with_values(self.options, trial.values)))
 
     def to_json(self) -> dict[str, Any]:
         """The content of `sweep.json`."""

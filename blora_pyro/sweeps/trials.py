@@ -10,11 +10,11 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from blora_pyro.config import FitConfig, base_of
 from blora_pyro.data import Examples
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import Evaluation, change_summary, rate_summary
-from blora_pyro.models import Base
+from blora_pyro.models import Base, base_of
+from blora_pyro.options import FitConfig
 from blora_pyro.runs import fits
 from blora_pyro.runs.folders import RUN, TRANSCRIPTS
 from blora_pyro.runs.listeners import Listener

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from blora_pyro.errors import UserError
-from blora_pyro.guides import FAMILIES
+from blora_pyro.families import FAMILIES
 from blora_pyro.runs import diagnosis, finished
 
 from .conftest import complaint, parsed, run, well

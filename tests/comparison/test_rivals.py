@@ -16,12 +16,12 @@ from blora_pyro.comparison.rivals import (
     plain_program,
     train_net,
 )
-from blora_pyro.config import FitConfig
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.objective import Objective
-from blora_pyro.guides import build_guide, build_prior
+from blora_pyro.guides import build_guide, build_prior, with_prior_arguments
 from blora_pyro.models import BLoRA, build_estimator
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import load_examples
@@ -38,7 +38,7 @@ def train(fluent_base, fit_options):
 
 
 def resolved(config, train):
-    return config.with_prior_args().resolved(train.num_tokens, len(train))
+    return with_prior_arguments(config).resolved(train.num_tokens, len(train))
 
 
 def weights_of(net):
@@ -113,7 +113,9 @@ def test_pefts_start_is_kaiming_uniform_and_zero(fluent_base, config):
 def test_a_rival_learns_and_leaves_its_base_alone(kind, fluent_base, config, tmp_path):
     before = weights_of(fluent_base.net)
     grads = [one.requires_grad for one in fluent_base.net.parameters()]
-    history = fit_rival(kind, tmp_path / "fit", config.with_prior_args(), fluent_base, Listener())
+    history = fit_rival(
+        kind, tmp_path / "fit", with_prior_arguments(config), fluent_base, Listener()
+    )
     assert [step.step for step in history] == [1, 2, 3, 4, 5, 6]
     assert history[-1].loss < history[0].loss
     assert same(weights_of(fluent_base.net), before)
@@ -127,7 +129,7 @@ def test_full_fine_tuning_trains_every_weight_but_the_sines(fluent_base):
 
 
 def test_pefts_folder_holds_a_posterior_that_is_a_point(fluent_base, config, tmp_path):
-    fit_rival(PEFT, tmp_path, config.with_prior_args(), fluent_base, Listener())
+    fit_rival(PEFT, tmp_path, with_prior_arguments(config), fluent_base, Listener())
     posterior = Posterior.load(tmp_path)
     assert posterior.family.guide == "point"
     assert not any(value.any() for value in posterior.stddev.values())
@@ -136,16 +138,16 @@ def test_pefts_folder_holds_a_posterior_that_is_a_point(fluent_base, config, tmp
 
 
 def test_a_finished_rival_is_read(fluent_base, config, tmp_path):
-    first = fit_rival(FULL, tmp_path, config.with_prior_args(), fluent_base, Listener())
+    first = fit_rival(FULL, tmp_path, with_prior_arguments(config), fluent_base, Listener())
     file = tmp_path / "net.safetensors"
     changed = file.stat().st_mtime_ns
-    assert fit_rival(FULL, tmp_path, config.with_prior_args(), fluent_base, Listener()) == first
+    assert fit_rival(FULL, tmp_path, with_prior_arguments(config), fluent_base, Listener()) == first
     assert file.stat().st_mtime_ns == changed
     assert {path.name for path in tmp_path.iterdir()} == {"net.safetensors", "run.json"}
 
 
 def test_a_rival_that_is_stopped_goes_on_to_the_same_end(fluent_base, config, tmp_path):
-    config = config.with_prior_args()
+    config = with_prior_arguments(config)
 
     class Stop(Listener):
         def step(self, step):

@@ -8,16 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blora_pyro.data import load_split
-from blora_pyro.data.mixtures import (
-    as_domains,
-    as_sources,
-    batch_indices,
-    load_mixture,
-    named_sources,
-)
+from blora_pyro.data.mixtures import batch_indices, load_mixture
 from blora_pyro.data.rows import BadRow
-from blora_pyro.data.sources import describe_source, split_names
+from blora_pyro.data.sources import split_names
 from blora_pyro.errors import UserError
+from blora_pyro.sources import as_domains, as_sources, describe_source, named_sources
 
 quick = settings(deadline=None, max_examples=50)
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=4)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from blora_pyro.config import FitConfig
 from blora_pyro.data import DOMAINS, load_split
 from blora_pyro.diagnostics.data_check import (
     NOTES,
@@ -15,6 +14,7 @@ from blora_pyro.diagnostics.data_check import (
     load_processor,
 )
 from blora_pyro.errors import UserError
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.loading import Loader
 
 GOOD = {"audio": "a.wav", "text": "das red", "language": "de-en", "word_languages": ["de", "en"]}

@@ -12,7 +12,8 @@ from blora_pyro.diagnostics.explanations import (
     kl_by_module,
 )
 from blora_pyro.errors import UserError
-from blora_pyro.guides import FAMILIES, load_family, previous_posterior, prior_arguments
+from blora_pyro.families import FAMILIES, PREVIOUS_POSTERIOR
+from blora_pyro.guides import load_family, prior_arguments
 
 
 def factor(module, name, kl=10.0, weights=100, **changes):
@@ -71,7 +72,7 @@ def test_every_family_has_an_explanation(prior):
 
 def test_an_earlier_posterior_as_prior_is_explained():
     args = {"inflation": 2.0}
-    text = how_it_shrinks(summary(previous_posterior.NAME, prior_args=args), FIGURES, 1e-4)
+    text = how_it_shrinks(summary(PREVIOUS_POSTERIOR, prior_args=args), FIGURES, 1e-4)
     assert text.startswith("The prior is an earlier run's posterior, its deviations times 2:")
 
 

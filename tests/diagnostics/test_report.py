@@ -15,7 +15,8 @@ from blora_pyro.diagnostics.report import (
     diagnosis_tables,
     prior_tables,
 )
-from blora_pyro.guides import FAMILIES, describe_prior
+from blora_pyro.families import FAMILIES
+from blora_pyro.guides import describe_prior
 
 BLOCK = "model.decoder.layers.2."
 NONE = {"A": None, "B": None}

@@ -9,7 +9,8 @@ from torch.distributions import HalfCauchy, Laplace, LogNormal, Normal, StudentT
 
 from blora_pyro.diagnostics import kl_by_site, summarise
 from blora_pyro.errors import UserError
-from blora_pyro.guides import FAMILIES, build_prior
+from blora_pyro.families import FAMILIES
+from blora_pyro.guides import build_prior
 
 from .conftest import SQUARE, TALL, fitted, gate_squared, sites_of
 

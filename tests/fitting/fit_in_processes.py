@@ -18,7 +18,6 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from torch import Tensor
 
 from blora_pyro.cli import app
-from blora_pyro.config import FitConfig
 from blora_pyro.data import read_manifest
 from blora_pyro.data.collation import Examples
 from blora_pyro.errors import Interrupted
@@ -26,8 +25,10 @@ from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.objective import Objective
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.svi import Step
+from blora_pyro.guides import with_prior_arguments
 from blora_pyro.models import load_base
 from blora_pyro.models.estimators import build_estimator
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.fits import fit
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.parts import build
@@ -47,7 +48,7 @@ def main(base_folder: str, manifest: str, output: str) -> None:
         """Of a guide made from one seed."""
         pyro.set_rng_seed(SEED)
         config = FitConfig(base=base_folder, data=manifest, beta=1e-3, rank=2)
-        model, guide = build(base, config.with_prior_args().resolved(100, 5))
+        model, guide = build(base, with_prior_arguments(config).resolved(100, 5))
         estimator = build_estimator("shared")
         return Objective(model, guide, beta=1e-3, estimator=estimator, processes=processes)
 

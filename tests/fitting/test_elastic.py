@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from blora_pyro.adapters import find_targets, group_by_shape
-from blora_pyro.config import FitConfig
 from blora_pyro.data import Batch
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.elastic import ElasticPenalty, fisher_information
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.fits import fit
 
 

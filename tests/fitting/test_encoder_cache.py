@@ -4,13 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blora_pyro.config import FitConfig
 from blora_pyro.data import Examples, read_manifest
 from blora_pyro.errors import UserError
 from blora_pyro.fitting import encoder_cache
 from blora_pyro.fitting.encoder_cache import EncoderCache
 from blora_pyro.guides import build_prior
 from blora_pyro.models import BLoRA
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.fits import fit
 
 DECODER = r".*decoder.*"

@@ -13,6 +13,7 @@ from torch.distributions import Normal, kl_divergence
 
 from blora_pyro.data import Examples, read_manifest
 from blora_pyro.errors import Interrupted, UserError
+from blora_pyro.families import FAMILIES, GUIDES
 from blora_pyro.fitting import batches, fit_guide
 from blora_pyro.fitting.checkpoints import FILE, Checkpoints, RandomState, read_checkpoint
 from blora_pyro.fitting.interrupts import Interrupts
@@ -20,7 +21,7 @@ from blora_pyro.fitting.objective import Objective
 from blora_pyro.fitting.schedules import learning_rate
 from blora_pyro.fitting.stopping import DevError, EarlyStopping
 from blora_pyro.fitting.svi import MAX_SKIPPED
-from blora_pyro.guides import FAMILIES, GUIDES, build_guide, build_prior
+from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import ESTIMATORS, BLoRA
 
 quick = settings(deadline=None, max_examples=60)

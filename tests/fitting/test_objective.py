@@ -9,9 +9,10 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 
 from blora_pyro.data import Batch
+from blora_pyro.families import FAMILIES, GUIDES
 from blora_pyro.fitting.checkpoints import RandomState
 from blora_pyro.fitting.objective import Objective, micro_batches
-from blora_pyro.guides import FAMILIES, GUIDES, build_guide, build_prior
+from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import ESTIMATORS, BLoRA, build_estimator
 from blora_pyro.models.estimators import Flipout
 

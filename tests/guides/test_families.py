@@ -13,9 +13,8 @@ from pyro.infer import TraceMeanField_ELBO
 
 from blora_pyro.adapters import Group
 from blora_pyro.errors import UserError
+from blora_pyro.families import FAMILIES, GUIDES
 from blora_pyro.guides import (
-    FAMILIES,
-    GUIDES,
     build_guide,
     build_prior,
     describe_prior,

@@ -7,7 +7,8 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 
 from blora_pyro.adapters import Group
 from blora_pyro.errors import UserError
-from blora_pyro.guides import FAMILIES, GUIDES, build_guide, build_prior, load_family, normal
+from blora_pyro.families import FAMILIES, GUIDES
+from blora_pyro.guides import build_guide, build_prior, load_family, normal
 from blora_pyro.models import BLoRA, Temper
 
 LAPLACE = '''

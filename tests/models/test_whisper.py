@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from blora_pyro.data import IGNORED, Batch
 from blora_pyro.errors import UserError
-from blora_pyro.guides import FAMILIES, GUIDES, build_guide, build_prior, normal
+from blora_pyro.families import FAMILIES, GUIDES
+from blora_pyro.guides import build_guide, build_prior, normal
 from blora_pyro.models import BLoRA, Temper, WhisperLikelihood
 
 ALL_GUIDES = pytest.mark.parametrize("name", GUIDES)

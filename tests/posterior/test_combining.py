@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from blora_pyro.errors import UserError
-from blora_pyro.guides import previous_posterior
+from blora_pyro.families import PREVIOUS_POSTERIOR
 from blora_pyro.posterior import Family
 from blora_pyro.posterior.combining import (
     Factors,
@@ -67,7 +67,7 @@ def test_moments_of_a_chained_prior_are_those_of_the_run_before(random_posterior
     earlier = random_posterior(1)
     tensors = {f"{name}.mean": value for name, value in earlier.mean.items()}
     tensors |= {f"{name}.stddev": value for name, value in earlier.stddev.items()}
-    family = Family(previous_posterior.NAME, {"inflation": 1.0}, "normal")
+    family = Family(PREVIOUS_POSTERIOR, {"inflation": 1.0}, "normal")
     later = replace(random_posterior(2), family=family, prior_tensors=tensors)
     for one, two in zip(
         prior_factors(later).values(), posterior_factors(earlier).values(), strict=True

@@ -3,9 +3,9 @@ import io
 import pytest
 from rich.console import Console
 
-from blora_pyro.config import FitConfig
 from blora_pyro.fitting.stopping import DevError
 from blora_pyro.fitting.svi import Step
+from blora_pyro.options import FitConfig
 from blora_pyro.reports.progress import TerminalProgress
 
 

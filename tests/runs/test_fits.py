@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
 import blora_pyro
-from blora_pyro.config import FitConfig
 from blora_pyro.data import load_split
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.schedules import learning_rate
 from blora_pyro.fitting.stopping import DevError
 from blora_pyro.models import load_base
 from blora_pyro.models.encoder import embed
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import fit

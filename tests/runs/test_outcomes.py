@@ -1,7 +1,7 @@
 import pytest
 
-from blora_pyro.config import FitConfig
 from blora_pyro.errors import UserError
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.outcomes import evaluation_sets
 

@@ -11,9 +11,9 @@ from transformers import WhisperForConditionalGeneration
 from typer.testing import CliRunner
 
 from blora_pyro.cli import app
-from blora_pyro.config.commands import fit_command
 from blora_pyro.errors import UserError
 from blora_pyro.models import load_base
+from blora_pyro.options import fit_command
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import Run, fit

@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
-from blora_pyro.data.languages import is_language, language_code
 from blora_pyro.errors import UserError
+from blora_pyro.languages import is_language, language_code
 
 CODES = sorted(LANGUAGES)
 

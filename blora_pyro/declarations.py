@@ -1,0 +1,302 @@
+"""Options declared in the fields of dataclasses, and what is made from the declarations.
+
+A group is a dataclass whose fields are declared with `option`: default, help, allowed values and
+panel stand there once. Parsing, checks, names on the command line and the reference in the docs are
+made from that. Nothing here knows which options there are.
+"""
+
+import difflib
+import math
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from blora_pyro.errors import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """The declaration of one option, kept in its field's metadata.
+
+    Attributes:
+        help: What it does.
+        panel: Heading under which the help and the reference list it.
+        choices: The allowed texts; () takes them from the annotation, which may allow any.
+        at_least: Lowest value of a number; None has none.
+        above: Bound that a number must exceed; None has none.
+        below: Bound that a number must not reach; None has none.
+        metavar: What the help shows for its value; None is made from choices and type.
+        unset: What None means, in words.
+        listed: How the command line takes several values: `repeated`, with `commas`, or not (None).
+        flag: Name on the command line, without dashes; None is the field's.
+    """
+
+    help: str
+    panel: str
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    metavar: str | None = None
+    unset: str | None = None
+    listed: Literal["repeated", "commas"] | None = None
+    flag: str | None = None
+
+
+def option(
+    help: str,
+    panel: str,
+    default: Any = None,
+    *,
+    default_factory: Callable[[], Any] | None = None,
+    **declared: Any,
+) -> Any:
+    """Declare a field of a group; `declared` are further attributes of `Option`."""
+    metadata = {"option": Option(help, panel, **declared)}
+    if default_factory is not None:
+        return field(default_factory=default_factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# ---- what a declaration says
+
+
+@cache
+def declarations(group: type) -> dict[str, Option]:
+    """Return the declaration of every option of a group, by name."""
+    return {one.name: one.metadata["option"] for one in fields(group) if one.metadata}
+
+
+@cache
+def value_types(group: type, name: str) -> tuple[Any, ...]:
+    """Return the types and literal values that an option's annotation joins, without None."""
+    unions = (Union, types.UnionType, Literal)
+    parts: list[Any] = [get_type_hints(group)[name]]
+    while any(get_origin(one) in unions for one in parts):
+        split = [get_args(one) if get_origin(one) in unions else (one,) for one in parts]
+        parts = [part for some in split for part in some]
+    return tuple(one for one in parts if one is not types.NoneType)
+
+
+@cache
+def choices_of(group: type, name: str) -> tuple[str, ...]:
+    """Return the texts that an option may be; () allows any."""
+    literals = tuple(one for one in value_types(group, name) if isinstance(one, str))
+    return declarations(group)[name].choices or literals
+
+
+def is_switch(group: type, name: str) -> bool:
+    """Return whether an option is either on or off."""
+    return value_types(group, name) == (bool,)
+
+
+def is_number(group: type, name: str) -> bool:
+    """Return whether an option may be a number."""
+    return bool({int, float} & {*value_types(group, name)})
+
+
+def default_of(group: type, name: str) -> Any:
+    """Return an option's default."""
+    (one,) = (one for one in fields(group) if one.name == name)
+    return one.default_factory() if one.default_factory is not MISSING else one.default
+
+
+# ---- on the command line and in the docs
+
+
+def flag_of(group: type, name: str) -> str:
+    """Return an option's name on the command line, with its dashes."""
+    return "--" + (declarations(group)[name].flag or name.replace("_", "-"))
+
+
+def metavar_of(group: type, name: str) -> str:
+    """Return what the help shows for an option's value; "" for a switch."""
+    kinds, names = value_types(group, name), {int: "INTEGER", float: "NUMBER", Path: "PATH"}
+    shown = [*choices_of(group, name), *(names[kind] for kind in kinds if kind in names)]
+    plain = "" if is_switch(group, name) else "TEXT"
+    return declarations(group)[name].metavar or "|".join(shown) or plain
+
+
+def shown_default(group: type, name: str) -> str:
+    """Return an option's default in words; "" for a switch, or one that must be given."""
+    default = default_of(group, name)
+    if isinstance(default, bool):
+        return ""
+    text = f"{default:g}" if isinstance(default, float) else str(default or "")
+    return declarations(group)[name].unset or text
+
+
+def texts_of(group: type, name: str, value: Any) -> Iterator[str | None]:
+    """Yield what follows an option on the command line, once for every time that it is given.
+
+    Args:
+        group: Of the option.
+        name: Its name.
+        value: As a group's JSON has it; a switch must be on, and yields None.
+    """
+    listed = declarations(group)[name].listed
+    if value is True:
+        yield None
+    elif listed == "commas":
+        yield ",".join(map(str, value))
+    elif listed == "repeated" and not value:
+        yield "none"
+    elif isinstance(value, Mapping):
+        yield from (key if key == one else f"{key}={one}" for key, one in value.items())
+    elif isinstance(value, list | tuple):
+        yield from map(str, value)
+    else:
+        yield str(value)
+
+
+def reference(groups: Sequence[type]) -> str:
+    """Return the options of groups as Markdown: a table for each panel."""
+    rows: dict[str, list[str]] = {}
+    for group in groups:
+        for name, declared in declarations(group).items():
+            shown = f"{flag_of(group, name)} {metavar_of(group, name)}".strip().replace("|", "\\|")
+            cells = [f"`{shown}`", declared.help, shown_default(group, name)]
+            rows.setdefault(declared.panel, []).append(
+                f"| {' | '.join(cells)} |".replace("  ", " ")
+            )
+    head = ["| option | what it does | default |", "|---|---|---|"]
+    return "\n".join(
+        "\n".join([f"## {panel}", "", *head, *lines, ""]) for panel, lines in rows.items()
+    )
+
+
+# ---- one value at a time
+
+
+def check_names(group: type, names: Iterable[str], where: str) -> None:
+    """Refuse names that no option of a group has.
+
+    Args:
+        group: Of the options.
+        names: To be checked.
+        where: They were found, for the message.
+
+    Raises:
+        UserError: Naming the first, and the option that may have been meant.
+    """
+    for name in names:
+        if name not in declarations(group):
+            raise UserError(
+                f"{where} has no option '{name}'{suggestion(name, declarations(group))}"
+            )
+
+
+def parse_value(group: type, name: str, value: str | float) -> Any:
+    """Return a text as the number that it spells, if the option is one; likewise 3.0 as 3.
+
+    Raises:
+        UserError: If it spells none.
+    """
+    if value in choices_of(group, name) or not is_number(group, name):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        raise refusal(group, name, value) from None
+    if int not in value_types(group, name):
+        return number
+    if not number.is_integer():
+        raise refusal(group, name, value)
+    return int(number)
+
+
+def separated(value: str | Sequence[Any]) -> list[Any]:
+    """Return the parts of a text with commas between, or of a sequence."""
+    return [one.strip() for one in value.split(",")] if isinstance(value, str) else [*value]
+
+
+def numbers(name: str, value: str | Sequence[Any]) -> tuple[float, ...]:
+    """Return numbers, also of a text with commas between.
+
+    Raises:
+        UserError: If one of them is none.
+    """
+    try:
+        return tuple(
+            one if isinstance(one, int | float) else float(one) for one in separated(value)
+        )
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is '{value}'; give numbers, such as 3,1") from None
+
+
+def key_values(name: str, value: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """Return a mapping, also of texts `key=value`.
+
+    Raises:
+        UserError: If a text is none, or a key is given twice.
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    found: dict[str, Any] = {}
+    for text in value:
+        key, sign, one = (part.strip() for part in text.partition("="))
+        if not (key and sign and one):
+            raise UserError(f"{name} is '{text}'; give key=value, such as scale=0.05")
+        if key in found:
+            raise UserError(f"{name} gives '{key}' twice; give it once")
+        found[key] = one
+    return found
+
+
+def check_value(group: type, name: str, value: Any) -> None:
+    """Refuse a value that the declaration does not allow.
+
+    Raises:
+        UserError: Naming the option, the value, and what is allowed.
+    """
+    declared, choices = declarations(group)[name], choices_of(group, name)
+    if value is None:
+        if default_of(group, name) is not None:
+            raise refusal(group, name, value)
+    elif is_switch(group, name):
+        if not isinstance(value, bool):
+            raise UserError(f"{name} is {value!r}; give true or false")
+    elif choices and isinstance(value, str):
+        if value not in choices:
+            raise refusal(group, name, value)
+    elif is_number(group, name):
+        low, above, below = declared.at_least, declared.above, declared.below
+        is_possible = (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and (low is None or value >= low)
+            and (above is None or value > above)
+            and (below is None or value < below)
+        )
+        if not is_possible:
+            raise refusal(group, name, value)
+
+
+def refusal(group: type, name: str, value: Any) -> UserError:
+    """Return the error that refuses a value: the option, the value, and what is allowed."""
+    declared, choices = declarations(group)[name], choices_of(group, name)
+    bounds = ("from", declared.at_least), ("above", declared.above), ("below", declared.below)
+    allowed = [*choices]
+    if is_number(group, name):
+        kind = "a whole number" if int in value_types(group, name) else "a number"
+        limits = [f"{word} {bound:.12g}" for word, bound in bounds if bound is not None]
+        allowed = [" ".join([kind, *limits]), *(f"'{one}'" for one in choices)]
+    shown = f"'{value}'" if isinstance(value, str) else value
+    return UserError(f"{name} is {shown}; give {alternatives(allowed)}{suggestion(value, choices)}")
+
+
+def alternatives(allowed: Sequence[str]) -> str:
+    """Return texts as "a, b or c"."""
+    return (
+        " or ".join(filter(None, [", ".join(allowed[:-1]), allowed[-1]])) if allowed else "another"
+    )
+
+
+def suggestion(value: Any, known: Iterable[str]) -> str:
+    """Return a question after the known text that a value resembles; "" if it resembles none."""
+    close = difflib.get_close_matches(value, list(known), n=1) if isinstance(value, str) else []
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,711 @@
+"""Every option of a fit, declared once: default, help, allowed values, panel.
+
+The command line, the checks, `fit_command`, what `--resume` compares, the reference in the docs and
+the model card's list are made from these declarations. Adding an option takes its declaration here
+and its use.
+
+`FitConfig` is flat, as `run.json` stores it, and inherits its fields from groups by their use: a
+function that needs a part takes that part (`fit_guide` takes `FittingOptions`), and is passed a
+`FitConfig` as it is. Nothing here imports torch, so that a bad option is refused at once.
+"""
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from blora_pyro.declarations import (
+    check_value,
+    declarations,
+    flag_of,
+    is_number,
+    key_values,
+    numbers,
+    option,
+    parse_value,
+    separated,
+    suggestion,
+    texts_of,
+)
+from blora_pyro.errors import UserError
+from blora_pyro.families import DEPENDENT_ROWS, FAMILIES, GUIDES, PREVIOUS_POSTERIOR, is_code
+from blora_pyro.languages import is_language, language_code
+from blora_pyro.sources import (
+    Source,
+    as_domains,
+    as_sources,
+    describe_source,
+    is_table,
+    named_sources,
+)
+
+POCKET = "pocket"
+POCKET_DOMAINS = ("de-en", "es-en", "zh-en")  # code-switched, matrix language first
+POCKET_LANGUAGES = ("en", "de", "es", "fr", "tr", "zh")
+
+# A cold posterior (Wenzel et al., arXiv 2002.02405): of the temperatures tried on the pocket dev
+# sets the one of lowest new-domain and backward error, see experiments/pocket/forgetting.md.
+AUTO_TEMPERATURE = 0.03
+TEMPERATURES = {"auto": AUTO_TEMPERATURE, "elbo": 1.0}  # beta = T / N for N target tokens
+SHUFFLE_BUFFER = 1000
+POOLING_SCALE = 0.5
+
+TASKS = ("transcribe", "translate")
+
+Schedule = Literal["cosine", "linear", "constant"]
+PoolingKind = Literal["complete", "hierarchical", "none"]
+
+BASE, DATA, PRIOR, FIT, REGULARISERS, EARLY_STOPPING, SCORING, OUTPUT = PANELS = (
+    "Base model",
+    "Data",
+    "Prior, guide and adapter",
+    "Fit",
+    "Regularisers beside the prior",
+    "Early stopping and averaging",
+    "Scoring",
+    "Output",
+)
+
+
+# Bounds of the many options that are a count, or a positive number.
+COUNT: dict[str, Any] = {"at_least": 1}
+POSITIVE: dict[str, Any] = {"above": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseOptions:
+    """The frozen base model, and where it computes."""
+
+    base: str = option(
+        "'pocket', a folder with a Whisper checkpoint or with an adapter, which is merged into its "
+        "base, or a Hub id of either.",
+        BASE,
+        POCKET,
+    )
+    dtype: str = option(
+        "Data type of the base's weights; factors stay in float32.",
+        BASE,
+        "float32",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    revision: str | None = option(
+        "Branch, tag or commit of a base on the Hub.", BASE, unset="the main branch"
+    )
+    local_files_only: bool = option(
+        "Look for a Hub id in the Hub's local cache alone.", BASE, False
+    )
+    device: str = option("A torch device: cpu, cuda, cuda:1, ...", BASE, "cpu")
+    trim_audio: bool = option(
+        "Cut every batch after its longest utterance, in the fit and wherever the run is used; "
+        "faster, not exact.",
+        BASE,
+        False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Training data, and the sets that are scored."""
+
+    data: Source | Sequence[Source] | Mapping[str, Source] = option(
+        "Training data, the new domain: de-en, es-en, zh-en, a folder, a manifest (JSONL, CSV, "
+        "TSV) or a Hub data set. Several are mixed, and the first is scored (but see --pooling).",
+        DATA,
+        "de-en",
+        metavar="[NAME=]SOURCE",
+        listed="repeated",
+    )
+    test: Source | None = option(
+        "The new domain's test set.", DATA, metavar="SOURCE", unset="the test split of --data"
+    )
+    dev: Source | None = option(
+        "The new domain's dev set, for --eval-every or a study.",
+        DATA,
+        metavar="SOURCE",
+        unset="the dev split of --data",
+    )
+    backward: Mapping[str, Source] | Sequence[str] | None = option(
+        "A held-out set of what the base already knows; several may be given, or with commas "
+        "between ('none': no set).",
+        DATA,
+        metavar="[NAME=]SOURCE",
+        unset="the six pocket languages for the pocket base, none for another",
+        listed="repeated",
+    )
+    language: str | None = option(
+        "Language of rows that name none: de, German, or de-en for code-switched speech. A "
+        "backward set called by a language has that one instead.",
+        DATA,
+        unset="none",
+    )
+    task: str = option("Task in every prompt.", DATA, "transcribe", choices=TASKS)
+    on_bad_row: Literal["stop", "skip"] = option(
+        "Stop at a row that can't be used, or skip and list it.", DATA, "stop"
+    )
+    max_utterances: int | None = option(
+        "Use at most this many utterances of the first --data, drawn at random by --seed.",
+        DATA,
+        unset="all",
+        **COUNT,
+    )
+    streaming: bool = option(
+        "Read the training data as they are needed, for more than memory or disk hold.", DATA, False
+    )
+    shuffle_buffer: int | None = option(
+        "Rows that a stream is shuffled in at a time.", DATA, unset=f"{SHUFFLE_BUFFER}", **COUNT
+    )
+    cache_encoder: bool = option(
+        "Compute the encoder's states before its first adapted layer once for every utterance, and "
+        "keep them on disk during the fit; exact.",
+        DATA,
+        False,
+    )
+    pooling: PoolingKind | None = option(
+        "What several --data share: one adapter for all (complete); one for each around a shared "
+        "one (hierarchical); or nothing (none).",
+        DATA,
+        unset="complete",
+    )
+    pooling_scale: float | None = option(
+        "Width of the domains' deviations from the shared adapter, over the prior's own width.",
+        DATA,
+        unset=f"{POOLING_SCALE}, if --pooling hierarchical",
+        **POSITIVE,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorOptions:
+    """Prior, guide, and the adapter that they are of."""
+
+    prior: str = option(
+        "Prior family (see 'blora-pyro priors'), or the path of a .py file with one.",
+        PRIOR,
+        "normal",
+        metavar="NAME|FILE",
+    )
+    prior_scale: float | None = option(
+        "The prior's argument 'scale'.", PRIOR, unset="the family's", **POSITIVE
+    )
+    prior_args: Mapping[str, Any] = option(
+        "Further argument of the prior family (see 'blora-pyro priors').",
+        PRIOR,
+        default_factory=dict,
+        metavar="KEY=VALUE",
+        listed="repeated",
+        flag="prior-arg",
+    )
+    prior_from: str | None = option(
+        "Continue an earlier fit: its posterior is the prior, and where the guide starts; its "
+        "base, rank, alpha and target modules are taken over.",
+        PRIOR,
+        metavar="RUN",
+        unset="a prior family",
+    )
+    prior_inflation: float | None = option(
+        "Factor on the deviations of --prior-from, 1 or more: forget some of it.",
+        PRIOR,
+        unset="1",
+        at_least=1,
+    )
+    guide: str | None = option(
+        "Guide: point (MAP; LoRA with --beta 0), auto-normal, a family's, or a .py file.",
+        PRIOR,
+        metavar="NAME|FILE",
+        unset="the family's own",
+    )
+    rank: int = option("Rank of every update.", PRIOR, 16, **COUNT)
+    alpha: float | None = option(
+        "Updates are scaled by alpha / rank.", PRIOR, unset="2 * rank", **POSITIVE
+    )
+    target_modules: str = option(
+        "Layers to adapt, as in PEFT: all-linear, suffixes such as q_proj,v_proj, or a regex.",
+        PRIOR,
+        "all-linear",
+        metavar="MODULES",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittingOptions:
+    """What `fit_guide` takes: how a guide is fitted to a model and its data."""
+
+    beta: float | Literal["auto", "elbo"] = option(
+        "Weight of the KL, summed over all adapter weights; with N target tokens in the training "
+        "data 'elbo' is 1/N, the exact negative ELBO per token, and 'auto' 0.03/N.",
+        FIT,
+        1e-4,
+        at_least=0,
+    )
+    lr: float = option("Peak learning rate of Adam.", FIT, 5e-3, **POSITIVE)
+    steps: int = option("Steps of SVI.", FIT, 400, **COUNT)
+    schedule: Schedule = option("Learning rate after its peak.", FIT, "cosine")
+    warmup_steps: int | None = option(
+        "Steps of the linear warm-up to the peak rate.",
+        FIT,
+        unset="a tenth of the steps",
+        at_least=0,
+    )
+    batch_size: int = option("Utterances a step.", FIT, 16, **COUNT)
+    data_weights: Sequence[float] | None = option(
+        "How often each --data is drawn from, in proportion.",
+        DATA,
+        metavar="W,W,...",
+        unset="every utterance once an epoch",
+        listed="commas",
+    )
+    gradient_accumulation: int = option(
+        "Parts to take a batch in, under one weight draw: less memory, the same gradient.",
+        FIT,
+        1,
+        **COUNT,
+    )
+    max_grad_norm: float | None = option(
+        "Clip the gradient to this norm, all parameters together.",
+        FIT,
+        unset="no clipping",
+        **POSITIVE,
+    )
+    spec_augment: bool = option("Mask features of the training data (SpecAugment).", FIT, False)
+    estimator: str = option(
+        "How the noise of a weight draw reaches a batch.",
+        FIT,
+        "shared",
+        choices=("shared", "flipout", "flipout-token", "local"),
+    )
+    average_from: float | None = option(
+        "Average the posterior over the steps after this share of them.",
+        EARLY_STOPPING,
+        unset="no averaging",
+        at_least=0,
+        below=1,
+    )
+    seed: int = option("Seed of start, data order and noise.", FIT, 0, at_least=0, below=2**32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fields in reverse order
+    """Everything that decides a fit; `run.json` holds it, as given and resolved.
+
+    Values are checked when a configuration is made, one by one and against one another, without
+    loading anything. `blora-pyro fit --help` and docs/options.md describe every field.
+
+    Attributes:
+        given: Names of the options that were passed, for `--resume` and `--prior-from`, which take
+            the rest from an earlier run.
+    """
+
+    epochs: float | None = option(
+        "Passes over the training data, instead of --steps.", FIT, unset="--steps", **POSITIVE
+    )
+    precision: Literal["fp32", "bf16"] = option(
+        "fp32, or bf16: Whisper under autocast, factors in float32.", FIT, "fp32"
+    )
+    gradient_checkpointing: bool = option(
+        "Compute Whisper's activations twice: less memory, the same gradient, a slower step.",
+        FIT,
+        False,
+    )
+    distillation: float = option(
+        "Weight of staying near the frozen base where the new domain's audio is prompted in other "
+        "languages; 0 is none.",
+        REGULARISERS,
+        0.0,
+        at_least=0,
+    )
+    distillation_languages: Sequence[str] | None = option(
+        "Those languages.",
+        REGULARISERS,
+        metavar="L,L,...",
+        unset="those that --backward sets are called by",
+        listed="commas",
+    )
+    ewc: float = option(
+        "Strength of elastic weight consolidation, with the Fisher information of the backward "
+        "sets' train splits; 0 is none.",
+        REGULARISERS,
+        0.0,
+        at_least=0,
+    )
+    eval_every: int | None = option(
+        "Steps between two measurements of the dev error; the best posterior is kept.",
+        EARLY_STOPPING,
+        unset="never; the last posterior is kept",
+        **COUNT,
+    )
+    patience: int | None = option(
+        "Stop after this many measurements without a new best.",
+        EARLY_STOPPING,
+        unset="never",
+        **COUNT,
+    )
+    normalizer: str = option(
+        "Of texts before scoring: Whisper's own by language (English, or basic for everything "
+        "else), its basic one for all, or none.",
+        SCORING,
+        "whisper",
+        choices=("whisper", "basic", "none"),
+    )
+    track: str | Sequence[str] | None = option(
+        "Report every step to tensorboard, wandb, trackio or mlflow.",
+        OUTPUT,
+        metavar="TRACKER,...",
+        unset="none",
+        listed="commas",
+    )
+    given: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __new__(cls, **options: Any) -> Self:
+        """Remember which options are passed; `__init__` sets them."""
+        self = super().__new__(cls)
+        object.__setattr__(self, "given", frozenset(options))
+        return self
+
+    def __post_init__(self) -> None:
+        """Normalise and check.
+
+        Raises:
+            UserError: Naming the option, what it was given, and what is allowed.
+        """
+        for name, value in _normalised(self):
+            object.__setattr__(self, name, value)
+        for name in declarations(FitConfig):
+            check_value(FitConfig, name, getattr(self, name))
+        for check in (_check_data, _check_prior, _check_fit, _check_pooling, _check_streaming):
+            check(self)
+
+    def with_options(self, **options: Any) -> "FitConfig":
+        """Return a copy with other values, which count as given, too."""
+        changed = replace(self, **options)
+        object.__setattr__(changed, "given", self.given | options.keys())
+        return changed
+
+    # ---- defaults worked out
+
+    def resolved(self, num_tokens: int | None, num_utterances: int | None) -> "FitConfig":
+        """Return a copy with every default worked out, given the size of the training data.
+
+        Args:
+            num_tokens: Number of target tokens; None if it is not known, as of a stream.
+            num_utterances: Number of utterances, likewise.
+
+        Raises:
+            UserError: If the warm-up is longer than the fit.
+        """
+        steps, beta = self.steps, self.beta
+        if self.epochs is not None and num_utterances is not None:
+            steps = max(1, round(self.epochs * math.ceil(num_utterances / self.batch_size)))
+        if isinstance(beta, str) and num_tokens is not None:
+            beta = TEMPERATURES[beta] / num_tokens
+        warm_up = default_warmup_steps(steps) if self.warmup_steps is None else self.warmup_steps
+        scale = self.pooling_scale or POOLING_SCALE
+        resolved = replace(
+            self,
+            backward=self.backward_sets,
+            beta=beta,
+            alpha=self.alpha or 2.0 * self.rank,
+            steps=steps,
+            warmup_steps=warm_up,
+            pooling_scale=scale if self.pooling == "hierarchical" else None,
+            shuffle_buffer=(self.shuffle_buffer or SHUFFLE_BUFFER) if self.streaming else None,
+        )
+        _check_warm_up(resolved)
+        return resolved
+
+    @property
+    def backward_sets(self) -> dict[str, Source]:
+        """Return the backward sets by name, the default worked out."""
+        if self.backward is None:
+            return named_sources(POCKET_LANGUAGES if self.base == POCKET else ())
+        return named_sources(self.backward)
+
+    @property
+    def taught_languages(self) -> tuple[str, ...]:
+        """Return the languages of distillation, the default worked out."""
+        if self.distillation_languages is not None:
+            return tuple(self.distillation_languages)
+        return tuple(language_code(name) for name in self.backward_sets if is_language(name))
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Return the sources of training data."""
+        return as_sources(self.data)
+
+    @property
+    def domains(self) -> dict[str, Source]:
+        """Return the sources by name; one without a name is called as it is given."""
+        if isinstance(self.data, Mapping):
+            return dict(self.data)
+        return named_sources([describe_source(source) for source in self.sources])
+
+    @property
+    def new_domain(self) -> Source:
+        """Return the source of the new domain's test set."""
+        return self.sources[0] if self.test is None else self.test
+
+    # ---- as JSON and as a command
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options by name, as JSON has them; objects of `datasets` are described."""
+        content = {name: getattr(self, name) for name in declarations(FitConfig)}
+        if isinstance(self.data, tuple):
+            content["data"] = [describe_source(source) for source in self.sources]
+        else:
+            content["data"] = {name: describe_source(one) for name, one in self.domains.items()}
+        for name in ("test", "dev"):
+            source = getattr(self, name)
+            content[name] = None if source is None else describe_source(source)
+        if self.backward is not None:
+            sets = self.backward_sets.items()
+            content["backward"] = {name: describe_source(source) for name, source in sets}
+        return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where a fit is kept, and how it goes on; these decide nothing of what it finds."""
+
+    output: Path | None = option("Run folder.", OUTPUT, unset="runs/DATA-PRIOR-seedSEED")
+    overwrite: bool = option("Write over what is there.", OUTPUT, False)
+    resume: bool = option(
+        "Go on with the fit in --output; no other option need be given.", OUTPUT, False
+    )
+    checkpoint_every: int | None = option(
+        "Steps between checkpoints.", OUTPUT, unset="every two seconds or more", **COUNT
+    )
+
+
+# ---- what is made from the declarations
+
+
+def default_warmup_steps(steps: int) -> int:
+    """Return a tenth of the steps, at least one."""
+    return max(1, round(0.1 * steps))
+
+
+def fit_command(config: FitConfig) -> str:
+    """Return the `blora-pyro fit` that fits like this; what is the default is left out.
+
+    Objects of `datasets` are only described: no command line can name them.
+    """
+    given, words = config.to_json(), ["blora-pyro", "fit"]
+    for name, default in FitConfig().to_json().items():
+        if given[name] != default:
+            for text in texts_of(FitConfig, name, given[name]):
+                words += [flag_of(FitConfig, name), *([] if text is None else [shlex.quote(text)])]
+    return " ".join(words)
+
+
+def _normalised(config: FitConfig) -> Iterator[tuple[str, Any]]:
+    """Yield options in the form that is kept: texts of the command line parsed, names unified."""
+    for name in declarations(FitConfig):
+        value = getattr(config, name)
+        if isinstance(value, str | float) and is_number(FitConfig, name):
+            yield name, parse_value(FitConfig, name, value)
+    data = config.data
+    yield "data", as_domains(tuple(data) if isinstance(data, list) else data)
+    if config.pooling == "complete":  # stored as None, as before there were others
+        yield "pooling", None
+    if config.backward is not None:
+        yield "backward", named_sources(_backward(config.backward))
+    if config.track is not None:
+        yield "track", tuple(dict.fromkeys(separated(config.track))) or None
+    if config.data_weights is not None:
+        yield "data_weights", numbers("data_weights", config.data_weights)
+    if config.language is not None:
+        yield "language", language_code(config.language)
+    if config.distillation_languages is not None:
+        languages = separated(config.distillation_languages)
+        yield "distillation_languages", tuple(map(language_code, languages))
+    if config.prior_from is not None:
+        yield "prior_from", str(config.prior_from)
+    yield "prior_args", key_values("prior-arg", config.prior_args)
+
+
+def _backward(value: Any) -> Any:
+    """Return backward sets without "none"; a text may hold several, with commas between."""
+    if is_table(value) or not isinstance(value, list | tuple):
+        return value
+    whole = [is_table(one) or os.path.exists(one) for one in value]
+    parts = [
+        [one] if is_one else separated(str(one)) for one, is_one in zip(value, whole, strict=True)
+    ]
+    return tuple(one for part in parts for one in part if one != "none")
+
+
+# ---- options against one another
+
+
+def _check_data(config: FitConfig) -> None:
+    weights, sources = config.data_weights, config.sources
+    if weights is not None and not (
+        len(weights) == len(sources) and all(0 < one < math.inf for one in weights)
+    ):
+        raise UserError(
+            f"data_weights is {', '.join(map(str, weights))} for {len(sources)} source(s) of data; "
+            "give one number above 0 for each"
+        )
+    for name in ("spec_augment", "trim_audio"):
+        if config.cache_encoder and getattr(config, name):
+            raise UserError(
+                f"cache_encoder and {name} are given, and with {name} the encoder hears an "
+                "utterance otherwise in every batch; leave one out"
+            )
+    if config.ewc and not config.backward_sets:
+        raise UserError("ewc is given, but no backward set to take Fisher from; give some")
+    if config.distillation and not config.taught_languages:
+        raise UserError(
+            "distillation is given, and no backward set is called by a language; name the "
+            "languages in distillation_languages"
+        )
+
+
+def _check_prior(config: FitConfig) -> None:
+    """Refuse what is no family or guide, and two priors at once."""
+    families = (*FAMILIES, PREVIOUS_POSTERIOR)
+    for name, value, known in (
+        ("prior", config.prior, families),
+        ("guide", config.guide, GUIDES),
+    ):
+        if value is not None and value not in known and not is_code(value):
+            listed = ", ".join(one for one in known if one != PREVIOUS_POSTERIOR)
+            raise UserError(
+                f"{name} is '{value}'; give one of {listed}, or the path of a .py file"
+                f"{suggestion(value, known)}"
+            )
+    if config.prior_scale is not None and "scale" in config.prior_args:
+        if config.prior_args["scale"] != config.prior_scale:  # a resolved configuration has both
+            raise UserError("scale is given by both prior_scale and prior_args; give it by one")
+    resolved = config.prior == PREVIOUS_POSTERIOR
+    if config.prior_from is None:
+        if config.prior_inflation is not None:
+            raise UserError(
+                f"prior_inflation is {config.prior_inflation}, but no prior_from; give both"
+            )
+        if resolved:
+            raise UserError(f"prior is '{config.prior}', but no prior_from; give that alone")
+        return
+    others = {
+        "prior": config.prior not in ("normal", PREVIOUS_POSTERIOR),
+        "prior_scale": config.prior_scale is not None,
+        "prior_args": bool(config.prior_args) and not resolved,
+        "guide": config.guide not in (None, "normal"),
+    }
+    for name in (name for name, given in others.items() if given):
+        raise UserError(
+            f"{name} and prior_from are given, and the earlier run's posterior is prior and "
+            f"start of the guide; leave {name} out"
+        )
+
+
+def _check_fit(config: FitConfig) -> None:
+    if config.epochs is None:
+        _check_warm_up(config)
+    if config.gradient_accumulation > config.batch_size:
+        raise UserError(
+            f"gradient_accumulation is {config.gradient_accumulation}, more than the "
+            f"{config.batch_size} utterances of a step; give batch_size or less"
+        )
+    for name in ("dev", "patience"):
+        if config.eval_every is None and getattr(config, name) is not None:
+            raise UserError(f"{name} is given, but no eval_every; give both")
+    if config.average_from is not None and config.eval_every is not None:
+        raise UserError("average_from and eval_every both choose the posterior; give one")
+
+
+def _check_warm_up(config: FitConfig) -> None:
+    """Refuse a warm-up that is longer than the fit, whose steps must have been worked out."""
+    if config.warmup_steps is not None and config.warmup_steps > config.steps:
+        raise UserError(
+            f"warmup_steps is {config.warmup_steps}; give a whole number from 0 to the steps "
+            f"of the fit, {config.steps}"
+        )
+
+
+_DOMAIN_NAME = re.compile(r"[\w-][\w.-]*")
+
+
+def _check_pooling(config: FitConfig) -> None:
+    kind = config.pooling or "complete"
+    if config.pooling_scale is not None and kind != "hierarchical":
+        raise UserError(
+            f"pooling_scale is {config.pooling_scale:g}, and pooling is {kind}; give pooling "
+            "hierarchical, or leave pooling_scale out"
+        )
+    if kind == "complete":
+        return
+    if len(config.sources) < 2:
+        raise UserError(f"pooling is {kind}, and data is one domain; give two or more, NAME=SOURCE")
+    for name in config.domains:
+        if not _DOMAIN_NAME.fullmatch(name):
+            raise UserError(
+                f"pooling is {kind}, and a domain is called '{name}'; give its data as "
+                "NAME=SOURCE, with a name of letters, digits, '.', '-' and '_'"
+            )
+    by_row = tuple(name for name in FAMILIES if name not in DEPENDENT_ROWS)
+    _check_possible(
+        config,
+        f"pooling {kind}",
+        "fit with pooling complete",
+        {
+            "prior_from": (config.prior_from is None, "leave it out"),
+            "ewc": (not config.ewc, "leave it out"),
+            "test": (config.test is None, "each domain's test set is that of its data"),
+            "dev": (config.dev is None, "leave it out"),
+            "eval_every": (config.eval_every is None, "leave it out"),
+            "estimator": (config.estimator == "shared", "give shared"),
+            "prior": (config.prior in by_row, f"give one of {', '.join(by_row)}"),
+            "guide": (
+                config.guide in (None, config.prior, "point"),
+                "give the prior's own, or point",
+            ),
+        },
+    )
+
+
+def _check_streaming(config: FitConfig) -> None:
+    """Refuse what needs all training data, or their number, before the first step."""
+    if not config.streaming:
+        if config.shuffle_buffer is not None:
+            raise UserError(
+                f"shuffle_buffer is {config.shuffle_buffer}, but no streaming; give both"
+            )
+        return
+    if (count := len(config.sources)) > 1:
+        raise UserError(f"data is {count} sources, and streaming takes one; give one")
+    _check_possible(
+        config,
+        "streaming",
+        "fit without streaming",
+        {
+            "beta": (not isinstance(config.beta, str), "give a number"),
+            "epochs": (config.epochs is None, "give steps"),
+            "data_weights": (config.data_weights is None, "leave it out"),
+            "max_utterances": (config.max_utterances is None, "leave it out"),
+            "distillation": (not config.distillation, "leave it out"),
+            "cache_encoder": (not config.cache_encoder, "leave it out"),
+        },
+    )
+
+
+def _check_possible(
+    config: FitConfig, what: str, otherwise: str, possible: Mapping[str, tuple[bool, str]]
+) -> None:
+    """Refuse the first option that is not possible with something else.
+
+    Args:
+        config: Of the fit.
+        what: The other thing.
+        otherwise: What else can be done.
+        possible: Option -> whether it is possible, and what to do if not.
+    """
+    for name, (is_possible, instead) in possible.items():
+        if not is_possible:
+            raise UserError(
+                f"{name} is {getattr(config, name)}, which {what} can't take; {instead}, or "
+                f"{otherwise}"
+            )

@@ -1,0 +1,98 @@
+"""Sources of data as an option names them: one or several, with names or without."""
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blora_pyro.errors import UserError
+
+# A path or a name, or an object of `datasets`, which takes a second to import: options come before.
+Source = str | Path | Any
+
+_NAMED = re.compile(r"([\w.-]+)=(.+)")
+
+
+def is_table(source: object) -> bool:
+    """Return whether a source is an object of `datasets`."""
+    datasets = sys.modules.get("datasets")
+    if datasets is None:  # so nobody can have made one
+        return False
+    names = ("Dataset", "DatasetDict", "IterableDataset", "IterableDatasetDict")
+    return isinstance(source, tuple(getattr(datasets, name) for name in names))
+
+
+def describe_source(source: Source) -> str:
+    """Return a source as text; an object of `datasets` as "<Dataset of 3 rows, ...>"."""
+    if not is_table(source):
+        return str(source)
+    table: Any = source
+    kind = type(table).__name__
+    if isinstance(table, dict):
+        parts = ", ".join(f"{name}: {describe_source(one)}" for name, one in table.items())
+        return f"<{kind} {parts}>"
+    if kind == "Dataset":
+        return f"<{kind} of {len(table)} rows, fingerprint {table._fingerprint}>"
+    return f"<{kind}>"
+
+
+def as_sources(value: Any) -> tuple[Source, ...]:
+    """Return one source or several, or sources by name, as a tuple.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if isinstance(value, Mapping) and not is_table(value):
+        value = tuple(value.values())
+    is_one = isinstance(value, str | os.PathLike) or is_table(value)
+    sources = (value,) if is_one else tuple(value)
+    if not sources:
+        raise UserError("data names no source; give one or more")
+    return sources
+
+
+def as_domains(value: Any) -> tuple[Source, ...] | dict[str, Source]:
+    """Return sources by name, if a text among them is "NAME=SOURCE" or they have names.
+
+    Returns:
+        Else the sources as a tuple.
+
+    Raises:
+        UserError: If there is none, or two have one name.
+    """
+    sources = as_sources(value)
+    if isinstance(value, Mapping) and not is_table(value):
+        return dict(value)
+    texts = [source for source in sources if isinstance(source, str)]
+    if len(texts) == len(sources) and any(map(_name_and_source, texts)):
+        return named_sources(texts)
+    return sources
+
+
+def named_sources(value: Mapping[str, Source] | Sequence[str]) -> dict[str, Source]:
+    """Return sources by name, of a mapping or of texts "NAME=SOURCE" or "SOURCE", its own name.
+
+    A text that is an existing path is not taken apart.
+
+    Raises:
+        UserError: If two have one name.
+    """
+    if isinstance(value, Mapping) and not is_table(value):
+        return dict(value)
+    if isinstance(value, str) or is_table(value):
+        raise UserError("backward must be a list of sources, or sources by name")
+    found: dict[str, Source] = {}
+    for text in map(str, value):
+        match = _name_and_source(text)
+        name, source = match.groups() if match else (text, text)
+        if name in found:
+            raise UserError(f"two sets are called '{name}'; name them apart: NAME=SOURCE")
+        found[name] = source
+    return found
+
+
+def _name_and_source(text: str) -> re.Match[str] | None:
+    """Return the match of "NAME=SOURCE"; None for an existing path, or a text without a name."""
+    return None if os.path.exists(text) else _NAMED.fullmatch(text)

@@ -1,0 +1,305 @@
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blora_pyro.declarations import declarations, flag_of, parse_value
+from blora_pyro.errors import UserError
+from blora_pyro.metrics.normalizers import NORMALIZERS
+from blora_pyro.models import DTYPES, ESTIMATORS
+from blora_pyro.options import (
+    AUTO_TEMPERATURE,
+    POCKET_LANGUAGES,
+    FitConfig,
+    OutputOptions,
+    fit_command,
+)
+
+quick = settings(deadline=None, max_examples=60)
+
+
+def test_options_are_checked_without_torch_transformers_or_datasets():
+    code = (
+        "import sys; from blora_pyro.options import FitConfig; FitConfig(prior='laplace');"
+        " print([m for m in ('torch', 'transformers', 'datasets', 'pyro') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_defaults_can_be_fitted():
+    config = FitConfig()
+    assert (config.base, config.data, config.prior, config.beta) == (
+        "pocket",
+        ("de-en",),
+        "normal",
+        1e-4,
+    )
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FitConfig().rank = 3
+
+
+def test_a_config_knows_which_options_were_passed():
+    config = FitConfig(rank=16, beta=1e-4)
+    assert config == FitConfig()
+    assert config.given == {"rank", "beta"}
+    assert config.with_options(lr=0.1).given == {"rank", "beta", "lr"}
+    assert config.resolved(10, 10).rank == 16
+
+
+def test_every_choice_has_its_implementation():
+    declared = declarations(FitConfig)
+    assert declared["dtype"].choices == tuple(DTYPES)
+    assert declared["estimator"].choices == tuple(ESTIMATORS)
+    assert declared["normalizer"].choices == tuple(NORMALIZERS)
+
+
+def test_every_option_has_a_help_and_a_name_of_its_own():
+    flags = []
+    for group in (FitConfig, OutputOptions):
+        for name, one in declarations(group).items():
+            assert one.help.endswith("."), name
+            flags.append(flag_of(group, name))
+    assert len(flags) == len(set(flags)) > 50
+
+
+# ---- defaults worked out
+
+
+@quick
+@given(st.integers(1, 10**7))
+def test_beta_by_name_is_a_temperature_over_the_training_tokens(tokens):
+    assert FitConfig(beta="elbo").resolved(tokens, 1).beta == 1 / tokens
+    assert FitConfig(beta="auto").resolved(tokens, 1).beta == AUTO_TEMPERATURE / tokens
+
+
+@quick
+@given(st.one_of(st.just(0.0), st.floats(0, 1e6)))
+def test_a_beta_that_is_given_stays(beta):
+    assert FitConfig(beta=beta).resolved(10, 10).beta == beta
+
+
+@quick
+@given(st.integers(1, 512), st.floats(1e-3, 1e3))
+def test_alpha_is_twice_the_rank_unless_given(rank, alpha):
+    assert FitConfig(rank=rank).resolved(10, 10).alpha == 2 * rank
+    assert FitConfig(rank=rank, alpha=alpha).resolved(10, 10).alpha == alpha
+
+
+@quick
+@given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 30))
+def test_epochs_become_steps_that_visit_everything_that_often(utterances, batch_size, epochs):
+    config = FitConfig(epochs=epochs, batch_size=batch_size, steps=7)
+    steps = config.resolved(10, utterances).steps
+    assert steps == epochs * math.ceil(utterances / batch_size)
+    assert isinstance(steps, int)
+
+
+def test_a_part_of_an_epoch_is_at_least_one_step():
+    assert FitConfig(epochs=0.5, batch_size=4).resolved(10, 32).steps == 4
+    assert FitConfig(epochs=1e-9).resolved(10, 10).steps == 1
+    assert FitConfig(steps=7).resolved(10, 10).steps == 7
+
+
+def test_a_tenth_of_the_steps_warms_up_unless_given():
+    assert FitConfig(epochs=3, batch_size=5).resolved(10, 200).warmup_steps == 12
+    assert FitConfig(warmup_steps=0).resolved(10, 200).warmup_steps == 0
+
+
+def test_a_warm_up_is_compared_with_the_steps_of_the_epochs():
+    config = FitConfig(epochs=10, batch_size=1, warmup_steps=50)
+    assert config.resolved(10, 5).warmup_steps == config.resolved(10, 5).steps == 50
+    with pytest.raises(UserError, match=r"^warmup_steps is 50; .*, 40$"):
+        config.resolved(10, 4)
+
+
+def test_resolving_twice_changes_nothing():
+    once = FitConfig(beta="auto", epochs=2).resolved(100, 10)
+    assert once.resolved(50, 10) == once
+
+
+def test_backward_sets_are_the_pocket_languages_for_the_pocket_base_only():
+    pocket = {name: name for name in POCKET_LANGUAGES}
+    assert FitConfig().resolved(10, 10).backward == pocket
+    assert FitConfig(base="elsewhere").resolved(10, 10).backward == {}
+    assert FitConfig(backward=()).resolved(10, 10).backward == {}
+
+
+def test_backward_sets_have_the_names_that_they_are_given():
+    named = FitConfig(backward=("de", "mine=x.jsonl")).resolved(10, 10).backward
+    assert named == {"de": "de", "mine": "x.jsonl"} == FitConfig(backward=named).backward
+    assert FitConfig(backward=("de,fr", "none")).backward == {"de": "de", "fr": "fr"}
+
+
+def test_the_new_domain_is_the_first_source_or_the_test_set():
+    assert FitConfig(data=("a", "b")).new_domain == "a"
+    assert FitConfig(data=("a", "b"), test="c").new_domain == "c"
+
+
+def test_distillation_takes_the_languages_of_the_backward_sets_unless_given():
+    backward = {"German": "a.csv", "talks": "b.csv", "en": "c.csv"}
+    assert FitConfig(backward=backward).taught_languages == ("de", "en")
+    assert FitConfig(distillation_languages=("French",)).taught_languages == ("fr",)
+    assert len(FitConfig().taught_languages) == 6
+
+
+def test_a_language_is_stored_as_its_code():
+    assert FitConfig(language="German-English").language == "de-en"
+    assert FitConfig().language is None
+
+
+def test_complete_pooling_is_the_same_as_none_given():
+    plain = FitConfig(data=("de-en", "es-en"))
+    assert FitConfig(data=("de-en", "es-en"), pooling="complete") == plain
+    assert plain.to_json()["data"] == ["de-en", "es-en"]
+    assert plain.to_json()["pooling"] is None
+
+
+def test_the_json_of_a_config_makes_the_same_config():
+    rows = Dataset.from_dict({"audio": ["a.wav"], "text": ["x"]})
+    sources = {"data": ["a", rows], "data_weights": [3, 1], "backward": {"mine": rows}}
+    config = FitConfig(**sources, dev=rows, eval_every=5)
+    content = json.loads(json.dumps(config.to_json()))
+    described = f"<Dataset of 1 rows, fingerprint {rows._fingerprint}>"
+    assert content["data"] == ["a", described]
+    assert (content["test"], content["dev"]) == (None, described)
+    assert content["data_weights"] == [3, 1]
+    assert content["backward"] == {"mine": described}
+    assert FitConfig(**content).to_json() == config.to_json()
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": -5}, "^steps is -5; give a whole number from 1$"),
+        ({"batch_size": 2.5}, "^batch_size is 2.5; give a whole number from 1$"),
+        ({"lr": math.nan}, "^lr is nan; give a number above 0$"),
+        ({"lr": None}, "^lr is None; give a number above 0$"),
+        ({"max_grad_norm": math.inf}, "^max_grad_norm is inf; give a number above 0$"),
+        ({"warmup_steps": -1}, "^warmup_steps is -1; give a whole number from 0$"),
+        ({"beta": -1e-9}, "^beta is -1e-09; give a number from 0, 'auto' or 'elbo'$"),
+        ({"beta": "autoo"}, "^beta is 'autoo'; .*; did you mean 'auto'[?]$"),
+        ({"seed": 2**32}, "^seed is 4294967296; give a whole number from 0 below 4294967296$"),
+        ({"average_from": 1.0}, "^average_from is 1.0; give a number from 0 below 1$"),
+        ({"ewc": math.nan}, "^ewc is nan; give a number from 0$"),
+        ({"prior_inflation": 0.5}, "^prior_inflation is 0.5; give a number from 1$"),
+        ({"streaming": "yes"}, "^streaming is 'yes'; give true or false$"),
+        ({"dtype": "int8"}, "^dtype is 'int8'; give float32, bfloat16 or float16$"),
+        ({"precision": "FP32"}, "^precision is 'FP32'; give fp32 or bf16$"),
+        ({"schedule": "cosin"}, "^schedule is 'cosin'; .*; did you mean 'cosine'[?]$"),
+        ({"normalizer": "english"}, "^normalizer is 'english'; give whisper, basic or none$"),
+        ({"task": "sing"}, "^task is 'sing'; give transcribe or translate$"),
+        ({"on_bad_row": "ignore"}, "^on_bad_row is 'ignore'; give stop or skip$"),
+        ({"prior": "norml"}, "^prior is 'norml'; give one of normal.*; did you mean 'normal'[?]$"),
+        ({"guide": "pont"}, "^guide is 'pont'; .*auto-normal, or .* did you mean 'point'[?]$"),
+        ({"language": "pt-BR"}, "'pt-BR' may be pt of a region"),
+        ({"data": ()}, "data names no source"),
+        ({"data_weights": (1, 2)}, r"data_weights is 1, 2 for 1 source\(s\)"),
+        ({"data": ("a", "b"), "data_weights": "1,x"}, "data_weights is '1,x'; give numbers"),
+        ({"data": ("a", "b"), "data_weights": (1, math.nan)}, "data_weights is 1, nan"),
+        ({"backward": ("de", "de")}, "two sets are called 'de'"),
+        ({"backward": "de"}, "backward must be a list"),
+        ({"prior_args": ["scale"]}, "^prior-arg is 'scale'; give key=value"),
+        ({"prior_args": ["a=1", "a=2"]}, "^prior-arg gives 'a' twice"),
+    ],
+)
+def test_a_value_that_an_option_does_not_allow_is_refused(options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        FitConfig(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 50, "warmup_steps": 51}, "^warmup_steps is 51; .* 0 to the steps .*, 50$"),
+        ({"batch_size": 4, "gradient_accumulation": 5}, "^gradient_accumulation is 5, .* 4 "),
+        ({"patience": 3}, "^patience is given, but no eval_every; give both$"),
+        ({"dev": "de"}, "^dev is given, but no eval_every; give both$"),
+        ({"distillation": 1.0, "backward": {"a": "de"}}, "name the languages in distillation_lang"),
+        ({"ewc": 1.0, "backward": ()}, "^ewc is given, but no backward set"),
+        ({"average_from": 0.5, "eval_every": 5}, "^average_from and eval_every both choose"),
+        ({"cache_encoder": True, "trim_audio": True}, "^cache_encoder and trim_audio are given"),
+        ({"prior_scale": 0.2, "prior_args": {"scale": 0.3}}, "^scale is given by both"),
+        ({"prior_inflation": 2.0}, "^prior_inflation is 2.0, but no prior_from; give both$"),
+        ({"prior": "previous-posterior"}, "but no prior_from; give that alone$"),
+        ({"prior_from": "runs/a", "prior": "laplace"}, "^prior and prior_from are given"),
+        ({"prior_from": "runs/a", "guide": "point"}, "^guide and prior_from are given"),
+        ({"shuffle_buffer": 10}, "^shuffle_buffer is 10, but no streaming; give both$"),
+        ({"streaming": True, "data": ("a", "b")}, "data is 2 sources, and streaming takes one"),
+        ({"streaming": True, "beta": "auto"}, "^beta is auto, which streaming can't take; give a"),
+        ({"streaming": True, "epochs": 2}, "^epochs is 2, which streaming can't take; give steps"),
+        ({"streaming": True, "max_utterances": 2}, "^max_utterances is 2, which streaming can't"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        FitConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pooling": "some"}, "pooling is 'some'; give complete, hierarchical or none"),
+        ({"pooling_scale": 0.0}, "pooling_scale is 0"),
+        ({"pooling": "none", "pooling_scale": 0.5}, "pooling_scale is 0.5, and pooling is none"),
+        ({"data": "de-en"}, "data is one domain; give two or more, NAME=SOURCE"),
+        ({"data": ("a/b.csv", "de-en")}, "a domain is called 'a/b.csv'; give its data as NAME="),
+        ({"data": ("a=de-en", "a=es-en")}, "two sets are called 'a'"),
+        ({"prior_from": "runs/one"}, "prior_from is runs/one, which pooling hierarchical"),
+        ({"ewc": 1.0}, "ewc is 1.0, which pooling hierarchical can't take; leave it out"),
+        ({"test": "de"}, "test is de, .*each domain's test set is that of its data"),
+        ({"eval_every": 5}, "eval_every is 5"),
+        ({"estimator": "flipout"}, "estimator is flipout, .*give shared"),
+        ({"prior": "horseshoe"}, "prior is horseshoe, .*give one of normal, laplace"),
+        ({"guide": "auto-normal"}, "guide is auto-normal, .*the prior's own, or point"),
+    ],
+)
+def test_what_cannot_be_pooled_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        FitConfig(**{"data": ("de-en", "es-en"), "pooling": "hierarchical", **options})
+
+
+# ---- as a command
+
+COMMANDS = [
+    {},
+    {"beta": 3.210987654321e-05, "prior_scale": 0.123456789, "lr": 1e-2},
+    {"beta": "auto", "prior": "horseshoe", "prior_args": {"global_scale": "0.01"}},
+    {"data": ("de-en", "my corpus/a.csv"), "data_weights": (3, 1), "language": "de-en"},
+    {"distillation": 0.3, "distillation_languages": ("de", "en"), "max_utterances": 150},
+    {"backward": {"German": "my de.csv", "en": "en"}, "base": "owner/whisper"},
+    {"backward": ()},
+    {"data": {"a": "my a.csv", "es-en": "es-en"}, "pooling": "hierarchical"},
+    {"data": {"a": "de-en", "b": "es-en"}, "pooling": "complete", "pooling_scale": None},
+    {"prior_from": "runs/my first", "prior_inflation": 1.5, "rank": 8},
+    {"spec_augment": True, "gradient_checkpointing": True, "target_modules": "q_proj,v_proj"},
+    {"track": ("tensorboard", "wandb")},
+    {"dev": "de", "eval_every": 5, "patience": 2, "epochs": 1.5, "dtype": "bfloat16"},
+]
+
+
+def test_a_command_leaves_defaults_out():
+    assert fit_command(FitConfig(rank=16, data="de-en", seed=0)) == "blora-pyro fit"
+    command = fit_command(FitConfig(steps=200, data="zh-en"))
+    assert sorted(command.split(" --")) == ["blora-pyro fit", "data zh-en", "steps 200"]
+
+
+def test_a_text_becomes_the_number_that_it_spells():
+    assert parse_value(FitConfig, "steps", "40") == 40
+    assert parse_value(FitConfig, "lr", "1e-3") == 1e-3
+    assert parse_value(FitConfig, "beta", "auto") == "auto"
+    assert parse_value(FitConfig, "beta", "1e-5") == 1e-5
+    assert parse_value(FitConfig, "base", "3") == "3"
