@@ -1,4 +1,1 @@
-"""A run on the Hugging Face Hub.
-
-- `uploads`: what goes up, and how; `model_card`: what is told of it there.
-"""
+"""A run on the Hugging Face Hub: `uploads` writes and pushes it, with its `model_card`."""

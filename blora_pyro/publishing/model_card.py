@@ -1,6 +1,7 @@
-"""The model card of a run: what it is, what was measured, how to use it, where it ends."""
+"""The model card of a run: its metadata for the Hub, and what `model_card.md.jinja` shows."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -11,8 +12,9 @@ from blora_pyro.options import POCKET
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS
 from blora_pyro.runs.report import fit_tables, prune_tables
-from blora_pyro.tables import report_markdown
+from blora_pyro.tables import Table, report_markdown, text_columns
 
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TASK = "automatic-speech-recognition"
 HUB_METRICS = ("wer", "cer")  # MER of the Hub is another measure, the match error rate
 ISO_CODES = {"jw": "jv"}  # where Whisper's code is not ISO's
@@ -27,18 +29,18 @@ def model_card(
     revision: str | None = None,
     license: str | None = None,
 ) -> ModelCard:
-    """The card of a run, with the metadata that the Hub reads.
+    """Returns the card of a run, with the metadata that the Hub reads.
 
-    The results are in its metadata, too (`model-index`), where anyone can get at what they were
-    measured on: WER and CER, in percent, on data sets of the Hub.
+    Results are also in its metadata (`model-index`) if they were measured on data sets of the Hub:
+    WER and CER, in percent.
 
     Args:
-        repo_id: Where it will be on the Hub.
-        posterior: Of the run, under names for all the world.
-        about: What `run.json` holds, likewise.
-        metrics: What `metrics.json` holds, likewise; nothing if nothing was measured.
-        revision: Its branch there.
-        license: Of the adapter, as the Hub calls it.
+        repo_id: Repository on the Hub.
+        posterior: Posterior of the run, with public names (see `write_public_run`).
+        about: Content of `run.json`, with public names.
+        metrics: Content of `metrics.json`, with public names; empty if nothing was measured.
+        revision: Branch on the Hub.
+        license: License of the adapter, as the Hub calls it.
     """
     codes = _languages(about)
     measured = {measure for _, both in _sets(about, metrics) for measure in both["adapted"]}
@@ -56,18 +58,31 @@ def model_card(
         model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
-    parts = [
-        _title(repo_id, posterior, codes),
-        _measured(about, metrics),
-        _use(repo_id, posterior, about, revision),
-        _fit(posterior, about),
-        _limits(posterior, about, metrics),
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    domains = posterior.pooling.domains if posterior.pooling else ()
+    is_shared = posterior.pooling is None or posterior.pooling.is_shared
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=repo_id.rpartition("/")[2],
+        repo_id=repo_id,
+        revision=revision,
+        address=repo_id + (f"@{revision}" if revision else ""),
+        posterior=posterior,
+        about=about,
+        metrics=metrics,
+        languages=codes,
+        domains=domains,
+        subfolder=None if is_shared else f"{DOMAIN_FOLDERS}/{domains[0]}",
+        is_pocket=posterior.base == POCKET,
+        has_spread=any(bool(value.any()) for value in posterior.stddev.values()),
+        origin=_origin(about),
+        measured=_measured(about, metrics),
+        fit=_fit_table(posterior, about),
+    )
 
 
 def _languages(about: Mapping[str, Any]) -> list[str]:
-    """ISO codes of what the training data are in."""
+    """Returns ISO codes of the languages of the training data."""
     named = [about["language"], *about.get("domain_languages", {}).values()]
     codes = [code for name in named if name for code in name.split("-")]
     return [ISO_CODES.get(code, code) for code in dict.fromkeys(codes)]
@@ -82,7 +97,7 @@ def _hub_data_sets(about: Mapping[str, Any]) -> list[str]:
 def _sets(
     about: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(source, what was measured on it before and after) of every set."""
+    """Yields (source, what was measured on it before and after) of every set."""
     config, data = about["config"], about["config"]["data"]
     if both := metrics.get("new_domain"):
         yield both["name"], both
@@ -113,31 +128,18 @@ def _eval_results(about: Mapping[str, Any], metrics: Mapping[str, Any]) -> Itera
             )
 
 
-def _title(repo_id: str, posterior: Posterior, codes: Sequence[str]) -> str:
-    speech = f" for speech in {' and '.join(codes)}" if codes else ""
-    return (
-        f"# {repo_id.rpartition('/')[2]}\n\n"
-        f"A low-rank adapter of Whisper (`{posterior.base}`){speech}, fitted with blora-pyro by "
-        "variational inference ([BLoRA](https://arxiv.org/abs/2510.18723)): to learn a new domain "
-        "and forget little. `adapter_model.safetensors` is the posterior mean, an ordinary PEFT "
-        "adapter; `posterior.safetensors` has mean and standard deviation of every weight."
-    )
-
-
-def _measured(about: Mapping[str, Any], metrics: dict[str, Any]) -> str:
+def _measured(about: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """Returns the tables of what was measured as Markdown, "" if nothing was."""
     if "size" in metrics:
-        what = f"The full adapter, before, and this one, pruned: {_origin(about)}"
-        return f"## Measured\n\n{what}\n\n{report_markdown(prune_tables(metrics))}"
-    if not _is_measured(metrics):
-        return "## Measured\n\nNothing: there was no evaluation, or no set to evaluate on."
-    return f"## Measured\n\n{report_markdown(fit_tables(metrics))}"
-
-
-def _is_measured(metrics: Mapping[str, Any]) -> bool:
-    return any(metrics.get(name) for name in ("new_domain", "domains", "backward"))
+        before = f"The full adapter, before, and this one, pruned: {_origin(about)}"
+        return report_markdown([before, *prune_tables(metrics)])
+    if not any(metrics.get(name) for name in ("new_domain", "domains", "backward")):
+        return ""
+    return report_markdown(fit_tables(metrics))
 
 
 def _origin(about: Mapping[str, Any]) -> str:
+    """Returns how a run was made of others, "" if it was fitted."""
     if pruned := about.get("pruned"):
         ways = ("snr", "rank", "sparsity")
         kept = [f"{name} {pruned[name]}" for name in ways if pruned[name] is not None]
@@ -147,67 +149,12 @@ def _origin(about: Mapping[str, Any]) -> str:
     return ""
 
 
-def _use(repo_id: str, posterior: Posterior, about: Mapping[str, Any], revision: str | None) -> str:
-    place = repo_id + (f"@{revision}" if revision else "")
-    at = f', revision="{revision}"' if revision else ""
-    pooling = posterior.pooling
-    domain = pooling.domains[0] if pooling is not None else ""
-    if pooling is not None and not pooling.is_shared:
-        at += f', subfolder="{DOMAIN_FOLDERS}/{domain}"'
-    base = f'"{posterior.base}"' + (f', revision="{posterior.revision}"' * bool(posterior.revision))
-    lines = [
-        "from peft import PeftModel",
-        "from transformers import WhisperForConditionalGeneration\n",
-        f"whisper = WhisperForConditionalGeneration.from_pretrained({base})",
-        f'whisper = PeftModel.from_pretrained(whisper, "{repo_id}"{at})',
-    ]
-    if posterior.base == POCKET:
-        lines[0] = "from blora_pyro.data import MODEL_DIR\n" + lines[0]
-        lines[2] = lines[2].replace(f'"{POCKET}"', "MODEL_DIR")
-    commands = [
-        f"blora-pyro transcribe talk.wav --adapter {place}",
-        f"blora-pyro merge {place} merged  # a plain Whisper checkpoint",
-    ]
-    if _has_spread(posterior) and not _origin(about):
-        commands.append(
-            f"blora-pyro fit --data more --prior-from {place}  # this posterior as the prior"
-        )
-    if pooling is not None:
-        commands = [f"{line.partition('  #')[0]} --domain {domain}" for line in commands[:2]]
-    return "\n".join(
-        [
-            "## Use\n\nWith PEFT and transformers:\n\n```python",
-            *lines,
-            "```\n\nWith blora-pyro:\n\n```bash",
-            *commands,
-            f'```\n\nIn Python `blora_pyro.Posterior.load("{place}")` is the posterior.'
-            f"{_prompt(about)}{_subfolders(posterior)}",
-        ]
-    )
-
-
-def _has_spread(posterior: Posterior) -> bool:
-    return any(bool(value.any()) for value in posterior.stddev.values())
-
-
-def _prompt(about: Mapping[str, Any]) -> str:
-    if "-" not in (about["language"] or ""):
-        return ""
-    tokens = "".join(f"<|{code}|>" for code in about["language"].split("-"))
-    return f" The training data were prompted with the tokens of both languages, `{tokens}`."
-
-
-def _subfolders(posterior: Posterior) -> str:
-    if posterior.pooling is None:
-        return ""
-    names = ", ".join(f"`{DOMAIN_FOLDERS}/{name}`" for name in posterior.pooling.domains)
-    return f" Every domain has an adapter of its own, in {names}."
-
-
-def _fit(posterior: Posterior, about: Mapping[str, Any]) -> str:
+def _fit_table(posterior: Posterior, about: Mapping[str, Any]) -> str:
+    """Returns options and sizes of the fit as a Markdown table."""
     config, family = about["config"], posterior.family
     arguments = config["prior_args"].items()
     prior = config["prior"] + "".join(f", {name} {value}" for name, value in arguments)
+    temperature = about.get("temperature")
     data = config["data"]
     sources = [f"{n}={s}" for n, s in data.items()] if isinstance(data, Mapping) else data
     rows = {
@@ -221,7 +168,7 @@ def _fit(posterior: Posterior, about: Mapping[str, Any]) -> str:
         "guide": config["guide"] or family.guide,
         "posteriors before": ", ".join(link["run"] for link in about.get("chain", ())),
         "beta (weight of the KL)": f"{config['beta']:.4g}",
-        "effective temperature T = beta · N": _form(about.get("temperature")),
+        "effective temperature T = beta · N": temperature and f"{temperature:.4g}",
         "rank, alpha": f"{posterior.rank}, {posterior.alpha:g}",
         "target modules": config["target_modules"],
         "adapter weights": f"{posterior.num_weights:,}",
@@ -232,45 +179,8 @@ def _fit(posterior: Posterior, about: Mapping[str, Any]) -> str:
         "seed": config["seed"],
         "versions": ", ".join(f"{n} {v}" for n, v in about.get("versions", {}).items()),
     }
-    texts = {
-        name: f"{value}".replace("|", "\\|") for name, value in rows.items() if value is not None
-    }
-    lines = [f"| {name} | {text} |" for name, text in texts.items() if text]
-    return "\n".join(["## How it was fitted\n", "| | |", "|---|---|", *lines])
-
-
-def _form(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4g}"
-
-
-def _limits(posterior: Posterior, about: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    lines = []
-    if _is_measured(metrics):
-        lines.append(
-            "The error rates are those of the sets in the table, and of no others. The intervals "
-            "are over utterances of one fit; another seed may lie outside of them."
-        )
-    if backward := metrics.get("backward"):
-        lines.append(
-            f"What was forgotten was measured on {', '.join(backward)}, and nowhere else: of other "
-            "languages and domains that the base knows nothing is said."
-        )
-    else:
-        lines.append("What it has forgotten of what the base knew was not measured.")
-    if posterior.base == POCKET:
-        lines.append(
-            "The base is the pocket Whisper of blora-pyro, trained on synthetic speech: it is for "
-            "comparing methods, and recognises no human speech."
-        )
-    if not _has_spread(posterior):
-        lines.append("It is a point estimate: its standard deviations are zero.")
-    elif about.get("temperature") not in (None, 1.0):
-        lines.append(
-            "The posterior is tempered, T is not 1: it is not that of Bayes' rule with this prior, "
-            "and its spread tells more from less sure weights, not calibrated errors."
-        )
-    if posterior.family.files:
-        files = " and ".join(posterior.family.files)
-        lines.append(f"The prior is code, {files}, which is not here: without it there is no draw.")
-    lines.append("Data, code and runs that were local are called by the last part of their path.")
-    return "\n".join(["## Limits\n", *(f"- {line}" for line in lines)])
+    table = Table(text_columns("option", "value"))
+    for name, value in rows.items():
+        if value is not None and f"{value}":
+            table.add_row(name, f"{value}")
+    return table.to_markdown()

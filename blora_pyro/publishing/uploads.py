@@ -1,8 +1,8 @@
-"""A run on the Hugging Face Hub: what goes up, under which names, and how.
+"""Upload of a run to the Hugging Face Hub, without anything private.
 
-Not the folder as it is: the posterior is saved anew, `run.json` has the parts that commands read,
-`metrics.json` is as it was; of every local path, to data, code or runs, only the last part is left.
-What was said in the test sets (`utterances.jsonl`), checkpoints and plots stay behind.
+The posterior is saved anew, `run.json` has the parts that commands read, and `metrics.json` is
+copied; of every local path, to data, code or runs, only the last part is kept. The transcripts of
+the test sets (`utterances.jsonl`), checkpoints and plots are not uploaded.
 """
 
 import json
@@ -62,21 +62,21 @@ def push_run(
     base: str | None = None,
     license: str | None = None,
 ) -> str:
-    """Upload a run to the Hub, with a model card; what was there under the same names is replaced.
+    """Upload a run to the Hub, with a model card, over files of the same names.
 
     Args:
         run: A run folder.
-        repo_id: `OWNER/NAME`; made if it is not there.
-        private: Make it a private one; None is as the owner's are by default.
-        revision: Branch to write to, made if it is not there; None is the main one.
-        commit_message: None is a plain one.
+        repo_id: `OWNER/NAME`; created if it does not exist.
+        private: Create a private repository; None is the owner's default.
+        revision: Branch to write to, created if it does not exist; None is the main one.
+        commit_message: None is a general one.
         create_pr: Open a pull request instead of writing to the main branch.
-        token: None is that of `hf auth login`, or `HF_TOKEN`.
+        token: Access token; None is that of `hf auth login`, or `HF_TOKEN`.
         base: See `write_public_run`.
         license: See `write_public_run`.
 
     Returns:
-        The address of the commit, or of the pull request.
+        The URL of the commit, or of the pull request.
 
     Raises:
         UserError: If the run can't be read or made public, or the Hub refuses.
@@ -137,14 +137,14 @@ def write_public_run(
 
     Args:
         run: A run folder.
-        folder: Where to, an existing folder.
-        repo_id: Where it will be on the Hub, for the model card.
-        revision: Its branch there.
+        folder: An existing folder to write to.
+        repo_id: Repository on the Hub, for the model card.
+        revision: Branch on the Hub.
         base: The base's id on the Hub, if the fit had it in a local folder; None is the fit's own.
-        license: Of the adapter, as the Hub calls it (`apache-2.0`); None says nothing.
+        license: License of the adapter, as the Hub calls it (`apache-2.0`); None leaves it out.
 
     Raises:
-        UserError: If the run can't be read, or its base is known to no one else.
+        UserError: If the run can't be read, or its base is a local folder and `base` is None.
     """
     if not REPO_ID.fullmatch(repo_id):
         raise UserError(f"repository is '{repo_id}'; give OWNER/NAME")
@@ -164,11 +164,11 @@ def write_public_run(
     if metrics:
         write_json(folder / METRICS, metrics)
     card = model_card(repo_id, posterior, content, metrics, revision, license)
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    (folder / "README.md").write_text(str(card).rstrip() + "\n", encoding="utf-8")
 
 
 def _read_metrics(run: Path) -> dict[str, Any]:
-    """What was measured; nothing of a run without an evaluation."""
+    """Returns what was measured, {} for a run without an evaluation."""
     if not (run / METRICS).is_file():
         return {}
     try:
@@ -198,12 +198,12 @@ def _public_posterior(
 
 
 def _public_names(config: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, str]:
-    """Every local path of a run -> its last part, with a number before it where two are the same.
+    """Returns local path -> its last part, with a number before it where two are the same.
 
-    The name of a set is its path where it was given none.
+    A set that was given no name is called by its path.
     """
     data, backward = config["data"], config["backward"] or {}
-    domains = list(data)  # names, or sources that are called as they are given
+    domains = list(data)  # names, or sources without names
     sources = [*domains, *backward, *backward.values()]
     sources += data.values() if isinstance(data, Mapping) else ()
     local = [name for name in (*sources, config["test"], config["dev"]) if _is_local_set(name)]
@@ -225,7 +225,7 @@ def _is_local_set(name: str | None) -> bool:
 
 def _last_parts(paths: Iterable[str]) -> dict[str, str]:
     names: dict[str, str] = {}
-    for path in sorted(set(paths), key=len):  # what is a last part already keeps its name
+    for path in sorted(set(paths), key=len):  # a path of one part keeps its name
         last = PureWindowsPath(os.path.abspath(path)).name
         same = sum(PureWindowsPath(os.path.abspath(one)).name == last for one in names)
         names[path] = f"{same + 1}-{last}" if same else last
@@ -233,7 +233,7 @@ def _last_parts(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _public(content: Any, names: Mapping[str, str]) -> Any:
-    """JSON with public names for local ones, and nothing but the last part of other full paths."""
+    """Returns JSON with public names for local ones, and the last part of other absolute paths."""
     if isinstance(content, Mapping):
         return {_public(key, names): _public(value, names) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
