@@ -14,6 +14,7 @@ from torch.distributions import biject_to, kl_divergence
 
 from blora_pyro.adapters import Site
 from blora_pyro.guides import latent_sites
+from blora_pyro.guides.contracts import shrinkage_of
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.draws import is_point, traces
 from blora_pyro.posterior.spectra import effective_rank, spectra
@@ -140,7 +141,7 @@ def summarise(posterior: Posterior) -> Summary:
 
 def shrinkage_factors(posterior: Posterior) -> dict[str, Tensor]:
     """Returns site name -> shrinkage factors (modules, rank), of guides that have them."""
-    factors: dict[str, Tensor] = getattr(posterior.guide, "shrinkage", dict)()
+    factors = shrinkage_of(posterior.guide)
     return factors
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid, softplus
 from blora_pyro.adapters import Site
 from blora_pyro.errors import check_positive
 from blora_pyro.guides import normal
+from blora_pyro.guides.contracts import prior_scale
 from blora_pyro.models import FactorPrior
 
 GAIN = 10.0  # how much faster than weights log lambda moves under Adam: it has far to go
@@ -80,7 +81,7 @@ class Guide(normal.Guide):
     def __init__(self, model: FactorPrior) -> None:
         """As `normal`, behind gates that are nearly closed: tau = CLOSED · scale, lambda = 1."""
         super().__init__(model)
-        self.scale = float(model.prior.scale)  # type: ignore[attr-defined]
+        self.scale = prior_scale(model.prior)
         self.sites = {site.name: site for site in model.sites}
         self.locs, self.scale_rhos = nn.ParameterDict(), nn.ParameterDict()
         for site in model.sites:

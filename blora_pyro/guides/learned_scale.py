@@ -10,6 +10,7 @@ from torch import nn
 from blora_pyro.adapters import Site
 from blora_pyro.errors import check_positive
 from blora_pyro.guides import normal
+from blora_pyro.guides.contracts import prior_scale
 from blora_pyro.models import FactorPrior
 
 EXPLANATION = (
@@ -57,7 +58,7 @@ class Guide(normal.Guide):
     def __init__(self, model: FactorPrior) -> None:
         """Parameters of shape `site.shape`, and a log s of shape (modules,), for every site."""
         super().__init__(model)
-        start = math.log(model.prior.scale)  # type: ignore[attr-defined]
+        start = math.log(prior_scale(model.prior))
         self.log_scales = nn.ParameterDict(
             {site.name: nn.Parameter(torch.full(site.shape[:1], start)) for site in model.sites}
         )

@@ -6,12 +6,12 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import pyro
 import torch
@@ -19,26 +19,15 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from transformers import WhisperForConditionalGeneration
 
+from blora_pyro.data import Batch
 from blora_pyro.errors import UserError
 from blora_pyro.families import FAMILIES, GUIDES, PREVIOUS_POSTERIOR, is_code
 from blora_pyro.guides import previous_posterior
-from blora_pyro.models import Density as Prior
+from blora_pyro.guides.contracts import Guide, PreparedPrior, Prior
 from blora_pyro.models import FactorPrior
 from blora_pyro.options import FitConfig
-
-
-class Guide(Protocol):
-    """What the rest of the library asks of a guide, beside being an `nn.Module`."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample every site of the model."""
-
-    def mean(self) -> dict[str, Tensor]:
-        """Posterior mean: site name -> tensor of the site's shape."""
-
-    def stddev(self) -> dict[str, Tensor]:
-        """Posterior standard deviation: site name -> tensor of the site's shape."""
 
 
 def load_family(name: str, known: dict[str, str] = FAMILIES) -> ModuleType:
@@ -57,7 +46,7 @@ def load_family(name: str, known: dict[str, str] = FAMILIES) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
-        with _foreign_code(name, "import"):
+        with users_code(name, "import"):
             spec.loader.exec_module(module)
     except UserError:
         del sys.modules[spec.name]
@@ -66,8 +55,8 @@ def load_family(name: str, known: dict[str, str] = FAMILIES) -> ModuleType:
 
 
 @contextmanager
-def _foreign_code(name: str, doing: str) -> Iterator[None]:
-    """Whatever a user's file raises, in one line with its place."""
+def users_code(name: str, doing: str) -> Iterator[None]:
+    """Turn whatever a user's file raises in here into a UserError that names file and line."""
     try:
         yield
     except UserError:
@@ -113,7 +102,7 @@ def prior_arguments(name: str, **given: Any) -> dict[str, Any]:
     if lacking := [key for key in missing if key not in given]:
         raise UserError(f"prior {name} needs '{lacking[0]}'; give it, or a default in the file")
     arguments = {key: one.default for key, one in parameters.items()} | given
-    with _foreign_code(name, "Prior(...)"):
+    with users_code(name, "Prior(...)"):
         prior(**arguments)  # refuses bad values
     return arguments
 
@@ -144,6 +133,33 @@ def with_prior_arguments(config: FitConfig) -> FitConfig:
         given["scale"] = config.prior_scale
     arguments = prior_arguments(config.prior, **given)
     return replace(config, prior_args=arguments, guide=config.guide or config.prior)
+
+
+def prepare_prior(
+    prior: object, base: WhisperForConditionalGeneration, batches: Iterable[Batch]
+) -> None:
+    """Run the `prepare` of a `PreparedPrior` and give it the result; any other prior is left alone.
+
+    Args:
+        prior: Of a fit that begins or goes on.
+        base: The frozen Whisper.
+        batches: See `PreparedPrior.prepare`.
+
+    Raises:
+        UserError: If it fails or gives something else than tensors by name.
+    """
+    if not isinstance(prior, PreparedPrior):
+        return
+    name = _name_of(prior)
+    with users_code(name, "prepare(base, batches)"):
+        tensors: object = prior.prepare(base, batches)
+    if not (isinstance(tensors, Mapping) and all(map(_is_named_tensor, tensors.items()))):
+        raise UserError(f"prior {name}: prepare() gives {tensors!r:.60}; give a dict of tensors")
+    prior.tensors = {key: value.detach().to(base.device) for key, value in tensors.items()}
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _convert(name: str, key: str, text: str, annotation: Any) -> Any:
@@ -194,19 +210,22 @@ def build_guide(name: str, model: FactorPrior) -> Guide:
         UserError: If there is no such guide, it fails, or it does not sample just what the prior
             samples.
     """
-    with _foreign_code(name, "Guide(model)"):
+    with users_code(name, "Guide(model)"):
         guide = _member(load_family(name, GUIDES), "Guide", name)(model)
     if isinstance(guide, AutoGuide):  # covers all by construction, and needs the model's arguments
         return guide
     if lacking := [one for one in ("mean", "stddev") if not hasattr(guide, one)]:
         raise UserError(f"guide {name} has no method {lacking[0]}(); see docs/your_own_prior.md")
     density = _name_of(model.prior)
-    with torch.no_grad(), pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
-        with _foreign_code(density, "Prior(...)(site)"):
-            _check_shapes(model, density)
-            prior = FactorPrior(model.groups, model.prior, torch.device("cpu"))
+    device = model.device  # where a prepared prior has its tensors
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), pyro.get_param_store().scope(), torch.random.fork_rng(devices):
+        with users_code(density, "Prior(...)(site)"):
+            with device:
+                _check_shapes(model, density)
+            prior = FactorPrior(model.groups, model.prior, device)
             wanted = latent_sites(poutine.trace(prior).get_trace()).keys()
-        with _foreign_code(name, "guide()"):
+        with users_code(name, "guide()"):
             covered = latent_sites(poutine.trace(guide).get_trace()).keys()
     if wanted != covered:
         odd = ", ".join(sorted(wanted ^ covered))
@@ -239,7 +258,7 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
     }
 
 
-def _name_of(prior: Prior) -> str:
+def _name_of(prior: object) -> str:
     """A built-in family's name, or the path of a user's file."""
     if isinstance(prior, previous_posterior.Prior):
         return PREVIOUS_POSTERIOR

@@ -12,6 +12,7 @@ from blora_pyro.adapters import Group
 from blora_pyro.errors import UserError
 from blora_pyro.families import PREVIOUS_POSTERIOR
 from blora_pyro.guides import Guide, build_guide, build_prior, previous_posterior
+from blora_pyro.guides.contracts import PreparedPrior, Prior
 from blora_pyro.models import FactorPrior
 
 NO_PRIOR = "none"  # of a posterior combined of several, or of one domain's part of one
@@ -67,15 +68,18 @@ class Family:
                 "the adapter is combined of several runs, or part of one, and has no prior; give a "
                 "run"
             )
+        density: Prior | None = None
         if self.prior != PREVIOUS_POSTERIOR:
             density = build_prior(self.prior, **self.prior_args)
         elif tensors:
             density = previous_posterior.Prior(groups, tensors, **self.prior_args)
-        else:
+        if density is None or (isinstance(density, PreparedPrior) and not tensors):
             raise UserError(
-                "the adapter was turned away from its prior, an earlier posterior (by pruning, or "
-                "a strength by signal-to-noise); give the run itself"
+                f"the adapter was turned away from its prior, {self.prior} (by pruning, or a "
+                "strength by signal-to-noise); give the run itself"
             )
+        if isinstance(density, PreparedPrior):
+            density.tensors = tensors
         return FactorPrior(groups, density, torch.device("cpu"))
 
     def build_guide(self, prior: FactorPrior, state: Mapping[str, Tensor]) -> Guide:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from blora_pyro.adapters import Adapters, Group
 from blora_pyro.errors import UserError
-from blora_pyro.guides import Guide, latent_sites, previous_posterior
+from blora_pyro.guides import Guide, latent_sites
+from blora_pyro.guides.contracts import TensorPrior
 from blora_pyro.hub import find_run
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
@@ -43,7 +44,7 @@ class Posterior:
         family: The prior and the guide.
         state: The guide's parameters, by the names of its `state_dict`.
         revision: Revision of the base model, if the fit pinned one.
-        prior_tensors: Tensors of a prior that is an earlier posterior, see `previous_posterior`.
+        prior_tensors: Tensors that the prior depends on, see `guides.contracts.TensorPrior`.
         pooling: Layout of a fit to several domains with factors of their own: groups, moments,
             prior and guide then cover all rows (see `models.pooling`), and `for_domain` gives the
             posterior that can be applied to a net. None for any other fit.
@@ -69,7 +70,7 @@ class Posterior:
         state = {name: value.detach() for name, value in guide.state_dict().items()}
         moments = guide.mean(), guide.stddev()
         prior = model.prior
-        tensors = prior.tensors if isinstance(prior, previous_posterior.Prior) else {}
+        tensors = prior.tensors if isinstance(prior, TensorPrior) else {}
         pooling = model.pooling if isinstance(model, PooledBLoRA) else None
         groups, alpha = model.groups, model.alpha
         return cls(base, groups, alpha, *moments, family, state, revision, tensors, pooling)

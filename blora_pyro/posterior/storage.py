@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blora_pyro.adapters import Group
 from blora_pyro.errors import UserError
+from blora_pyro.families import PREVIOUS_POSTERIOR
 from blora_pyro.models import Pooling
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from blora_pyro.posterior.family import Family
@@ -68,9 +69,10 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
         if not groups:
             raise ValueError("no layers")
         carried = _named(tensors, "prior.")
+        is_carried_on = bool(carried) and about["prior"] == PREVIOUS_POSTERIOR
         for site in (site for group in groups for site in group.sites):
             for name in (f"{site.name}.mean", f"{site.name}.stddev"):
-                for value in [tensors[name], *([carried[name]] if carried else [])]:
+                for value in [tensors[name], *([carried[name]] if is_carried_on else [])]:
                     if tuple(value.shape) != site.shape:
                         raise ValueError(f"{site.name} has shape {tuple(value.shape)}")
         family = Family(about["prior"], about["prior_args"], about["guide"], runs_code=False)

@@ -206,7 +206,7 @@ def _fit(
         sets = evaluation_sets(base, config, loader) if evaluate else {}
         if fitting:
             stopping = early_stopping(loader, config, progress.evaluated, processes.once)
-            model, guide = build(base, config, folder.previous)
+            model, guide = build(base, config, folder.previous, train)
             regularise(model, loader, progress.stage)
             teacher = teacher_of(base, model, config, size["utterances"])
             languages = train.source_languages if isinstance(train, Examples) else ()

@@ -4,15 +4,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pyro
 import torch
 
 from blora_pyro.data import Examples, Stream, split_names
 from blora_pyro.errors import UserError
 from blora_pyro.fitting import Teacher
+from blora_pyro.fitting.checkpoints import RandomState
 from blora_pyro.fitting.distillation import Distillation
 from blora_pyro.fitting.elastic import ElasticPenalty, fisher_information
 from blora_pyro.fitting.encoder_cache import EncoderCache
-from blora_pyro.guides import build_guide, build_prior
+from blora_pyro.guides import build_guide, build_prior, prepare_prior
 from blora_pyro.languages import is_language
 from blora_pyro.models import Base, BLoRA, PooledBLoRA, pooling_of
 from blora_pyro.options import FitConfig
@@ -85,13 +87,19 @@ def regularise(
     model.penalty = ElasticPenalty(model.groups, model.adapters.scaling, fisher, config.ewc)
 
 
-def build(base: Base, config: FitConfig, previous: Previous | None = None) -> tuple[BLoRA, Any]:
-    """The Pyro program of a resolved configuration, and its guide.
+def build(
+    base: Base,
+    config: FitConfig,
+    previous: Previous | None = None,
+    train: Examples | Stream | None = None,
+) -> tuple[BLoRA, Any]:
+    """Return the Pyro program of a resolved configuration, and its guide.
 
     Args:
         base: The base model.
         config: As resolved.
         previous: The run that is carried on; None reads it, if the configuration names one.
+        train: Training data, for a prior that prepares itself on them.
 
     Raises:
         UserError: If prior, guide or target layers can't be, or are not those of that run.
@@ -115,9 +123,23 @@ def build(base: Base, config: FitConfig, previous: Previous | None = None) -> tu
     )
     if previous is not None:
         previous.check(model.groups, config.target_modules)
+    if train is not None:
+        _prepare(model, train, config)
     guide: Any = build_guide(str(config.guide), model)
     if previous is not None:
         previous.start(guide)
     if pooling is not None:
         pooling.start(guide)
     return model, guide
+
+
+def _prepare(model: BLoRA, train: Examples | Stream, config: FitConfig) -> None:
+    """Run the `prepare` of the model's prior; a fit that is resumed gets the same tensors again."""
+    examples, size = train.sample if isinstance(train, Stream) else train, config.batch_size
+    batches = (
+        examples.batch(range(first, min(first + size, len(examples)))).to(model.device)
+        for first in range(0, len(examples), size)
+    )
+    with RandomState.kept(model.device):
+        pyro.set_rng_seed(config.seed)
+        prepare_prior(model.prior, model.net, batches)

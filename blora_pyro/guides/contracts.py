@@ -1,0 +1,119 @@
+"""What the library asks of a prior and of a guide.
+
+A family is a module with `Prior(**arguments)` and `Guide(model)`. `Prior` and `Guide` below are
+what every one must do; the other protocols are optional abilities, found by `isinstance`.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import pyro.distributions as dist
+from torch import Tensor
+from transformers import WhisperForConditionalGeneration
+
+from blora_pyro.adapters import Site
+from blora_pyro.data import Batch
+from blora_pyro.errors import UserError
+
+
+class Prior(Protocol):
+    """The density of the low-rank factors, called once for every site."""
+
+    def __call__(self, site: Site) -> dist.Distribution:
+        """p(w) of batch shape (modules,) and event shape (rows, columns), of `site.shape` together.
+
+        A hierarchical prior samples its scales first, by `pyro.sample` with names that begin with
+        `site.name` and with event dimensions only. Tensors are to be made on torch's current
+        default device.
+        """
+
+
+@runtime_checkable
+class TensorPrior(Prior, Protocol):
+    """A prior that depends on tensors, which are stored with the posterior.
+
+    Attributes:
+        tensors: Name -> tensor. The library sets it when a posterior is loaded, on the CPU.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+
+@runtime_checkable
+class PreparedPrior(TensorPrior, Protocol):
+    """A prior that needs statistics of the frozen base.
+
+    `prepare` runs once before the first step and its result becomes `tensors`, on the base's
+    device. A fit that is resumed runs it again, with the same random numbers.
+    """
+
+    def prepare(
+        self, base: WhisperForConditionalGeneration, batches: Iterable[Batch]
+    ) -> Mapping[str, Tensor]:
+        """Compute the tensors that the densities depend on.
+
+        Args:
+            base: The frozen Whisper in eval mode, to be left as it is.
+            batches: The training data once, in order, made as they are asked for and on the base's
+                device; of a stream its first rows.
+
+        Returns:
+            Name -> tensor.
+        """
+
+
+@runtime_checkable
+class ScaledPrior(Protocol):
+    """A prior with a width.
+
+    Attributes:
+        scale: In units of the weights.
+    """
+
+    scale: float
+
+
+class Guide(Protocol):
+    """The variational family: an `nn.Module` that is called with the model's arguments.
+
+    Its whole state is its `state_dict`, and its parameters are unconstrained.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample every latent site of the model."""
+
+    def mean(self) -> dict[str, Tensor]:
+        """Posterior mean: site name -> tensor of the site's shape, without gradient."""
+
+    def stddev(self) -> dict[str, Tensor]:
+        """Posterior standard deviation: likewise; 0 where the guide is a point."""
+
+
+@runtime_checkable
+class ShrinkingGuide(Guide, Protocol):
+    """A guide that can switch ranks off."""
+
+    def shrinkage(self) -> dict[str, Tensor]:
+        """Shrinkage factor of every rank: site name -> (modules, rank).
+
+        Near 0 for a rank that is free, near 1 for one that is switched off.
+        """
+
+
+def prior_scale(prior: object) -> float:
+    """The width of a prior, from which guides of a learned scale start.
+
+    Raises:
+        UserError: If it has none.
+    """
+    if not isinstance(prior, ScaledPrior):
+        raise UserError(
+            "the guide needs a prior with a width, and this one has no attribute scale; give the "
+            "guide's own prior, or auto-normal"
+        )
+    return float(prior.scale)
+
+
+def shrinkage_of(guide: object) -> dict[str, Tensor]:
+    """`ShrinkingGuide.shrinkage` of a guide; empty for a guide without it."""
+    return guide.shrinkage() if isinstance(guide, ShrinkingGuide) else {}
