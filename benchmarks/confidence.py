@@ -77,7 +77,7 @@ def main() -> None:
     for domain in DOMAINS:
         folder = arguments.runs / domain
         if not (folder / "posterior.safetensors").is_file():
-            fit(folder, data=domain, evaluate=False, overwrite=True)
+            fit(output=folder, data=domain, evaluate=False, overwrite=True)
         dev, test = (score(base, folder, domain, split, arguments.samples) for split in SPLITS)
         add_maps(dev, test)
         domains[domain] = {"dev": rows(dev), "test": rows(test)}

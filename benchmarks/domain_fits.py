@@ -8,7 +8,7 @@ from typing import Any
 
 from domain_figures import DOMAINS
 
-from blora_pyro import Posterior, fit
+from blora_pyro import FitConfig, Posterior, fit
 from blora_pyro.data import load_split
 from blora_pyro.posterior.combining import combine
 
@@ -47,7 +47,7 @@ class Fits:
         folder = self.root / name
         with locked(folder):
             shared = {"seed": self.seed, "steps": self.steps, "backward": NOWHERE}
-            fit(folder, evaluate=False, resume=True, **{**shared, **options})
+            fit(FitConfig(**{**shared, **options}), folder, evaluate=False, resume=True)
         return folder
 
     def alone(self, method: str, domain: str) -> Path:

@@ -152,7 +152,7 @@ def one_round(arguments: argparse.Namespace, steps: int, folder: Path, number: i
 
 def fit_with_ours(watch: Watch, steps: int) -> None:
     """The library's one function."""
-    from blora_pyro import fit
+    from blora_pyro import FitConfig, fit
     from blora_pyro.data import Examples
     from blora_pyro.runs.listeners import Listener
 
@@ -170,16 +170,10 @@ def fit_with_ours(watch: Watch, steps: int) -> None:
         def step(self, step: Any) -> None:
             watch.step()
 
-    run = fit(
-        os.environ["BENCHMARK_OUTPUT"],
-        progress=Told(),
-        data=LANGUAGE,
-        backward={},
-        rank=RANK,
-        steps=steps,
-        batch_size=BATCH_SIZE,
-        lr=LR,
+    config = FitConfig(
+        data=LANGUAGE, backward={}, rank=RANK, steps=steps, batch_size=BATCH_SIZE, lr=LR
     )
+    run = fit(config, os.environ["BENCHMARK_OUTPUT"], progress=Told())
     watch.report(run.metrics["new_domain"]["adapted"]["wer"]["raw"]["rate"])
 
 

@@ -34,7 +34,7 @@ def main() -> None:
     for prior in FAMILIES:
         folder = arguments.runs / prior
         if not (folder / "metrics.json").is_file():
-            fit(folder, prior=prior, seed=arguments.seed, overwrite=True)
+            fit(output=folder, prior=prior, seed=arguments.seed, overwrite=True)
         small = arguments.runs / f"{prior}-pruned"
         if not (small / "metrics.json").is_file():
             prune_run(folder, small, snr=1.0, overwrite=True)

@@ -48,7 +48,7 @@ WAYS: dict[str, tuple[int | None, int]] = {
     "one by one": (features.MARGIN, 1),
     "one by one, no margin": (0, 1),
 }
-FIT = {"data": "de-en", "steps": 400, "batch_size": 4, "evaluate": False}
+FIT = {"data": "de-en", "steps": 400, "batch_size": 4}
 
 
 def main() -> None:
@@ -155,8 +155,8 @@ def fit_table(results: Results, quick: bool) -> None:
 
 def fit_errors(is_trimmed: bool, quick: bool) -> dict[str, Any]:
     """Rates of the new domain and of the backward sets, heard in two ways."""
-    options = {**FIT, "steps": 2} if quick else FIT
-    posterior = fit(**options, trim_audio=is_trimmed).posterior  # type: ignore[arg-type]
+    options: dict[str, Any] = {**FIT, "steps": 2} if quick else FIT
+    posterior = fit(FitConfig(**options, trim_audio=is_trimmed), evaluate=False).posterior
     base = load_base("pocket")
     names = ("de-en", *(LANGUAGES[:1] if quick else LANGUAGES))
     sets = [load(base, name, quick) for name in names]

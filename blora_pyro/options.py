@@ -384,6 +384,11 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         object.__setattr__(changed, "given", self.given | options.keys())
         return changed
 
+    @property
+    def given_options(self) -> dict[str, Any]:
+        """Return the options that were passed, by name."""
+        return {name: getattr(self, name) for name in sorted(self.given)}
+
     # ---- defaults worked out
 
     def resolved(self, num_tokens: int | None, num_utterances: int | None) -> "FitConfig":

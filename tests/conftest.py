@@ -331,7 +331,8 @@ def finished_run(tmp_path_factory, fit_options) -> Run:
     """A run of `fit_options` with its folder. Read it, and leave it as it is."""
     import torch
 
+    from blora_pyro.options import FitConfig
     from blora_pyro.runs.fits import fit
 
     torch.set_num_threads(1)
-    return fit(tmp_path_factory.mktemp("runs") / "finished", **fit_options)
+    return fit(FitConfig(**fit_options), tmp_path_factory.mktemp("runs") / "finished")

@@ -24,6 +24,7 @@ from transformers import (
 from blora_pyro import fit
 from blora_pyro.data import IGNORED, featurise, prompt_ids, text_ids
 from blora_pyro.models import Base, load_base
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.finished import merge_run
 from blora_pyro.runs.loading import load_examples
 from blora_pyro.transcription import transcribe_features
@@ -110,8 +111,10 @@ def merged(base) -> Path:
         soundfile.write(folder / f"{text}.wav", wave, 16_000)
         rows.append({"audio": f"{text}.wav", "text": text, "language": "en"})
     (folder / "sounds.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = {"base": str(base), "data": str(folder / "sounds.jsonl"), "evaluate": False}
-    fit(folder / "run", steps=2, lr=1e-3, rank=2, batch_size=2, **options)
+    options = {"base": str(base), "data": str(folder / "sounds.jsonl")}
+    fit(
+        FitConfig(steps=2, lr=1e-3, rank=2, batch_size=2, **options), folder / "run", evaluate=False
+    )
     merge_run(folder / "run", folder / "merged")
     return folder / "merged"
 

@@ -8,6 +8,7 @@ import torch
 
 from blora_pyro import BLoRA, Posterior, fit
 from blora_pyro.guides import build_prior
+from blora_pyro.options import FitConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 FILES = {
@@ -27,8 +28,8 @@ def test_the_pages_hold_files():
 def test_a_file_of_the_docs_is_a_family_that_fits(name, fit_options, tmp_path):
     path = tmp_path / name
     path.write_text(FILES[name], encoding="utf-8")
-    options = {**fit_options, "steps": 5, "evaluate": False}
-    run = fit(tmp_path / "run", prior=str(path), **options)
+    options = {**fit_options, "steps": 5}
+    run = fit(FitConfig(prior=str(path), **options), tmp_path / "run", evaluate=False)
     assert run.history[-1].kl > 0
     posterior = Posterior.load(tmp_path / "run", prior=str(path))
     draws = [draw["B_16x16"] for draw in posterior.draws(50)]

@@ -274,6 +274,7 @@ def fit(
     Stopped by Ctrl-C, SIGTERM or a crash, it goes on with --resume as if nothing had happened.
     """
     with one_line_errors():  # most options are read from the context, as `sweep` does it, too
+        from blora_pyro.options import FitConfig
         from blora_pyro.reports.progress import TerminalProgress
         from blora_pyro.runs import fits
         from blora_pyro.runs.report import dev_line, fit_tables
@@ -288,12 +289,12 @@ def fit(
         options = given_options(context) if some else fit_options(context.params)
         with TerminalProgress() if is_main() else nullcontext() as progress:
             run = fits.fit(
+                FitConfig(**options),
                 folder,
                 overwrite=overwrite,
                 resume=resume,
                 checkpoint_every=checkpoint_every,
                 progress=progress,
-                **options,
             )
         if not is_main():
             return

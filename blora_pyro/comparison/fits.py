@@ -233,7 +233,7 @@ def make_fit(folder: Path, fit: Fit, base: Base, progress: Listener) -> tuple[Ad
         shutil.rmtree(folder)
     adapted: Adapted
     if fit.kind == PROGRAM:
-        fits.fit(folder, evaluate=False, resume=True, progress=progress, **fit.options)
+        fits.fit(FitConfig(**fit.options), folder, evaluate=False, resume=True, progress=progress)
         adapted = LowRank(folder)
     else:
         fit_rival(fit.kind, folder, fit.config, base, progress)

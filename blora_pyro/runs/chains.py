@@ -9,7 +9,6 @@ base, layers, rank and alpha must be the same.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,13 +32,13 @@ class Previous:
     Attributes:
         folder: Of the run, as given.
         posterior: Its posterior.
-        config: Of its fit.
+        target_modules: Of its fit.
         chain: What `run.json` holds of the runs before it, see `link`.
     """
 
     folder: str
     posterior: Posterior
-    config: FitConfig
+    target_modules: str
     chain: tuple[dict[str, Any], ...] = ()
 
     @classmethod
@@ -63,7 +62,7 @@ class Previous:
                 "with another guide"
             )
         chain = tuple(about.get("chain", ()))
-        return cls(str(folder), posterior, about["config"], chain)
+        return cls(str(folder), posterior, about["config"].target_modules, chain)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -88,32 +87,32 @@ class Previous:
         own = {"run": self.folder, "fingerprint": self.fingerprint, "inflation": inflation or 1.0}
         return [*self.chain, own]
 
-    def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of the next fit, with the run's own for those that are not given.
+    def complete(self, config: FitConfig) -> FitConfig:
+        """Return the configuration of the next fit, with the run's own values where none is given.
 
         Raises:
             UserError: If base, revision, rank or alpha are given, and are not the run's.
         """
-        base = options.get("base")
-        if base is not None and not is_same_place(base, self.posterior.base):
+        own = self.posterior
+        if "base" in config.given and not is_same_place(config.base, own.base):
             raise UserError(
-                f"base is '{base}', and {self.folder} was fitted on '{self.posterior.base}'; leave "
+                f"base is '{config.base}', and {self.folder} was fitted on '{own.base}'; leave "
                 "base out"
             )
-        own = {
-            "base": self.posterior.base if base is None else base,
-            "revision": self.posterior.revision,
-            "rank": self.posterior.rank,
-            "alpha": self.posterior.alpha,
-        }
         for name in ("revision", "rank", "alpha"):
-            if (value := options.get(name)) is not None and value != own[name]:
+            value, known = getattr(config, name), getattr(own, name)
+            if name in config.given and value is not None and value != known:
                 raise UserError(
-                    f"{name} is {value}, and that of {self.folder} is {own[name]}; leave {name} out"
+                    f"{name} is {value}, and that of {self.folder} is {known}; leave {name} out"
                 )
-        if options.get("target_modules") is None:
-            own["target_modules"] = self.config.target_modules
-        return {**options, **own}
+        modules = config.target_modules
+        return config.with_options(
+            base=config.base if "base" in config.given else own.base,
+            revision=own.revision,
+            rank=own.rank,
+            alpha=own.alpha,
+            target_modules=modules if "target_modules" in config.given else self.target_modules,
+        )
 
     def check(self, groups: tuple[Group, ...], target_modules: str) -> None:
         """Refuse a base or layers that are not the run's.
@@ -131,7 +130,7 @@ class Previous:
             counts = [sum(len(one.modules) for one in some) for some in (groups, own)]
             raise UserError(
                 f"target_modules is '{target_modules}', {counts[0]} layers, and those of "
-                f"{self.folder} are '{self.config.target_modules}', {counts[1]}; leave "
+                f"{self.folder} are '{self.target_modules}', {counts[1]}; leave "
                 "target_modules out"
             )
         for new, old in zip(groups, own, strict=True):
@@ -153,21 +152,21 @@ class Previous:
         previous_posterior.start_at(guide, self.posterior.mean, self.posterior.stddev)
 
 
-def carried_on(options: Mapping[str, Any]) -> tuple[dict[str, Any], Previous | None]:
-    """Options of a fit, completed by the run that `prior_from` names, and that run, if any.
+def continued(config: FitConfig) -> tuple[FitConfig, Previous | None]:
+    """Return a configuration completed by the run that `prior_from` names, and that run, if any.
 
     Raises:
-        UserError: If that run can't be carried on, a prior is given beside it, or see
+        UserError: If that run can't be continued, a prior is given beside it, or see
             `Previous.complete`.
     """
-    if options.get("prior_from") is None:
-        return dict(options), None
-    if options.get("prior") is not None:
+    if config.prior_from is None:
+        return config, None
+    if "prior" in config.given:
         raise UserError(
-            f"prior is '{options['prior']}' and prior_from is {options['prior_from']}; give one"
+            f"prior is '{config.prior}' and prior_from is {config.prior_from}; give one"
         )
-    previous = Previous.read(options["prior_from"])
-    return previous.complete(options), previous
+    previous = Previous.read(config.prior_from)
+    return previous.complete(config), previous
 
 
 def previous_of(config: FitConfig, chain: list[dict[str, Any]] | None = None) -> Previous | None:

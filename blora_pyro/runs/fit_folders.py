@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blora_pyro.errors import UserError
+from blora_pyro.families import is_code
 from blora_pyro.files import write_json
 from blora_pyro.fitting.checkpoints import stored_step
 from blora_pyro.fitting.stopping import EarlyStopping
@@ -94,28 +95,29 @@ class FitFolder:
         return folder
 
     @classmethod
-    def reopen(cls, path: Path, given: Mapping[str, Any]) -> "FitFolder":
-        """The folder of a fit that has been started.
+    def reopen(cls, path: Path, config: FitConfig) -> "FitFolder":
+        """Open the folder of a fit that has been started.
 
         Args:
             path: The folder.
-            given: Options, which must be those of the fit. A prior or guide that is a user's file
-                must be among them: its code is run only where it is named.
+            config: Its given options must be those of the fit. A prior or guide that is a user's
+                file must be among them: its code is run only where it is named.
 
         Raises:
             UserError: If there is none, it is damaged, an option is another, or the run that it
-                carries on has changed before it was fitted.
+                continues has changed before it was fitted.
         """
+        given = config.given_options
         try:
             about = json.loads((path / RUN).read_text(encoding="utf-8"))
             about.setdefault("state", FINISHED)
             stored = about.get("options") or about["config"]
-            config = FitConfig(**stored)
+            # with what were objects of Python, and texts in the file
+            config = FitConfig(**{**stored, **given})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path / RUN} is damaged ({error}); start again with --overwrite"
             ) from None
-        config = replace(config, **given)  # the same, but what were objects in Python are so again
         wanted = json.loads(json.dumps(config.to_json()))
         for name in given:
             value, known = wanted[name], [stored.get(name), about.get("config", {}).get(name)]
@@ -125,7 +127,7 @@ class FitFolder:
                     "out, or start another fit in another output"
                 )
         for name in ("prior", "guide"):
-            if str(stored.get(name)).endswith(".py") and name not in given:
+            if is_code(stored.get(name)) and name not in given:
                 raise UserError(
                     f"the run's {name} is code, in {stored[name]}; name it with --{name} to run it"
                 )
@@ -134,17 +136,17 @@ class FitFolder:
         return cls(path, config, about, previous)
 
     @classmethod
-    def follow(cls, about: Mapping[str, Any], given: Mapping[str, Any]) -> "FitFolder":
-        """What a process that writes nothing needs of the folder that the main process has opened.
+    def follow(cls, about: Mapping[str, Any], config: FitConfig) -> "FitFolder":
+        """Return what a process that writes nothing needs of the folder that the main one has open.
 
         Args:
             about: `state`, `options` and `chain` of what `run.json` holds.
-            given: Options of the fit, in place of those that are texts in `run.json`.
+            config: Its given options take the place of those that are texts in `run.json`.
 
         Raises:
-            UserError: If the run that is carried on can't be read here.
+            UserError: If the run that is continued can't be read here.
         """
-        config = replace(FitConfig(**about["options"]), **given)
+        config = FitConfig(**{**about["options"], **config.given_options})
         return cls(None, config, dict(about), previous_of(config, about["chain"] or []))
 
     @property
@@ -269,7 +271,7 @@ class FitFolder:
         if self.path is None or self._occupied:
             return "start again"
         files = [(name, str(getattr(self.config, name))) for name in ("prior", "guide")]
-        options = [f"--{name} {shlex.quote(file)}" for name, file in files if file.endswith(".py")]
+        options = [f"--{name} {shlex.quote(file)}" for name, file in files if is_code(file)]
         line = ["blora-pyro fit --resume --output", shlex.quote(str(self.path)), *options]
         return f"go on with: {' '.join(line)}"
 

@@ -2,14 +2,16 @@
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 
 from blora_pyro.data import Examples, Stream
-from blora_pyro.errors import UserError, check_positive
+from blora_pyro.declarations import check_value
+from blora_pyro.errors import UserError
 from blora_pyro.fitting import Teacher, fit_guide
 from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.interrupts import Interrupts
@@ -17,10 +19,10 @@ from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
 from blora_pyro.guides import Guide, with_prior_arguments
-from blora_pyro.models import BLoRA, base_of
-from blora_pyro.options import FitConfig
+from blora_pyro.models import BLoRA, base_of, check_device
+from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.posterior import Family, Posterior
-from blora_pyro.runs.chains import carried_on
+from blora_pyro.runs.chains import continued
 from blora_pyro.runs.early_ends import told
 from blora_pyro.runs.fit_folders import FitFolder
 from blora_pyro.runs.folders import FINISHED, FITTING, RUN
@@ -36,6 +38,7 @@ from blora_pyro.runs.outcomes import (
 from blora_pyro.runs.parts import build, regularise, teacher_of, training_set
 from blora_pyro.runs.tracking import check_trackers, tracked
 from blora_pyro.runs.utterances import utterance_rows
+from blora_pyro.sources import Source
 
 
 @dataclass
@@ -61,14 +64,22 @@ class Run:
 
 
 def fit(
+    config: FitConfig | None = None,
     output: str | Path | None = None,
     *,
+    base: str | None = None,
+    data: Source | Sequence[Source] | Mapping[str, Source] | None = None,
+    prior: str | None = None,
+    beta: float | Literal["auto", "elbo"] | None = None,
+    rank: int | None = None,
+    lr: float | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
     evaluate: bool = True,
     overwrite: bool = False,
     resume: bool = False,
     checkpoint_every: int | None = None,
     progress: Listener | None = None,
-    **options: Any,
 ) -> Run:
     """Fit BLoRA to a new domain, and measure what was gained and what was forgotten.
 
@@ -78,19 +89,30 @@ def fit(
     With an output, checkpoints are written on the way, and SIGINT and SIGTERM end the fit after the
     step that they come in, with a checkpoint (in the main thread; `Interrupted` is raised).
 
+        run = fit(FitConfig(data="calls", spec_augment=True), "runs/calls", beta=1e-5)
+
     Args:
+        config: Everything that decides the fit; None is the defaults. With `prior_from`, base,
+            revision, rank, alpha and target_modules are that run's unless given, and must be the
+            same.
         output: Folder for the run: the PEFT adapter of the posterior mean, `posterior.safetensors`,
             `run.json` and `metrics.json`. None keeps nothing on disk.
+        base: This option, and those that follow, in place of the configuration's.
+        data: See `FitConfig`.
+        prior: See `FitConfig`.
+        beta: See `FitConfig`.
+        rank: See `FitConfig`.
+        lr: See `FitConfig`.
+        steps: See `FitConfig`.
+        seed: See `FitConfig`.
         evaluate: Measure error on the test set and the backward sets, before and after.
         overwrite: Write into a folder that holds an earlier run, which is removed once base and
             data are loaded.
         resume: Go on with the fit in `output`, whose options need not be given again; the result is
             bit by bit that of a fit that was never interrupted. A finished one is returned. Where
-            none has been started, `options` start one.
+            none has been started, the configuration starts one.
         checkpoint_every: Steps between two checkpoints; None is by time, see `Checkpoints`.
-        progress: Told of stages and steps.
-        **options: The attributes of `FitConfig`. With `prior_from`, base, revision, rank, alpha and
-            target_modules are that run's unless given, and must be the same.
+        progress: Is called with stages and steps.
 
     Raises:
         UserError: On bad options or data, a full disk or memory, or options that are not those of
@@ -98,11 +120,17 @@ def fit(
         FloatingPointError: If the loss stays not finite; see `fit_guide`.
         Interrupted: By a signal.
     """
-    check_positive(checkpoint_every=checkpoint_every)
-    processes = Processes.join(_device(output, options))
+    check_value(OutputOptions, "checkpoint_every", checkpoint_every)
+    keywords = {
+        **{"base": base, "data": data, "prior": prior, "beta": beta},
+        **{"rank": rank, "lr": lr, "steps": steps, "seed": seed},
+    }
+    given = {name: value for name, value in keywords.items() if value is not None}
+    config = (config or FitConfig()).with_options(**given)
+    processes = Processes.join(_device(output, config))
     progress = (processes.is_main and progress) or Listener()
     try:
-        folder = _open_together(processes, output, options, overwrite, resume)
+        folder = _open_together(processes, output, config, overwrite, resume)
         if folder.state == FINISHED or (folder.state != FITTING and not processes.is_main):
             progress.stage("finished already: reading")
             if processes.is_main:
@@ -120,16 +148,16 @@ def fit(
         processes.leave()
 
 
-def _device(output: str | Path | None, options: dict[str, Any]) -> str:
-    """That of the options, or of the fit that goes on."""
-    if "device" in options or output is None:
-        return str(options.get("device", "cpu"))
+def _device(output: str | Path | None, config: FitConfig) -> str:
+    """Return the device of the options, or of the fit that goes on."""
+    if "device" in config.given or output is None:
+        return config.device
     try:
         return str(
             json.loads((Path(output) / RUN).read_text(encoding="utf-8"))["options"]["device"]
         )
     except (OSError, ValueError, KeyError, TypeError):
-        return "cpu"  # that of a new fit; what is damaged is refused later
+        return config.device  # that of a new fit; what is damaged is refused later
 
 
 def _read(folder: FitFolder) -> Run:
@@ -142,43 +170,42 @@ def _read(folder: FitFolder) -> Run:
 def _open_together(
     processes: Processes,
     output: str | Path | None,
-    options: dict[str, Any],
+    config: FitConfig,
     overwrite: bool,
     resume: bool,
 ) -> FitFolder:
-    """The folder in the main process; in the others what they need to know of it."""
+    """Return the folder in the main process, and in the others what they need to know of it."""
     opened: list[FitFolder] = []
 
     def open_folder() -> dict[str, Any]:
-        opened.append(_open(output, options, overwrite, resume))
+        opened.append(_open(output, config, overwrite, resume))
         return {name: opened[0].about.get(name) for name in ("state", "options", "chain")}
 
     about = processes.told_by_main(open_folder)
     if opened:
         return opened[0]
     if about["state"] != FITTING:
-        return FitFolder.reopen(Path(str(output)), options)
-    return FitFolder.follow(about, options)
+        return FitFolder.reopen(Path(str(output)), config)
+    return FitFolder.follow(about, config)
 
 
-def _open(
-    output: str | Path | None, options: dict[str, Any], overwrite: bool, resume: bool
-) -> FitFolder:
-    """The folder of a new fit, or of one that is to go on."""
+def _open(output: str | Path | None, config: FitConfig, overwrite: bool, resume: bool) -> FitFolder:
+    """Return the folder of a new fit, or of one that is to go on."""
     path = None if output is None else Path(output)
     if resume and (path is None or overwrite):
         wrong = "no output" if path is None else "overwrite"
         raise UserError(f"resume is given with {wrong}; give the output of a fit and resume")
     if resume and path is not None:
         if (path / RUN).exists():
-            folder = FitFolder.reopen(path, options)
+            folder = FitFolder.reopen(path, config)
             if folder.state != FINISHED:
+                check_device(folder.config.device)
                 check_trackers(folder.config.track, path)
             return folder
-        if not options:
+        if not config.given:
             raise UserError(f"{path} holds no fit to go on with; start it without --resume")
-    options, previous = carried_on(options)
-    config = FitConfig(**options)
+    config, previous = continued(config)
+    check_device(config.device)
     with_prior_arguments(config)  # refuses what can't be
     check_trackers(config.track, path)
     return FitFolder.create(path, config, overwrite, previous)

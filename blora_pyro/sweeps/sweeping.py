@@ -16,7 +16,7 @@ from blora_pyro.files import write_json
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.metrics.pareto import knee, pareto_front
 from blora_pyro.options import FitConfig, fit_command
-from blora_pyro.runs.chains import carried_on
+from blora_pyro.runs.chains import continued
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.outcomes import NEW_DOMAIN
 from blora_pyro.sweeps.plot import sweep_plot
@@ -130,7 +130,8 @@ def sweep(
     """
     check_positive(trials=trials, timeout=timeout)
     until = time.monotonic() + (math.inf if timeout is None else timeout)
-    options, previous = carried_on(options)
+    config, previous = continued(FitConfig(**options))
+    options = config.given_options
     if search is None:  # an earlier posterior has no scale
         search = {name: ends for name, ends in SEARCH.items() if not previous or name == "beta"}
     ranges = ranges_of(search, options)

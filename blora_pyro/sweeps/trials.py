@@ -134,7 +134,9 @@ class Objective:
         given = with_values(self.options, values)
         if (folder / RUN).exists():  # a dead process began it, which may have computed elsewhere
             given = {name: value for name, value in given.items() if name not in ANYWHERE}
-        run = fits.fit(folder, evaluate=False, resume=True, progress=self.progress, **given)
+        run = fits.fit(
+            FitConfig(**given), folder, evaluate=False, resume=True, progress=self.progress
+        )
         with run.posterior.applied(self.base.net):
             after = self._measure(f"trial {trial.number}")
         errors = _errors(after)

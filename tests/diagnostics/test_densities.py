@@ -7,12 +7,13 @@ from blora_pyro.diagnostics import summarise
 from blora_pyro.diagnostics.densities import densities
 from blora_pyro.diagnostics.explanations import kl_by_module
 from blora_pyro.diagnostics.layers import LayerPosition
+from blora_pyro.options import FitConfig
 
 WIDTHS = {"normal": 1.0, "laplace": 2**0.5}  # standard deviation in units of the scale
 
 
 def fitted(fit_options, **changes):
-    return fit(evaluate=False, **{**fit_options, "steps": 1, **changes}).posterior
+    return fit(FitConfig(**{**fit_options, "steps": 1, **changes}), evaluate=False).posterior
 
 
 def moment(one, values):

@@ -14,6 +14,7 @@ from blora_pyro.diagnostics.explanations import (
 from blora_pyro.errors import UserError
 from blora_pyro.families import FAMILIES, PREVIOUS_POSTERIOR
 from blora_pyro.guides import load_family, prior_arguments
+from blora_pyro.options import FitConfig
 
 
 def factor(module, name, kl=10.0, weights=100, **changes):
@@ -171,7 +172,7 @@ def test_the_figures_of_a_run(finished_run):
 
 def test_the_horseshoe_has_ranks(fit_options):
     options = {**fit_options, "prior": "horseshoe", "steps": 1}
-    posterior = fit(evaluate=False, **options).posterior
+    posterior = fit(FitConfig(**options), evaluate=False).posterior
     figures = Shrinkage.of(posterior, summarise(posterior))
     assert 0 <= figures.active_ranks <= 4
     assert 0 <= figures.closed_ranks <= 1
@@ -179,7 +180,7 @@ def test_the_horseshoe_has_ranks(fit_options):
 
 def test_points_have_no_directions(fit_options):
     options = {**fit_options, "guide": "point", "steps": 1}
-    posterior = fit(evaluate=False, **options).posterior
+    posterior = fit(FitConfig(**options), evaluate=False).posterior
     figures = Shrinkage.of(posterior, summarise(posterior))
     assert figures.directions is figures.kl_floor is figures.half_kl_layers is None
     assert figures.effective_rank >= 1

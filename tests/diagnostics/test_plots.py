@@ -17,10 +17,11 @@ from blora_pyro.diagnostics.plots import (
     trace_plot,
 )
 from blora_pyro.fitting.svi import Step
+from blora_pyro.options import FitConfig
 
 
 def fitted(fit_options, **changes):
-    return fit(evaluate=False, **{**fit_options, "steps": 2, **changes})
+    return fit(FitConfig(**{**fit_options, "steps": 2, **changes}), evaluate=False)
 
 
 @pytest.fixture(scope="module")

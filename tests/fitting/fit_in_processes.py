@@ -103,7 +103,7 @@ def fit_one(base_folder: str, manifest: str, output: Path) -> None:
     backward = {"de": str(Path(manifest).parent / "de.jsonl")}
     more = {"steps": 5, "lr": 0.03, "distillation": 0.1, "backward": backward, "beta": 1e-5}
     dev = {"dev": str(Path(manifest).parent / "test.jsonl"), "eval_every": 2, "track": "ranks"}
-    run = fit(output / "run", **options, **more, **dev)
+    run = fit(FitConfig(**options, **more, **dev), output / "run")
     total = sum(float(value.double().sum()) for value in run.posterior.mean.values())
     steps = [[step.nll, step.tokens] for step in run.history]
     about = {"sum": total, "steps": steps, "metrics": sorted(run.metrics), "dev": run.dev}
@@ -130,14 +130,15 @@ def fit_streams(base_folder: str, manifest: str, output: Path) -> None:
     rank = int(os.environ["RANK"])
     more = {"streaming": True, "steps": 6, "beta": 1e-5, "batch_size": 3, "rank": 2}
     options = {"base": base_folder, "data": manifest, "backward": (), **more}
-    stops: Any = {"progress": Stops(3), "checkpoint_every": 1, **options}
+    config = FitConfig(**options)
+    stops: Any = {"progress": Stops(3), "checkpoint_every": 1}
     found = []
     for number, (name, given) in enumerate(
-        [("straight", options), ("stopped", stops), ("stopped", {"resume": True})]
+        [("straight", {}), ("stopped", stops), ("stopped", {"resume": True})]
     ):
         together_again(output / f"next{number}")
         with suppress(Interrupted):
-            run = fit(output / name, evaluate=False, **given)
+            run = fit(config, output / name, evaluate=False, **given)
             found.append([[step.loss, step.tokens] for step in run.history])
     (output / f"streams{rank}.json").write_text(json.dumps(found))
 
@@ -147,7 +148,9 @@ def fit_pooled(base_folder: str, manifest: Path, output: Path) -> None:
     together_again(output / "pooled.next")
     data = {"mixed": str(manifest), "german": str(manifest.parent / "de.jsonl")}
     options = {"base": base_folder, "steps": 3, "beta": 1e-5, "batch_size": 3, "rank": 2}
-    run = fit(output / "pooled", data=data, pooling="hierarchical", backward=(), **options)
+    run = fit(
+        FitConfig(data=data, pooling="hierarchical", backward=(), **options), output / "pooled"
+    )
     sums = {name: float(mean.double().sum()) for name, mean in run.posterior.mean.items()}
     (output / f"pooled{os.environ['RANK']}.json").write_text(json.dumps(sums))
 

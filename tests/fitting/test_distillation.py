@@ -12,6 +12,7 @@ from blora_pyro.fitting.distillation import Distillation
 from blora_pyro.fitting.objective import Objective
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA, build_estimator
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.fits import fit
 from blora_pyro.transcription import transcribe_features
 
@@ -145,7 +146,7 @@ def test_a_fit_stays_nearer_the_base_in_the_other_languages(fit_options):
     options["steps"] = 15
     last = {}
     for weight in (1e-9, 3.0):
-        run = fit(None, evaluate=False, **options, distillation=weight)
+        run = fit(FitConfig(**options, distillation=weight), evaluate=False)
         last[weight] = sum(step.regularizer / weight for step in run.history[-5:])
         assert all(math.isfinite(step.loss) for step in run.history)
         assert run.history[-1].nll < run.history[0].nll

@@ -74,7 +74,7 @@ def test_a_fit_with_it_moves_less_where_it_matters(fit_options, tones_folder, tm
     options = {**fit_options, "backward": backward, "guide": "point", "beta": 0.0, "steps": 15}
     moved = {}
     for strength in (0.0, 1e4):
-        run = fit(None, evaluate=False, **options, ewc=strength)
+        run = fit(FitConfig(**options, ewc=strength), evaluate=False)
         moved[strength] = sum(d.square().sum() for _, d in run.posterior.delta_weights())
         assert (run.history[-1].regularizer > 0) == (strength > 0)
     assert moved[1e4] < moved[0.0]
@@ -82,15 +82,15 @@ def test_a_fit_with_it_moves_less_where_it_matters(fit_options, tones_folder, tm
 
 def test_it_needs_backward_sets_with_training_data(fit_options):
     with pytest.raises(UserError, match="no backward set"):
-        fit(None, **{**fit_options, "backward": ()}, ewc=1.0)
+        fit(FitConfig(**{**fit_options, "backward": ()}, ewc=1.0))
 
 
 def test_a_set_that_is_scored_is_not_learned_from(fit_options):
     with pytest.raises(UserError, match=r"^backward set .*de.jsonl has no train split"):
-        fit(None, **fit_options, ewc=1.0)
+        fit(FitConfig(**fit_options, ewc=1.0))
 
 
 def test_the_model_has_no_penalty_without_it(fit_options):
-    run = fit(None, evaluate=False, **{**fit_options, "steps": 2})
+    run = fit(FitConfig(**{**fit_options, "steps": 2}), evaluate=False)
     assert all(step.regularizer == 0 for step in run.history)
     assert FitConfig(**fit_options).ewc == 0

@@ -35,8 +35,11 @@ KNOBS = [
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 def test_a_fit_is_the_same_with_it_and_without(fit_options, knobs):
-    options = {**fit_options, "steps": 5, "evaluate": False, **knobs}
-    plain, cached = (fit(**options, cache_encoder=cache).history for cache in (False, True))
+    options = {**fit_options, "steps": 5, **knobs}
+    plain, cached = (
+        fit(FitConfig(**options, cache_encoder=cache), evaluate=False).history
+        for cache in (False, True)
+    )
     assert [step.loss for step in cached] == pytest.approx([step.loss for step in plain], rel=1e-4)
     assert abs(plain[-1].nll - plain[0].nll) > 0.01 * plain[0].nll
 
@@ -94,7 +97,7 @@ def test_batches_on_a_device_keep_the_states(fluent_base, examples):
 
 def test_nothing_of_an_adapted_first_layer_can_be_kept(fit_options):
     with pytest.raises(UserError, match="target_modules adapts the encoder's first layer"):
-        fit(**fit_options, cache_encoder=True)
+        fit(FitConfig(**fit_options, cache_encoder=True))
 
 
 def test_too_small_a_disk_is_refused_before_the_fit(fluent_base, monkeypatch, cache_dir):

@@ -148,7 +148,7 @@ def test_a_fit_outlives_its_processes_and_goes_on_in_another_number(start, fit_o
     # one goes on alone
     left = stored_step(checkpoint)
     with pytest.raises(Interrupted):
-        fit(folder, resume=True, checkpoint_every=1, progress=Stops(left + 3))
+        fit(output=folder, resume=True, checkpoint_every=1, progress=Stops(left + 3))
     later = stored_step(checkpoint)
     assert later > left
 

@@ -17,6 +17,7 @@ from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.data import language_codes, prompt_ids
 from blora_pyro.errors import UserError
 from blora_pyro.models import Base, load_base
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.finished import transcribe
 
 HEAD_WIDTH = 2  # 64 in earnest
@@ -119,7 +120,7 @@ def test_all_linear_layers_are_targets_in_three_groups(name):
 def test_every_size_is_fitted_and_transcribes(checkpoint, tones_folder, tmp_path):
     data = tones_folder / "de.jsonl"
     options = {"base": str(checkpoint), "data": str(data), "steps": 1, "batch_size": 1}
-    run = fit(tmp_path / "run", rank=1, lr=0.01, **options)
+    run = fit(FitConfig(rank=1, lr=0.01, **options), tmp_path / "run")
     assert math.isfinite(run.history[0].loss)
     assert all(value.abs().max() > 0 for value in run.posterior.mean.values())  # B starts at 0
     settings = load_base(str(checkpoint)).net.generation_config

@@ -12,6 +12,7 @@ from blora_pyro.diagnostics import summarise
 from blora_pyro.diagnostics.densities import densities
 from blora_pyro.errors import UserError
 from blora_pyro.models import BLoRA
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.pruning import prune
 from blora_pyro.runs import diagnosis
@@ -72,7 +73,9 @@ def options(fit_options, tones_folder, earlier):
 def chained(options, tmp_path_factory) -> Run:
     """A run after the earlier one. Read it, and leave it as it is."""
     torch.set_num_threads(1)
-    return fit(tmp_path_factory.mktemp("runs") / "chained", prior_inflation=2.0, **options)
+    return fit(
+        FitConfig(prior_inflation=2.0, **options), tmp_path_factory.mktemp("runs") / "chained"
+    )
 
 
 @pytest.fixture
@@ -101,7 +104,7 @@ def test_the_run_says_what_it_comes_after(chained, earlier, options, tmp_path):
     assert about["config"]["prior"] == "previous-posterior"
     assert about["config"]["prior_from"] == str(earlier)
     third = {**options, "prior_from": chained.output, "steps": 1}
-    fit(tmp_path / "third", evaluate=False, **third)
+    fit(FitConfig(**third), tmp_path / "third", evaluate=False)
     links = read_json(tmp_path / "third" / "run.json")["chain"]
     assert links[0] == link
     assert (links[1]["run"], links[1]["inflation"]) == (str(chained.output), 1)
@@ -112,7 +115,7 @@ def test_a_prior_that_outweighs_the_data_keeps_the_posterior_where_it_was(
     options, finished_run, inflation
 ):
     start = {**options, "beta": 1e4, "steps": 4, "lr": 1e-3, "prior_inflation": inflation}
-    run = fit(evaluate=False, **start)
+    run = fit(FitConfig(**start), evaluate=False)
     assert run.history[0].kl == pytest.approx(0, abs=1e-2)
     for name, mean in finished_run.posterior.mean.items():
         stddev = finished_run.posterior.stddev[name]
@@ -123,7 +126,10 @@ def test_a_prior_that_outweighs_the_data_keeps_the_posterior_where_it_was(
 
 def test_without_a_say_of_the_prior_its_inflation_changes_nothing(options):
     runs_ = [
-        fit(evaluate=False, **{**options, "beta": 0, "steps": 2, "prior_inflation": inflation})
+        fit(
+            FitConfig(**{**options, "beta": 0, "steps": 2, "prior_inflation": inflation}),
+            evaluate=False,
+        )
         for inflation in (1.0, 1e6)
     ]
     assert [step.loss for step in runs_[0].history] == [step.loss for step in runs_[1].history]
@@ -190,7 +196,7 @@ def test_all_commands_work_where_the_earlier_run_is_gone(
     merge_run(alone, tmp_path / "merged")
     (merged,) = transcribe([audio], base=str(tmp_path / "merged"), language=said.language)
     assert merged.text == said.text
-    assert fit(alone, resume=True).history == chained.history  # finished: it is returned
+    assert fit(output=alone, resume=True).history == chained.history  # finished: it is returned
     net = WhisperForConditionalGeneration.from_pretrained(chained.config.base)
     PeftModel.from_pretrained(net, str(alone))
 
@@ -210,13 +216,12 @@ def test_pruned_it_has_no_prior_any_more_and_says_so(chained, tmp_path):
 def test_a_resumed_fit_is_that_of_one_never_interrupted(chained, options, tmp_path):
     with pytest.raises(Crash):
         fit(
+            FitConfig(prior_inflation=2.0, **options),
             tmp_path / "run",
             checkpoint_every=2,
             progress=Crashing(step=5),
-            prior_inflation=2.0,
-            **options,
         )
-    run = fit(tmp_path / "run", resume=True)
+    run = fit(output=tmp_path / "run", resume=True)
     assert run.history == chained.history
     for name, mean in chained.posterior.mean.items():
         assert torch.equal(run.posterior.mean[name], mean)
@@ -224,7 +229,7 @@ def test_a_resumed_fit_is_that_of_one_never_interrupted(chained, options, tmp_pa
 
 def test_a_fit_whose_earlier_run_has_changed_is_not_gone_on_with(options, earlier, tmp_path):
     with pytest.raises(Crash):
-        fit(tmp_path / "run", checkpoint_every=2, progress=Crashing(step=5), **options)
+        fit(FitConfig(**options), tmp_path / "run", checkpoint_every=2, progress=Crashing(step=5))
     file = earlier / "posterior.safetensors"
     before = file.read_bytes()
     try:
@@ -232,23 +237,23 @@ def test_a_fit_whose_earlier_run_has_changed_is_not_gone_on_with(options, earlie
         next(iter(posterior.mean.values()))[0, 0, 0] += 1e-3
         posterior.save(earlier)
         with pytest.raises(UserError, match="has changed since it was started; bring it back"):
-            fit(tmp_path / "run", resume=True)
+            fit(output=tmp_path / "run", resume=True)
         file.unlink()
         with pytest.raises(UserError, match="no run folder"):
-            fit(tmp_path / "run", resume=True)
+            fit(output=tmp_path / "run", resume=True)
     finally:
         file.write_bytes(before)
-    assert len(fit(tmp_path / "run", resume=True).history) == options["steps"]
+    assert len(fit(output=tmp_path / "run", resume=True).history) == options["steps"]
 
 
 def test_a_fit_that_only_has_to_be_measured_needs_the_earlier_run_no_more(
     options, earlier, tmp_path
 ):
     with pytest.raises(Crash):
-        fit(tmp_path / "run", progress=Crashing(stage="adapted on"), **options)
+        fit(FitConfig(**options), tmp_path / "run", progress=Crashing(stage="adapted on"))
     away = earlier.rename(earlier.with_name("away"))
     try:
-        run = fit(tmp_path / "run", resume=True)
+        run = fit(output=tmp_path / "run", resume=True)
     finally:
         away.rename(earlier)
     assert run.metrics["new_domain"]
@@ -283,7 +288,7 @@ def test_a_fit_that_only_has_to_be_measured_needs_the_earlier_run_no_more(
 )
 def test_what_does_not_match_is_refused(options, tmp_path, other, words):
     with pytest.raises(UserError, match=words):
-        fit(tmp_path / "run", **{**options, **other})
+        fit(FitConfig(**{**options, **other}), tmp_path / "run")
     assert not (tmp_path / "run" / "posterior.safetensors").exists()
 
 
@@ -301,7 +306,7 @@ def test_another_base_under_the_same_name_is_refused(options, earlier, net):
 
 def test_the_output_is_not_the_earlier_run(options, earlier):
     with pytest.raises(UserError, match="output and prior_from are both"):
-        fit(earlier, overwrite=True, **options)
+        fit(FitConfig(**options), earlier, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -312,26 +317,30 @@ def test_the_output_is_not_the_earlier_run(options, earlier):
     ],
 )
 def test_points_have_nothing_to_carry_on(fit_options, options, tmp_path, how, words):
-    fit(tmp_path / "point", evaluate=False, **{**fit_options, "steps": 1, **how})
+    fit(FitConfig(**{**fit_options, "steps": 1, **how}), tmp_path / "point", evaluate=False)
     with pytest.raises(UserError, match=words):
-        fit(tmp_path / "run", **{**options, "prior_from": tmp_path / "point"})
+        fit(FitConfig(**{**options, "prior_from": tmp_path / "point"}), tmp_path / "run")
 
 
 def test_a_pruned_or_unfinished_run_is_refused(finished_run, options, tmp_path):
     prune_run(finished_run.output, tmp_path / "small", rank=1, evaluate=False)
     with pytest.raises(UserError, match=f"a pruned run; give {finished_run.output}"):
-        fit(**{**options, "prior_from": tmp_path / "small"})
+        fit(FitConfig(**{**options, "prior_from": tmp_path / "small"}))
     with pytest.raises(Crash):
-        fit(tmp_path / "run", progress=Crashing(step=2), **options)
+        fit(FitConfig(**options), tmp_path / "run", progress=Crashing(step=2))
     with pytest.raises(UserError, match="is not finished"):
-        fit(**{**options, "prior_from": tmp_path / "run"})
+        fit(FitConfig(**{**options, "prior_from": tmp_path / "run"}))
 
 
 def test_any_family_with_a_spread_is_carried_on(fit_options, options, tmp_path):
-    fit(tmp_path / "one", evaluate=False, **{**fit_options, "steps": 1, "prior": "horseshoe"})
+    fit(
+        FitConfig(**{**fit_options, "steps": 1, "prior": "horseshoe"}),
+        tmp_path / "one",
+        evaluate=False,
+    )
     one = Posterior.load(tmp_path / "one")
     start = {**options, "prior_from": tmp_path / "one", "steps": 1, "lr": 1e-9}
-    run = fit(evaluate=False, **start)
+    run = fit(FitConfig(**start), evaluate=False)
     for name, mean in one.mean.items():
         torch.testing.assert_close(run.posterior.mean[name], mean)
         torch.testing.assert_close(run.posterior.stddev[name], one.stddev[name])

@@ -6,6 +6,7 @@ from peft import PeftModel
 from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.errors import UserError
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.combined import combine_runs
 from blora_pyro.runs.diagnosis import diagnose
@@ -20,7 +21,7 @@ def folders(finished_run, fit_options, tones_folder, tmp_path_factory):
     """Two runs, of a code-switched and of a German domain."""
     folder = tmp_path_factory.mktemp("runs") / "german"
     options = {"data": str(tones_folder / "de.jsonl"), "backward": (), "rank": 2, "steps": 5}
-    fit(folder, evaluate=False, **{**fit_options, **options})
+    fit(FitConfig(**{**fit_options, **options}), folder, evaluate=False)
     return finished_run.output, folder
 
 
@@ -71,17 +72,25 @@ def test_the_mean_of_a_run_and_itself_is_scored_and_pruned_as_that_run(
     with pytest.raises(UserError, match=r"has no prior; diagnose .*finished or .*finished"):
         diagnose(tmp_path / "same")
     with pytest.raises(UserError, match="a combined run; give"):
-        fit(prior_from=tmp_path / "same")
+        fit(FitConfig(prior_from=tmp_path / "same"))
     with pytest.raises(UserError, match=r"combined of several runs, .* has no prior"):
         Posterior.load(tmp_path / "same").to_arviz(draws=2)
 
 
 def test_what_has_no_place_in_a_product_is_refused(folders, fit_options, tmp_path):
     prune_run(folders[0], tmp_path / "small", rank=1, evaluate=False)
-    fit(tmp_path / "point", evaluate=False, **{**fit_options, "steps": 1, "guide": "point"})
+    fit(
+        FitConfig(**{**fit_options, "steps": 1, "guide": "point"}),
+        tmp_path / "point",
+        evaluate=False,
+    )
     code = tmp_path / "mine.py"
     code.write_text("from blora_pyro.guides.normal import Guide, Prior\n")
-    fit(tmp_path / "own", evaluate=False, **{**fit_options, "steps": 1, "prior": str(code)})
+    fit(
+        FitConfig(**{**fit_options, "steps": 1, "prior": str(code)}),
+        tmp_path / "own",
+        evaluate=False,
+    )
     for name, words in {
         "small": "a pruned run, without the prior that product needs; give method mean",
         "point": "a point estimate, without the spread that product needs; give method mean",

@@ -9,6 +9,7 @@ import pytest
 from blora_pyro import fit
 from blora_pyro.diagnostics import summarise
 from blora_pyro.errors import UserError
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior.inference_data import MIN_RATIOS
 from blora_pyro.runs import diagnosis
 from blora_pyro.runs.diagnosis import diagnose, measure_khat
@@ -30,7 +31,7 @@ def found(finished_run, tmp_path_factory):
 
 
 def fitted(fit_options, folder=None, **changes):
-    return fit(folder, evaluate=False, **{**fit_options, "steps": 1, **changes})
+    return fit(FitConfig(**{**fit_options, "steps": 1, **changes}), folder, evaluate=False)
 
 
 def test_a_run_is_diagnosed_from_its_folder(found, finished_run):

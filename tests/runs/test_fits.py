@@ -140,7 +140,7 @@ def test_the_best_posterior_is_the_runs_and_run_json_tells_how_it_was_found(
 ):
     listener = Errors()
     dev = {"dev": str(tones_folder / "test.jsonl"), "eval_every": 6, "patience": 2}
-    run = fit(tmp_path / "run", progress=listener, **fit_options, **dev)
+    run = fit(FitConfig(**fit_options, **dev), tmp_path / "run", progress=listener)
     errors = [DevError(**one) for one in run.dev["errors"]]
     best = min(errors, key=lambda one: one.error)
     assert run.dev["best_step"] == best.step and run.dev["ended_by"] == "patience"
@@ -153,7 +153,7 @@ def test_the_best_posterior_is_the_runs_and_run_json_tells_how_it_was_found(
     assert scores["adapted"]["wer"]["rate"] == best.error < scores["base"]["wer"]["rate"]
     about = read_json(tmp_path / "run" / "run.json")
     assert about["dev"] == run.dev and about["skipped_steps"] == 0
-    again = fit(tmp_path / "run", resume=True)
+    again = fit(output=tmp_path / "run", resume=True)
     assert (again.dev, again.history) == (run.dev, run.history)
     assert finished_run.dev is None and "dev" not in read_json(finished_run.output / "run.json")
 
@@ -162,7 +162,7 @@ def test_the_best_posterior_is_the_runs_and_run_json_tells_how_it_was_found(
 def test_the_dev_set_is_the_dev_split_of_the_new_domain(short, tones_folder, tmp_path, split):
     data = shutil.copytree(tones_folder, tmp_path / "data")
     (data / "de.jsonl").rename(data / f"{split}.jsonl")  # which the base knows by heart
-    run = fit(**{**short, "data": str(data), "lr": 1e-9}, eval_every=3, evaluate=False)
+    run = fit(FitConfig(**{**short, "data": str(data), "lr": 1e-9}, eval_every=3), evaluate=False)
     assert run.dev == {"errors": [{"step": 3, "error": 0.0}], "best_step": 3, "ended_by": "steps"}
 
 
@@ -173,7 +173,7 @@ def test_the_same_seed_gives_the_same_history_posterior_and_metrics(
     finished_run, fit_options, tmp_path
 ):
     torch.rand(5)
-    again = fit(tmp_path / "again", **fit_options)
+    again = fit(FitConfig(**fit_options), tmp_path / "again")
     assert again.history == finished_run.history
     assert again.metrics == finished_run.metrics
     for name in ("posterior.safetensors", "adapter_model.safetensors"):
@@ -182,7 +182,7 @@ def test_the_same_seed_gives_the_same_history_posterior_and_metrics(
 
 
 def test_another_seed_gives_another_history(short, finished_run):
-    other = fit(evaluate=False, **{**short, "seed": 1})
+    other = fit(FitConfig(**{**short, "seed": 1}), evaluate=False)
     assert other.history[0].nll != finished_run.history[0].nll
 
 
@@ -190,7 +190,7 @@ def test_the_seed_orders_the_data_too(short):
     # The two utterances differ in their tokens, and so tell which came first.
     options = {**short, "batch_size": 1, "epochs": 2}
     orders = {
-        tuple(step.tokens for step in fit(evaluate=False, **options, seed=seed).history)
+        tuple(step.tokens for step in fit(FitConfig(**options, seed=seed), evaluate=False).history)
         for seed in range(5)
     }
     assert len(orders) > 1
@@ -210,7 +210,7 @@ def test_evaluating_a_run_again_writes_its_utterances_to_the_last_byte(finished_
 
 
 def test_a_run_keeps_its_normalizer_and_may_be_scored_by_another(short, tmp_path):
-    run = fit(tmp_path / "run", **short, normalizer="none")
+    run = fit(FitConfig(**short, normalizer="none"), tmp_path / "run")
     assert run.metrics["normalizer"] == "none"
     assert evaluate_run(run.output) == run.metrics
     assert evaluate_run(run.output, normalizer="basic")["normalizer"] == "basic"
@@ -231,12 +231,12 @@ def test_a_run_that_was_fitted_to_trimmed_audio_is_used_on_it(
     for where in ("encoder", "whisper"):
         monkeypatch.setattr(f"blora_pyro.models.{where}.embed", seen)
     distilled = {"distillation": 0.1, "distillation_languages": ("en",)}
-    run = fit(tmp_path / "run", **short, **distilled, trim_audio=True)
+    run = fit(FitConfig(**short, **distilled, trim_audio=True), tmp_path / "run")
     assert evaluate_run(run.output) == run.metrics
     transcribe([tones_folder / "en0.wav"], run.output)
     assert set(lengths) == {62}  # a frame looks a little way back
     assert run.config.trim_audio
-    padded = fit(**short, **distilled)
+    padded = fit(FitConfig(**short, **distilled))
     assert padded.history[0].loss != run.history[0].loss
     assert set(lengths) == {62, 100}
 
@@ -266,34 +266,34 @@ def test_an_output_with_content_is_refused_unless_overwritten(short, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep me")
     with pytest.raises(UserError, match=r"not empty.*--overwrite"):
-        fit(tmp_path / "run", **short)
+        fit(FitConfig(**short), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
-    fit(str(tmp_path / "run"), overwrite=True, evaluate=False, **short)
+    fit(FitConfig(**short), str(tmp_path / "run"), overwrite=True, evaluate=False)
     assert (tmp_path / "run" / "mine.txt").read_text() == "keep me"
     assert (tmp_path / "run" / "run.json").is_file()
 
 
 def test_an_empty_output_folder_is_taken(short, tmp_path):
-    assert fit(tmp_path, evaluate=False, **short).output == tmp_path
+    assert fit(FitConfig(**short), tmp_path, evaluate=False).output == tmp_path
 
 
 def test_an_output_that_is_a_file_is_refused(short, tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="can't be written"):
-            fit(place, overwrite=True, **short)
+            fit(FitConfig(**short), place, overwrite=True)
 
 
 def test_without_output_nothing_is_written(short, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = fit(**short)
+    run = fit(FitConfig(**short))
     assert run.output is None
     assert run.metrics["new_domain"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_evaluation_nothing_is_measured(short, tmp_path):
-    run = fit(tmp_path / "run", evaluate=False, **short)
+    run = fit(FitConfig(**short), tmp_path / "run", evaluate=False)
     assert len(run.history) == 3
     assert "new_domain" not in run.metrics
     assert not run.metrics.get("backward")
@@ -306,7 +306,7 @@ def test_without_evaluation_nothing_is_measured(short, tmp_path):
 
 @pytest.mark.parametrize("guide", ["point", "auto-normal"])
 def test_other_guides_run_too(short, tmp_path, guide):
-    run = fit(tmp_path / "run", **{**short, "guide": guide})
+    run = fit(FitConfig(**{**short, "guide": guide}), tmp_path / "run")
     assert len(run.history) == 3
     loaded = Posterior.load(run.output)
     deviations = torch.cat([value.flatten() for value in loaded.stddev.values()])
@@ -315,45 +315,47 @@ def test_other_guides_run_too(short, tmp_path, guide):
 
 
 def test_beta_zero_and_the_exact_elbo(short):
-    silent = fit(evaluate=False, **{**short, "beta": 0.0})
+    silent = fit(FitConfig(**{**short, "beta": 0.0}), evaluate=False)
     assert all(step.kl is None for step in silent.history)
-    exact = fit(evaluate=False, **{**short, "beta": "elbo", "epochs": 2, "batch_size": 1})
+    exact = fit(
+        FitConfig(**{**short, "beta": "elbo", "epochs": 2, "batch_size": 1}), evaluate=False
+    )
     assert exact.config.beta == pytest.approx(1 / 22)
     assert exact.config.steps == len(exact.history) == 4
 
 
 def test_the_target_modules_the_rank_and_the_prior_are_those_of_the_options(short):
     options = {**short, "target_modules": "q_proj,v_proj", "rank": 1}
-    run = fit(evaluate=False, **options)
+    run = fit(FitConfig(**options), evaluate=False)
     names = [name for name, _, _ in run.posterior.layer_means()]
     assert {name.rpartition(".")[2] for name in names} == {"q_proj", "v_proj"}
     assert run.posterior.rank == 1
-    wide = fit(evaluate=False, **options, prior_scale=5.0)
+    wide = fit(FitConfig(**options, prior_scale=5.0), evaluate=False)
     assert wide.history[0].nll == run.history[0].nll
     assert wide.history[0].kl > run.history[0].kl
 
 
 def test_bfloat16_keeps_the_factors_in_float32(short):
-    run = fit(evaluate=False, **{**short, "precision": "bf16"})
+    run = fit(FitConfig(**{**short, "precision": "bf16"}), evaluate=False)
     assert {value.dtype for value in run.posterior.mean.values()} == {torch.float32}
 
 
 def test_a_test_set_of_its_own_is_scored_instead(short, tones_folder):
     english = str(tones_folder / "en.jsonl")
-    run = fit(**{**short, "test": english})
+    run = fit(FitConfig(**{**short, "test": english}))
     assert run.metrics["new_domain"]["name"] == english
     assert run.metrics["new_domain"]["base"]["wer"]["rate"] == 0
 
 
 def test_a_manifest_as_data_is_all_for_training(short, tones_folder):
-    run = fit(**{**short, "data": str(tones_folder / "train.jsonl")})
+    run = fit(FitConfig(**{**short, "data": str(tones_folder / "train.jsonl")}))
     assert "new_domain" not in run.metrics
 
 
 def test_a_folder_without_a_test_split_is_all_for_training(short, tones_folder, tmp_path):
     shutil.copytree(tones_folder, tmp_path / "data")
     (tmp_path / "data" / "test.jsonl").unlink()
-    run = fit(**{**short, "data": str(tmp_path / "data")})
+    run = fit(FitConfig(**{**short, "data": str(tmp_path / "data")}))
     assert "new_domain" not in run.metrics
 
 
@@ -362,7 +364,7 @@ def test_backward_sets_of_one_file_name_are_all_measured(short, tones_folder, tm
         shutil.copytree(tones_folder, tmp_path / code)
         (tmp_path / code / f"{code}.jsonl").replace(tmp_path / code / "test.jsonl")
     sets = tuple(str(tmp_path / code / "test.jsonl") for code in ("de", "en"))
-    metrics = fit(**{**short, "backward": sets}).metrics
+    metrics = fit(FitConfig(**{**short, "backward": sets})).metrics
     assert tuple(metrics["backward"]) == sets
 
 
@@ -382,7 +384,7 @@ class Diary(Listener):
 
 def test_a_listener_hears_of_stages_the_start_and_every_step(fit_options):
     diary = Diary()
-    run = fit(progress=diary, **{**fit_options, "steps": 2})
+    run = fit(FitConfig(**{**fit_options, "steps": 2}), progress=diary)
     sets = ["the new domain", *fit_options["backward"]]
     assert diary.entries == [
         "loading",
@@ -394,7 +396,7 @@ def test_a_listener_hears_of_stages_the_start_and_every_step(fit_options):
 
 
 def test_pyros_parameter_store_stays_empty(short):
-    fit(evaluate=False, **short)
+    fit(FitConfig(**short), evaluate=False)
     assert not pyro.get_param_store().keys()
 
 
@@ -417,7 +419,7 @@ def test_pyros_parameter_store_stays_empty(short):
 def test_bad_options_are_refused_before_the_fit(short, options, words):
     diary = Diary()
     with pytest.raises(UserError, match=words) as caught:
-        fit(progress=diary, **{**short, **options})
+        fit(FitConfig(**{**short, **options}), progress=diary)
     assert "\n" not in str(caught.value)
     assert all(isinstance(entry, str) for entry in diary.entries)  # no step, and not ready for one
 
@@ -431,7 +433,7 @@ def test_word_languages_that_do_not_fit_their_text_are_refused_before_the_fit(
     (tmp_path / "data" / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     diary = Diary()
     with pytest.raises(UserError, match="word_languages"):
-        fit(progress=diary, **{**short, "data": str(tmp_path / "data")})
+        fit(FitConfig(**{**short, "data": str(tmp_path / "data")}), progress=diary)
     assert all(isinstance(entry, str) for entry in diary.entries)
 
 
@@ -496,7 +498,7 @@ def test_a_merged_run_is_a_base_that_says_what_the_run_says(finished_run, tones_
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_merged_run_is_rounded_once_to_the_dtype_asked_for(short, fluent_folder, tmp_path, dtype):
-    run = fit(tmp_path / "run", evaluate=False, **{**short, "dtype": "bfloat16"})
+    run = fit(FitConfig(**{**short, "dtype": "bfloat16"}), tmp_path / "run", evaluate=False)
     merge_run(run.output, tmp_path / "merged", dtype=dtype)
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     deltas = {f"{name}.weight": delta for name, delta in run.posterior.delta_weights()}
@@ -516,7 +518,7 @@ def test_the_base_of_a_merge_is_left_alone(finished_run, fluent_folder):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_base_in_a_short_dtype_is_fitted_and_evaluated(fit_options, tmp_path, dtype):
-    run = fit(tmp_path, **{**fit_options, "dtype": dtype, "backward": ()})
+    run = fit(FitConfig(**{**fit_options, "dtype": dtype, "backward": ()}), tmp_path)
     assert {value.dtype for value in run.posterior.mean.values()} == {torch.float32}
     assert run.history[-1].nll < run.history[0].nll / 4
     assert evaluate_run(tmp_path) == run.metrics
@@ -630,23 +632,25 @@ def test_a_folder_of_csv_files_is_fitted_and_scored(fit_options, tones_folder, t
             f"{tones_folder / row['audio']},{row['text']},{row['language']}\n" for row in rows
         )
         (tmp_path / f"{split}.csv").write_text(text, encoding="utf-8")
-    by_csv = blora_pyro.fit(**{**fit_options, "data": str(tmp_path), "backward": (), "steps": 2})
-    by_json = blora_pyro.fit(**{**fit_options, "backward": (), "steps": 2})
+    by_csv = blora_pyro.fit(
+        FitConfig(**{**fit_options, "data": str(tmp_path), "backward": (), "steps": 2})
+    )
+    by_json = blora_pyro.fit(FitConfig(**{**fit_options, "backward": (), "steps": 2}))
     new, old = (run.metrics["new_domain"] for run in (by_csv, by_json))
     assert new["adapted"]["wer"] == old["adapted"]["wer"]
 
 
 def test_sources_are_mixed_by_weight_and_the_first_is_the_new_domain(short, tones_folder):
     german = str(tones_folder / "de.jsonl")
-    run = fit(**{**short, "data": (str(tones_folder), german), "data_weights": (1, 3)})
+    run = fit(FitConfig(**{**short, "data": (str(tones_folder), german), "data_weights": (1, 3)}))
     assert run.metrics["new_domain"]["name"] == str(tones_folder)
-    other = fit(**{**short, "data": (str(tones_folder), german), "data_weights": (3, 1)})
+    other = fit(FitConfig(**{**short, "data": (str(tones_folder), german), "data_weights": (3, 1)}))
     assert [step.loss for step in run.history] != [step.loss for step in other.history]
 
 
 def test_backward_sets_are_measured_under_their_names(short, tones_folder, tmp_path):
     sets = (f"German={tones_folder / 'de.jsonl'}", f"English={tones_folder / 'en.jsonl'}")
-    run = fit(tmp_path / "run", **{**short, "backward": sets})
+    run = fit(FitConfig(**{**short, "backward": sets}), tmp_path / "run")
     assert list(run.metrics["backward"]) == ["German", "English"]
     assert evaluate_run(tmp_path / "run") == run.metrics
 
@@ -656,11 +660,11 @@ def test_a_data_set_in_memory_is_fitted_and_resumed_where_it_is_given_again(
 ):
     rows = load_split(tones_folder, "train").remove_columns("origin")
     options = {**short, "data": rows, "backward": {"mine": rows}}
-    run = fit(tmp_path / "run", evaluate=False, **options)
+    run = fit(FitConfig(**options), tmp_path / "run", evaluate=False)
     (tmp_path / "run" / "run.json").write_text(
         (tmp_path / "run" / "run.json").read_text().replace('"finished"', '"fitting"')
     )
     with pytest.raises(UserError, match=r"were an object from Python.*give it again"):
-        fit(tmp_path / "run", resume=True, evaluate=False)
-    again = fit(tmp_path / "run", resume=True, evaluate=False, data=rows)
+        fit(output=tmp_path / "run", resume=True, evaluate=False)
+    again = fit(FitConfig(data=rows), tmp_path / "run", resume=True, evaluate=False)
     assert again.history == run.history

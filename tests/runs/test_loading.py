@@ -60,13 +60,13 @@ def read_json(path):
 
 def test_a_fit_stops_at_a_bad_row(options):
     with pytest.raises(UserError, match=r"train.jsonl, line 1: not JSON"):
-        fit(**options)
+        fit(FitConfig(**options))
 
 
 def test_a_fit_leaves_bad_rows_out_and_lists_them(options, fit_options, tmp_path):
     progress, folder = Notes(), tmp_path / "run"
-    run = fit(folder, on_bad_row="skip", progress=progress, **options)
-    clean = fit(tmp_path / "clean", **{**fit_options, "steps": 3})
+    run = fit(FitConfig(on_bad_row="skip", **options), folder, progress=progress)
+    clean = fit(FitConfig(**{**fit_options, "steps": 3}), tmp_path / "clean")
     assert run.history == clean.history
     expected = clean.metrics["new_domain"] | {"name": options["data"]}
     assert run.metrics["new_domain"] == expected
@@ -93,11 +93,11 @@ def test_a_fit_leaves_bad_rows_out_and_lists_them(options, fit_options, tmp_path
 
 
 def test_a_run_without_bad_rows_lists_none_and_an_earlier_list_goes(options, fit_options, tmp_path):
-    fit(tmp_path / "run", on_bad_row="skip", **options)
+    fit(FitConfig(on_bad_row="skip", **options), tmp_path / "run")
     assert (tmp_path / "run" / SKIPPED).exists()
     progress = Notes()
     clean = {**fit_options, "steps": 3, "on_bad_row": "skip"}
-    fit(tmp_path / "run", overwrite=True, progress=progress, **clean)
+    fit(FitConfig(**clean), tmp_path / "run", overwrite=True, progress=progress)
     assert not (tmp_path / "run" / SKIPPED).exists()
     assert progress.notes == []
 
@@ -115,16 +115,16 @@ def test_a_fit_goes_on_without_the_same_rows_and_not_without_others(
                 raise Stop
 
     given = {**options, "on_bad_row": "skip"}
-    whole = fit(**given)
+    whole = fit(FitConfig(**given))
     with pytest.raises(Stop):
-        fit(tmp_path / "run", checkpoint_every=1, progress=Kill(), **given)
+        fit(FitConfig(**given), tmp_path / "run", checkpoint_every=1, progress=Kill())
     lines = (spoilt / "train.jsonl").read_text(encoding="utf-8").splitlines()
     others = [lines[0], lines[1], lines[3], lines[2]]
     (spoilt / "train.jsonl").write_text("\n".join(others), encoding="utf-8")
     with pytest.raises(UserError, match=r"another fit: training_data was .*; bring back"):
-        fit(tmp_path / "run", resume=True)
+        fit(output=tmp_path / "run", resume=True)
     (spoilt / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    run = fit(tmp_path / "run", resume=True)
+    run = fit(output=tmp_path / "run", resume=True)
     assert run.history == whole.history
     assert len((tmp_path / "run" / SKIPPED).read_text().splitlines()) == 3
 
@@ -149,7 +149,7 @@ def test_languages_of_words_that_do_not_fit_are_bad_where_they_are_scored(spoilt
 
 
 def test_k_hat_leaves_them_out_too(options):
-    run = fit(evaluate=False, on_bad_row="skip", **options)
+    run = fit(FitConfig(on_bad_row="skip", **options), evaluate=False)
     found = measure_khat(run.posterior, summarise(run.posterior), run.config, MIN_RATIOS)
     assert found.utterances == 2
 
@@ -190,14 +190,14 @@ def test_the_task_is_in_every_prompt(fluent_base, options, fit_options, monkeypa
         return ["x"] * len(given)
 
     monkeypatch.setattr(outcomes, "transcribe_features", transcribe)
-    run = fit(**{**fit_options, "steps": 1, "task": "translate"})
+    run = fit(FitConfig(**{**fit_options, "steps": 1, "task": "translate"}))
     assert run.config.task == "translate"
     assert len(prompts) == 12 and all(prompt[-2] == translate for prompt in prompts)
 
 
 def test_a_language_unknown_to_the_base_is_refused(fit_options, tones_folder, fluent_folder):
     with pytest.raises(UserError, match="does not know the language 'klingon'"):
-        fit(evaluate=False, **{**fit_options, "language": "klingon"})
+        fit(FitConfig(**{**fit_options, "language": "klingon"}), evaluate=False)
     with pytest.raises(UserError, match="does not know the language 'fr'"):
         check_data(str(tones_folder), str(fluent_folder), language="French")
 
@@ -205,7 +205,11 @@ def test_a_language_unknown_to_the_base_is_refused(fit_options, tones_folder, fl
 def test_an_adapter_transcribes_by_its_task(fit_options, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(finished, "transcribe_files", lambda *given: seen.append(given[0]) or [])
-    fit(tmp_path / "run", evaluate=False, **{**fit_options, "steps": 1, "task": "translate"})
+    fit(
+        FitConfig(**{**fit_options, "steps": 1, "task": "translate"}),
+        tmp_path / "run",
+        evaluate=False,
+    )
     finished.transcribe(["a.wav"], tmp_path / "run")
     assert [(one.language, one.task) for one in seen] == [("de-en", "translate")]
 
@@ -215,17 +219,17 @@ def test_an_adapter_transcribes_by_its_task(fit_options, tmp_path, monkeypatch):
 
 def test_the_caller_hears_of_the_features(fit_options, tones_folder, tmp_path):
     progress = Notes()
-    fit(progress=progress, **{**fit_options, "steps": 1})
+    fit(FitConfig(**{**fit_options, "steps": 1}), progress=progress)
     names = [f"{tones_folder} train", f"{tones_folder} test"]
     names += [f"{tones_folder}/{name}.jsonl test" for name in ("de", "en")]
     assert progress.counts == [(name, 2, 2) for name in names]
 
 
 def test_a_cache_that_cannot_be_written_ends_no_fit(fit_options, monkeypatch, tmp_path):
-    expected = fit(**{**fit_options, "steps": 2}).history
+    expected = fit(FitConfig(**{**fit_options, "steps": 2})).history
     (tmp_path / "file").touch()
     monkeypatch.setenv("BLORA_PYRO_CACHE", str(tmp_path / "file"))
     progress = Notes()
-    run = fit(progress=progress, **{**fit_options, "steps": 2})
+    run = fit(FitConfig(**{**fit_options, "steps": 2}), progress=progress)
     assert run.history == expected
     assert len(progress.notes) == 1 and "can't be written" in progress.notes[0]

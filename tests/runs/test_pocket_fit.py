@@ -6,6 +6,7 @@ import pytest
 from blora_pyro.data import corpus_dir
 from blora_pyro.evaluation import evaluate
 from blora_pyro.models import load_base
+from blora_pyro.options import FitConfig
 from blora_pyro.runs.fits import fit
 from blora_pyro.runs.loading import load_examples
 
@@ -19,7 +20,7 @@ def test_the_pocket_whisper_recognises_speech(language):
 def test_a_short_fit_halves_the_error_and_forgets_little():
     dev = str(corpus_dir("de-en") / "dev.parquet")
     short = {"steps": 50, "batch_size": 8, "max_utterances": 200}
-    run = fit(data="de-en", test=dev, backward=("en",), **short)
+    run = fit(FitConfig(data="de-en", test=dev, backward=("en",), **short))
     domain, backward = run.metrics["new_domain"], run.metrics["backward_error"]
     assert domain["adapted"]["wer"]["rate"] < 0.5 * domain["base"]["wer"]["rate"]
     assert backward["change"]["difference"] < 0.05

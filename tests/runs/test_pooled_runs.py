@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from blora_pyro.cli import app
 from blora_pyro.errors import UserError
 from blora_pyro.models import load_base
-from blora_pyro.options import fit_command
+from blora_pyro.options import FitConfig, fit_command
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import Run, fit
@@ -59,7 +59,9 @@ def options(fit_options, german, tones_folder):
 def hierarchical(options, tmp_path_factory) -> Run:
     """Read it, and leave it as it is."""
     torch.set_num_threads(1)
-    return fit(tmp_path_factory.mktemp("runs") / "run", pooling="hierarchical", **options)
+    return fit(
+        FitConfig(pooling="hierarchical", **options), tmp_path_factory.mktemp("runs") / "run"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def apart(options, tmp_path_factory) -> Run:
     """Without pooling, and a few steps. Read it, and leave it as it is."""
     torch.set_num_threads(1)
     options = {**options, "steps": 3}
-    return fit(tmp_path_factory.mktemp("runs") / "apart", pooling="none", **options)
+    return fit(FitConfig(pooling="none", **options), tmp_path_factory.mktemp("runs") / "apart")
 
 
 def read_json(path):
@@ -87,9 +89,9 @@ def complaint(*arguments):
 
 def test_names_change_nothing_where_all_is_pooled(options, fit_options, german):
     """`complete` is what several --data are without names."""
-    short = {**options, "steps": 3, "evaluate": False}
-    named = fit(pooling="complete", **short)
-    plain = fit(**{**short, "data": (fit_options["data"], str(german))})
+    short = {**options, "steps": 3}
+    named = fit(FitConfig(pooling="complete", **short), evaluate=False)
+    plain = fit(FitConfig(**{**short, "data": (fit_options["data"], str(german))}), evaluate=False)
     assert named.posterior.pooling is None
     assert [step.loss for step in named.history] == [step.loss for step in plain.history]
     for name, mean in plain.posterior.mean.items():
@@ -149,7 +151,7 @@ def test_evaluate_scores_one_domains_adapter(hierarchical, german):
     ids=lambda one: next(iter(one)),
 )
 def test_what_else_a_fit_can_do_it_can_do_with_domains(options, more):
-    run = fit(pooling="hierarchical", **{**options, "steps": 2, "evaluate": False, **more})
+    run = fit(FitConfig(pooling="hierarchical", **{**options, "steps": 2, **more}), evaluate=False)
     assert len(run.history) == 2
     assert run.posterior.for_domain("german").num_weights * 3 == run.posterior.num_weights
 
@@ -158,13 +160,12 @@ def test_a_killed_fit_goes_on_bit_by_bit(options, hierarchical, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(Crash):
         fit(
+            FitConfig(pooling="hierarchical", **options),
             folder,
-            pooling="hierarchical",
             checkpoint_every=4,
             progress=Crashing(10),
-            **options,
         )
-    resumed = fit(folder, resume=True)
+    resumed = fit(output=folder, resume=True)
     assert resumed.history == hierarchical.history
     for name, mean in hierarchical.posterior.mean.items():
         assert torch.equal(resumed.posterior.mean[name], mean)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from blora_pyro.errors import UserError
 from blora_pyro.fitting import checkpoints as checkpoints_module
 from blora_pyro.fitting.checkpoints import FILE, read_checkpoint, stored_step
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs import fits, outcomes
 from blora_pyro.runs.finished import evaluate_run
@@ -80,9 +81,16 @@ def assert_same_run(folder, other):
     assert one == two
 
 
-def crashed(folder, options, **where):
+def crashed(folder, options, overwrite=False, **where):
+    crashing = Crashing(**where)
     with pytest.raises(Crash):
-        fit(folder, checkpoint_every=4, progress=Crashing(**where), **options)
+        fit(
+            FitConfig(**options),
+            folder,
+            overwrite=overwrite,
+            checkpoint_every=4,
+            progress=crashing,
+        )
     return folder
 
 
@@ -96,7 +104,7 @@ def options(fit_options) -> dict[str, Any]:
 def straight(tmp_path_factory, options) -> Run:
     """The run that was never interrupted."""
     torch.set_num_threads(1)
-    return fit(tmp_path_factory.mktemp("runs") / "straight", **options)
+    return fit(FitConfig(**options), tmp_path_factory.mktemp("runs") / "straight")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +123,7 @@ def test_a_resumed_run_is_that_of_a_fit_never_interrupted(half_done, straight):
     assert read_json(half_done / "run.json")["state"] == "fitting"
     torch.rand(3)
     listener = Crashing()
-    run = fit(half_done, resume=True, progress=listener)
+    run = fit(output=half_done, resume=True, progress=listener)
     assert listener.steps == list(range(9, 13))
     assert "going on from step 8" in listener.stages
     assert not any(stage.startswith("base on") for stage in listener.stages)  # kept from before
@@ -138,7 +146,7 @@ def test_a_resumed_run_is_that_of_a_fit_never_interrupted(half_done, straight):
 )
 def test_a_run_goes_on_from_wherever_it_died(options, straight, tmp_path, where):
     folder = crashed(tmp_path / "run", options, **where)
-    fit(folder, resume=True)
+    fit(output=folder, resume=True)
     assert_same_run(folder, straight.output)
 
 
@@ -157,7 +165,7 @@ def test_a_run_that_died_in_its_evaluation_is_not_fitted_again(
 
     monkeypatch.setattr(fits, "fit_guide", None)
     monkeypatch.setattr(outcomes, "transcribe_features", transcribe)
-    run = fit(folder, resume=True)
+    run = fit(output=folder, resume=True)
     assert len(transcribed) == 1  # of four: the backward set, adapted
     assert run.history == straight.history
     assert_same_run(folder, straight.output)
@@ -169,7 +177,7 @@ def test_damaged_transcripts_are_made_again(options, straight, tmp_path, content
     folder = crashed(tmp_path / "run", options, stage="adapted on /")
     for state in ("base", "adapted"):
         (folder / f"transcripts-{state}.json").write_text(content)
-    fit(folder, resume=True)
+    fit(output=folder, resume=True)
     assert_same_run(folder, straight.output)
 
 
@@ -187,9 +195,9 @@ def test_a_posterior_that_was_half_written_is_written_again(
     with monkeypatch.context() as patch:
         patch.setattr(Posterior, "save", save)
         with pytest.raises(Crash):
-            fit(half_done, resume=True)
+            fit(output=half_done, resume=True)
     os.rename(half_done / "killed", half_done / "posterior.new")
-    fit(half_done, resume=True)
+    fit(output=half_done, resume=True)
     assert_same_run(half_done, straight.output)
 
 
@@ -197,14 +205,14 @@ def test_a_straight_is_returned(straight, tmp_path, monkeypatch):
     shutil.copytree(straight.output, tmp_path / "run")
     (tmp_path / "run" / FILE).write_bytes(b"left by a process that was killed at the very end")
     monkeypatch.setattr(fits, "base_of", None)
-    run = fit(tmp_path / "run", resume=True)
+    run = fit(output=tmp_path / "run", resume=True)
     assert (run.config, run.history) == (straight.config, straight.history)
     assert run.metrics == straight.metrics
     assert_same_run(tmp_path / "run", straight.output)
 
 
 def test_the_fits_own_options_may_be_given_again(half_done, options, straight):
-    fit(half_done, resume=True, **options, alpha=8.0, guide="normal")
+    fit(FitConfig(**options, alpha=8.0, guide="normal"), half_done, resume=True)
     assert_same_run(half_done, straight.output)
 
 
@@ -227,12 +235,12 @@ def turned(options, tones_folder) -> dict[str, Any]:
 
 
 def test_a_run_with_every_knob_turned_goes_on_too(turned, tmp_path):
-    run = fit(tmp_path / "straight", **turned)
+    run = fit(FitConfig(**turned), tmp_path / "straight")
     assert len(run.dev["errors"]) > 3
     folder = crashed(tmp_path / "run", turned, step=5)
     with pytest.raises(Crash):
-        fit(folder, resume=True, checkpoint_every=3, progress=Crashing(step=7))
-    resumed = fit(folder, resume=True, patience=3)  # an option of the fit by itself
+        fit(output=folder, resume=True, checkpoint_every=3, progress=Crashing(step=7))
+    resumed = fit(FitConfig(eval_every=2, patience=3), folder, resume=True)
     assert (resumed.history, resumed.dev) == (run.history, run.dev)
     assert_same_run(folder, run.output)
 
@@ -245,13 +253,13 @@ def test_so_does_a_regularised_and_averaged_one(options, tones_folder, tmp_path)
         "distillation_languages": ("en", "de"),
         "average_from": 0.3,
     }
-    run = fit(tmp_path / "straight", **options)
+    run = fit(FitConfig(**options), tmp_path / "straight")
     assert all(step.regularizer > 0 for step in run.history[2:])
     folder = crashed(tmp_path / "run", options, step=7)
-    resumed = fit(folder, resume=True)
+    resumed = fit(output=folder, resume=True)
     assert resumed.history == run.history
     assert_same_run(folder, run.output)
-    plain = fit(None, evaluate=False, **{**options, "average_from": None})
+    plain = fit(FitConfig(**{**options, "average_from": None}), evaluate=False)
     assert plain.history == run.history
     name = next(iter(run.posterior.mean))
     assert not torch.equal(plain.posterior.mean[name], run.posterior.mean[name])
@@ -272,7 +280,7 @@ def test_so_does_a_regularised_and_averaged_one(options, tones_folder, tmp_path)
 def test_other_options_than_those_of_the_fit_are_refused(half_done, other, words):
     before = {path.name: path.read_bytes() for path in half_done.iterdir()}
     with pytest.raises(UserError, match=words) as caught:
-        fit(half_done, resume=True, **other)
+        fit(FitConfig(**other), half_done, resume=True)
     assert "\n" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in half_done.iterdir()} == before
 
@@ -281,45 +289,45 @@ def test_resume_starts_a_fit_where_its_options_are_given_and_nothing_is_there(
     options, straight, tmp_path
 ):
     with pytest.raises(UserError, match="holds no fit to go on with"):
-        fit(tmp_path / "run", resume=True)
+        fit(output=tmp_path / "run", resume=True)
     assert not (tmp_path / "run").exists()
-    fit(tmp_path / "run", resume=True, **options)
+    fit(FitConfig(**options), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", straight.output)
 
 
 def test_resume_needs_an_output_and_does_not_overwrite(options, half_done):
     with pytest.raises(UserError, match="no output"):
-        fit(resume=True, **options)
+        fit(FitConfig(**options), resume=True)
     with pytest.raises(UserError, match="overwrite"):
-        fit(half_done, resume=True, overwrite=True)
+        fit(output=half_done, resume=True, overwrite=True)
 
 
 def test_an_unfinished_fit_is_not_written_over_unless_told(half_done, options, straight):
     with pytest.raises(UserError, match=r"unfinished fit; --resume"):
-        fit(half_done, **options)
+        fit(FitConfig(**options), half_done)
     assert read_checkpoint(half_done / FILE).step == 8
-    fit(half_done, overwrite=True, **options)
+    fit(FitConfig(**options), half_done, overwrite=True)
     assert_same_run(half_done, straight.output)
 
 
 def test_what_never_came_to_a_checkpoint_is_in_nobodys_way(options, straight, tmp_path):
     folder = crashed(tmp_path / "run", {**options, "data": "nowhere"}, stage="loading")
     with pytest.raises(UserError, match="nowhere"):
-        fit(folder, resume=True)
-    fit(folder, **options)
+        fit(output=folder, resume=True)
+    fit(FitConfig(**options), folder)
     assert_same_run(folder, straight.output)
 
 
 def test_an_earlier_run_is_kept_until_the_new_one_is_loaded(straight, options, tmp_path):
     shutil.copytree(straight.output, tmp_path / "run")
     with pytest.raises(UserError, match="nowhere"):
-        fit(tmp_path / "run", overwrite=True, **{**options, "data": "nowhere"})
+        fit(FitConfig(**{**options, "data": "nowhere"}), tmp_path / "run", overwrite=True)
     error = KeyboardInterrupt  # what `Interrupted` is
     with pytest.raises(error):
         progress = Crashing(stage="loading", error=error)
-        fit(tmp_path / "run", overwrite=True, progress=progress, **options)
+        fit(FitConfig(**options), tmp_path / "run", overwrite=True, progress=progress)
     assert_same_run(tmp_path / "run", straight.output)
-    folder = crashed(tmp_path / "run", {**options, "overwrite": True}, stage="base on")
+    folder = crashed(tmp_path / "run", options, overwrite=True, stage="base on")
     assert {path.name for path in folder.iterdir()} == {"run.json"}
 
 
@@ -332,10 +340,10 @@ def test_a_damaged_checkpoint_is_refused_and_can_be_deleted(half_done, straight)
     content = (half_done / FILE).read_bytes()
     (half_done / FILE).write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"damaged.*delete it") as caught:
-        fit(half_done, resume=True)
+        fit(output=half_done, resume=True)
     assert "\n" not in str(caught.value)
     (half_done / FILE).unlink()
-    fit(half_done, resume=True)
+    fit(output=half_done, resume=True)
     assert_same_run(half_done, straight.output)
 
 
@@ -343,7 +351,7 @@ def test_a_damaged_run_json_is_refused(half_done):
     for content in ("", "{", "[]", "{}", '{"options": {"rank": "x"}}'):
         (half_done / "run.json").write_text(content)
         with pytest.raises(UserError) as caught:
-            fit(half_done, resume=True)
+            fit(output=half_done, resume=True)
         assert "run.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -353,9 +361,9 @@ def test_other_training_data_are_refused(options, tones_folder, tmp_path):
     manifest = (data / "train.jsonl").read_text(encoding="utf-8")
     (data / "train.jsonl").write_text("\n".join([manifest] * 2), encoding="utf-8")
     with pytest.raises(UserError, match="another fit: tokens was 22, now it is 44"):
-        fit(folder, resume=True)
+        fit(output=folder, resume=True)
     (data / "train.jsonl").write_text(manifest, encoding="utf-8")
-    assert len(fit(folder, resume=True).history) == 12
+    assert len(fit(output=folder, resume=True).history) == 12
 
 
 def test_a_prior_of_ones_own_is_run_only_where_it_is_named(options, tmp_path):
@@ -364,10 +372,10 @@ def test_a_prior_of_ones_own_is_run_only_where_it_is_named(options, tmp_path):
     mine = {**options, "prior": str(code), "steps": 10}
     folder = crashed(tmp_path / "run", mine, step=7)
     with pytest.raises(UserError, match=r"the run's prior is code, in .*mine\.py; name it"):
-        fit(folder, resume=True)
-    run = fit(folder, resume=True, prior=str(code))
+        fit(output=folder, resume=True)
+    run = fit(FitConfig(prior=str(code)), folder, resume=True)
     assert next(run.posterior.draws(1))
-    other = fit(tmp_path / "straight", **mine)
+    other = fit(FitConfig(**mine), tmp_path / "straight")
     assert run.history == other.history
 
 
@@ -387,8 +395,8 @@ def test_pythons_and_numpys_random_numbers_go_on_too(options, tmp_path):
     folder = crashed(tmp_path / "run", mine, step=7)
     random.random()
     np.random.rand()  # noqa: NPY002
-    fit(folder, resume=True, prior=str(code))
-    fit(tmp_path / "straight", **mine)
+    fit(FitConfig(prior=str(code)), folder, resume=True)
+    fit(FitConfig(**mine), tmp_path / "straight")
     assert_same_run(folder, tmp_path / "straight")
 
 
@@ -410,13 +418,13 @@ def test_a_full_disk_at_a_checkpoint(options, straight, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints_module, "write_checkpoint", write_two)
         with pytest.raises(UserError) as caught:
-            fit(folder, checkpoint_every=4, **options)
+            fit(FitConfig(**options), folder, checkpoint_every=4)
     assert str(caught.value) == (
         f"{folder / FILE} can't be written (No space left on device); the checkpoint of step 4 is "
         f"safe in {folder}; put that right, then go on with: blora-pyro fit --resume --output "
         f"{folder}"
     )
-    fit(folder, resume=True)
+    fit(output=folder, resume=True)
     assert_same_run(folder, straight.output)
 
 
@@ -438,18 +446,18 @@ def test_a_full_disk_at_any_other_file(options, straight, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", counted)
         if call < 0:  # from behind: how many are there?
-            fit(tmp_path / "run", **options)
+            fit(FitConfig(**options), tmp_path / "run")
             call, replaced[:] = len(replaced) + 1 + call, []
             shutil.rmtree(folder)
         with pytest.raises(UserError, match="No space left on device") as caught:
-            fit(folder, **options)
+            fit(FitConfig(**options), folder)
     assert "\n" not in str(caught.value)
     if safe is None:
         assert "give another" in str(caught.value)
-        fit(folder, **options)
+        fit(FitConfig(**options), folder)
     else:
         assert safe in str(caught.value) and "--resume" in str(caught.value)
-        fit(folder, resume=True)
+        fit(output=folder, resume=True)
     assert_same_run(folder, straight.output)
 
 
@@ -457,8 +465,8 @@ def test_a_posterior_that_finds_no_room(half_done, straight, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("blora_pyro.posterior.storage.save_file", full_in_rust)
         with pytest.raises(UserError, match=r"No space left.*the checkpoint of step 8 is safe"):
-            fit(half_done, resume=True, checkpoint_every=4)
-    fit(half_done, resume=True)
+            fit(output=half_done, resume=True, checkpoint_every=4)
+    fit(output=half_done, resume=True)
     assert_same_run(half_done, straight.output)
 
 
@@ -479,34 +487,41 @@ def full_in_rust(*args, **kwargs):
 def test_out_of_memory(options, straight, tmp_path, error):
     folder = tmp_path / "run"
     with pytest.raises(UserError, match=r"^out of memory; .*step 8 is safe.*--resume") as caught:
-        fit(folder, checkpoint_every=4, progress=Crashing(step=10, error=error), **options)
+        fit(
+            FitConfig(**options),
+            folder,
+            checkpoint_every=4,
+            progress=Crashing(step=10, error=error),
+        )
     assert "\n" not in str(caught.value)
-    fit(folder, resume=True)
+    fit(output=folder, resume=True)
     assert_same_run(folder, straight.output)
 
 
 def test_other_errors_are_not_hidden(options, tmp_path):
     for number, error in enumerate((RuntimeError("ours"), OSError(5, "not ours", "elsewhere"))):
         with pytest.raises(type(error)) as caught:
-            fit(tmp_path / f"{number}", progress=Crashing(step=2, error=error), **options)
+            fit(
+                FitConfig(**options), tmp_path / f"{number}", progress=Crashing(step=2, error=error)
+            )
         assert caught.value is error
 
 
 def test_an_output_that_cannot_be_written_is_refused(options, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.touch", full)
     with pytest.raises(UserError, match=r"output '.*run' can't be written"):
-        fit(tmp_path / "run", **options)
+        fit(FitConfig(**options), tmp_path / "run")
 
 
 def test_a_diverging_run_says_what_is_safe(options, tmp_path):
     with pytest.raises(FloatingPointError, match=r"in a row; no step is in .*run yet, but"):
-        fit(tmp_path / "run", **{**options, "lr": 1e30})
+        fit(FitConfig(**{**options, "lr": 1e30}), tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {
         "run.json",
         "transcripts-base.json",
     }
     with pytest.raises(FloatingPointError, match=r"in a row$"):
-        fit(**{**options, "lr": 1e30})
+        fit(FitConfig(**{**options, "lr": 1e30}))
 
 
 def test_skipped_steps_are_counted(options, tmp_path, monkeypatch):
@@ -528,7 +543,7 @@ def test_skipped_steps_are_counted(options, tmp_path, monkeypatch):
         return examples
 
     monkeypatch.setattr(Loader, "load", poisoned)
-    run = fit(tmp_path / "run", **options)
+    run = fit(FitConfig(**options), tmp_path / "run")
     assert len(run.history) == 10
     assert read_json(tmp_path / "run" / "run.json")["skipped_steps"] == 2
 
@@ -540,14 +555,14 @@ def test_skipped_steps_are_counted(options, tmp_path, monkeypatch):
 SERVER = """
 import json, os, signal, sys
 import torch
-from blora_pyro import cli, fit
+from blora_pyro import FitConfig, cli, fit
 from blora_pyro.reports import progress
 
 step = progress.TerminalProgress.step
 
-def run(folder=None, options=None, line=None, signum=None):
+def run(folder=None, options=None, line=None, signum=None, **how):
     if line is None:
-        fit(folder, **options)
+        fit(FitConfig(**options), folder, **how)
         return
 
     def send(progress, one):
@@ -619,7 +634,7 @@ def test_a_run_that_is_killed_again_and_again(server, options, tmp_path):
     more = {**options, "steps": steps}
     server.start(folder=str(tmp_path / "straight"), options=more)
     assert server.wait() == 0
-    request = {"folder": str(folder), "options": {**more, "resume": True, "checkpoint_every": 3}}
+    request = {"folder": str(folder), "options": more, "resume": True, "checkpoint_every": 3}
     killed = []
     for goal in sorted(chance.sample(range(steps - 20), KILLS)):
         pid = server.start(**request)
@@ -648,5 +663,5 @@ def test_a_signal_to_the_command_line(server, options, straight, tmp_path, signu
         f"blora-pyro fit --resume --output {folder}"
     )
     assert "Traceback" not in stderr
-    fit(folder, resume=True)
+    fit(output=folder, resume=True)
     assert_same_run(folder, straight.output)

@@ -72,7 +72,9 @@ def straight(tmp_path_factory, options):
     """The run that was never interrupted."""
     torch.set_num_threads(1)
     listener = Crashing()
-    return fit(tmp_path_factory.mktemp("runs") / "straight", progress=listener, **options), listener
+    return fit(
+        FitConfig(**options), tmp_path_factory.mktemp("runs") / "straight", progress=listener
+    ), listener
 
 
 def test_a_stream_is_fitted_and_its_bad_rows_are_listed(straight):
@@ -92,7 +94,9 @@ def test_a_resumed_one_is_that_of_a_fit_never_interrupted(straight, options, tmp
     folder = tmp_path / "run"
     for at in (4, 9):  # in the second epoch, and in the fourth
         with pytest.raises(Crash):
-            fit(folder, resume=True, checkpoint_every=3, progress=Crashing(at), **options)
+            fit(
+                FitConfig(**options), folder, resume=True, checkpoint_every=3, progress=Crashing(at)
+            )
     path = folder / FILE
     content = path.read_bytes()
     kept = from_bytes(content)
@@ -100,10 +104,10 @@ def test_a_resumed_one_is_that_of_a_fit_never_interrupted(straight, options, tmp
     assert place["epoch"] > 0
     write_checkpoint(path, replace(kept, about={**kept.about, "places": [place, place]}))
     with pytest.raises(UserError, match="of a stream in 2 processes, and now there are 1; start 2"):
-        fit(folder, resume=True)
+        fit(output=folder, resume=True)
     path.write_bytes(content)
     listener = Crashing()
-    resumed = fit(folder, resume=True, progress=listener)
+    resumed = fit(output=folder, resume=True, progress=listener)
     assert listener.steps[-1] == 10 and listener.steps[0] > 4
     assert resumed.history == run.history
     assert resumed.metrics == run.metrics
@@ -115,7 +119,7 @@ def test_a_resumed_one_is_that_of_a_fit_never_interrupted(straight, options, tmp
 
 def test_a_row_that_breaks_a_later_step_ends_the_fit_in_one_line(options):
     with pytest.raises(UserError, match=r"the row with '[07]\.wav': the tokenizer does not know"):
-        fit(evaluate=False, **{**options, "on_bad_row": "stop"})
+        fit(FitConfig(**{**options, "on_bad_row": "stop"}), evaluate=False)
 
 
 def test_an_object_of_datasets_is_streamed(options, tones_folder):
@@ -126,7 +130,7 @@ def test_an_object_of_datasets_is_streamed(options, tones_folder):
     lines = [json.loads(line) for line in (tones_folder / "train.jsonl").read_text().splitlines()]
     rows = [{**one, "audio": str(tones_folder / one["audio"])} for one in lines]
     data = IterableDataset.from_generator(endless)  # of no end, as no other source could be
-    run = fit(evaluate=False, **{**options, "data": data, "steps": 3})
+    run = fit(FitConfig(**{**options, "data": data, "steps": 3}), evaluate=False)
     assert len(run.history) == 3
 
 

@@ -11,6 +11,7 @@ from blora_pyro.diagnostics import summarise
 from blora_pyro.errors import UserError
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs import tracking
 from blora_pyro.runs.fits import fit
@@ -109,8 +110,8 @@ def test_a_tracker_is_told_all_of_a_fit_which_does_not_depend_on_it(
     told, short, tones_folder, tmp_path
 ):
     short |= {"dev": str(tones_folder / "test.jsonl"), "eval_every": 3}
-    run = fit(tmp_path / "run", track="recorder", **short)
-    assert fit(evaluate=False, **short).history == run.history
+    run = fit(FitConfig(track="recorder", **short), tmp_path / "run")
+    assert fit(FitConfig(**short), evaluate=False).history == run.history
 
     assert told[0] == ("start", "blora-pyro", str(tmp_path / "run" / "tracking"))
     (_, values), *_ = [one for one in told if one[0] == "configuration"]
@@ -140,17 +141,21 @@ def test_a_resumed_fit_goes_on_in_the_same_run_and_another_begins_a_new_one(told
     folder, key = tmp_path / "run", tmp_path / "run" / "tracking" / "id"
     with pytest.raises(ZeroDivisionError):
         fit(
-            folder, track="recorder", checkpoint_every=2, progress=Heard(3), evaluate=False, **short
+            FitConfig(track="recorder", **short),
+            folder,
+            checkpoint_every=2,
+            progress=Heard(3),
+            evaluate=False,
         )
     assert told[-1] == ("finish",)
     before, first = key.read_text(), list(told)
     told.clear()
-    fit(folder, resume=True, evaluate=False)
+    fit(output=folder, resume=True, evaluate=False)
     assert told[0] == first[0] and list(logged(told, "loss")) == [3, 4]
     assert key.read_text() == before
     again = {"overwrite": True, "evaluate": False, "progress": Heard(1)}
     with pytest.raises(ZeroDivisionError):
-        fit(folder, track="recorder", **again, **short)
+        fit(FitConfig(track="recorder", **short), folder, **again)
     assert key.read_text() != before
     claim(folder, overwrite=False)  # a fit without a checkpoint leaves nothing that is in the way
     assert not key.parent.exists()
@@ -159,9 +164,9 @@ def test_a_resumed_fit_goes_on_in_the_same_run_and_another_begins_a_new_one(told
 def test_what_died_in_its_evaluation_tells_its_error_rates(told, short, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("blora_pyro.runs.fits.measure_adapted", lambda *_: 1 / 0)
-        fit(tmp_path, track="recorder", **short)
+        fit(FitConfig(track="recorder", **short), tmp_path)
     told.clear()
-    run = fit(tmp_path, resume=True)
+    run = fit(output=tmp_path, resume=True)
     assert [one[0] for one in told] == ["start", "log", "finish"]
     rate = run.metrics["new_domain"]["adapted"]["wer"]["rate"]
     assert logged(told, "new_domain/adapted/wer") == {4: rate}
@@ -169,7 +174,7 @@ def test_what_died_in_its_evaluation_tells_its_error_rates(told, short, tmp_path
 
 def test_a_tracker_that_fails_on_the_way_does_not_end_the_fit(told, short, tmp_path):
     heard = Heard()
-    fit(tmp_path, track=("failing", "recorder"), progress=heard, evaluate=False, **short)
+    fit(FitConfig(track=("failing", "recorder"), **short), tmp_path, progress=heard, evaluate=False)
     assert heard.notes == ["failing is told no more of this fit (ConnectionError: no server)"]
     assert [one[1] for one in told if one[0] == "log" and "loss" in one[2]] == [1, 1, 2, 3, 4]
 
@@ -177,7 +182,7 @@ def test_a_tracker_that_fails_on_the_way_does_not_end_the_fit(told, short, tmp_p
 def test_one_that_does_not_start_is_told_in_one_line(told, short, tmp_path, monkeypatch):
     monkeypatch.setattr(Failing, "where", "start")
     with pytest.raises(UserError, match=r"^failing does not start \(ConnectionError: no server\);"):
-        fit(tmp_path, track="failing", evaluate=False, **short)
+        fit(FitConfig(track="failing", **short), tmp_path, evaluate=False)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +199,7 @@ def test_what_could_not_be_told_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list)
     heard = Heard()
     with pytest.raises(UserError) as caught:
-        fit(track=track, progress=heard, **short)
+        fit(FitConfig(track=track, **short), progress=heard)
     assert str(caught.value).startswith(words) and heard.stages == []
 
 

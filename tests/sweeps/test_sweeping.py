@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 from blora_pyro import fit
 from blora_pyro.data import read_manifest
 from blora_pyro.errors import Interrupted, UserError
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.sweeps import sweeping
@@ -82,7 +83,7 @@ def test_errors_are_those_of_the_dev_sets(finished, fit_options, dev_folder):
     one = finished.trials[1]
     given = {**fit_options, "data": str(dev_folder), "test": str(dev_folder / "dev.jsonl")}
     values = {"beta": one.values["beta"], "prior_scale": one.values["prior_scale"]}
-    run = fit(**{**given, "steps": 10, **values})
+    run = fit(FitConfig(**{**given, "steps": 10, **values}))
     stored = Posterior.load(finished.output / one.folder)
     assert all(torch.equal(mean, stored.mean[name]) for name, mean in run.posterior.mean.items())
     domain, backward = run.metrics["new_domain"], run.metrics["backward_error"]
