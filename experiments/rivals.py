@@ -1,0 +1,259 @@
+"""Full fine-tuning and stock PEFT LoRA, fitted and scored like any other fit.
+
+    python experiments/rivals.py full --output runs/full --options data=zh-en lr=3e-4 steps=200
+    python experiments/rivals.py peft --output runs/peft --options data=zh-en lr=2e-3 steps=200
+
+Both are Whisper's likelihood without latent sites, and a guide that samples nothing and holds the
+weights to be trained: Pyro's ELBO is then the mean token NLL, and learning-rate schedule, batches
+and Adam are those of `blora-pyro fit`. So is the folder: `run.json`, `metrics.json` and
+`utterances.jsonl`, which a study's table reads; of PEFT also the files of a posterior (a point), of
+full fine-tuning `net.safetensors` with all trained weights.
+"""
+
+import argparse
+import copy
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import WhisperForConditionalGeneration
+
+from blora_pyro.adapters import Group, Site, find_targets, group_by_shape
+from blora_pyro.declarations import key_values, parse_value
+from blora_pyro.errors import UserError
+from blora_pyro.files import write_json
+from blora_pyro.fitting import fit_guide
+from blora_pyro.fitting.svi import Step
+from blora_pyro.guides import with_prior_arguments
+from blora_pyro.metrics import sparsity
+from blora_pyro.models import Base, WhisperLikelihood, WhisperProgram, base_of
+from blora_pyro.options import FitConfig
+from blora_pyro.posterior import Family, Posterior
+from blora_pyro.runs.folders import (
+    FINISHED,
+    FITTING,
+    METRICS,
+    RUN,
+    UTTERANCES,
+    claim,
+    save_posterior,
+)
+from blora_pyro.runs.loading import Loader
+from blora_pyro.runs.outcomes import compare, evaluation_sets, measure
+from blora_pyro.runs.utterances import utterance_rows, write_utterances
+
+FULL, PEFT = "full", "peft"
+WEIGHTS = "net.safetensors"
+POINT = {"guide": "point", "beta": 0.0}
+# Whisper's encoder has fixed sines for positions.
+_FIXED = ("model.encoder.embed_positions.weight",)
+
+
+class TrainedWeights(nn.Module):
+    """A guide without a site that holds the trained weights of a net."""
+
+    def __init__(self, net: nn.Module) -> None:
+        """Hold the parameters of `net` that require a gradient, themselves and not copies."""
+        super().__init__()
+        self.named = {name: one for name, one in net.named_parameters() if one.requires_grad}
+        self.weights = nn.ParameterList(self.named.values())
+
+    def forward(self, *args: object) -> dict[str, Tensor]:
+        """Sample nothing."""
+        return {}
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return no site."""
+        return {}
+
+    def stddev(self) -> dict[str, Tensor]:
+        """Return no site."""
+        return {}
+
+
+def plain_program(
+    net: WhisperForConditionalGeneration, autocast: torch.dtype | None = None
+) -> WhisperProgram:
+    """Return tokens ~ Categorical(Whisper(x)) without latent sites; `net` goes to eval mode."""
+
+    def no_prior(site: Site) -> dist.Distribution:
+        raise AssertionError(f"there is no {site.name}")
+
+    return WhisperProgram(WhisperLikelihood(net, autocast=autocast), (), no_prior)
+
+
+def full_net(base: Base) -> WhisperForConditionalGeneration:
+    """Return a copy of the base's net of which every weight is trained."""
+    net = copy.deepcopy(base.net)
+    for name, one in net.named_parameters():
+        one.requires_grad_(name not in _FIXED)
+    return net
+
+
+def peft_net(base: Base, config: FitConfig) -> WhisperForConditionalGeneration:
+    """Return a copy of the base's net with PEFT's LoRA layers, which alone are trained.
+
+    A is Kaiming-uniform and B zero, as PEFT starts by default and `guides.starts` does.
+    """
+    net = copy.deepcopy(base.net).requires_grad_(False)
+    targets = list(find_targets(net, config.target_modules))
+    # task_type stays None: PEFT's sequence-to-sequence wrapper does not take Whisper's inputs.
+    lora = LoraConfig(r=config.rank, lora_alpha=int(_alpha(config)), target_modules=targets)
+    with warnings.catch_warnings():  # peft 0.21 calls a name that transformers 5.23 has deprecated
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        get_peft_model(net, lora)
+    return net
+
+
+def _alpha(config: FitConfig) -> float:
+    return float(config.alpha or 2 * config.rank)
+
+
+def peft_posterior(base: Base, config: FitConfig, net: nn.Module) -> Posterior:
+    """Return the factors of PEFT's layers in `net` as a posterior that is a point."""
+    groups = group_by_shape(find_targets(base.net, config.target_modules), config.rank)
+    mean = {
+        site.name: _stacked(net, group, site.factor) for group in groups for site in group.sites
+    }
+    zero = {name: torch.zeros_like(value) for name, value in mean.items()}
+    state = {f"means.{name}": value for name, value in mean.items()}
+    family = Family("normal", {}, "point")
+    alpha = _alpha(config)
+    return Posterior(base.name, groups, alpha, mean, zero, family, state, config.revision)
+
+
+def _stacked(net: nn.Module, group: Group, factor: str) -> Tensor:
+    """Return A or B of every layer of a group, in the site's shape."""
+    layers = [net.get_submodule(name) for name in group.modules]
+    weights = [getattr(layer, f"lora_{factor}")["default"].weight.detach() for layer in layers]
+    return torch.stack(weights).cpu()
+
+
+def train_net(net: WhisperForConditionalGeneration, train: Any, config: FitConfig) -> list[Step]:
+    """Fit, in place, those parameters of a net that require a gradient.
+
+    Args:
+        net: A Whisper.
+        train: Training data, `Examples`.
+        config: Resolved.
+    """
+    autocast = torch.bfloat16 if config.precision == "bf16" else None
+    return fit_guide(
+        plain_program(net, autocast),
+        TrainedWeights(net),
+        train,
+        beta=0.0,
+        lr=config.lr,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        schedule=config.schedule,
+        warmup_steps=config.warmup_steps,
+        gradient_accumulation=config.gradient_accumulation,
+        max_grad_norm=config.max_grad_norm,
+        spec_augment=config.spec_augment,
+        seed=config.seed,
+        weights=config.data_weights,
+    )
+
+
+class WholeUpdate:
+    """The update of full fine-tuning, for `compare`, which asks for its sparsity."""
+
+    def __init__(self, base: Base, net: nn.Module) -> None:
+        """Take the difference of all trained weights."""
+        old = dict(base.net.named_parameters())
+        self.deltas = [
+            (new - old[name]).detach().float() for name, new in TrainedWeights(net).named.items()
+        ]
+
+    def sparsity(self) -> dict[str, float | None]:
+        """Return the share of elements of ΔW below 1e-3; there is no A and no B."""
+        return {"A": None, "B": None, "delta_w": sparsity(self.deltas)}
+
+
+def fit_rival(kind: str, folder: Path, config: FitConfig, overwrite: bool = False) -> None:
+    """Fit a rival, score it as `fit` does, and write its folder.
+
+    Args:
+        kind: `FULL` or `PEFT`.
+        folder: For the run.
+        config: Its options; what concerns prior and guide does not count.
+        overwrite: Write into a folder that holds an earlier run.
+
+    Raises:
+        UserError: On bad options or data, or a folder that can't be written.
+        FloatingPointError: See `fit_guide`.
+    """
+    claim(folder, overwrite)
+    started = time.monotonic()
+    pyro.set_rng_seed(config.seed)
+    base = base_of(config)
+    loader = Loader(base, config)
+    train = loader.load(config.sources, "train", limit=config.max_utterances)
+    sets = evaluation_sets(base, config, loader)
+    options, config = config, config.resolved(train.num_tokens, len(train))
+    net = full_net(base) if kind == FULL else peft_net(base, config)
+    about: dict[str, Any] = {
+        "state": FITTING,
+        "kind": kind,
+        "options": options.to_json(),
+        "config": config.to_json(),
+        "language": train.main_language,
+        "training_utterances": len(train),
+        "training_tokens": train.num_tokens,
+        "adapter_weights": sum(one.numel() for one in TrainedWeights(net).parameters()),
+    }
+    write_json(folder / RUN, about)
+    before = measure(base, sets, lambda name: None, normalizer=config.normalizer)
+    fit_started = time.monotonic()
+    about["history"] = [asdict(step) for step in train_net(net, train, config)]
+    about["seconds"] = {"fit": round(time.monotonic() - fit_started, 3)}
+    update: Any
+    if kind == FULL:
+        update, trained = WholeUpdate(base, net), TrainedWeights(net).named
+        save_file({name: one.contiguous() for name, one in trained.items()}, folder / WEIGHTS)
+        base = replace(base, net=net)
+        after = measure(base, sets, lambda name: None, normalizer=config.normalizer)
+    else:
+        update = peft_posterior(base, config, net)
+        save_posterior(folder, update)
+        with update.applied(base.net):
+            after = measure(base, sets, lambda name: None, normalizer=config.normalizer)
+    rows = utterance_rows(sets, {"base": before, "adapted": after})
+    write_utterances(folder / UTTERANCES, rows)
+    write_json(folder / METRICS, compare(update, before, after, config))
+    about["seconds"]["total"] = round(time.monotonic() - started, 3)
+    write_json(folder / RUN, {**about, "state": FINISHED})
+
+
+def main() -> None:
+    """Fit one rival."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("kind", choices=(FULL, PEFT))
+    parser.add_argument("--output", type=Path, required=True, help="folder for the run")
+    parser.add_argument("--overwrite", action="store_true", help="remove an earlier run in it")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument(
+        "--options", nargs="*", default=[], metavar="NAME=VALUE", help="options of blora-pyro fit"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    try:
+        given = key_values("options", arguments.options)
+        options = {name: parse_value(FitConfig, name, value) for name, value in given.items()}
+        config = with_prior_arguments(FitConfig(**{**options, **POINT}))
+        fit_rival(arguments.kind, arguments.output, config, arguments.overwrite)
+    except UserError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
