@@ -14,7 +14,7 @@ WIDTH = 7.2  # width of a page in inches
 
 
 def new_figure(title: str, height: float, rows: int = 1, columns: int = 1, **grid: Any) -> Any:
-    """Returns a figure of page width with its title, and its axes, an array (rows, columns).
+    """Return a figure of page width with its title, and its axes, an array (rows, columns).
 
     The figure belongs to nobody else: neither pyplot nor anyone's rcParams are touched.
     """

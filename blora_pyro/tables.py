@@ -21,12 +21,12 @@ Emphasis = Literal["", "bold", "dim"]
 
 
 def number(value: float | None, form: str) -> str:
-    """Returns a formatted number, or a dash for None."""
+    """Return a formatted number, or a dash for None."""
     return NONE if value is None else format(value, form)
 
 
 def percent(share: float | None, form: str = ".1f") -> str:
-    """Returns a share in percent, without the sign `%`, or a dash for None."""
+    """Return a share in percent, without the sign `%`, or a dash for None."""
     return number(None if share is None else 100 * share, form)
 
 
@@ -48,12 +48,12 @@ class Percent:
 
     @classmethod
     def of(cls, rate: Mapping[str, Any]) -> "Percent":
-        """Returns the cell of `{"rate": ..., "interval": ...}`, or of a `difference`, signed."""
+        """Return the cell of `{"rate": ..., "interval": ...}`, or of a `difference`, signed."""
         signed = "difference" in rate
         return cls(rate["difference" if signed else "rate"], rate.get("interval"), signed=signed)
 
     def __str__(self) -> str:
-        """Returns the text of the cell."""
+        """Return the text of the cell."""
         if self.share is None:
             return NONE
         text = percent(self.share, "+.1f" if self.signed else ".1f")
@@ -64,7 +64,7 @@ class Percent:
         return text
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fractions that are there."""
+        """Return the fractions that are there."""
         content = {"value": self.share, "stddev": self.stddev, "interval": self.interval}
         return {name: value for name, value in content.items() if name == "value" or value}
 
@@ -93,12 +93,12 @@ class Column:
 
 
 def text_columns(*titles: str, wrap: bool = True) -> list[Column]:
-    """Returns columns of names or text, aligned to the left."""
+    """Return columns of names or text, aligned to the left."""
     return [Column(title, "left", wrap) for title in titles]
 
 
 def figure_columns(*titles: str, wrap: bool = False) -> list[Column]:
-    """Returns columns of figures, aligned to the right."""
+    """Return columns of figures, aligned to the right."""
     return [Column(title, "right", wrap) for title in titles]
 
 
@@ -142,7 +142,7 @@ class Table:
         return [row for row in self.rows if row is not None]
 
     def to_rich(self) -> RenderableType:
-        """Returns the table for a terminal.
+        """Return the table for a terminal.
 
         Title and captions are as wide as the terminal: those of rich are as narrow as the table.
         """
@@ -164,11 +164,11 @@ class Table:
         return Group(*title, table, *captions, *end)
 
     def __rich__(self) -> RenderableType:
-        """Returns `to_rich()`, by which `Console.print` prints a table."""
+        """Return `to_rich()`, by which `Console.print` prints a table."""
         return self.to_rich()
 
     def to_markdown(self, level: int = 3) -> str:
-        """Returns the table as GitHub renders it, without a line break at the end.
+        """Return the table as GitHub renders it, without a line break at the end.
 
         Args:
             level: Of the heading that the title becomes; 0 makes it a paragraph.
@@ -182,7 +182,7 @@ class Table:
         return "\n\n".join([*parts, *self.captions])
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the table as JSON has it: rates are fractions, unknown cells None."""
+        """Return the table as JSON has it: rates are fractions, unknown cells None."""
         names = [column.name for column in self.columns]
         rows = [
             {
@@ -208,7 +208,7 @@ def print_report(parts: Iterable[RenderableType]) -> None:
 
 
 def report_markdown(parts: Iterable[Part], level: int = 0) -> str:
-    """Returns tables and lines as paragraphs of Markdown; see `Table.to_markdown`."""
+    """Return tables and lines as paragraphs of Markdown; see `Table.to_markdown`."""
     return "\n\n".join(
         part.to_markdown(level) if isinstance(part, Table) else str(part).strip() for part in parts
     )
@@ -224,5 +224,5 @@ def _markdown_row(cells: Sequence[Cell], emphasis: Emphasis) -> list[str]:
 
 
 def _escape_markdown(text: str) -> str:
-    """Returns a cell's text, in which a bar would begin another cell."""
+    """Return a cell's text, in which a bar would begin another cell."""
     return " ".join(text.replace("|", "\\|").split())

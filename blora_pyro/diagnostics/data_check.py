@@ -107,7 +107,7 @@ class SetCheck:
         return f"{self.source} {self.split}".strip()
 
     def count(self, kinds: Iterable[str]) -> dict[str, int]:
-        """Returns the number of findings by kind, in the order of `kinds`, without zeros."""
+        """Return the number of findings by kind, in the order of `kinds`, without zeros."""
         counts = Counter(one.kind for one in self.findings)
         return {kind: counts[kind] for kind in kinds if counts[kind]}
 
@@ -132,7 +132,7 @@ class DataCheck:
         return any(one.count(REFUSED) for one in self.sets)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all of it as JSON has it."""
+        """Return all of it as JSON has it."""
         sets = [
             {**asdict(one), "refused": one.count(REFUSED), "notes": one.count(NOTES)}
             for one in self.sets
@@ -180,7 +180,7 @@ def check_data(
 def load_processor(
     base: str, revision: str | None = None, local_files_only: bool = False
 ) -> tuple[WhisperTokenizer, WhisperFeatureExtractor, int]:
-    """Returns a base's tokenizer, feature extractor and decoder length, without its weights.
+    """Return a base's tokenizer, feature extractor and decoder length, without its weights.
 
     Raises:
         UserError: If they can't be loaded.
@@ -252,7 +252,7 @@ def _check_set(
 def _decode(
     dataset: Dataset, window: float, on_progress: Callable[[int, int], object]
 ) -> Iterator[tuple[dict[str, Any], _Recording]]:
-    """Yields every row and its decoded recording."""
+    """Yield every row and its decoded recording."""
     decode = partial(_decode_row, window=window, digests=Digests())
     with ThreadPoolExecutor(usable_cores()) as pool:
         for first in range(0, len(dataset), CHUNK):
@@ -278,7 +278,7 @@ def _decode_row(row: Mapping[str, Any], window: float, digests: Digests) -> _Rec
 def _row_problems(
     row: Mapping[str, Any], recording: _Recording, encoder: Encoder, split: str
 ) -> list[tuple[str, str]]:
-    """Returns kind and message of what is wrong with a row taken alone."""
+    """Return kind and message of what is wrong with a row taken alone."""
     problems = [("audio", recording.error)] if recording.error else []
     try:
         encoder.encode(row["text"], row["language"])
@@ -298,7 +298,7 @@ def _row_problems(
 
 
 def _language_of(row: Mapping[str, Any], encoder: Encoder) -> str:
-    """Returns the code of a row's language, or the language as given if it has none."""
+    """Return the code of a row's language, or the language as given if it has none."""
     given = row["language"] or encoder.language or ""
     try:
         return language_code(given)
@@ -316,7 +316,7 @@ class _EarlierRows:
     def compare(
         self, label: str, row: Mapping[str, Any], recording: _Recording
     ) -> Iterator[tuple[str, str]]:
-        """Yields kind and message of what an earlier row had, too, and adds this row."""
+        """Yield kind and message of what an earlier row had, too, and adds this row."""
         if recording.content:
             origins = self.audio.setdefault(recording.content, {})
             if label in origins:
@@ -332,7 +332,7 @@ class _EarlierRows:
 
 
 def _check_characters(dataset: Dataset, tokenizer: WhisperTokenizer) -> Iterator[Finding]:
-    """Yields the characters that the tokenizer has no token for."""
+    """Yield the characters that the tokenizer has no token for."""
     first: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for text, origin in zip(dataset["text"], dataset["origin"], strict=True):
@@ -351,5 +351,5 @@ def _check_characters(dataset: Dataset, tokenizer: WhisperTokenizer) -> Iterator
 
 
 def _counts(values: Iterable[Any]) -> dict[Any, int]:
-    """Returns how often each value comes, the most frequent first."""
+    """Return how often each value comes, the most frequent first."""
     return dict(Counter(values).most_common())

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from blora_pyro.diagnostics.summaries import Summary, shrinkage_factors
+from blora_pyro.diagnostics.summaries import Summary
 from blora_pyro.errors import UserError
 from blora_pyro.families import PREVIOUS_POSTERIOR
 from blora_pyro.guides import load_family, previous_posterior
+from blora_pyro.guides.contracts import shrinkage_of
 from blora_pyro.posterior import Posterior
 from blora_pyro.tables import number
 
@@ -56,11 +57,11 @@ class Shrinkage:
 
     @classmethod
     def of(cls, posterior: Posterior, summary: Summary) -> "Shrinkage":
-        """Returns the figures of a posterior with this summary."""
+        """Return the figures of a posterior with this summary."""
         spread = any(any(row.singular_stddevs) for row in summary.updates)
         weights = sum(row.weights for row in summary.factors)
         active = [row.active_ranks for row in summary.factors if row.active_ranks is not None]
-        factors = [one.flatten() for one in shrinkage_factors(posterior).values()]
+        factors = [one.flatten() for one in shrinkage_of(posterior.guide).values()]
         closed = torch.cat(factors or [torch.empty(0)]) > SWITCHED_OFF
         directions = [row.directions for row in summary.updates]
         sizes = [row.norm**2 for row in summary.updates]
@@ -86,7 +87,7 @@ def _peak(posterior: Posterior) -> float | None:
 
 
 def kl_by_module(summary: Summary) -> dict[str, tuple[float, int]]:
-    """Returns KL of A and B of every layer, nats, and their number of weights, without points."""
+    """Return KL of A and B of every layer, nats, and their number of weights, without points."""
     totals: dict[str, tuple[float, int]] = {}
     for row in summary.factors:
         if row.kl is not None:
@@ -96,7 +97,7 @@ def kl_by_module(summary: Summary) -> dict[str, tuple[float, int]]:
 
 
 def _above_the_floor(summary: Summary) -> dict[str, Any]:
-    """Returns `kl_floor`, `floor_share` and `half_kl_layers` of `Shrinkage`."""
+    """Return `kl_floor`, `floor_share` and `half_kl_layers` of `Shrinkage`."""
     totals = kl_by_module(summary)
     if not totals:
         return {"kl_floor": None, "floor_share": None, "half_kl_layers": None}
@@ -109,14 +110,14 @@ def _above_the_floor(summary: Summary) -> dict[str, Any]:
 
 
 def _explanation(prior: str) -> str:
-    """Returns the text of a family; a user's file was named, and so run, to get the summary."""
+    """Return the text of a family; a user's file was named, and so run, to get the summary."""
     if prior == PREVIOUS_POSTERIOR:
         return previous_posterior.EXPLANATION
     return str(getattr(load_family(prior), "EXPLANATION", OWN))
 
 
 def how_it_shrinks(summary: Summary, shrinkage: Shrinkage, beta: float) -> str:
-    """Returns a paragraph on the run's prior: its family's `EXPLANATION`, and the run's figures.
+    """Return a paragraph on the run's prior: its family's `EXPLANATION`, and the run's figures.
 
     An explanation may name the prior's arguments (`{scale:g}`), and these figures: `rank`;
     `narrowest` and `widest`, standard deviations of the prior over the factors of all layers;

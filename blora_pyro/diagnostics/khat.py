@@ -37,7 +37,7 @@ class Khat:
 def log_ratios(
     posterior: Posterior, base: Base, examples: Examples, beta: float, draws: int = 50
 ) -> np.ndarray:
-    """Returns log p - log q at draws from q, up to a constant, (draws,).
+    """Return log p - log q at draws from q, up to a constant, (draws,).
 
     p is what a fit with weight `beta` approximates, p(w | data) ∝ exp(-NLL(w) / beta) p(w), with
     the mean token NLL of `examples`; a part of the training set stands for all of it.
@@ -81,7 +81,7 @@ def _mean_nll(base: Base, examples: Examples, batch_size: int = 32) -> float:
 def fit_khat(
     posterior: Posterior, base: Base, examples: Examples, beta: float, draws: int = 50
 ) -> float:
-    """Returns PSIS k-hat of the fit (Yao et al., Yes, but Did It Work?, arXiv 1802.02538).
+    """Return PSIS k-hat of the fit (Yao et al., Yes, but Did It Work?, arXiv 1802.02538).
 
     Below 0.7 the guide could stand in for the posterior in every expectation. With one mean-field
     guide over hundreds of thousands of weights it will be far above: log-ratios differ by tens of
@@ -91,7 +91,7 @@ def fit_khat(
 
 
 def khat_meaning(khat: float, num_weights: int) -> str:
-    """Returns what a k-hat says of the fit, in two or three sentences."""
+    """Return what a k-hat says of the fit, in two or three sentences."""
     if khat < 0.7:
         return (
             "Below 0.7 importance weighting of these draws gives the exact posterior's "

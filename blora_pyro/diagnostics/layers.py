@@ -28,7 +28,7 @@ class LayerPosition:
 
     @classmethod
     def of(cls, module: str) -> "LayerPosition":
-        """Returns the position of a layer, such as `model.decoder.layers.0.encoder_attn.q_proj`."""
+        """Return the position of a layer, such as `model.decoder.layers.0.encoder_attn.q_proj`."""
         match = _NAME.search(module)
         if match is None:
             return cls("other", -1, module.rpartition(".")[2])
@@ -72,7 +72,7 @@ class LayerPosition:
 
 
 def layer_kinds(modules: Iterable[str]) -> list[str]:
-    """Returns the kinds of some layers, each once: encoder, decoder, cross-attention."""
+    """Return the kinds of some layers, each once: encoder, decoder, cross-attention."""
     positions = {one.kind: one for one in map(LayerPosition.of, modules)}
     key = lambda one: (_PARTS.index(one.part), one.order_in_block)  # noqa: E731
     return [one.kind for one in sorted(positions.values(), key=key)]
@@ -113,7 +113,7 @@ class KindSummary:
 
 
 def summarise_kinds(summary: Summary) -> tuple[KindSummary, ...]:
-    """Returns the figures of every kind of layer, encoder first."""
+    """Return the figures of every kind of layer, encoder first."""
     whole = summary.kl if any(row.kl is not None for row in summary.factors) else None
     return tuple(
         _summarise_kind(
@@ -158,6 +158,6 @@ def _summarise_kind(
 
 
 def _over(function: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
-    """Returns a function of the known values, or None if there are none."""
+    """Return a function of the known values, or None if there are none."""
     known = [value for value in values if value is not None]
     return function(known) if known else None

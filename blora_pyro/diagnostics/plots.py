@@ -15,8 +15,9 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from blora_pyro.diagnostics.densities import Densities, densities
 from blora_pyro.diagnostics.heat_maps import active_rank_plot, kl_map, update_map
 from blora_pyro.diagnostics.layers import PROJECTIONS, LayerPosition
-from blora_pyro.diagnostics.summaries import Summary, UpdateSummary, shrinkage_factors
+from blora_pyro.diagnostics.summaries import Summary, UpdateSummary
 from blora_pyro.fitting.svi import Step
+from blora_pyro.guides.contracts import shrinkage_of
 from blora_pyro.plotting import (
     BLACK,
     BLUE,
@@ -248,8 +249,8 @@ def save_plots(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
 
 
 def shrinkage_by_layer(posterior: Posterior) -> dict[str, np.ndarray]:
-    """Returns `A {layer}`, `B {layer}` -> shrinkage factors (rank,), of guides that have them."""
-    found = shrinkage_factors(posterior)
+    """Return `A {layer}`, `B {layer}` -> shrinkage factors (rank,), of guides that have them."""
+    found = shrinkage_of(posterior.guide)
     return {
         f"{site.factor} {module}": found[site.name][i].cpu().numpy()
         for group in posterior.groups

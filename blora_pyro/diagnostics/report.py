@@ -49,7 +49,7 @@ class Diagnosis:
     plots: tuple[Path, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all of it as JSON has it: infinite values and NaN are None."""
+        """Return all of it as JSON has it: infinite values and NaN are None."""
         content = asdict(self)
         content["summary"]["kl"] = self.summary.kl
         return _as_json(content)
@@ -66,7 +66,7 @@ def _as_json(content: Any) -> Any:
 
 
 def diagnosis_tables(found: Diagnosis) -> list[Part]:
-    """Returns header, tables, explanations and plots of `blora-pyro diagnose`."""
+    """Return header, tables, explanations and plots of `blora-pyro diagnose`."""
     parts: list[Part] = [*_header(found), "", _kinds_table(found), _layers_table(found)]
     parts.append(Text(f"How this prior shrinks. {found.explanation}\n"))
     khat = found.khat
@@ -104,7 +104,7 @@ def _header(found: Diagnosis) -> list[str]:
 
 
 def _kinds_table(found: Diagnosis) -> Table:
-    """Returns a row a kind of layer; two figures in a cell are those of A and of B."""
+    """Return a row a kind of layer; two figures in a cell are those of A and of B."""
     has_active_ranks = any(row.active_ranks["A"] is not None for row in found.kinds)
     heads = ["contrac-\ntion", "|mean|\n/ sd", "near 0", "KL\nnats", "a\nweight", "share"]
     heads += ["eff.\nrank", "dirs\n> sd", "‖ΔW‖\n%", *(["active\nranks"] * has_active_ranks)]
@@ -135,7 +135,7 @@ def _kinds_table(found: Diagnosis) -> Table:
 
 
 def _layers_table(found: Diagnosis) -> Table:
-    """Returns the layers with the largest ΔW, with their largest singular values."""
+    """Return the layers with the largest ΔW, with their largest singular values."""
     heads = ("‖ΔW‖", "dirs > sd", "largest singular values of ΔW ± sd")
     columns = [*text_columns("", wrap=False), *figure_columns(*heads)]
     table = Table(columns, "the layers with the largest ΔW")
@@ -160,12 +160,12 @@ def _nats(kl: float | None) -> str:
 
 
 def _pair(values: Mapping[str, float | None], form: str) -> str:
-    """Returns the figures of A and of B."""
+    """Return the figures of A and of B."""
     return " ".join(number(value, form) for value in values.values())
 
 
 def prior_tables(families: Mapping[str, tuple[str, tuple[Argument, ...]]]) -> list[Part]:
-    """Returns every prior family, what it is, its arguments and their defaults."""
+    """Return every prior family, what it is, its arguments and their defaults."""
     table = Table(
         [
             *text_columns("prior", "argument", wrap=False),
@@ -189,7 +189,7 @@ def prior_tables(families: Mapping[str, tuple[str, tuple[Argument, ...]]]) -> li
 
 
 def data_check_tables(found: DataCheck) -> list[Part]:
-    """Returns the sets, what a fit would refuse in them, and what is worth knowing."""
+    """Return the sets, what a fit would refuse in them, and what is worth knowing."""
     tables = (
         _findings_table(found, REFUSED, "a fit would refuse"),
         _findings_table(found, NOTES, "worth knowing; a fit takes it"),
@@ -216,7 +216,7 @@ def _sets_table(found: DataCheck) -> Table:
 
 
 def _listed(counts: Mapping[Any, int]) -> str:
-    """Returns values and how often they come; a single value needs no number."""
+    """Return values and how often they come; a single value needs no number."""
     if len(counts) == 1:
         return f"{next(iter(counts)) or 'none'}"
     return ", ".join(f"{value or 'none'}: {count:,}" for value, count in counts.items())

@@ -116,7 +116,7 @@ def summarise(posterior: Posterior) -> Summary:
     """
     variances = posterior.prior_variances()
     divergences = kl_by_site(posterior)
-    shrinkage = shrinkage_factors(posterior)
+    shrinkage = shrinkage_of(posterior.guide)
     factors = [
         row
         for group in posterior.groups
@@ -137,12 +137,6 @@ def summarise(posterior: Posterior) -> Summary:
             if name not in names and kl is not None
         },
     )
-
-
-def shrinkage_factors(posterior: Posterior) -> dict[str, Tensor]:
-    """Returns site name -> shrinkage factors (modules, rank), of guides that have them."""
-    factors = shrinkage_of(posterior.guide)
-    return factors
 
 
 def _summarise_site(

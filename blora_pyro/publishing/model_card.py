@@ -7,8 +7,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from blora_pyro.data import is_hub_id
+from blora_pyro.declarations import declarations, default_of, flag_of
 from blora_pyro.hub import is_run_id
-from blora_pyro.options import POCKET
+from blora_pyro.options import POCKET, FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS
 from blora_pyro.runs.report import fit_tables, prune_tables
@@ -18,7 +19,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TASK = "automatic-speech-recognition"
 HUB_METRICS = ("wer", "cer")  # MER of the Hub is another measure, the match error rate
 ISO_CODES = {"jw": "jv"}  # where Whisper's code is not ISO's
-REGULARIZERS = ("distillation", "ewc", "average_from", "spec_augment", "max_grad_norm")
+NOT_OF_THE_FIT = ("device", "local_files_only", "track")  # options of the machine
 
 
 def model_card(
@@ -29,7 +30,7 @@ def model_card(
     revision: str | None = None,
     license: str | None = None,
 ) -> ModelCard:
-    """Returns the card of a run, with the metadata that the Hub reads.
+    """Return the card of a run, with the metadata that the Hub reads.
 
     Results are also in its metadata (`model-index`) if they were measured on data sets of the Hub:
     WER and CER, in percent.
@@ -82,7 +83,7 @@ def model_card(
 
 
 def _languages(about: Mapping[str, Any]) -> list[str]:
-    """Returns ISO codes of the languages of the training data."""
+    """Return ISO codes of the languages of the training data."""
     named = [about["language"], *about.get("domain_languages", {}).values()]
     codes = [code for name in named if name for code in name.split("-")]
     return [ISO_CODES.get(code, code) for code in dict.fromkeys(codes)]
@@ -97,7 +98,7 @@ def _hub_data_sets(about: Mapping[str, Any]) -> list[str]:
 def _sets(
     about: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields (source, what was measured on it before and after) of every set."""
+    """Yield (source, what was measured on it before and after) of every set."""
     config, data = about["config"], about["config"]["data"]
     if both := metrics.get("new_domain"):
         yield both["name"], both
@@ -129,7 +130,7 @@ def _eval_results(about: Mapping[str, Any], metrics: Mapping[str, Any]) -> Itera
 
 
 def _measured(about: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """Returns the tables of what was measured as Markdown, "" if nothing was."""
+    """Return the tables of what was measured as Markdown, "" if nothing was."""
     if "size" in metrics:
         before = f"The full adapter, before, and this one, pruned: {_origin(about)}"
         return report_markdown([before, *prune_tables(metrics)])
@@ -139,7 +140,7 @@ def _measured(about: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
 
 
 def _origin(about: Mapping[str, Any]) -> str:
-    """Returns how a run was made of others, "" if it was fitted."""
+    """Return how a run was made of others, "" if it was fitted."""
     if pruned := about.get("pruned"):
         ways = ("snr", "rank", "sparsity")
         kept = [f"{name} {pruned[name]}" for name in ways if pruned[name] is not None]
@@ -150,37 +151,34 @@ def _origin(about: Mapping[str, Any]) -> str:
 
 
 def _fit_table(posterior: Posterior, about: Mapping[str, Any]) -> str:
-    """Returns options and sizes of the fit as a Markdown table."""
-    config, family = about["config"], posterior.family
-    arguments = config["prior_args"].items()
-    prior = config["prior"] + "".join(f", {name} {value}" for name, value in arguments)
-    temperature = about.get("temperature")
-    data = config["data"]
-    sources = [f"{n}={s}" for n, s in data.items()] if isinstance(data, Mapping) else data
-    rows = {
+    """Return sizes of the fit, and its options, as Markdown tables."""
+    config = dict(about["config"]) | {"base": posterior.base, "revision": posterior.revision}
+    config["guide"] = config["guide"] or posterior.family.guide
+    sizes = {
         "made by": _origin(about) + " Below: the first one's fit." * ("combined" in about),
-        "base": posterior.base + (f" at {posterior.revision}" * bool(posterior.revision)),
-        "training data": ", ".join(sources),
-        "pooling of the domains": config["pooling"],
-        "utterances": about.get("training_utterances"),
-        "target tokens N": about.get("training_tokens"),
-        "prior": prior,
-        "guide": config["guide"] or family.guide,
         "posteriors before": ", ".join(link["run"] for link in about.get("chain", ())),
-        "beta (weight of the KL)": f"{config['beta']:.4g}",
-        "effective temperature T = beta · N": temperature and f"{temperature:.4g}",
-        "rank, alpha": f"{posterior.rank}, {posterior.alpha:g}",
-        "target modules": config["target_modules"],
+        "training utterances": about.get("training_utterances"),
+        "target tokens N": about.get("training_tokens"),
+        "effective temperature T = beta · N": about.get("temperature"),
         "adapter weights": f"{posterior.num_weights:,}",
-        "steps, batch size": f"{config['steps']}, {config['batch_size']}",
-        "peak learning rate, schedule": f"{config['lr']:g}, {config['schedule']}",
-        "gradient estimator": config["estimator"],
-        **{name.replace("_", " "): config[name] or None for name in REGULARIZERS},
-        "seed": config["seed"],
         "versions": ", ".join(f"{n} {v}" for n, v in about.get("versions", {}).items()),
     }
-    table = Table(text_columns("option", "value"))
-    for name, value in rows.items():
-        if value is not None and f"{value}":
-            table.add_row(name, f"{value}")
-    return table.to_markdown()
+    table, options = Table(text_columns("fit", "value")), Table(text_columns("option", "value"))
+    for name, value in sizes.items():
+        if text := _text(value):
+            table.add_row(name, text)
+    for name in declarations(FitConfig):
+        value = config.get(name)
+        is_off = value is False or (value == 0 and isinstance(default_of(FitConfig, name), float))
+        if (text := _text(value)) and not is_off and name not in NOT_OF_THE_FIT:
+            options.add_row(flag_of(FitConfig, name), text)
+    return report_markdown([table, options])
+
+
+def _text(value: Any) -> str:
+    """Return an option's value as text, "" for one that is not set."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={_text(one)}" for name, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value))
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"

@@ -168,7 +168,7 @@ def write_public_run(
 
 
 def _read_metrics(run: Path) -> dict[str, Any]:
-    """Returns what was measured, {} for a run without an evaluation."""
+    """Return what was measured, {} for a run without an evaluation."""
     if not (run / METRICS).is_file():
         return {}
     try:
@@ -198,7 +198,7 @@ def _public_posterior(
 
 
 def _public_names(config: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, str]:
-    """Returns local path -> its last part, with a number before it where two are the same.
+    """Return local path -> its last part, with a number before it where two are the same.
 
     A set that was given no name is called by its path.
     """
@@ -233,7 +233,7 @@ def _last_parts(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _public(content: Any, names: Mapping[str, str]) -> Any:
-    """Returns JSON with public names for local ones, and the last part of other absolute paths."""
+    """Return JSON with public names for local ones, and the last part of other absolute paths."""
     if isinstance(content, Mapping):
         return {_public(key, names): _public(value, names) for key, value in content.items()}
     if isinstance(content, (list, tuple)):

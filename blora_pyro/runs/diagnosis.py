@@ -93,7 +93,7 @@ def _history(run: str | Path, about: dict[str, Any]) -> list[Step]:
 
 
 def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draws: int) -> Khat:
-    """Returns k-hat on evenly spaced utterances of the training set, or why there is none."""
+    """Return k-hat on evenly spaced utterances of the training set, or why there is none."""
     beta = float(config.beta)
     if beta == 0:
         return Khat(None, "not computed: with beta = 0 there is no posterior to be close to")

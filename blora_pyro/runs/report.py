@@ -21,7 +21,7 @@ AlignedWord = tuple[str, str, str]  # reference, hypothesis, and the kind of err
 
 
 def fit_tables(metrics: Mapping[str, Any]) -> list[Part]:
-    """Returns table and lines of `metrics.json`: rates in percent with 95% bootstrap intervals."""
+    """Return table and lines of `metrics.json`: rates in percent with 95% bootstrap intervals."""
     parts = _rate_tables(metrics, ("base", "adapted"))
     if not parts:
         return ["no test set and no backward sets: nothing was measured"]
@@ -40,7 +40,7 @@ def fit_tables(metrics: Mapping[str, Any]) -> list[Part]:
 
 
 def dev_line(dev: Mapping[str, Any]) -> str:
-    """Returns which step a fit with a dev set ended with, and how far the fit went."""
+    """Return which step a fit with a dev set ended with, and how far the fit went."""
     errors = {one["step"]: one["error"] for one in dev["errors"]}
     best, last = dev["best_step"], max(errors)
     end = "stopped early, after" if dev["ended_by"] == "patience" else "of"
@@ -48,7 +48,7 @@ def dev_line(dev: Mapping[str, Any]) -> str:
 
 
 def prune_tables(metrics: Mapping[str, Any]) -> list[Part]:
-    """Returns rates of the full and of the pruned adapter, and their sizes."""
+    """Return rates of the full and of the pruned adapter, and their sizes."""
     full, pruned = metrics["size"]["full"], metrics["size"]["pruned"]
     share = 1 - pruned["nonzero_weights"] / full["adapter_weights"]
     size = (
@@ -61,7 +61,7 @@ def prune_tables(metrics: Mapping[str, Any]) -> list[Part]:
 
 
 def combine_line(found: Mapping[str, Any]) -> str:
-    """Returns what `combine_runs` made, and how much of the updates it keeps."""
+    """Return what `combine_runs` made, and how much of the updates it keeps."""
     how = found["method"]
     if found["weights"] is not None:
         how += " by " + ", ".join(f"{one:g}" for one in found["weights"])
@@ -73,7 +73,7 @@ def combine_line(found: Mapping[str, Any]) -> str:
 
 
 def strength_tables(curve: Mapping[str, Any]) -> list[Part]:
-    """Returns what `strength_curve` found, a row a strength."""
+    """Return what `strength_curve` found, a row a strength."""
     domain = f"new domain {curve['new_domain']}\n{curve['metric'].upper()}"
     heads = ("strength", domain, "backward average", "forgetting", "forgetting\nremoved")
     title = f"error in % [95% interval] on the {curve['split']} sets, by {curve['strength_by']}"
@@ -92,7 +92,7 @@ def strength_tables(curve: Mapping[str, Any]) -> list[Part]:
 
 
 def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Part]:
-    """Returns rates of two states of the model, and their change; nothing if none was measured."""
+    """Return rates of two states of the model, and their change; nothing if none was measured."""
     domains = {f"domain {name}": one for name, one in metrics.get("domains", {}).items()}
     if domain := metrics.get(NEW_DOMAIN):
         domains[f"new domain {domain['name']}"] = domain
@@ -119,7 +119,7 @@ def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Pa
 
 
 def _rates_of(both: Mapping[str, Any], measure: str) -> dict[str, Any]:
-    """Returns one measure's rates by state, and their change."""
+    """Return one measure's rates by state, and their change."""
     return {state: both[state][measure] for state in ("base", "adapted", "change")}
 
 
@@ -145,7 +145,7 @@ class AlignedText:
         self.words = [_aligned_word(*step) for step in row["alignment"]]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        """Yields lines of reference, hypothesis and kinds of errors."""
+        """Yield lines of reference, hypothesis and kinds of errors."""
         width = options.max_width - len(LABELS[0]) - len(GAP)
         for block in _blocks(self.words, width):
             for index, label in enumerate(LABELS):
@@ -160,7 +160,7 @@ class AlignedText:
 
 
 def error_view(rows: Sequence[dict[str, Any]], top: int) -> list[RenderableType]:
-    """Returns the `top` utterances with the most errors, word above word.
+    """Return the `top` utterances with the most errors, word above word.
 
     Args:
         rows: Of `utterance_rows`.
@@ -192,7 +192,7 @@ def error_view(rows: Sequence[dict[str, Any]], top: int) -> list[RenderableType]
 
 
 def _utterance_title(row: Mapping[str, Any]) -> list[Text]:
-    """Returns a line with the error rates, and one with the recording and its segment."""
+    """Return a line with the error rates, and one with the recording and its segment."""
     rate = f"{row['metric'].upper()} {row['edits']} of {row['length']}"
     if pier := row.get("pier"):
         rate += f", PIER {pier['edits']} of {pier['length']}"
@@ -213,7 +213,7 @@ def _width(word: AlignedWord) -> int:
 
 
 def _blocks(words: Sequence[AlignedWord], width: int) -> Iterator[list[AlignedWord]]:
-    """Yields the words in blocks, each no wider than `width` unless it is one word."""
+    """Yield the words in blocks, each no wider than `width` unless it is one word."""
     block: list[AlignedWord] = []
     used = 0
     for word in words:

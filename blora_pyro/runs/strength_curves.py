@@ -88,7 +88,7 @@ def strength_curve(
 
 
 def _claim_plot(folder: str | Path, plot: str | Path | None, overwrite: bool) -> Path:
-    """Returns the plot's file, which can be written."""
+    """Return the plot's file, which can be written."""
     file = beside(folder, STRENGTH_PLOT, "plot") if plot is None else Path(plot)
     check_plot_file(file)
     claim_file(file, overwrite or plot is None)
@@ -96,7 +96,7 @@ def _claim_plot(folder: str | Path, plot: str | Path | None, overwrite: bool) ->
 
 
 def _points(results: dict[float, dict[str, Evaluation]]) -> list[dict[str, Any]]:
-    """Returns the figures of every strength, rising; the first is the base, and 1 is among them."""
+    """Return the figures of every strength, rising; the first is the base, and 1 is among them."""
     points = []
     base = _backward(results[0.0])
     for strength, sets in results.items():
@@ -120,7 +120,7 @@ def _backward(sets: dict[str, Evaluation]) -> list[Evaluation]:
 
 
 def _removed(errors: dict[float, float | None], strength: float) -> float | None:
-    """Returns the share of the fit's forgetting that is gone at a strength, of backward errors."""
+    """Return the share of the fit's forgetting that is gone at a strength, of backward errors."""
     base, here, fit = errors[0.0], errors[strength], errors[1.0]
     if base is None or here is None or fit is None or fit <= base:
         return None
@@ -128,7 +128,7 @@ def _removed(errors: dict[float, float | None], strength: float) -> float | None
 
 
 def strength_plot(curve: Mapping[str, Any]) -> Figure:
-    """Plots new-domain error against backward error, in %, with a point a strength.
+    """Plot new-domain error against backward error, in %, with a point a strength.
 
     Base and fit are marked. Bars are the paired 95% intervals of forgetting, added to the backward
     error of the base.

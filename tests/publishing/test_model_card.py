@@ -67,14 +67,15 @@ def test_the_text_has_the_table_the_prior_and_the_way_to_use_it(run):
     assert "\\[" not in text  # no escapes of the terminal's
     scale = about["config"]["prior_args"]["scale"]
     for line in (
-        f"| prior | normal, scale {scale} |",
-        "| beta (weight of the KL) | 1e-05 |",
         f"| effective temperature T = beta · N | {about['temperature']:.4g} |",
-        "| rank, alpha | 4, 8 |",
-        r"| target modules | .*(q\|v)_proj |",
-        "| utterances | 2 |",
-        "| steps, batch size | 40, 2 |",
-        "| seed | 0 |",
+        "| training utterances | 2 |",
+        "| --prior | normal |",
+        f"| --prior-arg | scale={scale} |",
+        "| --guide | normal |",
+        "| --beta | 1e-05 |",
+        "| --rank | 4 |",
+        r"| --target-modules | .*(q\|v)_proj |",
+        "| --seed | 0 |",
         'whisper = WhisperForConditionalGeneration.from_pretrained("someone/fluent")',
         'whisper = PeftModel.from_pretrained(whisper, "me/adapter")',
         "blora-pyro transcribe talk.wav --adapter me/adapter",
@@ -84,6 +85,8 @@ def test_the_text_has_the_table_the_prior_and_the_way_to_use_it(run):
         "T is not 1",
     ):
         assert line in text, line
+    for name in ("--device", "--ewc", "--spec-augment"):  # of the machine, or not used
+        assert f"| {name} |" not in text
     code = text.partition("```python\n")[2].partition("```")[0]
     compile(code, "card", "exec")
 
