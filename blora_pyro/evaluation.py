@@ -1,4 +1,4 @@
-"""Error rates of a Whisper on one set: texts as they are, and normalised."""
+"""Error rates of a Whisper model on a data set, of raw and of normalised texts."""
 
 import itertools
 import math
@@ -35,15 +35,15 @@ COUNTERS = {"wer": wer_counts, "mer": mer_counts, "cer": cer_counts}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One set's hypotheses and edit counts.
+    """Hypotheses and edit counts of one data set.
 
     Attributes:
         metric: The main measure: `wer`, `mer` or `cer`, see `main_measure`.
-        counts: Measure -> edit counts per utterance; `cer` always, `pier` if code-switched.
-        references: Transcripts, normalised.
-        hypotheses: Output, normalised.
-        points: Per utterance which tokens of the reference PIER counts; [] where it counts none.
-        raw: The same of the texts as they are; None in that itself.
+        counts: Measure -> edit counts per utterance; always `cer`, and `pier` if code-switched.
+        references: Normalised references.
+        hypotheses: Normalised hypotheses.
+        points: Per utterance, which tokens of the reference PIER counts; [] if it counts none.
+        raw: The evaluation of the raw texts; None in the raw one itself.
     """
 
     metric: str
@@ -65,11 +65,11 @@ class Evaluation:
 
 
 def rate_summary(sets: Sequence[Evaluation], measure: str | None = None) -> dict[str, Any]:
-    """The sets' rate, macro-averaged, with its 95% interval, and under `raw` the same raw.
+    """Macro-averaged rate of the sets with its 95% interval, and under `raw` that of raw texts.
 
     Args:
         sets: One or more.
-        measure: None is the main measure of each.
+        measure: A measure; None for the main measure of each set.
     """
     counts = [one.counts[measure or one.metric] for one in sets]
     rate, (low, high) = macro_rate(counts), macro_bootstrap_interval(counts)
@@ -81,7 +81,7 @@ def rate_summary(sets: Sequence[Evaluation], measure: str | None = None) -> dict
 def change_summary(
     before: Sequence[Evaluation], after: Sequence[Evaluation], measure: str | None = None
 ) -> dict[str, Any]:
-    """The rate after minus that before, with its paired interval; otherwise as `rate_summary`."""
+    """Rate after minus rate before, with its paired interval; arguments as in `rate_summary`."""
     counts, others = (
         [one.counts[measure or one.metric] for one in side] for side in (before, after)
     )
@@ -92,20 +92,20 @@ def change_summary(
 
 
 def _raws(sets: Sequence[Evaluation], measure: str | None) -> list[Evaluation]:
-    """Of the sets' raw evaluations those with the measure: all, or what is there to be PIER of."""
+    """Raw evaluations of the sets that have the measure; some lack `pier`."""
     raw = [one.raw for one in sets if one.raw is not None]
     return [one for one in raw if (measure or one.metric) in one.counts]
 
 
 def _number(value: float) -> float | None:
-    """None for the rate of references without a token, since JSON has no nan."""
+    """The value, or None for NaN (the rate without reference tokens), which JSON lacks."""
     return None if math.isnan(value) else value
 
 
 def main_measure(texts: Sequence[str], languages: Sequence[str]) -> str:
-    """By what a set is scored: its languages decide, where one is not told the text.
+    """The main measure of a set, by its languages, or by the text where the language is unknown.
 
-    `cer` if all of it is in languages written without spaces, `mer` if some of it is, else `wer`.
+    `cer` if all utterances are in languages without spaces, `mer` if some are, otherwise `wer`.
     """
     unspaced = []
     for text, language in zip(texts, languages, strict=True):
@@ -117,12 +117,12 @@ def main_measure(texts: Sequence[str], languages: Sequence[str]) -> str:
 def score(
     examples: Examples, hypotheses: list[str], normalizer: Normalizer | None = None
 ) -> Evaluation:
-    """Edit counts of `hypotheses`, both sides as they are and normalised.
+    """Count edits of `hypotheses`, raw and normalised.
 
     Args:
-        examples: The set.
-        hypotheses: In its order.
-        normalizer: None is Whisper's normalisers.
+        examples: The data set.
+        hypotheses: One per example, in order.
+        normalizer: None for Whisper's normalisers.
 
     Raises:
         UserError: If an utterance's words and word_languages differ in number.
@@ -149,7 +149,7 @@ def _score(
     for row in switched if all(examples.word_languages[row] for row in switched) else []:
         normalize = partial(normalizer, language=examples.languages[row])
         given = examples.texts[row], examples.word_languages[row]
-        references[row], tags[row] = _carry(metric, *given, normalize)
+        references[row], tags[row] = _normalize_tagged(metric, *given, normalize)
     counts = {name: COUNTERS[name](references, guesses) for name in dict.fromkeys((metric, "cer"))}
     embedded = {row: examples.languages[row].split("-")[1] for row in tags}
     pier = pier_counts(
@@ -168,15 +168,21 @@ def _score(
     return Evaluation(metric, counts, references, guesses, points, raw)
 
 
-def _carry(
+def _normalize_tagged(
     measure: str, text: str, languages: Sequence[str], normalize: Callable[[str], str]
 ) -> tuple[str, list[str]]:
-    """The normalised transcript, and the language of each of *its* tokens, given those of the raw.
+    """The normalised transcript and the language of each of its tokens.
 
-    A normaliser may split a word, drop it, or drop several at once (what is in brackets). So each
-    word gets a mark before it, a character without meaning that normalisers let through, and what
-    is left between two marks has the language of the first. The marks are Unicode's tag characters,
-    since Σ is ς or σ in lower case by the letters around it, and these are passed over there.
+    Args:
+        measure: Decides what a token is, see `metrics.spans`.
+        text: The raw transcript.
+        languages: Language of each of its tokens.
+        normalize: The normaliser.
+
+    A normaliser may split a word, drop it, or drop several at once (text in brackets). So each word
+    is preceded by a marker, a character that normalisers keep, and text between two markers has the
+    language of the first. The markers are Unicode tag characters, because lower-casing Σ to ς or σ
+    depends on the letters next to it and skips these characters.
     """
     check_tags(text, languages)
     text = " ".join(text.split())
@@ -199,7 +205,7 @@ def _carry(
 
 
 def normalizer_for(base: Base, name: str) -> Normalizer:
-    """A normaliser that spells as the base's checkpoint says.
+    """A normaliser with the spellings of the base's checkpoint.
 
     Raises:
         UserError: See `Normalizer`.

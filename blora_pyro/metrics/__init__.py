@@ -1,9 +1,9 @@
-"""Error rates, and how sure one is of them: no models, only texts and counts.
+"""Error rates and their intervals, from texts and counts alone.
 
-- `error_rates`: WER, CER, MER, PIER, their alignments, and what is said of an adapter by them;
-- `normalizers`: texts before they are compared;
-- `bootstrap`: averages and intervals over utterances;
-- `pareto`: two errors to be low at once.
+- `error_rates`: WER, CER, MER, PIER, their alignments, and forgetting;
+- `normalizers`: text normalisation;
+- `bootstrap`: macro-averages and intervals over utterances;
+- `pareto`: the front of two errors, and its knee.
 """
 
 from blora_pyro.metrics.error_rates import (

@@ -1,7 +1,7 @@
 """Macro-averages of error rates, and percentile-bootstrap intervals over utterances.
 
 Utterances are resampled with replacement, each with its edits and its length, and the rate is
-pooled anew; two systems that are compared are seen on the same resampled utterances.
+pooled again; systems that are compared share the resampled utterances.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ import numpy.typing as npt
 from blora_pyro.metrics.error_rates import Counts
 
 FloatArray = npt.NDArray[np.float64]
-BLOCK = 20_000  # indices that are in memory together
+BLOCK = 20_000  # resampled indices in memory at a time
 
 
 def macro_rate(sets: Sequence[Counts]) -> float:
-    """Return the mean of the sets' pooled rates; of the held-out sets it is the backward error."""
+    """Return the mean of the sets' pooled rates: of backward sets, the backward error."""
     return sum(counts.rate for counts in sets) / len(sets) if sets else float("nan")
 
 
@@ -25,7 +25,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the percentile-bootstrap interval of the pooled rate, resampling utterances.
 
-    Draws in which no reference has a token are dropped; (nan, nan) where none is left.
+    Draws without reference tokens are dropped; (nan, nan) if none is left.
 
     Raises:
         ValueError: if `level` is not between 0 and 1, or `draws` is below 1.
@@ -36,7 +36,7 @@ def bootstrap_interval(
 def macro_bootstrap_interval(
     sets: Sequence[Counts], level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the interval of `macro_rate`, each set's utterances resampled on their own.
+    """Return the interval of `macro_rate`, each set's utterances resampled separately.
 
     As `bootstrap_interval`; also raises ValueError if there is no set.
     """
@@ -52,8 +52,8 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """Compare two systems on the same utterances.
 
-    Returns (difference, low, high): rate(b) - rate(a), and its percentile interval over draws in
-    which both systems are seen on the same resampled utterances.
+    Returns (difference, low, high): rate(b) - rate(a), and its percentile interval over draws of
+    utterances that both systems share.
 
     Raises:
         ValueError: if the numbers of utterances differ, and as `bootstrap_interval` does.
@@ -71,7 +71,7 @@ def paired_macro_bootstrap(
     """Compare the macro-averages of two systems over the same sets, such as backward errors.
 
     Returns (difference, low, high): macro_rate(b) - macro_rate(a) and its percentile interval, each
-    set's utterances resampled on their own, for both systems alike. With a = base it is forgetting.
+    set's utterances resampled separately, shared by both systems. With a = base it is forgetting.
 
     Raises:
         ValueError: as `paired_bootstrap`, or if there is no set.
@@ -86,12 +86,12 @@ def paired_macro_bootstrap(
 
 
 def paired_rates(systems: Sequence[Counts], draws: int = 1000, seed: int = 0) -> FloatArray:
-    """Rates of several systems on the same utterances, from which any comparison can be made.
+    """Rates of several systems on the same utterances, for comparisons of any kind.
 
     Returns shape (systems, 1 + draws): the pooled rates, then those of `draws` resamplings of the
-    utterances, in each of which all systems are seen on the same ones. Means, differences and
-    quotients along the first axis keep the pairing; `percentile_interval` ends them. What has the
-    same seed and number of utterances is resampled alike.
+    utterances, which all systems share. Means, differences and quotients along the first axis keep
+    the pairing; `percentile_interval` turns them into intervals. Equal seeds and numbers of
+    utterances give equal resamplings.
 
     Raises:
         ValueError: if the numbers of utterances differ, or there is no system.
@@ -105,9 +105,9 @@ def paired_rates(systems: Sequence[Counts], draws: int = 1000, seed: int = 0) ->
 
 
 def percentile_interval(values: FloatArray, level: float = 0.95) -> tuple[float, float]:
-    """Return the interval that holds `level` of the values; nan among them are left out.
+    """Return the interval that holds `level` of the values, ignoring nan.
 
-    (nan, nan) where none is left.
+    (nan, nan) if no value is left.
 
     Raises:
         ValueError: if `level` is not between 0 and 1.

@@ -1,10 +1,10 @@
-"""How texts are normalised before they are compared: by Whisper's own two normalisers, or not.
+"""Normalisation of texts before they are compared: Whisper's own two normalisers, or none.
 
-Both are transformers' code, which is OpenAI's. The basic one lowers case, drops what stands in
-brackets, and makes a space of every other symbol, punctuation mark and *combining mark*. That last
-thing breaks words apart in scripts that spell with marks, such as Devanagari or Tamil: read the raw
-rate there. The English one besides expands contractions and titles, writes numbers as digits, drops
-"uh" and "um", and spells the American way if the checkpoint says how (its `normalizer.json`).
+Both are transformers' code, which is OpenAI's. The basic one lowers case, drops text in brackets,
+and replaces every other symbol, punctuation mark and *combining mark* by a space. The last of these
+splits words in scripts that spell with marks, such as Devanagari or Tamil: use the raw rate there.
+The English one also expands contractions and titles, writes numbers as digits, drops "uh" and "um",
+and uses American spellings if the checkpoint lists them (its `normalizer.json`).
 """
 
 from collections.abc import Mapping
@@ -24,27 +24,27 @@ NORMALIZERS = {
 
 
 def check_normalizer(name: str) -> None:
-    """Raise UserError unless there is such a normaliser."""
+    """Raise UserError unless `name` is one of `NORMALIZERS`."""
     if name not in NORMALIZERS:
         raise UserError(f"normalizer is '{name}'; give one of {', '.join(NORMALIZERS)}")
 
 
 class Normalizer:
-    """Normalises a text by its language; white space is collapsed by every one.
+    """Normalises a text by its language, and collapses white space.
 
-    Code-switched text ("de-en") is not English: there contractions and numbers would be rewritten
-    in English whatever their language, and words merged whose languages differ.
+    Code-switched text ("de-en") does not count as English: the English normaliser would rewrite
+    contractions and numbers of any language, and merge words of different languages.
     """
 
     def __init__(self, name: str = "whisper", spellings: Mapping[str, str] | None = None) -> None:
-        """Make one.
+        """Create a normaliser.
 
         Args:
             name: One of `NORMALIZERS`.
-            spellings: American by British spellings, for English; None leaves spelling as it is.
+            spellings: British -> American spellings, for English; None leaves spellings alone.
 
         Raises:
-            UserError: If there is no such normaliser, or `spellings` is no such mapping.
+            UserError: If the name is unknown, or `spellings` does not map strings to strings.
         """
         check_normalizer(name)
         spellings = {} if spellings is None else spellings
@@ -59,7 +59,7 @@ class Normalizer:
         self._english = EnglishTextNormalizer(spellings)
 
     def __call__(self, text: str, language: str = "") -> str:
-        """The text, normalised as one in `language`, "de" or "de-en"."""
+        """The text, normalised for its language, such as "de" or "de-en"."""
         if self.name != "none":
             english = self.name == "whisper" and language == "en"
             text = (self._english if english else self._basic)(text)
