@@ -79,7 +79,7 @@ def test_without_a_language_the_text_decides():
     assert score(texts_of(["red"], [""]), [""]).metric == "wer"
 
 
-def test_rates_by_hand():
+def test_rates_are_those_counted_by_hand():
     result = score(texts_of(["the red car", "a cat"], ["en", "en"]), ["the rad car", "a"])
     assert result.counts["wer"].rate == 2 / 5
     assert result.counts["cer"].rate == (1 + 4) / (11 + 5)
@@ -189,7 +189,7 @@ messy = st.text(
 
 @quick
 @given(st.lists(messy, min_size=1, max_size=4), st.data())
-def test_whoever_says_the_reference_makes_no_error(texts, data):
+def test_the_reference_as_hypothesis_has_no_errors(texts, data):
     codes = st.sampled_from(["zh", "en"])
     tags = [
         data.draw(st.lists(codes, min_size=(n := len(words(text))), max_size=n)) for text in texts

@@ -1,7 +1,7 @@
-"""Error rates for code-switched speech, the alignments behind them, and what an adapter cost.
+"""Error rates for code-switched speech, their alignments, and measures of forgetting.
 
-Every error rate here is kept as per-utterance counts (`Counts`), so that it pools over a corpus and
-bootstraps over utterances. All alignments are jiwer's. Rates are fractions: 0.12 is 12%.
+Every error rate is kept as per-utterance counts (`Counts`), so that it can be pooled over a corpus
+and bootstrapped over utterances. All alignments are jiwer's. Rates are fractions: 0.12 is 12%.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from blora_pyro.errors import UserError
 IntArray = npt.NDArray[np.int64]
 
 # Languages without spaces between words, scored by character as Whisper's authors do, and their
-# scripts. The sound marks of kana are of no script.
+# scripts. The sound marks of kana belong to no script.
 WITHOUT_SPACES = {"zh", "ja", "yue", "th", "lo", "my"}
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ーｰ\p{Thai}\p{Lao}\p{Myanmar}"
 _CHARACTER = regex.compile(rf"[{_UNSPACED}]")
@@ -51,8 +51,8 @@ class Aligned(NamedTuple):
         operation: `=`, or an edit: `S` (substitution), `D` (deletion) or `I` (insertion).
         reference: The token, empty for an insertion.
         hypothesis: The token, empty for a deletion.
-        place: Of the reference token that an edit counts for; an insertion's is the one that it
-            stands before, or the last (-1 where there is none).
+        place: Index of the reference token that an edit counts for; for an insertion the token
+            after it, or the last one (-1 if there is none).
     """
 
     operation: str
@@ -76,7 +76,7 @@ def is_unspaced(text: str) -> bool:
 
 
 def spans(measure: str, text: str) -> list[tuple[int, int]]:
-    """Start and end of each token by which `wer` or `mer` aligns a text without odd white space."""
+    """Start and end of each token of `wer` or `mer`, in a text with single spaces only."""
     return [match.span() for match in (_WORD if measure == "wer" else _TOKEN).finditer(text)]
 
 
@@ -112,7 +112,7 @@ def cer_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
 
 
 def align(measure: str, reference: str, hypothesis: str) -> list[Aligned]:
-    """The alignment of two texts by which `wer`, `mer` or `cer` counts their edits."""
+    """The alignment of two texts by which `wer`, `mer` or `cer` counts edits."""
     output = _output(measure, [reference], [hypothesis])
     wanted, got = list(output.references[0]), list(output.hypotheses[0])
     steps = []
@@ -133,10 +133,10 @@ def align(measure: str, reference: str, hypothesis: str) -> list[Aligned]:
 
 
 def check_tags(text: str, word_languages: Sequence[str]) -> None:
-    """Refuse languages of words that are not one for each word, nor none.
+    """Check that there is one language per word, or none at all.
 
     Raises:
-        UserError: With the two numbers.
+        UserError: If the numbers differ.
     """
     if word_languages and (count := len(words(text))) != len(word_languages):
         raise UserError(
@@ -146,9 +146,9 @@ def check_tags(text: str, word_languages: Sequence[str]) -> None:
 
 
 def points_of_interest(word_languages: Sequence[str], embedded: str) -> list[bool]:
-    """Which tokens of a reference PIER counts; [] for an utterance that it leaves out.
+    """Which tokens of a reference PIER counts; [] for an utterance that it skips.
 
-    PIER leaves out what has no points of interest, or nothing else.
+    PIER skips utterances that have no points of interest, or only such.
     """
     points = [code == embedded for code in word_languages]
     return points if any(points) and not all(points) else []
@@ -165,7 +165,7 @@ def pier_counts(
 
     PIER (arXiv 2501.09512): in the alignment of `measure`, count the edits whose reference word is
     a point of interest, divided by the number of such words. An insertion counts for the reference
-    word that it stands before, trailing ones for the last word, so PIER may exceed 100%.
+    word after it, trailing ones for the last word, so PIER may exceed 100%.
 
     `word_languages` holds, for each of n utterances, a code for each token of the reference
     (`words` for "mer", `str.split` for "wer"); `embedded` is one code for the corpus or one per
@@ -207,7 +207,7 @@ def _check_sizes(**columns: Sequence[Any]) -> None:
 def _output(
     measure: str, references: Sequence[str], hypotheses: Sequence[str]
 ) -> jiwer.WordOutput | jiwer.CharacterOutput:
-    """What jiwer makes of n utterances each."""
+    """Align n utterances with jiwer."""
     _check_sizes(references=references, hypotheses=hypotheses)
     if measure == "cer":
         pairs = [
@@ -258,7 +258,7 @@ def forgetting(method: float, base: float) -> float:
 def forgetting_removed(lora: float, blora: float, base: float) -> float:
     """Return 1 - forgetting(blora) / forgetting(lora), from the three backward errors.
 
-    nan where LoRA forgets nothing (lora <= base): there is nothing to remove.
+    nan if LoRA forgets nothing (lora <= base).
     """
     forgotten = forgetting(lora, base)
     return 1 - forgetting(blora, base) / forgotten if forgotten > 0 else float("nan")

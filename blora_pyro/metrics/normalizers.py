@@ -16,17 +16,7 @@ from transformers.models.whisper.english_normalizer import (
 
 from blora_pyro.errors import UserError
 
-NORMALIZERS = {
-    "whisper": "English by Whisper's English normaliser, everything else by its basic one",
-    "basic": "everything by Whisper's basic normaliser",
-    "none": "texts as they are",
-}
-
-
-def check_normalizer(name: str) -> None:
-    """Raise UserError unless `name` is one of `NORMALIZERS`."""
-    if name not in NORMALIZERS:
-        raise UserError(f"normalizer is '{name}'; give one of {', '.join(NORMALIZERS)}")
+NORMALIZERS = ("whisper", "basic", "none")
 
 
 class Normalizer:
@@ -40,13 +30,15 @@ class Normalizer:
         """Create a normaliser.
 
         Args:
-            name: One of `NORMALIZERS`.
+            name: `whisper` (English by Whisper's English normaliser, all other languages by its
+                basic one), `basic` (all by the basic one) or `none` (white space alone).
             spellings: British -> American spellings, for English; None leaves spellings alone.
 
         Raises:
             UserError: If the name is unknown, or `spellings` does not map strings to strings.
         """
-        check_normalizer(name)
+        if name not in NORMALIZERS:
+            raise UserError(f"normalizer is '{name}'; give one of {', '.join(NORMALIZERS)}")
         spellings = {} if spellings is None else spellings
         if not isinstance(spellings, Mapping) or not all(
             isinstance(text, str) for pair in spellings.items() for text in pair

@@ -10,11 +10,13 @@ from transformers.models.whisper.english_normalizer import (
     EnglishTextNormalizer,
 )
 
+from blora_pyro.declarations import choices_of
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import normalizer_for
 from blora_pyro.metrics import cer_counts
 from blora_pyro.metrics.normalizers import NORMALIZERS, Normalizer
 from blora_pyro.models import Base
+from blora_pyro.options import FitConfig
 
 quick = settings(deadline=None, max_examples=60)
 spoken = st.lists(
@@ -53,7 +55,7 @@ def test_the_normalisers_are_those_of_transformers_by_language(text):
         ("他说\u2018好\u2019了。", "zh", "他说 好 了"),
     ],
 )
-def test_by_hand(text, language, expected):
+def test_texts_are_normalised_by_their_language(text, language, expected):
     assert Normalizer()(text, language) == expected
 
 
@@ -67,7 +69,7 @@ def test_the_basic_normaliser_twice_is_once(text):
 
 @quick
 @given(st.lists(st.text(alphabet="我喜。ひらがทิสฟ้า、 「」", min_size=1), min_size=1, max_size=5))
-def test_character_errors_are_those_after_whisper_s_splitting_of_letters(texts):
+def test_character_errors_equal_word_errors_of_letters_split_by_whisper(texts):
     # Whisper's authors score such languages by the WER of letters split by their normaliser.
     split = BasicTextNormalizer(split_letters=True)
     references, hypotheses = texts, ["我ひ" + text[1:] for text in texts]
@@ -83,11 +85,14 @@ def test_character_errors_are_those_after_whisper_s_splitting_of_letters(texts):
 def test_an_unknown_normaliser_is_refused():
     with pytest.raises(UserError, match="'english'; give one of whisper, basic, none"):
         Normalizer("english")
-    assert list(NORMALIZERS) == ["whisper", "basic", "none"]
+
+
+def test_the_normalisers_are_those_that_the_options_declare():
+    assert choices_of(FitConfig, "normalizer") == NORMALIZERS
 
 
 @pytest.mark.parametrize("spellings", [["colour"], {"colour": 5}])
-def test_spellings_that_are_none_are_refused(spellings):
+def test_a_damaged_normalizer_json_is_refused(spellings):
     with pytest.raises(UserError, match=r"normalizer\.json of the base model"):
         Normalizer(spellings=spellings)
 

@@ -47,7 +47,7 @@ def test_the_base_sets_the_scale_and_is_no_knee():
     assert knee(FRONT, base=(0.60, 0.2)) == 2  # dominated: no end
 
 
-def test_what_is_worse_than_the_base_is_no_knee_but_where_all_is():
+def test_a_point_worse_than_the_base_is_the_knee_only_if_all_are():
     better = [(0.30, 0.10), (0.35, 0.06), (0.45, 0.055)]
     assert knee([(0.6, 0.051), *better], base=(0.5, 0.05)) == 2
     assert knee([(0.6, 0.08), (0.7, 0.06)], base=(0.5, 0.05)) == 0

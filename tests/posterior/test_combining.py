@@ -137,7 +137,7 @@ def test_pruned_runs_and_ranks_that_differ_by_layer_are_summed_too(random_poster
     close(deltas(found), {name: (one[name] + two[name]) / 2 for name in one})
 
 
-def test_what_is_left_of_nothing_is_refused(random_posterior):
+def test_runs_that_cancel_each_other_out_are_refused(random_posterior):
     run = random_posterior(1)
     with pytest.raises(UserError, match="cancel each other out"):
         combine([run, run], "weighted", weights=(1, -1), rank=2)

@@ -1,9 +1,15 @@
+import json
 import math
 
 import numpy as np
+import pyro
 import pytest
+import torch
 import xarray
 
+from blora_pyro.adapters import Group
+from blora_pyro.errors import UserError
+from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.inference_data import (
     import_arviz,
     inference_data,
@@ -11,8 +17,423 @@ from blora_pyro.posterior.inference_data import (
     save_inference_data,
 )
 
+from .conftest import ENCODER, FACTORS, GROUPS, TALL, fitted, group_of
+
+DRAWS = 200
+
+
+@pytest.fixture(scope="module")
+def posterior() -> Posterior:
+    pyro.set_rng_seed(0)
+    return fitted(scale=0.05)
+
+
+@pytest.fixture(scope="module")
+def data(posterior):
+    return posterior.to_arviz(draws=DRAWS)
+
+
+# ---- groups, dimensions, coordinates
+
+
+def test_groups_have_a_variable_per_site_and_log_densities_per_draw(data):
+    for name in ("posterior", "prior"):
+        assert set(group_of(data, name)) == set(FACTORS)
+    assert set(group_of(data, "sample_stats")) == {"log_guide", "log_prior"}
+    for variable in group_of(data, "sample_stats").values():
+        assert variable.dims == ("chain", "draw")
+        assert variable.shape == (1, DRAWS)
+        assert variable.dtype == np.float64
+        assert np.isfinite(variable).all()
+
+
+def test_dimension_names_end_in_the_shape_if_groups_differ(data):
+    dims = {
+        "A_4x4": ("chain", "draw", "module_4x4", "rank", "in_feature"),
+        "B_4x4": ("chain", "draw", "module_4x4", "out_feature_4x4", "rank"),
+        "A_6x4": ("chain", "draw", "module_6x4", "rank", "in_feature"),
+        "B_6x4": ("chain", "draw", "module_6x4", "out_feature_6x4", "rank"),
+    }
+    shapes = {"A_4x4": (3, 2, 4), "B_4x4": (3, 4, 2), "A_6x4": (2, 2, 4), "B_6x4": (2, 6, 2)}
+    for group in ("posterior", "prior"):
+        for name, variable in group_of(data, group).items():
+            assert variable.dims == dims[name]
+            assert variable.shape == (1, DRAWS, *shapes[name])
+            assert variable.dtype == np.float32
+
+
+def test_coordinates_are_names_of_layers_and_numbers(data):
+    dataset = group_of(data, "posterior")
+    assert tuple(dataset["module_4x4"].values) == ENCODER
+    assert tuple(dataset["module_6x4"].values) == TALL
+    assert dataset["chain"].values.tolist() == [0]
+    assert dataset["draw"].values.tolist() == list(range(DRAWS))
+    assert dataset["rank"].values.tolist() == [0, 1]
+    assert dataset["out_feature_6x4"].values.tolist() == list(range(6))
+
+
+def test_one_group_of_layers_has_plain_dimensions():
+    dataset = group_of(fitted(groups=GROUPS[1:]).to_arviz(draws=2), "posterior")
+    assert dataset["A_6x4"].dims == ("chain", "draw", "module", "rank", "in_feature")
+    assert dataset["B_6x4"].dims == ("chain", "draw", "module", "out_feature", "rank")
+    assert tuple(dataset["module"].values) == TALL
+
+
+def test_ranks_that_differ_are_told_apart():
+    groups = (Group(TALL, 6, 4, 3, suffix="_r3"), Group(("other",), 6, 4, 1, suffix="_r1"))
+    dataset = group_of(fitted(groups=groups).to_arviz(draws=2), "posterior")
+    assert dataset["A_6x4_r3"].dims == (
+        "chain",
+        "draw",
+        "module_6x4_r3",
+        "rank_6x4_r3",
+        "in_feature",
+    )
+    assert dataset["B_6x4_r1"].dims == (
+        "chain",
+        "draw",
+        "module_6x4_r1",
+        "out_feature",
+        "rank_6x4_r1",
+    )
+    assert dataset["B_6x4_r1"].shape == (1, 2, 1, 6, 1)
+
+
+def test_attributes_name_the_family():
+    dataset = group_of(fitted("student-t", df=5.0).to_arviz(draws=1), "posterior")
+    assert dataset.attrs["prior"] == "student-t"
+    assert json.loads(dataset.attrs["prior_args"]) == {"df": 5.0}
+    assert dataset.attrs["guide"] == "student-t"
+
+
+def test_the_scales_of_a_hierarchical_prior_are_variables():
+    dims = {
+        "horseshoe": {"_global": (), "_local": ("module_{}", "rank")},
+        "learned-scale": {"_scale": ("module_{}",)},
+    }
+    for prior, endings in dims.items():
+        data = fitted(prior).to_arviz(draws=3)
+        for group in ("posterior", "prior"):
+            dataset = group_of(data, group)
+            assert set(dataset) == {*FACTORS, *(f + e for f in FACTORS for e in endings)}
+            for ending, expected in endings.items():
+                for key, factor in (("4x4", "A_4x4"), ("6x4", "B_6x4")):
+                    variable = dataset[factor + ending]
+                    expected_dims = tuple(dim.format(key) for dim in expected)
+                    assert variable.dims == ("chain", "draw", *expected_dims)
+                    assert (variable > 0).all()
+
+
+# ---- values
+
+
+def test_values_are_the_posteriors_own_draws(posterior, data):
+    for i, draw in enumerate(posterior.draws(3)):
+        for name, value in draw.items():
+            found = group_of(data, "posterior")[name].values[0, i]
+            np.testing.assert_array_equal(found, value.numpy())
+
+
+def test_scales_are_the_posteriors_own_draws():
+    posterior = fitted("horseshoe")
+    dataset = group_of(posterior.to_arviz(draws=2, seed=4), "posterior")
+    for i, draw in enumerate(posterior.draws(2, seed=4)):
+        assert set(draw) == set(dataset)
+        for name, value in draw.items():
+            np.testing.assert_array_equal(dataset[name].values[0, i], value.numpy())
+
+
+def assert_moments(values, mean, stddev):
+    """Of draws (draws, ...), within standard errors."""
+    values, mean = values.astype(np.float64), mean.numpy()
+    error = values.std(0) / math.sqrt(len(values))
+    assert (np.abs(values.mean(0) - mean) < 4.5 * error).all()
+    squares = (values - mean) ** 2
+    error = squares.std(0) / math.sqrt(len(values))
+    assert (np.abs(squares.mean(0) - stddev.numpy() ** 2) < 5 * error).all()
+
+
+def test_draws_have_the_moments_of_the_posterior(posterior, data):
+    for name, variable in group_of(data, "posterior").items():
+        assert_moments(variable.values[0], posterior.mean[name], posterior.stddev[name])
+
+
+def test_draws_of_the_horseshoe_have_the_moments_over_its_scales():
+    posterior = fitted("horseshoe")
+    draws = list(posterior.draws(300))
+    for name, mean in posterior.mean.items():
+        values = np.stack([draw[name].numpy() for draw in draws])
+        assert_moments(values, mean, posterior.stddev[name])
+
+
+def test_prior_draws_are_the_priors_and_independent_of_the_posteriors(posterior, data):
+    for name in FACTORS:
+        prior, own = (group_of(data, group)[name].values[0] for group in ("prior", "posterior"))
+        z = prior.astype(np.float64) / 0.05
+        assert abs(z.mean()) < 4 / math.sqrt(z.size)
+        assert abs((z**2).mean() - 1) < 4 * math.sqrt(2 / z.size)
+        own = (own - own.mean(0)) / own.std(0)
+        assert abs((own * z).mean()) < 4 / math.sqrt(z.size)
+
+
+def test_log_densities_are_those_of_the_normals(posterior, data):
+    stats, draws = group_of(data, "sample_stats"), group_of(data, "posterior")
+    log_guide, log_prior = np.zeros(DRAWS), np.zeros(DRAWS)
+    for name in FACTORS:
+        w = draws[name].values[0].astype(np.float64).reshape(DRAWS, -1)
+        mean, sigma = (
+            value[name].double().numpy().ravel() for value in (posterior.mean, posterior.stddev)
+        )
+        half = 0.5 * math.log(2 * math.pi)
+        log_guide += (-0.5 * ((w - mean) / sigma) ** 2 - np.log(sigma) - half).sum(1)
+        log_prior += (-0.5 * (w / 0.05) ** 2 - math.log(0.05) - half).sum(1)
+    np.testing.assert_allclose(stats["log_guide"].values[0], log_guide, rtol=1e-5)
+    np.testing.assert_allclose(stats["log_prior"].values[0], log_prior, rtol=1e-5)
+
+
+def test_log_densities_count_the_scales():
+    posterior = fitted("learned-scale", scale=0.05, spread=1.0)
+    stats = group_of(posterior.to_arviz(draws=3), "sample_stats")
+    for i, draw in enumerate(posterior.draws(3)):
+        log_guide = log_prior = 0.0
+        for name in FACTORS:
+            w, scale = draw[name], draw[f"{name}_scale"]
+            q = torch.distributions.Normal(posterior.mean[name], posterior.stddev[name])
+            log_guide += q.log_prob(w).sum()  # the scale is a point
+            log_prior += torch.distributions.Normal(0.0, scale[:, None, None]).log_prob(w).sum()
+            log_prior += torch.distributions.LogNormal(math.log(0.05), 1.0).log_prob(scale).sum()
+        assert stats["log_guide"].values[0, i] == pytest.approx(log_guide.item(), rel=1e-5)
+        assert stats["log_prior"].values[0, i] == pytest.approx(log_prior.item(), rel=1e-5)
+
+
+def test_log_densities_of_auto_normal_are_those_of_its_normals():
+    posterior = fitted("normal", "auto-normal")
+    stats = group_of(posterior.to_arviz(draws=2), "sample_stats")
+    for i, draw in enumerate(posterior.draws(2)):
+        log_guide = sum(
+            torch.distributions.Normal(posterior.mean[n], posterior.stddev[n]).log_prob(w).sum()
+            for n, w in draw.items()
+        )
+        assert stats["log_guide"].values[0, i] == pytest.approx(log_guide.item(), rel=1e-5)
+
+
+def test_the_seed_decides_the_draws(posterior):
+    one, again, other = (posterior.to_arviz(draws=2, seed=seed) for seed in (7, 7, 8))
+    for name in ("posterior", "prior", "sample_stats"):
+        xarray.testing.assert_identical(group_of(one, name), group_of(again, name))
+        for key, variable in group_of(other, name).items():
+            assert (variable.values != group_of(one, name)[key].values).all()
+
+
+# ---- choosing
+
+
+def test_sites_are_chosen_by_name_and_their_draws_stay_the_same(posterior, data):
+    chosen = posterior.to_arviz(draws=4, sites=["B_6x4"])
+    for group in ("posterior", "prior"):
+        assert list(group_of(chosen, group)) == ["B_6x4"]
+        found = group_of(chosen, group)["B_6x4"]
+        assert found.dims == ("chain", "draw", "module", "out_feature", "rank")
+        np.testing.assert_array_equal(found, group_of(data, group)["B_6x4"][:, :4])
+    xarray.testing.assert_identical(
+        group_of(chosen, "sample_stats"), group_of(data, "sample_stats").isel(draw=slice(4))
+    )
+
+
+@pytest.mark.parametrize(
+    ("modules", "layers"),
+    [
+        ("q_proj", {"4x4": [0, 2]}),
+        ("q_proj,fc1", {"4x4": [0, 2], "6x4": [0, 1]}),
+        (r"decoder\..*", {"4x4": [2], "6x4": [1]}),
+        (r"encoder\.0\.(v_proj|fc1)", {"4x4": [1], "6x4": [0]}),
+        ("decoder.0.fc1", {"6x4": [1]}),
+    ],
+)
+def test_layers_are_chosen_by_suffix_and_by_regex(posterior, data, modules, layers):
+    dataset = group_of(posterior.to_arviz(draws=4, modules=modules), "posterior")
+    assert set(dataset) == {f"{factor}_{key}" for key in layers for factor in "AB"}
+    names = {"4x4": ENCODER, "6x4": TALL}
+    for name, variable in dataset.items():
+        _, key = name.split("_")
+        (dim,) = [dim for dim in variable.dims if dim.startswith("module")]
+        assert dim == ("module" if len(layers) == 1 else f"module_{key}")
+        assert list(variable[dim].values) == [names[key][i] for i in layers[key]]
+        whole = group_of(data, "posterior")[name].values
+        np.testing.assert_array_equal(variable, whole[:, :4, layers[key]])
+
+
+def test_sites_and_layers_are_chosen_together(posterior):
+    dataset = group_of(
+        posterior.to_arviz(draws=2, sites=["A_4x4", "B_6x4"], modules="v_proj"), "prior"
+    )
+    assert {name: variable.shape for name, variable in dataset.items()} == {
+        "A_4x4": (1, 2, 1, 2, 4)
+    }
+
+
+def test_scales_go_with_their_layers():
+    dataset = group_of(fitted("horseshoe").to_arviz(draws=2, modules="v_proj"), "posterior")
+    endings = ("", "_global", "_local")
+    assert set(dataset) == {f"{factor}_4x4{ending}" for factor in "AB" for ending in endings}
+    assert dataset["A_4x4_local"].shape == (1, 2, 1, 2)
+    assert dataset["A_4x4_global"].shape == (1, 2)
+    only = fitted("horseshoe").to_arviz(draws=2, sites=["B_6x4_local"])
+    assert list(group_of(only, "posterior")) == ["B_6x4_local"]
+
+
+def refusal(posterior, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        posterior.to_arviz(**options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_unknown_sites_and_layers_are_refused_with_the_known_ones(posterior):
+    message = refusal(posterior, draws=1, sites=["A_4x4", "A_5x5"])
+    assert "A_5x5" in message
+    assert all(name in message for name in FACTORS)
+    for modules in ("k_proj", r".*\.k_proj", "proj", ""):
+        assert "encoder.0.q_proj" in refusal(posterior, draws=1, modules=modules)
+    assert "no regex" in refusal(posterior, draws=1, modules="(")
+    message = refusal(posterior, draws=1, sites=["A_6x4"], modules="v_proj")
+    assert "A_6x4" in message
+    assert "v_proj" in message
+    assert "A_4x4_local" in refusal(posterior, draws=1, sites=["A_4x4_local"])
+
+
+@pytest.mark.parametrize("draws", [0, -1])
+def test_a_number_of_draws_below_one_is_refused(posterior, draws):
+    assert str(draws) in refusal(posterior, draws=draws)
+
+
+@pytest.fixture
+def no_large_arrays(monkeypatch):
+    """An array of over a million elements is an error."""
+    make = np.zeros
+
+    def zeros(shape, *args, **kwargs):
+        assert math.prod(np.atleast_1d(shape)) < 10**6
+        return make(shape, *args, **kwargs)
+
+    monkeypatch.setattr(np, "zeros", zeros)
+
+
+def test_too_large_draws_are_refused_before_anything_is_built(posterior, no_large_arrays):
+    message = refusal(posterior, draws=10**7)
+    # 88 weights of 4 bytes, of posterior and prior
+    assert "10000000 draws" in message
+    assert f"{88 * 4 * 2 * 10**7 / 2**20:,.0f} MiB" in message
+    assert "1,024 MiB are allowed" in message
+    assert all(word in message for word in ("draws=", "sites=", "modules=", "max_bytes="))
+
+
+def test_only_the_chosen_sites_count_towards_the_size(posterior):
+    size = 2 * 4 * 10 * 88
+    posterior.to_arviz(draws=10, max_bytes=size)
+    refusal(posterior, draws=10, max_bytes=size - 1)
+    refusal(posterior, draws=11, max_bytes=size)
+    of_one = 2 * 4 * 10 * (2 * 4)
+    posterior.to_arviz(draws=10, max_bytes=of_one, sites=["A_4x4"], modules="v_proj")
+    refusal(posterior, draws=10, max_bytes=of_one, sites=["A_4x4"], modules="q_proj")
+
+
+# ---- other posteriors
+
+
+def without_state(posterior) -> Posterior:
+    """As pruning leaves it: moments alone."""
+    return Posterior(
+        posterior.base,
+        posterior.groups,
+        posterior.alpha,
+        posterior.mean,
+        posterior.stddev,
+        posterior.family,
+    )
+
+
+def test_a_posterior_of_moments_alone_draws_from_its_normals():
+    pruned = without_state(fitted())
+    data = pruned.to_arviz(draws=DRAWS)
+    dataset = group_of(data, "posterior")
+    for name, mean in pruned.mean.items():
+        z = (dataset[name].values[0] - mean.numpy()) / pruned.stddev[name].numpy()
+        assert abs(z.mean()) < 4 / math.sqrt(z.size)
+        assert abs((z**2).mean() - 1) < 4 * math.sqrt(2 / z.size)
+    assert np.isfinite(group_of(data, "sample_stats")["log_prior"]).all()
+
+
+def test_moments_alone_under_a_hierarchical_prior_have_no_density_of_the_prior():
+    """Its scales are gone: there is nothing to condition on, and no closed form without."""
+    data = without_state(fitted("horseshoe")).to_arviz(draws=3)
+    assert set(group_of(data, "posterior")) == set(group_of(data, "prior")) == set(FACTORS)
+    stats = group_of(data, "sample_stats")
+    assert np.isnan(stats["log_prior"]).all()
+    assert np.isfinite(stats["log_guide"]).all()
+
+
+def test_a_point_is_the_same_in_every_draw():
+    posterior = fitted("normal", "point")
+    dataset = group_of(posterior.to_arviz(draws=3), "posterior")
+    for name, mean in posterior.mean.items():
+        assert (dataset[name].values == mean.numpy()).all()
+
+
+USER_FILE = """
+import pyro, pyro.distributions as dist, torch
+from blora_pyro.guides import normal
+
+class Prior:
+    def __call__(self, site):
+        pyro.sample(f"width_{site.name}", dist.Gamma(2.0, torch.ones(3)).to_event(1))
+        pyro.sample(f"mood {len(site.name)} of {site.factor}{site.shape[1]}", dist.Exponential(1.0))
+        return dist.Normal(0.0, 1.0).expand(site.shape).to_event(2)
+
+class Guide(normal.Guide):
+    def distribution(self, site):
+        pyro.sample(f"width_{site.name}", dist.Gamma(3.0, torch.ones(3)).to_event(1))
+        pyro.sample(f"mood {len(site.name)} of {site.factor}{site.shape[1]}", dist.Exponential(2.0))
+        return super().distribution(site)
+"""
+
+
+def test_sites_that_a_users_prior_names_as_it_likes_are_variables(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(USER_FILE)
+    dataset = group_of(fitted(str(path), groups=GROUPS[1:]).to_arviz(draws=2), "posterior")
+    assert dataset["width_A_6x4"].dims == ("chain", "draw", "width_A_6x4_dim_0")
+    assert dataset["mood 5 of B6"].dims == ("chain", "draw")
+    assert len(dataset) == 6
+
+
+# ---- files, and ArviZ
+
+
+def test_netcdf_and_zarr_bring_everything_back(tmp_path):
+    data = fitted("horseshoe").to_arviz(draws=3)
+    path = save_inference_data(data, tmp_path / "draws.nc")
+    netcdf = import_arviz().from_netcdf(str(path))
+    path = save_inference_data(data, tmp_path / "draws.zarr")
+    with xarray.open_datatree(path, engine="zarr") as zarr:
+        for name in ("posterior", "prior", "sample_stats"):
+            for back in (netcdf, zarr):
+                xarray.testing.assert_identical(group_of(back, name), group_of(data, name))
+
+
+def test_arviz_summarises_a_layer(posterior, data):
+    chosen = group_of(data, "posterior").sel(module_4x4="encoder.0.v_proj")
+    table = import_arviz().summary(chosen, var_names=["A_4x4"], kind="stats", round_to="none")
+    mean = posterior.mean["A_4x4"][1].flatten().numpy()
+    stddev = posterior.stddev["A_4x4"][1].flatten().numpy()
+    assert list(table.index) == [f"A_4x4[{r}, {i}]" for r in range(2) for i in range(4)]
+    assert (np.abs(table["mean"].astype(float) - mean) < 4.5 * stddev / DRAWS**0.5).all()
+    np.testing.assert_allclose(table["sd"].astype(float), stddev, rtol=0.2)
+
+
+# ---- the bridge between versions of ArviZ
+
 MODULES = ["model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1", "été"]
-DRAWS = 60
 
 
 def datasets() -> dict[str, xarray.Dataset]:
@@ -45,18 +466,12 @@ def groups() -> dict[str, xarray.Dataset]:
     return datasets()
 
 
-def dataset(data, group: str) -> xarray.Dataset:
-    """A group, of an InferenceData or of a DataTree."""
-    found = data[group]
-    return found if isinstance(found, xarray.Dataset) else found.to_dataset()
-
-
 def assert_holds(data, groups) -> None:
     """Values, types, dimensions, coordinates and attributes of every group."""
     names = {name.strip("/") for name in (data.groups if is_tree(data) else data.groups())} - {""}
     assert names == set(groups)
     for name, expected in groups.items():
-        found = dataset(data, name)
+        found = group_of(data, name)
         xarray.testing.assert_identical(found, expected)
         for key, variable in expected.variables.items():
             assert found[key].dims == variable.dims
@@ -80,37 +495,13 @@ def test_the_class_is_that_of_the_installed_arviz(groups):
         assert type(data) is arviz.InferenceData
 
 
-def test_groups_hold_what_they_were_given(groups):
+def test_both_versions_of_arviz_hold_the_same_datasets(groups):
     assert_holds(inference_data(groups), datasets())
-
-
-def test_layers_are_chosen_by_name(groups):
-    weights = dataset(inference_data(groups), "posterior")["A_5x4"]
-    assert list(weights["module"].values) == MODULES
-    chosen = weights.sel(module=MODULES[1], rank=1)
-    assert chosen.dims == ("chain", "draw", "in_feature")
-    np.testing.assert_array_equal(chosen, groups["posterior"]["A_5x4"].values[:, :, 1, 1])
-
-
-def test_one_group_is_enough(groups):
-    only = {"posterior": groups["posterior"]}
-    assert_holds(inference_data(only), only)
-
-
-def test_arviz_itself_summarises_the_draws(groups):
-    data = inference_data(groups)
-    table = import_arviz().summary(data, var_names=["A_5x4"], kind="stats", round_to="none")
-    weights = groups["posterior"]["A_5x4"].values[0].astype(float).reshape(DRAWS, -1)
-    assert len(table) == 3 * 2 * 4
-    assert table.index[0] == f"A_5x4[{MODULES[0]}, 0, 0]"
-    assert table.index[-1] == f"A_5x4[{MODULES[2]}, 1, 3]"
-    np.testing.assert_allclose(table["mean"].astype(float), weights.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(table["sd"].astype(float), weights.std(0, ddof=1), rtol=1e-2)
 
 
 def test_arviz_itself_gives_intervals_of_the_prior(groups):
     data = inference_data(groups)
-    hdi = import_arviz().hdi(dataset(data, "prior"))["A_5x4"]
+    hdi = import_arviz().hdi(group_of(data, "prior"))["A_5x4"]
     width = float((hdi[..., 1] - hdi[..., 0]).mean())
     assert 2 * 1.2 * 2.0 < width < 2 * 2.2 * 2.0  # of a Normal, between 77% and 97%
 
@@ -142,18 +533,11 @@ def test_a_second_file_replaces_the_first(groups, tmp_path, name):
         assert_holds(data, only)
 
 
-@pytest.mark.parametrize("name", ["draws", "draws.json", "draws.nc.gz", "nc", ".nc", "draws.NC"])
+@pytest.mark.parametrize("name", ["draws", "draws.json", "draws.nc.gz", ".nc"])
 def test_another_suffix_is_refused_and_nothing_written(groups, tmp_path, name):
     with pytest.raises(ValueError, match=r"neither \.nc nor \.zarr"):
         save_inference_data(inference_data(groups), tmp_path / name)
     assert not list(tmp_path.iterdir())
-
-
-def test_saving_changes_nothing(groups, tmp_path):
-    data = inference_data(groups)
-    for name in ("draws.nc", "draws.zarr"):
-        save_inference_data(data, tmp_path / name)
-    assert_holds(data, datasets())
 
 
 # ---- k-hat
@@ -187,10 +571,9 @@ def test_khat_is_the_shape_of_pareto_ratios(k):
     assert np.std(found) < 0.15
 
 
-@pytest.mark.parametrize("count", [3000, 20_000])
 @pytest.mark.parametrize("k", [0.4, 0.8, 1.5])
-def test_khat_is_near_the_likeliest_shape(k, count):
-    ratios = pareto_ratios(k, count, seed=1)
+def test_khat_is_near_the_likeliest_shape(k):
+    ratios = pareto_ratios(k, 3000, seed=1)
     assert pareto_khat(ratios) == pytest.approx(likeliest_shape(ratios), abs=0.05)
 
 
@@ -230,7 +613,3 @@ def test_khat_takes_ratios_of_a_thousand_nats():
 )
 def test_khat_is_infinite_where_there_is_no_tail_to_fit(ratios):
     assert pareto_khat(np.array(ratios)) == math.inf
-
-
-def test_khat_needs_thirty_draws():
-    assert math.isfinite(pareto_khat(np.random.default_rng(6).standard_normal(30)))

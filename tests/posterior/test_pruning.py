@@ -1,11 +1,9 @@
-import json
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.errors import UserError
@@ -13,7 +11,6 @@ from blora_pyro.models.pooling import Pooling
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.pruning import prune
 from blora_pyro.posterior.spectra import spectra
-from blora_pyro.runs.pruned import prune_run
 
 RANK = 5
 
@@ -107,7 +104,7 @@ def test_the_spread_of_what_is_kept_stays(posterior):
         assert ratio.median() > 0.7
 
 
-def test_what_was_pruned_may_be_pruned_again(posterior):
+def test_a_pruned_posterior_can_be_pruned_again(posterior):
     again = prune(prune(posterior, snr=2.0), rank=1)
     assert len({group.key for group in again.groups}) == len(again.groups)
     kept = deltas(again)
@@ -178,7 +175,7 @@ def test_stock_loaders_compute_the_logits_of_the_pruned_mean(
         ({"snr": 1.0, "sparsity": 0.5}, "one of rank, snr and sparsity"),
     ],
 )
-def test_what_cannot_be_pruned_by_is_refused(posterior, given, words):
+def test_invalid_pruning_options_are_refused(posterior, given, words):
     with pytest.raises(UserError, match=words):
         prune(posterior, **given)
 
@@ -187,46 +184,3 @@ def test_several_domains_are_not_pruned_at_once(posterior):
     pooled = replace(posterior, pooling=Pooling("none", ("a", "b")))
     with pytest.raises(UserError, match="choose one by for_domain"):
         prune(pooled, sparsity=0.5)
-
-
-def test_the_whole_rank_costs_nothing(finished_run, tmp_path):
-    metrics = prune_run(finished_run.output, tmp_path / "pruned", rank=4)
-    assert metrics["size"]["full"] == metrics["size"]["pruned"]
-    for one in (metrics["new_domain"], metrics["backward_error"]):
-        change = one["change"] if "difference" in one["change"] else one["change"]["wer"]
-        assert change["difference"] == 0
-
-
-def test_a_pruned_run_is_smaller_and_scored_against_the_full_one(finished_run, tmp_path):
-    out = tmp_path / "pruned"
-    metrics = prune_run(finished_run.output, out, rank=1)
-    size = metrics["size"]
-    assert size["pruned"]["adapter_weights"] * 4 == size["full"]["adapter_weights"]
-    assert size["pruned"]["directions"] == size["pruned"]["layers"]
-    assert json.loads((out / "metrics.json").read_text(encoding="utf-8")) == metrics
-    full = finished_run.metrics["new_domain"]["adapted"]
-    assert metrics["new_domain"]["base"] == full
-    about = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    assert about["pruned"]["from"] == str(finished_run.output)
-    assert about["pruned"]["rank"] == 1
-    whisper = WhisperForConditionalGeneration.from_pretrained(about["config"]["base"])
-    PeftModel.from_pretrained(whisper, str(out))
-
-
-def test_a_sparse_run_tells_how_many_weights_are_not_zero(finished_run, tmp_path):
-    out = tmp_path / "sparse"
-    size = prune_run(finished_run.output, out, sparsity=0.75, evaluate=False)["size"]
-    count = size["full"]["adapter_weights"]
-    assert size["pruned"]["adapter_weights"] == count
-    assert size["pruned"]["nonzero_weights"] == count - round(0.75 * count)
-    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["pruned"]["sparsity"] == 0.75
-    means = Posterior.load(out).mean.values()
-    assert sum(int(mean.count_nonzero()) for mean in means) == size["pruned"]["nonzero_weights"]
-
-
-def test_nothing_is_written_over_unless_asked(finished_run, tmp_path):
-    (tmp_path / "precious").touch()
-    with pytest.raises(UserError, match="not empty"):
-        prune_run(finished_run.output, tmp_path, rank=1, evaluate=False)
-    prune_run(finished_run.output, tmp_path, rank=1, evaluate=False, overwrite=True)
-    assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -51,7 +51,7 @@ def test_the_update_is_scaled(posterior, strength):
 
 
 @pytest.mark.parametrize("by", ["scale", SNR])
-def test_nothing_is_the_base_and_one_is_the_fit(posterior, net, batch, by):
+def test_strength_0_is_the_base_and_1_the_fit(posterior, net, batch, by):
     base = logits(net, batch)
     fit = adapted(posterior, net, batch)
     assert not torch.allclose(fit, base, atol=0.1)
@@ -117,7 +117,7 @@ def test_the_surest_directions_stay_the_fewest_that_hold_the_share(posterior):
     assert counts[0] < counts[-1] == len(pairs)  # and they do differ
 
 
-def test_turning_a_and_b_changes_nothing(posterior, net, batch):
+def test_a_rotation_of_a_and_b_changes_no_strength(posterior, net, batch):
     """The prior can't tell A -> RᵀA, B -> BR from A and B, for equal spread and orthogonal R."""
     q, _ = torch.linalg.qr(torch.randn(4, 4))
     flat = {name: torch.full_like(value, 0.05) for name, value in posterior.stddev.items()}
@@ -150,7 +150,7 @@ def test_a_posterior_without_an_update_is_the_base_at_every_strength(posterior, 
         (0.5, "magic", "strength_by is 'magic'; give scale or signal-to-noise"),
     ],
 )
-def test_what_is_no_strength_is_refused(posterior, strength, by, words):
+def test_strengths_out_of_range_are_refused(posterior, strength, by, words):
     with pytest.raises(UserError, match=words):
         at_strength(posterior, strength, by)
 
@@ -185,6 +185,6 @@ def test_strengths_are_read(text, strengths):
 @pytest.mark.parametrize(
     "text", ["", "half", "0,", "0:1", "0:1:0", "0:1:-1", "1:0:0.1", "nan", "0:1:0.001", "1:2:3:4"]
 )
-def test_what_names_no_strengths_is_refused(text):
+def test_text_without_strengths_is_refused(text):
     with pytest.raises(UserError, match=f"strength is '{text}'"):
         parse_strengths(text)

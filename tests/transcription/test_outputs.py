@@ -48,7 +48,7 @@ def test_two_files_for_one_place_are_refused_but_not_one_file_given_twice(folder
     assert len(plan.files) == 3
 
 
-def test_what_is_there_is_refused_left_out_or_written_over(folder, tmp_path):
+def test_existing_transcripts_are_refused_skipped_or_overwritten(folder, tmp_path):
     files = find_audio([folder])
     (tmp_path / "b.txt").write_text("mine")
     with pytest.raises(UserError, match=r"b\.txt' is there already; --resume"):
@@ -65,7 +65,7 @@ def test_a_folder_that_cannot_be_made_is_refused(folder, tmp_path):
         Output.plan(find_audio([folder]), tmp_path / "file", "text")
 
 
-def test_a_file_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_write_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 

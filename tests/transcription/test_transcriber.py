@@ -113,7 +113,7 @@ def test_the_batch_size_changes_no_transcript(fluent_base, features, prompts, si
     assert transcribe_features(fluent_base, features, prompts, size) == whole
 
 
-def test_nothing_is_transcribed_of_nothing(fluent_base, features):
+def test_no_utterances_give_no_transcripts(fluent_base, features):
     assert transcribe_features(fluent_base, features[:0], []) == []
 
 
@@ -195,7 +195,9 @@ def test_bad_files_and_languages_are_refused_by_name(fluent_base, tones_folder, 
         texts_of(fluent_base, [good], "xx")
 
 
-def test_bad_files_are_told_and_left_out_where_someone_listens(fluent_base, tones_folder, tmp_path):
+def test_unreadable_files_are_reported_and_left_out_if_on_error_is_given(
+    fluent_base, tones_folder, tmp_path
+):
     told, seen = [], []
     paths = [tmp_path / "nowhere.wav", tones_folder / "en0.wav", tmp_path]
     found = transcribe_files(
@@ -226,7 +228,7 @@ def test_a_long_file_without_timestamps_has_a_segment_for_what_lies_between_paus
     assert found.text == f"{first.text} {second.text}"
 
 
-def test_long_recordings_have_segments_in_order_whatever_the_model_babbles(timed_base):
+def test_long_recordings_have_segments_in_order(timed_base):
     recordings = [noise(2.3, 1), noise(0.4, 2), noise(1.2, 3)]
     found = Transcriber(timed_base, language="de-en", timestamps=True).transcribe(recordings)
     for recording, one in zip(recordings, found, strict=True):
@@ -239,7 +241,7 @@ def test_long_recordings_have_segments_in_order_whatever_the_model_babbles(timed
     assert len(found[0].segments) > 2
 
 
-def test_the_seed_decides_about_windows_that_go_astray_and_no_one_elses_numbers(timed_base):
+def test_the_seed_decides_sampled_windows_and_the_callers_state_stays(timed_base):
     state = torch.get_rng_state()
     transcriber = Transcriber(timed_base, language="de", timestamps=True)
     first = transcriber.transcribe([noise(1.2)])
@@ -338,7 +340,7 @@ def test_the_net_is_left_as_it_was(fluent_base, tones_folder):
     assert texts_of(fluent_base, [tones_folder / "de2.wav"], "de") == ["das rote"]
 
 
-def test_what_cannot_be_sampled_or_batched_is_refused(fluent_base):
+def test_invalid_options_are_refused(fluent_base):
     posterior = a_posterior(fluent_base)
     point = a_posterior(fluent_base, stddev=0.0)
     mine = replace(posterior, family=Family("mine.py", {}, "mine.py", runs_code=False))

@@ -71,7 +71,7 @@ def seconds_of(wave, window=3.0):
     return [(first / RATE, end / RATE) for first, end in cut_at_pauses(wave, window)]
 
 
-def test_what_lies_between_pauses_is_a_part_with_a_margin():
+def test_speech_between_pauses_is_a_span_with_a_margin():
     wave = np.concatenate([quiet(1), speech(1), quiet(0.5), speech(2), quiet(1)])
     (a, b), (c, d) = seconds_of(wave)
     assert (a, b, c, d) == pytest.approx((0.9, 2.1, 2.4, 4.6), abs=0.03)

@@ -1,0 +1,249 @@
+import copy
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import blora_pyro
+from blora_pyro.adapters import find_targets, group_by_shape
+from blora_pyro.errors import UserError
+from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.storage import POSTERIOR_FILE
+
+TARGETS = {
+    "all-linear": "all-linear",
+    "decoder q and v": r".*\.decoder\..*\.(q_proj|v_proj)",
+}
+
+
+def posterior_of(net, target_modules="all-linear", rank=2, alpha=5.0) -> Posterior:
+    """A posterior of random moments, none of them zero; alpha / rank is no integer."""
+    groups = group_by_shape(find_targets(net, target_modules), rank)
+    generator = torch.Generator().manual_seed(3)
+    sites = [site for group in groups for site in group.sites]
+    mean = {s.name: 0.3 * torch.randn(s.shape, generator=generator) for s in sites}
+    stddev = {s.name: 0.01 + 0.1 * torch.rand(s.shape, generator=generator) for s in sites}
+    return Posterior("tiny", groups, alpha, mean, stddev)
+
+
+@pytest.fixture(params=TARGETS.values(), ids=TARGETS.keys())
+def posterior(request, net) -> Posterior:
+    return posterior_of(net, request.param)
+
+
+@torch.no_grad()
+def logits(net, batch) -> torch.Tensor:
+    return net(
+        input_features=batch.input_features,
+        decoder_input_ids=batch.decoder_input_ids,
+        use_cache=False,
+    ).logits
+
+
+def hooks(net: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in net.modules())
+
+
+# ---- export: three ways to the same logits
+
+
+# PEFT 0.21 asks transformers 5.23 for an attribute by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_stock_peft_computes_the_logits_of_the_posterior_mean(net, batch, posterior, tmp_path):
+    posterior.save(tmp_path)
+    stock = PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path)).eval()
+    with posterior.applied(net):
+        ours = logits(net, batch)
+    torch.testing.assert_close(logits(stock, batch), ours, atol=1e-5, rtol=0)
+    assert (ours - logits(net, batch)).abs().max() > 1e-2  # it does something
+
+
+def test_transformers_load_adapter_computes_the_logits_of_the_posterior_mean(
+    net, batch, posterior, tmp_path
+):
+    posterior.save(tmp_path)
+    theirs = copy.deepcopy(net)
+    theirs.load_adapter(str(tmp_path))
+    with posterior.applied(net):
+        ours = logits(net, batch)
+    torch.testing.assert_close(logits(theirs.eval(), batch), ours, atol=1e-5, rtol=0)
+
+
+def test_the_adapter_holds_one_factor_a_layer_and_names_its_base(net, posterior, tmp_path):
+    posterior.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    layers = [name for name, _, _ in posterior.layer_means()]
+    assert config["peft_type"] == "LORA"
+    assert config["task_type"] is None
+    assert config["base_model_name_or_path"] == "tiny"
+    assert config["revision"] is None
+    assert config["r"] == 2
+    assert config["lora_alpha"] == 5.0
+    assert sorted(config["target_modules"]) == sorted(layers)
+    assert sorted(load_file(tmp_path / "adapter_model.safetensors")) == sorted(
+        f"base_model.model.{name}.lora_{factor}.weight" for name in layers for factor in "AB"
+    )
+
+
+def test_the_revision_of_the_base_is_kept(posterior, tmp_path):
+    replace(posterior, revision="v1").save(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v1"
+    assert Posterior.load(tmp_path).revision == "v1"
+
+
+# ---- save and load
+
+
+def test_save_and_load_return_every_bit(posterior, tmp_path):
+    posterior.save(tmp_path / "new" / "run")
+    loaded = Posterior.load(tmp_path / "new" / "run")
+    assert (loaded.base, loaded.groups, loaded.alpha) == (
+        posterior.base,
+        posterior.groups,
+        posterior.alpha,
+    )
+    for ours, theirs in ((posterior.mean, loaded.mean), (posterior.stddev, loaded.stddev)):
+        assert list(ours) == list(theirs)
+        for name, value in ours.items():
+            assert value.dtype == theirs[name].dtype
+            assert torch.equal(value, theirs[name])
+
+
+def test_a_loaded_posterior_saves_the_same_tensor_files(posterior, tmp_path):
+    posterior.save(tmp_path / "a")
+    Posterior.load(str(tmp_path / "a")).save(tmp_path / "b")
+    for name in (POSTERIOR_FILE, "adapter_model.safetensors"):
+        first, second = load_file(tmp_path / "a" / name), load_file(tmp_path / "b" / name)
+        assert list(first) == list(second)
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def refusal(folder: Path) -> str:
+    """What the UserError of loading from `folder` says, in one line."""
+    with pytest.raises(UserError) as caught:
+        Posterior.load(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_without_a_posterior_is_refused_by_name(tmp_path):
+    assert str(tmp_path) in refusal(tmp_path)
+    assert "nowhere" in refusal(tmp_path / "nowhere")
+
+
+def test_a_truncated_file_is_refused_wherever_it_was_cut(net, tmp_path):
+    posterior_of(net).save(tmp_path)
+    whole = (tmp_path / POSTERIOR_FILE).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    cuts = np.random.default_rng(0).integers(0, len(whole), 30)
+    for cut in (0, 1, 7, 8, header - 1, header, len(whole) - 1, *cuts.tolist()):
+        (tmp_path / POSTERIOR_FILE).write_bytes(whole[:cut])
+        assert "damaged" in refusal(tmp_path)
+
+
+def test_a_flipped_byte_in_the_header_is_refused_or_harmless(net, tmp_path):
+    posterior_of(net).save(tmp_path)
+    whole = (tmp_path / POSTERIOR_FILE).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(1)
+    refused = 0
+    for place in rng.integers(0, header, 150).tolist():
+        flipped = bytearray(whole)
+        flipped[place] ^= int(rng.integers(1, 256))
+        (tmp_path / POSTERIOR_FILE).write_bytes(bytes(flipped))
+        try:
+            Posterior.load(tmp_path)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"\0" * 64, b"\xff" * 64, b"{}", b"PK\x03\x04"])
+def test_garbage_is_refused(tmp_path, content):
+    (tmp_path / POSTERIOR_FILE).write_bytes(content)
+    assert "damaged" in refusal(tmp_path)
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "boom"),)
+
+    torch.save(Bomb(), tmp_path / POSTERIOR_FILE)
+    assert "damaged" in refusal(tmp_path)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_nothing_in_the_package_unpickles():
+    for path in Path(blora_pyro.__file__).parent.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        for word in ("torch.load(", "import pickle", "pickle.load", "joblib", "weights_only"):
+            assert word not in source, path
+
+
+def rewrite(folder: Path, change) -> None:
+    """Save again what `change` makes of the tensors and of the description."""
+    tensors = load_file(folder / POSTERIOR_FILE)
+    posterior = Posterior.load(folder)
+    about = {
+        "base": posterior.base,
+        "alpha": posterior.alpha,
+        "groups": [vars(group) for group in posterior.groups],
+        "prior": posterior.family.prior,
+        "prior_args": posterior.family.prior_args,
+        "guide": posterior.family.guide,
+    }
+    tensors, about = change(tensors, about)
+    save_file(tensors, folder / POSTERIOR_FILE, metadata={"blora_pyro": json.dumps(about)})
+
+
+def test_a_file_that_is_saved_again_as_it_was_is_read(net, tmp_path):
+    posterior_of(net).save(tmp_path)
+    rewrite(tmp_path, lambda tensors, about: (tensors, about))
+    assert Posterior.load(tmp_path).alpha == 5.0
+
+
+def without(mapping, *names):
+    return {name: value for name, value in mapping.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, about: ({**tensors, "A_16x16.mean": torch.zeros(1, 2, 3)}, about),
+        lambda tensors, about: ({**tensors, "B_16x16.stddev": torch.zeros(5)}, about),
+        lambda tensors, about: (without(tensors, "A_16x16.mean"), about),
+        lambda tensors, about: (without(tensors, "B_16x16.stddev"), about),
+        lambda tensors, about: (tensors, without(about, "alpha")),
+        lambda tensors, about: (tensors, without(about, "base")),
+        lambda tensors, about: (tensors, without(about, "groups")),
+        lambda tensors, about: (tensors, without(about, "prior")),
+        lambda tensors, about: (tensors, without(about, "prior_args")),
+        lambda tensors, about: (tensors, without(about, "guide")),
+        lambda tensors, about: (tensors, {**about, "groups": []}),
+        lambda tensors, about: (tensors, {**about, "groups": 7}),
+        lambda tensors, about: (tensors, {**about, "groups": [{"rank": 2}]}),
+        lambda tensors, about: (tensors, {**about, "groups": [{**about["groups"][0], "more": 1}]}),
+        lambda tensors, about: (tensors, [about]),
+        lambda tensors, about: (tensors, "text"),
+    ],
+)
+def test_a_file_of_another_content_is_refused(net, tmp_path, change):
+    posterior_of(net).save(tmp_path)
+    rewrite(tmp_path, change)
+    assert "damaged" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"other": "{}"}, {"blora_pyro": "no JSON"}])
+def test_a_file_without_our_description_is_refused(net, tmp_path, metadata):
+    posterior_of(net).save(tmp_path)
+    save_file(load_file(tmp_path / POSTERIOR_FILE), tmp_path / POSTERIOR_FILE, metadata=metadata)
+    assert "damaged" in refusal(tmp_path)
