@@ -1,0 +1,362 @@
+"""The results of a study as one table (CSV): a row for each scored fit.
+
+A row names the fit (`base`, `setting`, `method`, `candidate`, `data`, `seed`) and the `split` that
+it was scored on, and holds error rates, edit counts of every utterance, and where it was made
+(`command`, `commit`, `machine`). The columns after those of `COLUMNS` come in pairs, one for each
+set and measure: `edits.SET` with `lengths.SET` for the set's main measure, `edits.SET.pier` with
+`lengths.SET.pier` for PIER. So every interval can be computed again from the table alone.
+
+Counts are written a character for each utterance, in the set's order: 0-9, a-z for 10 to 35, and
+larger ones in parentheses. Before the counts of a main measure stands its name: `mer:2041(36)0`.
+`lengths` are the reference's tokens; they are blank where they are those of the row above with the
+same data and split, so that they stand in the table about once.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+
+from blora_pyro.errors import UserError
+from blora_pyro.files import replace_file
+from blora_pyro.metrics import Counts
+from blora_pyro.metrics.bootstrap import macro_rate
+from blora_pyro.runs.folders import METRICS, RUN, UTTERANCES
+from blora_pyro.runs.outcomes import NEW_DOMAIN
+from blora_pyro.runs.utterances import read_utterances
+
+BASE, PIER = "base", "pier"
+DEV, TEST = "dev", "test"
+COLUMNS = (
+    *("base", "setting", "method", "candidate", "data", "seed", "split", "failed"),
+    *("new_domain", "pier", "backward", "sparsity_A", "sparsity_B", "sparsity_delta_w"),
+    *("weights", "bytes", "seconds", "run", "after", "command", "commit", "machine"),
+)
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+Key = tuple[str, str, str, str, int, str]
+
+
+@dataclass(frozen=True)
+class ScoredFit:
+    """A fit, or the base model, scored on one split of one data set and of the backward sets.
+
+    Attributes:
+        base: Label of the base model.
+        setting: Name of the setting.
+        method: Name of the method; `base` is the base model as it is.
+        candidate: METHOD:VALUE, then the values of the methods that it builds on, with colons
+            between: `scaled-lora:0.5:0.003`.
+        data: Name of the data set, the new domain.
+        seed: Of the fit.
+        split: `dev` or `test`.
+        metrics: Set -> its main measure, `wer`, `mer` or `cer`; `new_domain` first.
+        counts: Set -> measure, the main one or `pier` -> edit counts of every utterance.
+        failed: Why there are no counts: the loss was not finite; "" otherwise.
+        sparsity: `A`, `B`, `delta_w` -> share of elements below 1e-3 in magnitude; None if unknown.
+        weights: Number of weights of the adapter.
+        bytes: Size of its file.
+        seconds: Duration of the fit.
+        run: Name of the run folder, "" if there is none.
+        after: The step after the fit, such as "strength 0.5"; "" for none.
+        command: The `blora-pyro fit` that makes the fit.
+        commit: Of the code.
+        machine: Processor, threads and versions.
+    """
+
+    base: str
+    setting: str
+    method: str
+    candidate: str
+    data: str
+    seed: int
+    split: str
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, Mapping[str, Counts]] = field(default_factory=dict)
+    failed: str = ""
+    sparsity: Mapping[str, float | None] = field(default_factory=dict)
+    weights: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    run: str = ""
+    after: str = ""
+    command: str = ""
+    commit: str = ""
+    machine: str = ""
+
+    @property
+    def key(self) -> Key:
+        """What tells it from the other rows; the base model has neither setting nor seed."""
+        is_base = self.method == BASE
+        setting, seed = ("", 0) if is_base else (self.setting, self.seed)
+        return self.base, setting, self.candidate, self.data, seed, self.split
+
+    def main(self, name: str) -> Counts:
+        """Counts of a set's main measure."""
+        return self.counts[name][self.metrics[name]]
+
+    @property
+    def backward_sets(self) -> list[str]:
+        """Names of the backward sets."""
+        return [name for name in self.counts if name != NEW_DOMAIN]
+
+    @property
+    def new_domain_error(self) -> float:
+        """Pooled rate of the new domain's main measure."""
+        return self.main(NEW_DOMAIN).rate
+
+    @property
+    def backward_error(self) -> float:
+        """Macro-average of the main measures of the backward sets."""
+        return macro_rate([self.main(name) for name in self.backward_sets])
+
+    @property
+    def balanced_error(self) -> float:
+        """Mean of new-domain error and backward error; infinite where the fit failed."""
+        if self.failed:
+            return float("inf")
+        return (self.new_domain_error + self.backward_error) / 2
+
+    # ---- as a row of the table
+
+    def to_row(self) -> dict[str, str]:
+        """Return the row as texts by column, lengths and all."""
+        row = {name: str(getattr(self, name, "")) for name in COLUMNS}
+        row |= {"weights": str(self.weights or ""), "bytes": str(self.bytes or "")}
+        row |= {"seconds": f"{self.seconds:.6g}" if self.seconds else ""}
+        for part in ("A", "B", "delta_w"):
+            share = self.sparsity.get(part)
+            row[f"sparsity_{part}"] = "" if share is None else f"{share:.6g}"
+        row["new_domain"] = row["pier"] = row["backward"] = ""
+        if self.counts:
+            pier = self.counts[NEW_DOMAIN].get(PIER)
+            row["new_domain"] = f"{self.new_domain_error:.6f}"
+            row["pier"] = "" if pier is None else f"{pier.rate:.6f}"
+            row["backward"] = f"{self.backward_error:.6f}"
+        for name, measures in self.counts.items():
+            for measure, counts in measures.items():
+                column = f"{name}.{PIER}" if measure == PIER else name
+                prefix = "" if measure == PIER else f"{measure}:"
+                row[f"edits.{column}"] = prefix + encode(counts.edits)
+                row[f"lengths.{column}"] = encode(counts.lengths)
+        return row
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, str]) -> "ScoredFit":
+        """Return what a row holds; its lengths must be there.
+
+        Raises:
+            KeyError, ValueError: If it is damaged.
+        """
+        texts = {
+            name: row[name]
+            for name in (
+                *("base", "setting", "method", "candidate", "data", "split", "failed"),
+                *("run", "after", "command", "commit", "machine"),
+            )
+        }
+        metrics, counts = _counts_of(row)
+        shares = {part: row[f"sparsity_{part}"] for part in ("A", "B", "delta_w")}
+        scored = cls(
+            **texts,
+            seed=int(row["seed"]),
+            metrics=metrics,
+            counts=counts,
+            sparsity={part: float(text) if text else None for part, text in shares.items()},
+            weights=int(row["weights"] or 0),
+            bytes=int(row["bytes"] or 0),
+            seconds=float(row["seconds"] or 0),
+        )
+        if not scored.failed and not scored.balanced_error >= 0:  # nan: no words in a set
+            raise ValueError("a set has no reference word")
+        return scored
+
+
+def _counts_of(row: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[str, Counts]]]:
+    metrics: dict[str, str] = {}
+    counts: dict[str, dict[str, Counts]] = {}
+    filled = [name for name, text in row.items() if name.startswith("edits.") and text]
+    for column in filled:
+        name, text = column.removeprefix("edits."), row[column]
+        lengths = decode(row[f"lengths.{name}"])
+        if name.endswith(f".{PIER}"):
+            name, measure = name.removesuffix(f".{PIER}"), PIER
+        else:
+            measure, _, text = text.partition(":")
+            metrics[name] = measure
+        edits = decode(text)
+        if edits.shape != lengths.shape:
+            raise ValueError(f"{column} has {len(edits)} utterances, its lengths {len(lengths)}")
+        counts.setdefault(name, {})[measure] = Counts(edits, lengths)
+    return metrics, counts
+
+
+def encode(counts: Iterable[int]) -> str:
+    """Return counts as text, a character each; larger ones than 35 as a number in parentheses."""
+    return "".join(DIGITS[one] if one < len(DIGITS) else f"({one})" for one in counts)
+
+
+def decode(text: str) -> np.ndarray:
+    """Return the counts of a text of `encode`.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    found, rest = [], text
+    while rest:
+        if rest[0] == "(":
+            number, _, rest = rest[1:].partition(")")
+            found.append(int(number))
+        else:
+            found.append(DIGITS.index(rest[0]))
+            rest = rest[1:]
+    return np.array(found, np.int64)
+
+
+# ---- the file
+
+
+def results_frame(scored: Iterable[ScoredFit]) -> pandas.DataFrame:
+    """Return the table of scored fits, all cells texts, in an order that does not hang on theirs.
+
+    Of two with the same key, the last counts.
+    """
+    unique = {one.key: one for one in scored}
+    order = sorted(unique.values(), key=_order)
+    frame = pandas.DataFrame([one.to_row() for one in order]).fillna("")
+    counts = [name for name in frame.columns if name not in COLUMNS]
+    frame = frame.reindex(columns=[*COLUMNS, *counts])
+    for name in (one for one in counts if one.startswith("lengths.")):
+        above = frame[name].where(frame[name] != "").groupby([frame["data"], frame["split"]])
+        above = above.transform(lambda column: column.ffill().shift())
+        frame[name] = frame[name].where(frame[name] != above, "")
+    return frame
+
+
+def _order(one: ScoredFit) -> tuple[Any, ...]:
+    values = [float(text) for text in one.candidate.split(":")[1:]]
+    return one.base, one.setting, one.method, values, one.split, one.data, one.seed
+
+
+def write_results(path: Path, scored: Iterable[ScoredFit]) -> None:
+    """Write the table; a reader sees the old one or the new one, never half of it.
+
+    Raises:
+        UserError: If it can't be written.
+    """
+    text = results_frame(scored).to_csv(index=False, lineterminator="\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise UserError(
+            f"'{path}' can't be written ({error.strerror}); put that right and start the same "
+            "command again: no fit is lost"
+        ) from None
+
+
+def read_results(path: Path) -> list[ScoredFit]:
+    """Return the scored fits of a table; [] if there is no such file.
+
+    Raises:
+        UserError: If it is damaged, naming the line.
+    """
+    if not path.exists():
+        return []
+    line = 1
+    found = []
+    try:
+        frame = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        lengths = [name for name in frame.columns if name.startswith("lengths.")]
+        if lengths:
+            known = frame[lengths].where(frame[lengths] != "")
+            frame[lengths] = known.groupby([frame["data"], frame["split"]]).ffill().fillna("")
+        for row in frame.to_dict("records"):
+            line += 1
+            found.append(ScoredFit.from_row({str(name): text for name, text in row.items()}))
+    except (OSError, KeyError, ValueError) as error:  # pandas' own are ValueErrors
+        raise UserError(
+            f"{path}, line {line}: no table of results ({type(error).__name__}: {error}); bring "
+            "back a copy, or remove it"
+        ) from None
+    return found
+
+
+# ---- from the files of a run folder
+
+
+def score_files(folder: Path, split: str = TEST, after: str = "") -> tuple[Path, Path]:
+    """Return where a run folder keeps the metrics and utterances of a split.
+
+    The test set's are `metrics.json` and `utterances.jsonl`, others `metrics-dev.json` or
+    `metrics-test-strength-0.5.json`.
+    """
+    parts = [split, after.replace(" ", "-")] if after else [] if split == TEST else [split]
+    metrics, utterances = (
+        folder / "-".join([Path(name).stem, *parts]) for name in (METRICS, UTTERANCES)
+    )
+    return Path(f"{metrics}{Path(METRICS).suffix}"), Path(f"{utterances}{Path(UTTERANCES).suffix}")
+
+
+def counts_of_utterances(
+    rows: Iterable[Mapping[str, Any]], state: str = "adapted"
+) -> tuple[dict[str, str], dict[str, dict[str, Counts]]]:
+    """Return main measures and counts by set, from the rows of `utterances.jsonl`.
+
+    Args:
+        rows: See `runs.utterances`.
+        state: `adapted`, or `base`.
+    """
+    metrics: dict[str, str] = {}
+    listed: dict[str, dict[str, list[tuple[int, int]]]] = {}
+    for row in rows:
+        if row["state"] != state:
+            continue
+        name = row["set"]
+        metrics[name] = row["metric"]
+        measures = listed.setdefault(name, {row["metric"]: []})
+        measures[row["metric"]].append((row["edits"], row["length"]))
+        if "pier" in row:
+            measures.setdefault(PIER, []).append((row["pier"]["edits"], row["pier"]["length"]))
+    counts = {
+        name: {measure: _as_counts(pairs) for measure, pairs in measures.items()}
+        for name, measures in listed.items()
+    }
+    return metrics, counts
+
+
+def _as_counts(pairs: Sequence[tuple[int, int]]) -> Counts:
+    table = np.array(pairs, np.int64).reshape(-1, 2)
+    return Counts(table[:, 0], table[:, 1])
+
+
+def scored_run(scored: ScoredFit, folder: Path) -> ScoredFit:
+    """Return a scored fit with what its run folder holds of its split: rates, sparsity, seconds.
+
+    Any program that leaves `metrics.json` and `utterances.jsonl` in a folder, and `seconds` in its
+    `run.json`, can be a row of a table.
+
+    Args:
+        scored: What the fit is.
+        folder: The run folder.
+
+    Raises:
+        UserError: If a file is missing or damaged.
+    """
+    metrics_file, utterances_file = score_files(folder, scored.split, scored.after)
+    state = BASE if scored.method == BASE else "adapted"
+    try:
+        metrics, counts = counts_of_utterances(read_utterances(utterances_file), state)
+        sparsity = json.loads(metrics_file.read_text(encoding="utf-8")).get("sparsity") or {}
+        run = folder / RUN
+        about = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}
+        seconds = float(about.get("seconds", {}).get("fit", 0.0))
+        return replace(scored, metrics=metrics, counts=counts, sparsity=sparsity, seconds=seconds)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{metrics_file} or {utterances_file.name} is damaged ({error}); remove them"
+        ) from None
