@@ -1,8 +1,9 @@
-"""A posterior looked into.
+"""A posterior in figures, words and plots; data checked before a fit.
 
-- `summaries`: figures of every layer; `khat`: how well the guide fits;
-- `densities`, `heat_maps`, `plots`: pictures;
-- `layers`: where in Whisper a layer sits; `explanations`: what figures mean, in words.
+- `summaries`: figures of every layer; `layers`: the same by kind of layer; `khat`: how well the
+  guide fits; `explanations`: how the prior shrinks, in words;
+- `plots`, `heat_maps`, `densities`: plots;
+- `data_check`: what a fit would refuse; `report`: all of it on a terminal.
 """
 
 from blora_pyro.diagnostics.summaries import (

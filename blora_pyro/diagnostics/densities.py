@@ -1,4 +1,4 @@
-"""Densities of a weight under prior and posterior, from draws: any prior, any guide."""
+"""Densities of a weight under prior and posterior, estimated from draws of any prior and guide."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,21 +17,21 @@ from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.draws import traces
 
 BINS = 121
-PRIOR_VALUES = 2_000_000  # drawn, at least, so that the tails are seen
+PRIOR_VALUES = 2_000_000  # values drawn at least, for the tails
 MOST_PRIOR_DRAWS = 500
-POSTERIOR_VALUES = 20_000_000  # drawn, over the whole model
+POSTERIOR_VALUES = 20_000_000  # values drawn, of the whole model
 
 
 @dataclass(frozen=True)
 class Densities:
-    """One factor of one layer, all its weights together.
+    """Histograms of all weights of one factor of one layer, as densities.
 
     Attributes:
         title: Layer and factor.
-        edges: Of the bins, (bins + 1,).
-        prior: Density of a weight under the prior, its scales averaged over, (bins,).
-        posterior: That of a weight drawn from q, over all weights, (bins,); None for a point.
-        means: That of the posterior means, (bins,).
+        edges: Edges of the bins, (bins + 1,).
+        prior: Draws of a weight from the prior, its scales averaged over, (bins,).
+        posterior: Draws of all weights from q, (bins,); None for a point.
+        means: Posterior means, (bins,).
     """
 
     title: str
@@ -42,7 +42,7 @@ class Densities:
 
 
 def densities(posterior: Posterior, summary: Summary) -> list[Densities]:
-    """A and B of the layers with the most and the least KL a weight (without KL: norm of ΔW)."""
+    """Return those of A and B in two layers, of most and least KL a weight (or norm of ΔW)."""
     sizes = {module: kl / weights for module, (kl, weights) in kl_by_module(summary).items()}
     what = "KL a weight" if sizes else "ΔW"
     sizes = sizes or {row.module: row.norm for row in summary.updates}
@@ -89,7 +89,7 @@ def _densities(
 def _posterior_values(
     posterior: Posterior, wanted: list[tuple[tuple[str, str], Site]]
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Draws of all weights of some factors of layers; nothing for what is a point."""
+    """Return draws of all weights of some factors of layers, without those that are points."""
     wanted = [(key, site) for key, site in wanted if bool(posterior.stddev[site.name].any())]
     count = min(64, max(2, POSTERIOR_VALUES // posterior.num_weights))
     values: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key, _ in wanted}
@@ -104,7 +104,7 @@ def _posterior_values(
 def _prior_values(
     posterior: Posterior, site: Site, module: str, points: dict[str, Tensor]
 ) -> np.ndarray:
-    """Draws of the prior of one layer: what is fitted as a point is held, other scales drawn."""
+    """Return draws of the prior of one layer; scales that the guide has as points are fixed."""
     index = site.modules.index(module)
     one = replace(
         site,

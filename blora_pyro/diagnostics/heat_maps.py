@@ -1,4 +1,4 @@
-"""Heat maps of a posterior, a row a block or a layer: where it adapted, and by how many ranks."""
+"""Heat maps of a posterior, a row a block or a layer: where it adapted, and how many ranks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +12,12 @@ from blora_pyro.diagnostics.layers import LayerPosition, layer_kinds
 from blora_pyro.diagnostics.summaries import Summary
 from blora_pyro.plotting import SMALL, TEXT, TITLE, label_axes, new_figure, tick_at_1_2_5
 
-HIDDEN = 1000  # what is smaller than the largest by this looks like 0
-ROWS = 60  # layers in a heat map of ranks, above that kinds
+RANGE = 1000  # ratio of largest to smallest value that a colour scale shows
+ROWS = 60  # most layers in a heat map of ranks; more are shown by kind
 
 
 def kl_map(summary: Summary) -> Figure:
-    """KL of A and B by block and projection: the layer's in figures, that of a weight in colour."""
+    """Plot KL by block and projection: of a layer in figures, per weight in colour."""
     totals = kl_by_module(summary)
     colors = {module: kl / weights for module, (kl, weights) in totals.items()}
     top = LayerPosition.of(max(colors, key=lambda name: colors[name])).label
@@ -28,14 +28,14 @@ def kl_map(summary: Summary) -> Figure:
 
 
 def update_map(summary: Summary) -> Figure:
-    """Norm of ΔW by block and projection, over that of the frozen weight where it is known."""
+    """Plot the norm of ΔW by block and projection, relative to the frozen weight if known."""
     relative = all(row.relative_norm is not None for row in summary.updates)
     sizes = {
         row.module: 100 * float(row.relative_norm or 0) if relative else row.norm
         for row in summary.updates
     }
     top = LayerPosition.of(max(sizes, key=lambda name: sizes[name])).label
-    least = 10.0 ** np.floor(np.log10(max(max(sizes.values()) / HIDDEN, 1e-30)))
+    least = 10.0 ** np.floor(np.log10(max(max(sizes.values()) / RANGE, 1e-30)))
     numbers = {
         module: f"{size:#.2g}".rstrip(".") if size >= least else f"<{least:g}"
         for module, size in sizes.items()
@@ -49,7 +49,7 @@ def _nats(kl: float) -> str:
 
 
 def _layer_map(values: dict[str, float], numbers: dict[str, str], title: str, unit: str) -> Figure:
-    """A heat map of one value a layer; combinations that do not exist are hatched."""
+    """Plot one value a layer; combinations that do not exist are hatched."""
     positions = {module: LayerPosition.of(module) for module in values}
     by_depth = sorted(positions.values(), key=lambda one: one.order)
     blocks = list(dict.fromkeys(one.block for one in by_depth))
@@ -75,7 +75,7 @@ def _layer_map(values: dict[str, float], numbers: dict[str, str], title: str, un
 
 
 def _add_bar(figure: Figure, image: Any, axes: Any, unit: str) -> None:
-    """The colours' scale, below the cells."""
+    """Add the colour bar below the cells."""
     height = figure.get_figheight()
     place: dict[str, Any] = {
         "location": "bottom",
@@ -91,10 +91,10 @@ def _add_bar(figure: Figure, image: Any, axes: Any, unit: str) -> None:
 
 
 def _heat(panel: Any, cells: np.ndarray, rows: Sequence[str], **limits: float) -> Any:
-    """Cells in cividis, logarithmic (over three decades) where skewed, on a hatched ground."""
+    """Plot cells in cividis, logarithmic (over three decades) if skewed, on a hatched ground."""
     known = cells[np.isfinite(cells)]
     low, high = (limits.get("low", known.min()), limits.get("high", known.max()))
-    low = max(low, high / HIDDEN) if low > 0 else low
+    low = max(low, high / RANGE) if low > 0 else low
     skewed = not limits and low > 0 and high > 10 * low
     norm = LogNorm(low, high) if skewed else Normalize(low, high if high > low else low + 1)
     panel.patch.set(hatch="////", edgecolor="#bbbbbb", facecolor="white")
@@ -109,12 +109,12 @@ def _heat(panel: Any, cells: np.ndarray, rows: Sequence[str], **limits: float) -
 
 
 def active_rank_plot(summary: Summary, shrinkage: dict[str, np.ndarray]) -> Figure:
-    """How open each rank of A and B is, 1 - shrinkage factor, the most open first.
+    """Plot how open each rank of A and B is, 1 - shrinkage factor, the most open first.
 
-    A row a layer, or where that would be more than a page a kind of layer, their mean.
+    A row is a layer, or the mean of a kind of layer if the layers need more than a page.
 
     Args:
-        summary: The posterior's.
+        summary: Figures of the posterior.
         shrinkage: Shrinkage factors (rank,) by `{factor} {module}`.
     """
     positions = {row.module: LayerPosition.of(row.module) for row in summary.updates}

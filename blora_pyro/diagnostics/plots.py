@@ -1,7 +1,4 @@
-"""Pictures of a posterior: matplotlib figures that read in print, in grey, and colour-blind.
-
-Every function makes a `Figure` of its own: neither pyplot nor anyone's rcParams are touched.
-"""
+"""Plots of a posterior: matplotlib figures that can be read in print, in grey, and colour-blind."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +32,7 @@ from blora_pyro.plotting import (
 )
 from blora_pyro.posterior import Posterior
 
-LOOKS = dict(
+MARKERS = dict(
     zip(
         PROJECTIONS,
         zip((BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE), "os^DPX", strict=True),
@@ -48,15 +45,15 @@ PARTS = {
     "cross": "decoder to encoder (cross)",
     "other": "other layers",
 }
-SMOOTHING = 0.05  # of the running mean over the trace of a fit, in shares of its steps
-TOP = 6  # layers with singular values
-CROWD = 300  # points
+SMOOTHING = 0.05  # window of the running mean over the trace of a fit, as a share of its steps
+TOP_LAYERS = 6  # layers whose singular values are plotted
+CROWD = 300  # points from which on markers are small
 
 
 def contraction_plot(summary: Summary) -> Figure:
-    """Contraction against signal-to-noise: one point a layer and factor that is no point estimate.
+    """Plot contraction against signal-to-noise, a marker a factor that is no point estimate.
 
-    A panel a part of Whisper; colour and shape say the projection, filled is A, hollow is B.
+    A panel is a part of Whisper; colour and shape are the projection, filled is A, hollow is B.
     """
     rows = [(LayerPosition.of(row.module), row) for row in summary.factors if row.kl is not None]
     parts = [part for part in PARTS if any(one.part == part for one, _ in rows)]
@@ -68,7 +65,7 @@ def contraction_plot(summary: Summary) -> Figure:
         for position, row in rows:
             if position.part != part:
                 continue
-            color, marker = LOOKS.get(position.projection, (BLACK, "*"))
+            color, marker = MARKERS.get(position.projection, (BLACK, "*"))
             panel.plot(
                 *(max(row.signal_to_noise, 1e-4), row.contraction),
                 marker=marker,
@@ -105,16 +102,16 @@ def _projection_handles(used: Sequence[str]) -> list[Line2D]:
 
     names = [name for name in PROJECTIONS if name in used]
     return [
-        *(handle(name, *LOOKS[name], LOOKS[name][0]) for name in names),
+        *(handle(name, *MARKERS[name], MARKERS[name][0]) for name in names),
         handle("filled: A", BLACK, "o", BLACK),
         handle("hollow: B", BLACK, "o", "none"),
     ]
 
 
 def density_plot(found: Sequence[Densities]) -> Figure:
-    """Densities of a weight under prior and posterior, and of the means, logarithmic: the tails.
+    """Plot densities of a weight under prior and posterior, and of the means, logarithmic.
 
-    A panel each; the posterior's is that of all weights of one factor of one layer together.
+    A panel is one factor of one layer, all its weights together.
     """
     columns = 2 if len(found) > 1 else 1
     rows = -(-len(found) // columns)
@@ -144,8 +141,8 @@ def density_plot(found: Sequence[Densities]) -> Figure:
 
 
 def singular_value_plot(summary: Summary) -> Figure:
-    """Singular values of ΔW with 95% intervals, for the layers with the largest ΔW."""
-    top = sorted(summary.updates, key=lambda row: -row.norm)[:TOP]
+    """Plot singular values of ΔW with 95% intervals, for the layers with the largest ΔW."""
+    top = sorted(summary.updates, key=lambda row: -row.norm)[:TOP_LAYERS]
     columns = min(3, len(top))
     rows = -(-len(top) // columns)
     title = "Directions of ΔW: singular values"
@@ -185,7 +182,7 @@ def _spectrum(panel: Any, row: UpdateSummary) -> None:
 
 
 def trace_plot(history: Sequence[Step], beta: float) -> Figure:
-    """NLL and beta · KL by step, and their running means; NLL alone where beta is 0."""
+    """Plot NLL and beta · KL by step, and their running means; NLL alone where beta is 0."""
     steps = np.array([step.step for step in history])
     parts = {"NLL, nats a token": np.array([step.nll for step in history])}
     if beta and all(step.kl is not None for step in history):
@@ -203,7 +200,7 @@ def trace_plot(history: Sequence[Step], beta: float) -> Figure:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a window around each step, cut off at the ends."""
+    """Return the mean over a window around each step, cut off at the ends."""
     half = max(1, round(SMOOTHING * len(values) / 2))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -214,10 +211,10 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 def all_plots(
     posterior: Posterior, summary: Summary, history: Sequence[Step], beta: float
 ) -> dict[str, Figure]:
-    """Every plot that this posterior has, by name.
+    """Return every plot that this posterior has, by name.
 
     Args:
-        posterior: What was fitted.
+        posterior: Posterior of a fit.
         summary: Its figures.
         history: The steps of its fit; may be empty.
         beta: Weight of the KL in the fit.
@@ -237,11 +234,11 @@ def all_plots(
 
 
 def save_plots(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
-    """Write figures as PNG (200 dpi) and as PDF; files of the same names are written over."""
+    """Write figures as PNG (200 dpi) and as PDF, over files of the same names."""
     paths = []
     for name, figure in figures.items():
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it is laid out: not once more for every file
+        figure.set_layout_engine("none")  # the layout is done: not again for every file
         for suffix, about in ((".png", {}), (".pdf", {"CreationDate": None})):
             paths.append(folder / f"{name}{suffix}")
             figure.savefig(paths[-1], dpi=200, metadata=about)

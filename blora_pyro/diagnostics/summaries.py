@@ -1,4 +1,4 @@
-"""What a posterior says of itself: contraction, signal-to-noise, KL and norms.
+"""Figures of a posterior by layer: contraction, signal-to-noise, KL and norms.
 
 Everything here is in closed form or needs a few draws, at any size of model.
 """
@@ -20,7 +20,7 @@ from blora_pyro.posterior.draws import is_point, traces
 from blora_pyro.posterior.spectra import effective_rank, spectra
 
 NEAR_ZERO = 1e-3
-KL_DRAWS = 16  # of what has no closed form
+KL_DRAWS = 16  # where there is no closed form
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class FactorSummary:
 
 @dataclass(frozen=True)
 class UpdateSummary:
-    """ΔW = alpha/rank · B A of one layer: what A and B leave open (A -> R⁻¹A, B -> BR) is settled.
+    """ΔW = alpha/rank · B A of one layer, which does not depend on the basis of A and B.
 
     Attributes:
         module: Name of the layer.
         norm: Frobenius norm of E ΔW.
-        relative_norm: The same over that of the frozen weight; None if that is not known.
+        relative_norm: Its ratio to the norm of the frozen weight; None if that is not known.
         singular_values: Of E ΔW, falling.
         singular_stddevs: Posterior standard deviation of uᵢᵀ ΔW vᵢ, uᵢ and vᵢ the singular vectors
             of E ΔW: the spread of the singular values to first order.
@@ -109,7 +109,7 @@ class Summary:
 
 
 def summarise(posterior: Posterior) -> Summary:
-    """The figures of a posterior.
+    """Return the figures of a posterior.
 
     Raises:
         UserError: If its prior is code that has not been named.
@@ -171,11 +171,11 @@ def _summarise_site(
 
 
 def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
-    """KL(q || p) in nats: (modules,) for factors, a scalar for scales, None for points.
+    """Return KL(q || p) in nats: (modules,) for factors, a scalar for scales, None for points.
 
-    Closed-form where torch knows it, else log q - log p at draws; those given the scales of a
-    hierarchical prior are averaged over draws of the scales. None throughout if the guide lacks
-    these scales, as after pruning.
+    It is closed-form where torch knows it, else log q - log p at draws. The KL of factors given the
+    scales of a hierarchical prior is averaged over draws of the scales. All are None if the guide
+    lacks these scales, as after pruning.
     """
     totals: dict[str, Tensor | None] = {}
     count = 0
