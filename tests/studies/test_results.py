@@ -119,7 +119,7 @@ def test_a_run_folder_is_read_by_the_files_of_its_split(tmp_path):
     names = ["metrics-dev-strength-0.5.json", "utterances-dev-strength-0.5.jsonl"]
     assert [path.name for path in files] == names
     files[0].write_text(json.dumps({"sparsity": {"A": 0.5}}))
-    texts = {"utterance": 0, "origin": "rows.jsonl:1", "reference": "ja", "hypothesis": "ja"}
+    texts = {"origin": "rows.jsonl:1", "audio": None, "reference": "ja", "hypothesis": "ja"}
     base = {**texts, "set": "new_domain", "state": "base", "metric": "wer", "alignment": []}
     base |= {"edits": 9, "length": 9, "rate": 1.0}
     rows = [base, {**base, "state": "adapted", "edits": 1, "pier": {"edits": 1, "length": 2}}]
