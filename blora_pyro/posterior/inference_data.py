@@ -139,28 +139,23 @@ def to_inference_data(
             "modules=, or give a larger max_bytes="
         )
     names = _name_dimensions(variables)
-    posterior = _empty(variables, names, draws)
     stats = {name: np.empty((1, draws)) for name in ("log_guide", "log_prior")}
-    for i, trace in enumerate(traces(guide, draws, seed)):
-        with torch.no_grad():
-            stats["log_guide"][0, i] = trace.log_prob_sum().item()
-            stats["log_prior"][0, i] = log_density(prior, trace)
-        for variable in variables:
-            posterior[variable.name][0, i] = variable.values(trace)
-    drawn = _empty(variables, names, draws)
-    for i, trace in enumerate(traces(prior, draws, seed + 1)):  # noise of its own
-        for variable in variables:
-            drawn[variable.name][0, i] = variable.values(trace)
-    sample = {"chain": [0], "draw": np.arange(draws)}
-    return inference_data(
-        {
-            "posterior": xarray.Dataset(posterior, attrs=attrs),
-            "prior": xarray.Dataset(drawn, attrs=attrs),
-            "sample_stats": xarray.Dataset(
-                {name: (("chain", "draw"), values) for name, values in stats.items()}, sample
-            ),
-        }
+    found = {}
+    for group, program, its_seed in (("posterior", guide, seed), ("prior", prior, seed + 1)):
+        arrays = _empty(variables, names, draws)
+        for i, trace in enumerate(traces(program, draws, its_seed)):
+            for variable in variables:
+                arrays[variable.name][0, i] = variable.values(trace)
+            if group == "posterior":
+                with torch.no_grad():
+                    stats["log_guide"][0, i] = trace.log_prob_sum().item()
+                    stats["log_prior"][0, i] = log_density(prior, trace)
+        found[group] = xarray.Dataset(arrays, attrs=attrs)
+    found["sample_stats"] = xarray.Dataset(
+        {name: (("chain", "draw"), values) for name, values in stats.items()},
+        {"chain": [0], "draw": np.arange(draws)},
     )
+    return inference_data(found)
 
 
 def _choose(
