@@ -1,21 +1,13 @@
 """Manifests, audio, features, prompts and batches, and the built-in pocket corpora."""
 
 from blora_pyro.data.audio import SAMPLING_RATE, AudioHeader, read_audio, read_header
-from blora_pyro.data.collation import IGNORED, Batch, Examples, SoftTargets
-from blora_pyro.data.features import (
-    Digests,
-    Features,
-    OnNote,
-    OnProgress,
-    featurise,
-    trim,
-    usable_cores,
-)
+from blora_pyro.data.collation import IGNORED, Batch, Examples, SoftTargets, batch_indices
+from blora_pyro.data.feature_cache import Digests
+from blora_pyro.data.features import Features, OnNote, OnProgress, featurise, trim, usable_cores
 from blora_pyro.data.manifest import read_manifest
-from blora_pyro.data.mixtures import batch_indices, load_mixture
 from blora_pyro.data.prompts import Encoder, language_codes, prompt_ids, text_ids
 from blora_pyro.data.rows import BadRow, OnBadRow, all_bad, stop
-from blora_pyro.data.sources import (
+from blora_pyro.data.splits import (
     DOMAINS,
     LANGUAGES,
     MODEL_DIR,
@@ -23,6 +15,7 @@ from blora_pyro.data.sources import (
     cache_dir,
     corpus_dir,
     is_hub_id,
+    load_mixture,
     load_split,
     split_names,
     stream_split,

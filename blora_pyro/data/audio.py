@@ -1,4 +1,4 @@
-"""Audio files and arrays as Whisper hears them: one channel, 16 kHz."""
+"""Audio files and arrays, read as Whisper takes them: one channel, 16 kHz."""
 
 import io
 from collections.abc import Iterator, Mapping
@@ -69,7 +69,7 @@ def read_audio(
 
 @dataclass(frozen=True)
 class AudioHeader:
-    """What a file says of itself: sampling rate in Hz, channels, length in seconds."""
+    """The header of an audio file: sampling rate in Hz, channels, length in seconds."""
 
     sampling_rate: int
     channels: int
@@ -77,7 +77,7 @@ class AudioHeader:
 
 
 def read_header(audio: Mapping[str, Any]) -> AudioHeader:
-    """Read what a file, {"path", "bytes"}, says of itself; nothing of it is decoded.
+    """Read the header of a file, {"path", "bytes"}; nothing of it is decoded.
 
     Raises:
         UserError: if it cannot be read.
@@ -87,7 +87,7 @@ def read_header(audio: Mapping[str, Any]) -> AudioHeader:
 
 
 def audio_name(audio: Mapping[str, Any]) -> str:
-    """Return what messages call this audio: its path, else "audio without a path"."""
+    """Return the name of audio in messages: its path, else "audio without a path"."""
     return printable(audio.get("path") or "audio without a path")
 
 
@@ -114,8 +114,8 @@ def check_array(audio: Mapping[str, Any]) -> tuple[Wave, int]:
         return wave.astype(np.float32), int(rate)
 
 
-class _Sound(soundfile.SoundFile):
-    """A file that is read on where it was read to.
+class _SoundFile(soundfile.SoundFile):
+    """An audio file whose blocks are read one behind the other.
 
     soundfile seeks after every read, which in mp3 and ogg/vorbis is not exact (libsndfile issue
     885): blocks would not fit together.
@@ -150,7 +150,7 @@ def _decode(
 
 @contextmanager
 def _opened(audio: Mapping[str, Any]) -> Iterator[soundfile.SoundFile]:
-    """A file, {"path", "bytes"}; what goes wrong with it in here is a `UserError`."""
+    """Open a file, {"path", "bytes"}; what goes wrong with it inside is a `UserError`."""
     name = audio_name(audio)
     data: Any = audio.get("bytes")
     path: Any = audio.get("path")
@@ -160,7 +160,7 @@ def _opened(audio: Mapping[str, Any]) -> Iterator[soundfile.SoundFile]:
         # Opened here, since soundfile would ask for a rate where a name ends in .raw.
         with (
             io.BytesIO(data) if data is not None else open(path, "rb") as file,
-            _Sound(file) as sound,
+            _SoundFile(file) as sound,
         ):
             yield sound
     # RuntimeError is libsndfile's; the others: a path that cannot be.

@@ -1,10 +1,10 @@
-"""Examples, featurised and tokenised once, and the batches made of them."""
+"""Examples, featurised and tokenised once, their batches, and the order in which they are drawn."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blora_pyro.data.features import Features, OnNote, OnProgress, load_features, trim
 from blora_pyro.data.prompts import Encoder
-from blora_pyro.data.rows import BadRow, OnBadRow, all_bad, located, stop
+from blora_pyro.data.rows import BadRow, BadRows, OnBadRow, all_bad, located, stop
 from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that is no target, as cross-entropy's ignore_index
 
+T = TypeVar("T", "SoftTargets", "Batch")
+
 
 @dataclass(frozen=True, eq=False)
 class SoftTargets:
-    """What a teacher would say to a batch's audio, token by token, for the student to stay near.
+    """A teacher's distributions of the next token, for the student to stay near.
 
     Attributes:
         decoder_input_ids: (batch, tokens), int64.
@@ -40,8 +42,7 @@ class SoftTargets:
 
     def to(self, device: torch.device | str) -> "SoftTargets":
         """Return them on a device."""
-        inputs, log_probs = self.decoder_input_ids.to(device), self.log_probs.to(device)
-        return SoftTargets(inputs, log_probs, self.is_target.to(device), self.weight)
+        return _on_device(self, device)
 
     @property
     def num_tokens(self) -> int:
@@ -51,11 +52,11 @@ class SoftTargets:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What the model takes for one step.
+    """The model's input for one step.
 
     `labels[i, t]` is the token that follows `decoder_input_ids[i, t]`, or -100 where that is no
     target: inside the prompt and in the padding. Without labels the Pyro program samples tokens.
-    `sources[i]` is the place of the utterance's source in a mixture, its domain; None is unknown.
+    `sources[i]` is the index of the utterance's source in a mixture, its domain; None is unknown.
     `encoder_states` are those before the encoder's first adapted layer; None has them computed.
     """
 
@@ -75,12 +76,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device."""
-        labels = None if self.labels is None else self.labels.to(device)
-        soft = None if self.soft is None else self.soft.to(device)
-        inputs = self.input_features.to(device), self.decoder_input_ids.to(device)
-        sources = None if self.sources is None else self.sources.to(device)
-        states = None if self.encoder_states is None else self.encoder_states.to(device)
-        return Batch(*inputs, labels, soft, sources, states)
+        return _on_device(self, device)
+
+
+def _on_device(parts: T, device: torch.device | str) -> T:
+    values = {field.name: getattr(parts, field.name) for field in fields(parts)}
+    moved = {name: one.to(device) for name, one in values.items() if hasattr(one, "to")}
+    return replace(parts, **moved)
 
 
 class Examples:
@@ -90,10 +92,10 @@ class Examples:
         texts: the n transcripts.
         languages: the n languages by their codes, "de" or "de-en".
         word_languages: n lists of language codes, one for each token of the text, or empty.
-        origins: n places in what was read, such as "corpus/test.csv, line 7".
+        origins: where each row was read, such as "corpus/test.csv, line 7".
         audio_paths: n paths of audio files, None where a row's audio has none.
-        segments: n pairs of seconds, where a row is from and to in its audio; None is either end.
-        sources: n places, each of the row's source in a mixture; 0 without one.
+        segments: n pairs of seconds, start and end of the row in its audio; None is either end.
+        sources: the index of each row's source in a mixture; 0 without one.
         prompts: n lists of token ids, the decoder's prompts.
         targets: n lists of token ids, text and end token; the prompts are never targets.
         features: log-mel spectrograms, as good as a tensor (n, mels, frames), float16 on the CPU.
@@ -124,48 +126,43 @@ class Examples:
             task: "transcribe" or "translate".
             max_tokens: the decoder's length, the model's `max_target_positions`.
             language: of rows that name none, see `language_code`.
-            on_bad: told of every bad row: one whose audio cannot be read or is longer than the
-                window, whose language is unknown to the tokenizer, or whose transcript is longer
-                than the decoder. Where it does not raise, the row is left out.
+            on_bad: called with the error of every bad row: one whose audio cannot be read or is
+                longer than the window, whose language is unknown to the tokenizer, or whose
+                transcript is longer than the decoder. Where it does not raise, the row is left out.
             cache: keep the features on disk, see `load_features`.
-            trim: cut every batch after its longest utterance, see `features.trim`.
-            on_progress: told how many utterances are featurised.
-            on_note: told if the cache cannot be written.
+            trim: cut every batch after its longest utterance, see `trim`.
+            on_progress: called with the number of utterances featurised, and of all.
+            on_note: called with one line if the cache cannot be written.
 
         Raises:
             UserError: with the row's origin, by `on_bad`; or if all rows of a source are bad.
         """
-        bad: list[BadRow] = []
-
-        def tell(error: BadRow) -> None:
-            bad.append(error)
-            on_bad(error)
-
+        bad = BadRows(on_bad)
         encoder = Encoder(tokenizer, language, task, max_tokens)
         self._trim = trim
-        encoded = _encode(dataset, encoder, tell)
+        encoded = _encode(dataset, encoder, bad)
         numbers = list(encoded)
-        good = dataset if len(numbers) == len(dataset) else dataset.select(numbers)
         self.features, contents = load_features(
-            good,
+            dataset if len(numbers) == len(dataset) else dataset.select(numbers),
             feature_extractor,
             cache=cache,
-            on_bad=tell,
+            on_bad=bad,
             on_progress=on_progress,
             on_note=on_note,
         )
         self._keep([encoded[numbers[number]] for number in contents], encoder.end)
-        _check_left(bad, self.sources)
+        for source in sorted({error.source for error in bad} - set(self.sources)):
+            raise UserError(all_bad([error for error in bad if error.source == source]))
         self.fingerprint = _fingerprint(contents.values(), self.languages, self.texts)
 
     @classmethod
     def of_rows(
-        cls, rows: Sequence[tuple["Encoded", Tensor]], end: int, trim: bool = False
+        cls, rows: Sequence[tuple["EncodedRow", Tensor]], end: int, trim: bool = False
     ) -> "Examples":
-        """One or more rows that are tokenised and featurised already; see `Stream`.
+        """Return rows, one or more, that are tokenised and featurised already; see `Stream`.
 
         Args:
-            rows: what was encoded, and log-mels, (mels, frames), float16.
+            rows: tokenised rows and their log-mels, (mels, frames), float16.
             end: the tokenizer's end token.
             trim: cut every batch after its longest utterance.
         """
@@ -177,7 +174,7 @@ class Examples:
         examples.fingerprint = _fingerprint(examples.languages, examples.texts)
         return examples
 
-    def _keep(self, rows: Sequence["Encoded"], end: int) -> None:
+    def _keep(self, rows: Sequence["EncodedRow"], end: int) -> None:
         self._end = end
         self.texts: list[str] = [row.text for row in rows]
         self.languages: list[str] = [row.language for row in rows]
@@ -207,8 +204,8 @@ class Examples:
     def source_languages(self) -> list[str]:
         """The most frequent language of every source."""
         rows: list[list[str]] = [[] for _ in range(max(self.sources) + 1)]
-        for place, language in zip(self.sources, self.languages, strict=True):
-            rows[place].append(language)
+        for source, language in zip(self.sources, self.languages, strict=True):
+            rows[source].append(language)
         return [max(sorted(set(one)), key=one.count) for one in rows]
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -228,7 +225,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedRow:
     """A row of `Examples`, all but its features."""
 
     text: str
@@ -242,51 +239,83 @@ class Encoded:
     target: list[int]
 
 
-def encode_row(row: Mapping[str, Any], path: str | None, encoder: Encoder) -> Encoded:
+def encode_row(row: Mapping[str, Any], path: str | None, encoder: Encoder) -> EncodedRow:
     """Return a row with the columns of `read_manifest`, tokenised.
 
     Args:
-        row: all but its audio, if that is not at hand.
+        row: its audio is not looked at.
         path: of the audio, if it has one.
         encoder: of the model.
 
     Raises:
         BadRow: if the language is unknown to the tokenizer, or the transcript too long.
     """
-    place = row.get("source", 0)
+    source = row.get("source", 0)
     try:
         with located(row["origin"]):
             language, prompt, target = encoder.encode(row["text"], row["language"])
             tags = [language_code(tag) for tag in row["word_languages"]]
     except BadRow as error:
-        error.source = place
+        error.source = source
         raise
-    segment = row["start"], row["end"]
-    return Encoded(row["text"], language, tags, row["origin"], path, segment, place, prompt, target)
+    segment, origin = (row["start"], row["end"]), row["origin"]
+    return EncodedRow(row["text"], language, tags, origin, path, segment, source, prompt, target)
 
 
-def _encode(dataset: Dataset, encoder: Encoder, on_bad: OnBadRow) -> dict[int, Encoded]:
+def batch_indices(
+    sources: Sequence[int],
+    batch_size: int,
+    seed: int,
+    weights: Sequence[float] | None = None,
+) -> Iterator[list[int]]:
+    """Yield endless batches of row numbers; their order depends on the arguments alone.
+
+    Without weights: a fresh permutation of all rows every epoch, the last batch of an epoch kept
+    short. With weights every row of a batch is drawn from a source in proportion to its weight,
+    and each source is gone through in fresh permutations of its own.
+
+    Args:
+        sources: (n,), the source of every row, from 0.
+        batch_size: rows in a batch.
+        seed: of the order.
+        weights: one for each source, to any scale.
+
+    Raises:
+        UserError: if a source with a weight has no rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if weights is None:
+        while True:
+            for chosen in torch.randperm(len(sources), generator=generator).split(batch_size):
+                yield chosen.tolist()
+    rows = [[row for row, one in enumerate(sources) if one == s] for s in range(len(weights))]
+    if not all(rows):
+        raise UserError(f"source {rows.index([]) + 1} of data has no rows; leave it out")
+    streams = [_permuted(one, generator) for one in rows]
+    chances = torch.tensor(weights, dtype=torch.float64)
+    while True:
+        drawn = torch.multinomial(chances, batch_size, replacement=True, generator=generator)
+        yield [next(streams[source]) for source in drawn.tolist()]
+
+
+def _permuted(rows: Sequence[int], generator: torch.Generator) -> Iterator[int]:
+    while True:
+        for number in torch.randperm(len(rows), generator=generator).tolist():
+            yield rows[number]
+
+
+def _encode(dataset: Dataset, encoder: Encoder, on_bad: OnBadRow) -> dict[int, EncodedRow]:
     """Return the good rows by their numbers."""
+    # the paths without the bytes of audio that may lie beside them
+    audio = dataset.with_format("arrow")["audio"][:]
+    paths = [path for chunk in audio.chunks for path in chunk.field("path").to_pylist()]
     encoded = {}
-    rows = zip(dataset.remove_columns("audio"), _audio_paths(dataset), strict=True)
-    for number, (row, path) in enumerate(rows):
+    for number, (row, path) in enumerate(zip(dataset.remove_columns("audio"), paths, strict=True)):
         try:
             encoded[number] = encode_row(row, path, encoder)
         except BadRow as error:
             on_bad(error)
     return encoded
-
-
-def _audio_paths(dataset: Dataset) -> list[str | None]:
-    """Return the paths of all audio, without the bytes that may lie beside them."""
-    column = dataset.with_format("arrow")["audio"][:]
-    return [path for chunk in column.chunks for path in chunk.field("path").to_pylist()]
-
-
-def _check_left(bad: Sequence[BadRow], sources: Sequence[int]) -> None:
-    """Refuse sources that have nothing but bad rows."""
-    for place in sorted({error.source for error in bad} - set(sources)):
-        raise UserError(all_bad([error for error in bad if error.source == place]))
 
 
 def _fingerprint(*columns: Iterable[str]) -> str:

@@ -3,8 +3,8 @@
 They lie in `$BLORA_PYRO_CACHE/features/` (by default `~/.cache/blora-pyro/features/`), a folder for
 each way of computing them, in shards: safetensors files with the log-mels of up to 64 utterances.
 An utterance is found by its key, the SHA-256 of its audio's content, its segment and all that the
-features depend on besides, so that nothing in the cache is ever out of date; a check sum tells what
-is damaged, which is computed again. The folder may be deleted at any time.
+features depend on besides, so that nothing in the cache is ever out of date; what is damaged fails
+its checksum and is computed again. The folder may be deleted at any time.
 """
 
 import json
@@ -14,43 +14,45 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from blora_pyro.errors import printable, reason
+from blora_pyro.data.audio import audio_name
+from blora_pyro.errors import UserError, printable, reason
 from blora_pyro.files import cache_dir
 
 SUFFIX, HALF_WRITTEN = ".safetensors", ".new"
-_NAME, _ROWS = "features", "keys_and_crc32"  # a tensor; what a shard says of its rows
+_TENSOR, _ROWS = "features", "keys_and_crc32"  # names in a shard: its tensor, its list of rows
 _HOUR = 3600.0
 _DAMAGED = (SafetensorError, LookupError, TypeError, ValueError, RecursionError)
 
-CachedRow = tuple[Tensor, int]  # a block, (k, mels, frames), and the row of it
+CachedRow = tuple[Tensor, int]  # a block, (k, mels, frames), and the number of a row of it
 
 
 class FeatureCache:
     """The cached log-mels of one way of computing them; without a folder, nothing is cached.
 
     Safe against kills and other processes: a shard gets its name when it is whole, and is never
-    changed after that. Whatever goes wrong costs the cache, never the caller.
+    changed after that. A failure of the cache is never one of the caller.
     """
 
     def __init__(
         self, settings: str | None, on_note: Callable[[str], object] = lambda note: None
     ) -> None:
-        """Look up what is there.
+        """Index what is there.
 
         Args:
             settings: all that features depend on besides the audio; None caches nothing.
-            on_note: told, in one line, if the cache cannot be written.
+            on_note: called with one line if the cache cannot be written.
         """
         self._on_note = on_note
-        self._index: dict[str, tuple[Path, int, int]] = {}  # shard, row and check sum of a key
+        self._index: dict[str, tuple[Path, int, int]] = {}  # shard, row and checksum of a key
         self._blocks: dict[Path, Tensor] = {}
         root = cache_dir()
         self.folder: Path | None = None
@@ -61,11 +63,11 @@ class FeatureCache:
                 self._read_keys(shard)
 
     def find(self, keys: Iterable[str]) -> dict[str, CachedRow]:
-        """Return the places of those log-mels that are cached and whole."""
-        return {key: place for key in keys if (place := self._find(key)) is not None}
+        """Return those log-mels that are cached and whole."""
+        return {key: row for key in keys if (row := self._find(key)) is not None}
 
     def store(self, features: Mapping[str, Tensor]) -> dict[str, CachedRow]:
-        """Keep log-mels by key, (mels, frames) each; return their places, in memory or mapped."""
+        """Store log-mels by key, (mels, frames) each; return them, in memory or mapped."""
         keys = sorted(features)  # whoever computes them writes the same shard
         block = torch.stack([features[key] for key in keys])
         if self.folder is not None and self._writable:
@@ -74,7 +76,11 @@ class FeatureCache:
                 self._write(self.folder / name, keys, block)
                 block = _map(self.folder / name)
             except (OSError, SafetensorError) as error:
-                self._give_up(error)
+                self._writable = False
+                self._on_note(
+                    f"the feature cache {printable(self.folder)} can't be written "
+                    f"({reason(error)}); going on without it"
+                )
         return {key: (block, row) for row, key in enumerate(keys)}
 
     def _shards(self) -> list[Path]:
@@ -92,7 +98,7 @@ class FeatureCache:
         return [path for path in entries if path.suffix == SUFFIX]
 
     def _read_keys(self, shard: Path) -> None:
-        with self._distrusted(shard), safe_open(shard, framework="pt") as file:
+        with self._dropped_if_damaged(shard), safe_open(shard, framework="pt") as file:
             rows = enumerate(json.loads(file.metadata()[_ROWS]))
             self._index |= {str(key): (shard, row, total) for row, (key, total) in rows}
 
@@ -100,31 +106,31 @@ class FeatureCache:
         if key not in self._index:
             return None
         shard, row, total = self._index[key]
-        with self._distrusted(shard):
+        with self._dropped_if_damaged(shard):
             if shard not in self._blocks:
                 self._blocks[shard] = _map(shard)
             block = self._blocks[shard]
-            if check_sum(key, block[row]) != total:
-                raise ValueError(f"the check sum of {shard} is wrong")
+            if checksum(key, block[row]) != total:
+                raise ValueError(f"the checksum of {shard} is wrong")
             return block, row
         return None
 
     @contextmanager
-    def _distrusted(self, shard: Path) -> Iterator[None]:
-        """In here a shard that turns out damaged is removed, and one that is gone forgotten."""
+    def _dropped_if_damaged(self, shard: Path) -> Iterator[None]:
+        """Remove a shard that turns out damaged inside, and forget one that is gone."""
         try:
             yield
         except (OSError, *_DAMAGED) as error:
             self._blocks.pop(shard, None)
-            self._index = {key: place for key, place in self._index.items() if place[0] != shard}
+            self._index = {key: found for key, found in self._index.items() if found[0] != shard}
             if not isinstance(error, OSError):
                 with suppress(OSError):
                     shard.unlink(missing_ok=True)
 
     def _write(self, path: Path, keys: list[str], block: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [(key, check_sum(key, row)) for key, row in zip(keys, block, strict=True)]
-        content = save({_NAME: block}, {_ROWS: json.dumps(rows)})
+        rows = [(key, checksum(key, row)) for key, row in zip(keys, block, strict=True)]
+        content = save({_TENSOR: block}, {_ROWS: json.dumps(rows)})
         fresh = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{HALF_WRITTEN}")
         try:
             fresh.write_bytes(content)
@@ -133,15 +139,8 @@ class FeatureCache:
             fresh.unlink(missing_ok=True)  # it may be what fills the disk
             raise
 
-    def _give_up(self, error: Exception) -> None:
-        self._writable = False
-        self._on_note(
-            f"the feature cache {printable(self.folder)} can't be written ({reason(error)}); "
-            "going on without it"
-        )
 
-
-def check_sum(key: str, features: Tensor) -> int:
+def checksum(key: str, features: Tensor) -> int:
     """Return the CRC-32 of a key and its log-mels, (mels, frames)."""
     about = f"{key} {tuple(features.shape)}".encode()
     return zlib.crc32(features.contiguous().numpy().data, zlib.crc32(about))
@@ -150,7 +149,48 @@ def check_sum(key: str, features: Tensor) -> int:
 def _map(shard: Path) -> Tensor:
     """Return the block of a shard, mapped into memory and not read yet."""
     with safe_open(shard, framework="pt") as file:
-        block = file.get_tensor(_NAME)
+        block = file.get_tensor(_TENSOR)
     if block.dtype != torch.float16 or block.ndim != 3:
         raise ValueError(f"{shard} holds {block.dtype} of shape {tuple(block.shape)}")
     return block
+
+
+class Digests:
+    """The SHA-256 of audio, of its file or bytes. A file is read once."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._known: dict[str, tuple[tuple[int, ...], str]] = {}  # state and digest by path
+
+    def of(self, audio: Mapping[str, Any]) -> str | None:
+        """Return the digest of {"path", "bytes"}; None if there is nothing to read."""
+        if audio.get("bytes") is not None:
+            return sha256(audio["bytes"]).hexdigest()
+        path = str(audio.get("path"))
+        if path not in self._known:
+            try:
+                state = _state(path)
+                with open(path, "rb") as file:
+                    self._known[path] = state, file_digest(file, "sha256").hexdigest()
+            except (OSError, ValueError):
+                return None
+        return self._known[path][1]
+
+    def check(self, audio: Mapping[str, Any]) -> None:
+        """Refuse audio whose file has changed since its digest was taken.
+
+        Raises:
+            UserError: if it has.
+        """
+        if audio.get("bytes") is None:
+            path = str(audio.get("path"))
+            if path not in self._known or self._known[path][0] != _state(path):
+                raise UserError(f"{audio_name(audio)} was changed while it was read; start again")
+
+
+def _state(path: str) -> tuple[int, ...]:
+    try:
+        about = os.stat(path)
+    except OSError:
+        return ()
+    return about.st_ino, about.st_size, about.st_mtime_ns

@@ -1,4 +1,9 @@
-"""Log-mel spectrograms: each computed once, in parallel, and cached."""
+"""Log-mel spectrograms: each computed once, in parallel, and cached.
+
+The cache is not that of `datasets.map`, which was tried: its key is the path of an audio file, so
+that a file that has changed gets its old features; a kill loses all that a call has computed; and a
+data set with one row more or less is computed anew.
+"""
 
 import json
 import os
@@ -6,7 +11,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +25,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from blora_pyro.data import audio as audio_module
-from blora_pyro.data.audio import SAMPLING_RATE, audio_name, read_audio
-from blora_pyro.data.feature_cache import CachedRow, FeatureCache
+from blora_pyro.data.audio import SAMPLING_RATE, read_audio
+from blora_pyro.data.feature_cache import CachedRow, Digests, FeatureCache
 from blora_pyro.data.rows import BadRow, OnBadRow, stop
 from blora_pyro.errors import UserError
 
@@ -29,11 +34,11 @@ if TYPE_CHECKING:
     from transformers import WhisperFeatureExtractor
 
 MARGIN = 50  # frames of 10 ms that are left: Whisper was never taught to stop right after a word
-SHARD = 64  # utterances that are worked on, and written, at a time
+SHARD = 64  # utterances that are featurised, and written, at a time
 _CODE = (audio_module.__file__, __file__)  # what computes features
 
-OnProgress = Callable[[int, int], object]  # told how many utterances are done, and of how many
-OnNote = Callable[[str], object]  # told what is worth knowing, in one line
+OnProgress = Callable[[int, int], object]  # called with the utterances done, and their number
+OnNote = Callable[[str], object]  # called with a note of one line
 
 
 class Features:
@@ -42,21 +47,21 @@ class Features:
     They may lie in mapped files, of which only what is looked at is in memory.
     """
 
-    def __init__(self, places: Sequence[CachedRow], shape: tuple[int, int]) -> None:
-        """Log-mels by their places; `shape` is (mels, frames)."""
-        self._places = list(places)
-        self.shape = torch.Size((len(self._places), *shape))
+    def __init__(self, rows: Sequence[CachedRow], shape: tuple[int, int]) -> None:
+        """Wrap rows of blocks; `shape` is (mels, frames)."""
+        self._rows = list(rows)
+        self.shape = torch.Size((len(self._rows), *shape))
 
     def __len__(self) -> int:
         """The number of utterances."""
-        return len(self._places)
+        return len(self._rows)
 
     def __getitem__(self, chosen: int | slice | Sequence[int]) -> Tensor:
         """Return (mels, frames) for an index; for several (chosen, mels, frames), a copy."""
         if isinstance(chosen, slice):
             return self[range(len(self))[chosen]]
         if isinstance(chosen, int | np.integer):
-            block, row = self._places[chosen]
+            block, row = self._rows[chosen]
             return block[row]
         rows = [self[int(index)] for index in chosen]
         return torch.stack(rows) if rows else torch.empty(0, *self.shape[1:], dtype=torch.float16)
@@ -102,8 +107,8 @@ def trim(features: Tensor) -> Tensor:
     have (Whisper's features are cut off at the loudest minus 80 dB). So an utterance ends with the
     last frame that has any other; silence of zeros at the end of a recording counts as filling.
 
-    Whisper itself never sees that: it was trained on full windows, and its encoder attends to the
-    filling. What it says changes.
+    Whisper itself was trained on full windows, and its encoder attends to the filling, so that its
+    output changes.
 
     Args:
         features: (batch, mels, frames), all frames of a window.
@@ -137,10 +142,10 @@ def load_features(
         feature_extractor: the model's; its window is the longest audio allowed.
         cache: keep the features on disk and use what is there, see `feature_cache`.
         workers: threads; None is one a core.
-        on_bad: told of every row whose audio cannot be read or is longer than the window; where it
-            does not raise, the row is left out.
-        on_progress: told of the rows that are done.
-        on_note: told if the cache cannot be written.
+        on_bad: called with the error of every row whose audio cannot be read or is longer than the
+            window; where it does not raise, the row is left out.
+        on_progress: called with the number of rows that are done, and of all.
+        on_note: called with one line if the cache cannot be written.
 
     Returns:
         The features, and the contents of their audio by the number of the row.
@@ -154,10 +159,10 @@ def load_features(
     rows = dataset.select_columns(["audio", "start", "end", "origin", *mixed])
     contents: dict[int, str] = {}
     with _single_threaded(workers or usable_cores()) as pool:
-        work = _Featurisation(feature_extractor, settings, store, pool)
+        job = _FeatureJob(feature_extractor, settings, store, pool)
         for first in range(0, len(rows), SHARD):
             chunk = {n: rows[n] for n in range(first, min(first + SHARD, len(rows)))}
-            for number, result in work.add(chunk).items():
+            for number, result in job.add(chunk).items():
                 if isinstance(result, UserError):
                     row = chunk[number]
                     on_bad(BadRow(row["origin"], str(result), row.get("source", 0)))
@@ -165,11 +170,11 @@ def load_features(
                     contents[number] = result
             on_progress(first + len(chunk), len(rows))
     shape = (feature_extractor.feature_size, feature_extractor.nb_max_frames)
-    return Features(work.places(contents), shape), contents
+    return Features(job.finish(contents), shape), contents
 
 
-class _Featurisation:
-    """Features on their way: each is found or computed once, however many rows have it."""
+class _FeatureJob:
+    """Features in work: each is found or computed once, however many rows have it."""
 
     def __init__(
         self,
@@ -192,7 +197,12 @@ class _Featurisation:
             number: f"{digest} {row['start']} {row['end']}"
             for (number, row), digest in zip(chunk.items(), digests, strict=True)
         }
-        keys = {number: self._key(number, content) for number, content in contents.items()}
+        # Without settings nothing is sure to give the same features twice.
+        keys = {
+            number: sha256(f"{self.settings or number} {content}".encode()).hexdigest()
+            for number, content in contents.items()
+        }
+        self.keys |= keys
         self.found |= self.store.find(set(keys.values()) - self.found.keys())
         missing = {
             key: chunk[number]
@@ -202,13 +212,12 @@ class _Featurisation:
         made = dict(zip(missing, self.pool.map(self._compute, missing.values()), strict=True))
         bad = {key: one for key, one in made.items() if isinstance(one, UserError)}
         self.fresh |= {key: one for key, one in made.items() if isinstance(one, Tensor)}
-        self.keys |= keys
         if len(self.fresh) >= SHARD:
             self._store()
         return {number: bad.get(keys[number], content) for number, content in contents.items()}
 
-    def places(self, numbers: Iterable[int]) -> list[CachedRow]:
-        """Return where the features of these rows are."""
+    def finish(self, numbers: Iterable[int]) -> list[CachedRow]:
+        """Store what is left; return the features of these rows."""
         self._store()
         return [self.found[self.keys[number]] for number in numbers]
 
@@ -216,10 +225,6 @@ class _Featurisation:
         if self.fresh:
             self.found |= self.store.store(self.fresh)
             self.fresh = {}
-
-    def _key(self, number: int, content: str) -> str:
-        # Without settings nothing is sure to give the same features twice.
-        return sha256(f"{self.settings or number} {content}".encode()).hexdigest()
 
     def _compute(self, row: dict[str, Any]) -> Tensor | UserError:
         audio, window = row["audio"] or {}, self.feature_extractor.chunk_length
@@ -231,47 +236,6 @@ class _Featurisation:
         return log_mels(wave, self.feature_extractor)
 
 
-class Digests:
-    """What tells audio apart: the SHA-256 of its file or bytes. A file is read once."""
-
-    def __init__(self) -> None:
-        """Nothing has been read."""
-        self._known: dict[str, tuple[tuple[int, ...], str]] = {}  # state and digest by path
-
-    def of(self, audio: Mapping[str, Any]) -> str | None:
-        """Return the digest of {"path", "bytes"}; None if there is nothing to read."""
-        if audio.get("bytes") is not None:
-            return sha256(audio["bytes"]).hexdigest()
-        path = str(audio.get("path"))
-        if path not in self._known:
-            try:
-                state = _state(path)
-                with open(path, "rb") as file:
-                    self._known[path] = state, file_digest(file, "sha256").hexdigest()
-            except (OSError, ValueError):
-                return None
-        return self._known[path][1]
-
-    def check(self, audio: Mapping[str, Any]) -> None:
-        """Refuse audio whose file is no longer what it was when its digest was taken.
-
-        Raises:
-            UserError: if so.
-        """
-        if audio.get("bytes") is None:
-            path = str(audio.get("path"))
-            if path not in self._known or self._known[path][0] != _state(path):
-                raise UserError(f"{audio_name(audio)} was changed while it was read; start again")
-
-
-def _state(path: str) -> tuple[int, ...]:
-    try:
-        about = os.stat(path)
-    except OSError:
-        return ()
-    return about.st_ino, about.st_size, about.st_mtime_ns
-
-
 def feature_settings(feature_extractor: "WhisperFeatureExtractor") -> str | None:
     """Return all that features depend on besides the audio, as text; None if chance is part of it.
 
@@ -279,7 +243,7 @@ def feature_settings(feature_extractor: "WhisperFeatureExtractor") -> str | None
     and the kind of processor that it runs on.
     """
     if type(feature_extractor) is not transformers.WhisperFeatureExtractor:
-        return None  # a class of somebody's own may do anything
+        return None  # a user's class may do anything
     if feature_extractor.dither:
         return None
     settings = feature_extractor.to_dict()

@@ -1,7 +1,6 @@
 """Data sets of the `datasets` library: given from Python, saved, as parquet files, on the Hub."""
 
 import glob
-import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow.parquet
-import soundfile
 from datasets import (
     Audio,
     Dataset,
@@ -22,11 +20,10 @@ from datasets import (
     load_from_disk,
 )
 
-from blora_pyro.data.audio import check_array
 from blora_pyro.data.rows import (
     ALIASES,
     DETAILS,
-    OPTIONAL,
+    KNOWN,
     BadRow,
     OnBadRow,
     Record,
@@ -34,28 +31,26 @@ from blora_pyro.data.rows import (
     RowStream,
     Unreadable,
     check_columns,
-    check_text,
     column,
     good_rows,
     located,
     parse_details,
+    parse_row,
     parse_rows,
-    shown,
     stop,
     to_dataset,
 )
 from blora_pyro.errors import UserError, printable, reason
 
-Table: TypeAlias = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
+HfDataset: TypeAlias = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
 
-_KNOWN = {*OPTIONAL, *itertools.chain(*ALIASES.values())}
 SHARDS = 64  # that a data set on disk is streamed in
 IN_MEMORY = 1 << 26  # bytes of parquet files that are read into memory, not through a cache
 _CHUNK = 200  # streamed rows that become one table: Arrow's binary columns hold 2 GB each
 
 
-def table_split(
-    table: Table, split: str, name: str = "the data set", on_bad: OnBadRow = stop
+def dataset_split(
+    data: HfDataset, split: str, name: str = "the data set", on_bad: OnBadRow = stop
 ) -> Dataset:
     """Return a split of a `datasets` object, with the columns of `read_manifest`.
 
@@ -64,38 +59,37 @@ def table_split(
     row in memory; any other audio stays where it is.
 
     Args:
-        table: a single set serves every split.
+        data: a single set serves every split.
         split: of a dictionary of sets.
-        name: what messages call it.
-        on_bad: told of every bad row; where it does not raise, the row is left out.
+        name: of the data in messages.
+        on_bad: called with the error of every bad row; where it does not raise, the row is left
+            out.
 
     Raises:
         UserError: if the split or the columns are missing, there are no rows, or `on_bad` raises.
     """
-    table, name = _chosen(table, split, name)
-    if isinstance(table, Dataset) and len(table) and not _has_arrays(table):
-        return _lazy(table, name, on_bad)
-    return _gathered(table, name, on_bad)
+    data, name = _select_split(data, split, name)
+    if isinstance(data, Dataset) and len(data) and not _has_arrays(data):
+        return _checked(data, name, on_bad)
+    return _gathered(data, name, on_bad)
 
 
-def table_stream(table: Table, split: str, name: str = "the data set") -> RowStream:
-    """Return what `table_split` returns as a stream; see there.
+def dataset_stream(data: HfDataset, split: str, name: str = "the data set") -> RowStream:
+    """Return the rows of `dataset_split` as a stream.
 
     A stream must not be shuffled yet: its buffer would be lost whenever a fit is resumed.
     """
-    table, name = _chosen(table, split, name)
-    if table.column_names is not None:
-        table = table.select_columns(sorted(_KNOWN & set(table.column_names)))
-    for known, feature in (table.features or {}).items():
-        if isinstance(feature, Audio):
-            table = _undecoded(table, name, known)
-    if isinstance(table, Dataset):
-        table = table.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(table))))
-    return RowStream(table, partial(_streamed_row, name=name), name)
+    data, name = _select_split(data, split, name)
+    if data.column_names is not None:
+        data = data.select_columns(sorted(KNOWN & set(data.column_names)))
+    data = _undecoded(data, name)
+    if isinstance(data, Dataset):
+        data = data.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(data))))
+    return RowStream(data, partial(_streamed_row, name=name), name)
 
 
 def _streamed_row(record: Record, name: str) -> Row:
-    """A record as a row; a stream has no row numbers: the audio's path, or the text, is its own."""
+    """Return a record as a row; a stream has no row numbers, so its origin is its path or text."""
     audio, text = (
         next((record[one] for one in names if record.get(one) is not None), None)
         for names in ALIASES.values()
@@ -103,28 +97,28 @@ def _streamed_row(record: Record, name: str) -> Row:
     path = audio.get("path") if isinstance(audio, Mapping) else audio
     origin = f"{name}, the row with {printable(path if isinstance(path, str) else text, 80)!r}"
     with located(origin):
-        return {**_parse_row(record), "origin": origin}
+        return {**parse_row(record), "origin": origin}
 
 
-def _chosen(table: Table, split: str, name: str) -> tuple[Dataset | IterableDataset, str]:
-    """One split, its columns checked, and what messages call it."""
-    if isinstance(table, dict):
-        if split not in table:
-            splits = ", ".join(map(str, table)) or "none"
+def _select_split(data: HfDataset, split: str, name: str) -> tuple[Dataset | IterableDataset, str]:
+    """Return one split, its columns checked, and its name in messages."""
+    if isinstance(data, dict):
+        if split not in data:
+            splits = ", ".join(map(str, data)) or "none"
             raise UserError(f"{name} has no split {split!r}; its splits are: {splits}")
-        table, name = table[split], f"{name}, {split}"
-    table = table.with_format(None)  # torch's or numpy's, if the user has set one
+        data, name = data[split], f"{name}, {split}"
+    data = data.with_format(None)  # torch's or numpy's, if the user has set one
     try:
-        if table.column_names is not None:
-            check_columns(table.column_names)
+        if data.column_names is not None:
+            check_columns(data.column_names)
     except UserError as error:
         raise UserError(f"the columns of {name}: {error}") from error
-    return table, name
+    return data, name
 
 
-def table_splits(table: Table) -> list[str]:
+def split_keys(data: HfDataset) -> list[str]:
     """Return the names of the splits of a `datasets` object; [] if it is a single set."""
-    return [str(name) for name in table] if isinstance(table, dict) else []
+    return [str(name) for name in data] if isinstance(data, dict) else []
 
 
 def is_saved(folder: Path) -> bool:
@@ -211,8 +205,7 @@ def hub_splits(name: str) -> list[str]:
 
 
 def _hub_error(name: str, error: Exception) -> UserError:
-    texts = f"{error} {error.__cause__}"
-    if "torchcodec" in texts:
+    if "torchcodec" in f"{error} {error.__cause__}":
         return UserError(
             f"the Hub's {name!r} is a folder of audio files, which `datasets` reads by torchcodec "
             "only; download the repository and give its folder"
@@ -223,14 +216,22 @@ def _hub_error(name: str, error: Exception) -> UserError:
     )
 
 
-def _has_arrays(table: Dataset) -> bool:
-    feature = table.features[column(table.column_names, "audio")]
+def _has_arrays(data: Dataset) -> bool:
+    feature = data.features[column(data.column_names, "audio")]
     return isinstance(feature, dict) and "array" in feature
 
 
-def _undecoded(table: Any, name: str, audio: str) -> Any:
+def _undecoded(data: Any, name: str) -> Any:
+    """Cast the columns of the type `Audio`, so that `datasets` does not decode them."""
+    for known, feature in (data.features or {}).items():
+        if isinstance(feature, Audio):
+            data = _cast_audio(data, name, known)
+    return data
+
+
+def _cast_audio(data: Any, name: str, audio: str) -> Any:
     try:
-        return table.cast_column(audio, Audio(decode=False))
+        return data.cast_column(audio, Audio(decode=False))
     except Exception as error:  # pyarrow's own kinds
         raise UserError(
             f"the column {audio!r} of {name} is no audio ({reason(error)}); give paths, bytes, or "
@@ -238,25 +239,22 @@ def _undecoded(table: Any, name: str, audio: str) -> Any:
         ) from error
 
 
-def _lazy(table: Dataset, name: str, on_bad: OnBadRow) -> Dataset:
+def _checked(data: Dataset, name: str, on_bad: OnBadRow) -> Dataset:
     """Check everything but the audio, which is not copied."""
-    audio = column(table.column_names, "audio")
-    sound = _undecoded(table.select_columns([audio]), name, audio)
-    sound = sound if audio == "audio" else sound.rename_column(audio, "audio")
-    others = table.select_columns(sorted(_KNOWN & set(table.column_names) - {audio}))
+    given = column(data.column_names, "audio")
+    audio = _cast_audio(data.select_columns([given]), name, given)
+    audio = audio if given == "audio" else audio.rename_column(given, "audio")
+    others = data.select_columns(sorted(KNOWN & set(data.column_names) - {given}))
     rows = list(parse_rows(_records(others, name), parse_details))
-    good = [place for place, row in enumerate(rows) if not isinstance(row, BadRow)]
+    good = [number for number, row in enumerate(rows) if not isinstance(row, BadRow)]
     details = to_dataset(list(good_rows(rows, on_bad)), DETAILS)
-    sound = sound if len(good) == len(rows) else sound.select(good)
-    return concatenate_datasets([sound, details], axis=1)
+    audio = audio if len(good) == len(rows) else audio.select(good)
+    return concatenate_datasets([audio, details], axis=1)
 
 
-def _gathered(table: Dataset | IterableDataset, name: str, on_bad: OnBadRow) -> Dataset:
+def _gathered(data: Dataset | IterableDataset, name: str, on_bad: OnBadRow) -> Dataset:
     """Read every row, audio too, into memory."""
-    for known, feature in (table.features or {}).items():
-        if isinstance(feature, Audio):
-            table = _undecoded(table, name, known)
-    rows = parse_rows(_records(table, name), _parse_row)
+    rows = parse_rows(_records(_undecoded(data, name), name), parse_row)
     parts = []
     while chunk := list(itertools.islice(rows, _CHUNK)):
         parts.append(to_dataset(list(good_rows(chunk, on_bad))))
@@ -265,9 +263,9 @@ def _gathered(table: Dataset | IterableDataset, name: str, on_bad: OnBadRow) -> 
     return concatenate_datasets(parts)
 
 
-def _records(table: Iterable[Record], name: str) -> Iterator[tuple[str, Record | UserError]]:
+def _records(data: Iterable[Record], name: str) -> Iterator[tuple[str, Record | UserError]]:
     """Yield origins, counted from 0 as in Python, and records."""
-    rows = iter(table)
+    rows = iter(data)
     for number in itertools.count():
         origin = f"{name}, row {number}"
         try:
@@ -280,29 +278,3 @@ def _records(table: Iterable[Record], name: str) -> Iterator[tuple[str, Record |
                 error = ImportError(f"{advice}; yield the same without that type")
             yield origin, Unreadable(f"cannot be read: {reason(error)}")
             return
-
-
-def _parse_row(record: Record) -> Row:
-    check_columns(record)
-    return {"audio": _sound(record[column(record, "audio")]), **parse_details(record)}
-
-
-def _sound(value: object) -> dict[str, Any]:
-    """Return any form of audio as {"path", "bytes"}; arrays become wav, 32-bit floats."""
-    if isinstance(value, str | Path):
-        value = {"path": value}
-    elif isinstance(value, bytes | bytearray):
-        value = {"bytes": value}
-    if isinstance(value, Mapping):
-        path, data = value.get("path"), value.get("bytes")
-        path = check_text("audio", str(path)) if isinstance(path, str | Path) else None
-        if isinstance(data, bytes | bytearray):
-            return {"bytes": bytes(data), "path": path}
-        if value.get("array") is not None:
-            wave, rate = check_array(value)
-            file = io.BytesIO()
-            soundfile.write(file, wave, rate, format="WAV", subtype="FLOAT")
-            return {"bytes": file.getvalue(), "path": path}
-        if path:
-            return {"bytes": None, "path": path}
-    raise UserError(f"audio must be a path, bytes, or an array with its rate, got {shown(value)}")

@@ -1,9 +1,10 @@
-"""Manifests: JSON lines, CSV or TSV, a row an utterance."""
+"""Manifests: JSON lines, CSV or TSV, one row an utterance."""
 
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
@@ -25,7 +26,7 @@ from blora_pyro.data.rows import (
 )
 from blora_pyro.errors import UserError, printable
 
-Records = Iterator[tuple[int, Record | UserError]]  # with the numbers of their lines
+NumberedRecords = Iterator[tuple[int, Record | UserError]]  # with the numbers of their lines
 _ESCAPED = "surrogateescape"  # keeps bytes that are no UTF-8 as what no text may hold
 
 
@@ -33,7 +34,7 @@ def read_manifest(path: str | Path, split: str | None = None, on_bad: OnBadRow =
     """Read a manifest into memory; blank lines and further columns are dropped.
 
     `.jsonl` and `.json` hold a JSON object a line; `.csv` and `.tsv` begin with a header, and are
-    quoted as CSV is. The columns, of which a row must give the first two:
+    quoted as CSV is. The columns, of which a row must have the first two:
         audio: `Audio(decode=False)`, {"path", "bytes"}; relative to the manifest's folder. It may
             also be called audio_filepath or file_name.
         text: the transcript; or sentence, or transcription.
@@ -46,24 +47,18 @@ def read_manifest(path: str | Path, split: str | None = None, on_bad: OnBadRow =
     Args:
         path: of the manifest.
         split: leave out rows whose column `split` names another one; None reads all.
-        on_bad: told of every line that is no such row; where it does not raise, the line is left
+        on_bad: called with the error of every bad line; where it does not raise, the line is left
             out, and there may be no rows left.
 
     Raises:
         UserError: if the file cannot be read or has no rows, or `on_bad` raises.
     """
-    bad: list[BadRow] = []
-
-    def tell(error: BadRow) -> None:
-        bad.append(error)
-        on_bad(error)
-
-    rows = list(good_rows(manifest_rows(path, split), tell))
-    if not rows and not bad:
+    rows = manifest_rows(path, split)
+    if (first := next(rows, None)) is None:
         names = ", ".join(manifest_splits(path))
         lacks = f"no rows of split {split!r}, but of {names}" if names else "no rows"
         raise UserError(f"{printable(path)} has {lacks}; a row needs audio and text")
-    return to_dataset(rows)
+    return to_dataset(list(good_rows(chain([first], rows), on_bad)))
 
 
 def manifest_rows(path: str | Path, split: str | None = None) -> Iterator[Row | BadRow]:
@@ -83,13 +78,10 @@ def manifest_rows(path: str | Path, split: str | None = None) -> Iterator[Row | 
 
 
 def manifest_stream(path: str | Path, split: str | None = None) -> RowStream:
-    """Return what `read_manifest` reads as a stream, of which little is in memory; see there."""
+    """Return the rows of `read_manifest` as a stream of one shard."""
     arguments = {"path": str(path), "split": split}
-    return RowStream(
-        IterableDataset.from_generator(_stream_records, gen_kwargs=arguments),
-        _streamed_row,
-        printable(path),
-    )
+    records = IterableDataset.from_generator(_stream_records, gen_kwargs=arguments)
+    return RowStream(records, _streamed_row, printable(path))
 
 
 def _stream_records(path: str, split: str | None) -> Iterator[dict[str, Row | BadRow]]:
@@ -114,14 +106,14 @@ def manifest_splits(path: str | Path) -> list[str]:
     return sorted(printable(name) for name in names if name)
 
 
-def _records(path: Path) -> Records:
-    """Yield the records of a file, of which no more than a record is in memory."""
-    if (suffix := path.suffix.lower()) not in READERS:
+def _records(path: Path) -> NumberedRecords:
+    """Yield the records of a file, of which no more than one is in memory."""
+    if (suffix := path.suffix.lower()) not in FORMATS:
         raise UserError(
             f"cannot read the manifest '{printable(path)}': its name must end in "
-            f"{', '.join(READERS)}"
+            f"{', '.join(FORMATS)}"
         )
-    reader, newline = READERS[suffix]
+    reader, newline = FORMATS[suffix]
     try:
         file = open(path, encoding="utf-8-sig", errors=_ESCAPED, newline=newline)
     except (OSError, ValueError) as error:  # missing, a folder, a name that cannot be
@@ -129,15 +121,6 @@ def _records(path: Path) -> Records:
         raise UserError(f"cannot read the manifest '{printable(path)}': {why}") from error
     with file:
         yield from reader(file)
-
-
-def _json_records(lines: Iterable[str]) -> Records:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield number, _parse_json(line)
-            except UserError as error:
-                yield number, error
 
 
 def _check_decoded(text: str) -> None:
@@ -148,18 +131,27 @@ def _check_decoded(text: str) -> None:
         raise UserError("not UTF-8 text; save the manifest as UTF-8") from error
 
 
+def _json_records(lines: Iterable[str]) -> NumberedRecords:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, _parse_json(line)
+            except UserError as error:
+                yield number, error
+
+
 def _parse_json(line: str) -> Record:
     _check_decoded(line)
     try:
-        row = json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {line.strip()[:40]!r}") from error
-    if not isinstance(row, dict):
+    if not isinstance(record, dict):
         raise UserError(f"not a JSON object: {line.strip()[:40]!r}")
-    return row
+    return record
 
 
-def _csv_records(lines: Iterable[str], delimiter: str) -> Records:
+def _csv_records(lines: Iterable[str], delimiter: str) -> NumberedRecords:
     """Yield the rows below the header; a record is numbered by the first of its lines."""
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -172,7 +164,7 @@ def _csv_records(lines: Iterable[str], delimiter: str) -> Records:
             if not "".join(cells).strip():
                 continue
             if header is None:
-                header = _header(cells)
+                header = _parse_header(cells)
             else:
                 yield line, _parse_cells(header, cells)
         except csv.Error as error:  # what follows cannot be told apart
@@ -184,7 +176,7 @@ def _csv_records(lines: Iterable[str], delimiter: str) -> Records:
                 return
 
 
-def _header(cells: list[str]) -> list[str]:
+def _parse_header(cells: list[str]) -> list[str]:
     _check_decoded("".join(cells))
     names = [cell.strip() for cell in cells]
     if twice := next((name for name in names if name and names.count(name) > 1), None):
@@ -200,14 +192,14 @@ def _parse_cells(header: list[str], cells: list[str]) -> Record:
     _check_decoded("".join(cells))
     if len(cells) != len(header):
         raise UserError(f"{len(cells)} cells, but the header has {len(header)}")
-    row: dict[str, object] = dict(zip(header, cells, strict=True))
+    record: dict[str, object] = dict(zip(header, cells, strict=True))
     for name in ("duration", "start", "end"):
-        if name in row:
-            row[name] = _number(name, str(row[name]))
-    return row
+        if name in record:
+            record[name] = _parse_number(name, str(record[name]))
+    return record
 
 
-def _number(name: str, cell: str) -> float | None:
+def _parse_number(name: str, cell: str) -> float | None:
     if not cell.strip():
         return None
     try:
@@ -218,7 +210,7 @@ def _number(name: str, cell: str) -> float | None:
 
 # What reads a file's lines, and what ends them: JSON may hold U+2028 and a carriage return as they
 # are, CSV line ends inside of quotes.
-READERS: dict[str, tuple[Callable[[Iterable[str]], Records], str]] = {
+FORMATS: dict[str, tuple[Callable[[Iterable[str]], NumberedRecords], str]] = {
     ".jsonl": (_json_records, "\n"),
     ".json": (_json_records, "\n"),
     ".csv": (partial(_csv_records, delimiter=","), ""),

@@ -1,4 +1,4 @@
-"""The token sequences of Whisper's decoder: what it is told, and what it should say."""
+"""The token sequences of Whisper's decoder: prompts and targets."""
 
 import re
 from typing import TYPE_CHECKING
@@ -18,9 +18,9 @@ _MAX_CHARACTERS = 100  # a token; longer texts are not worth tokenising
 
 
 def language_codes(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Return the languages that the decoder can be told, sorted; none if it is English-only."""
+    """Return the languages that the decoder has a token for, sorted; none if it is English-only."""
     vocabulary = tokenizer.get_vocab()
-    # OpenAI's English-only vocabularies do hold all language tokens, untrained; what tells them is
+    # OpenAI's English-only vocabularies do hold all language tokens, untrained; they have
     # GPT-2's vocabulary, whose end token is 50256 (50257 in the multilingual ones).
     if vocabulary[END] == _ENGLISH_ONLY_END:
         return []
@@ -71,7 +71,7 @@ def end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 class Encoder:
-    """Transcripts as the decoder's tokens: what it is told, and what it should say."""
+    """Encodes transcripts as the decoder's tokens: prompt and target."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Encoder:
         task: str = "transcribe",
         max_tokens: int = 448,
     ) -> None:
-        """What all rows have in common.
+        """Keep what all rows have in common.
 
         Args:
             tokenizer: the model's.

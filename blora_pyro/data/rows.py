@@ -1,5 +1,6 @@
-"""Rows: what a row of any source may say, and the one form in which the rest gets it."""
+"""Rows of data: one parser for manifests, tables and the Hub, and errors that name their row."""
 
+import io
 import json
 import math
 import os
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import soundfile
 from datasets import Audio, Dataset, Features, IterableDataset, List, Value
 
+from blora_pyro.data.audio import check_array
 from blora_pyro.errors import UserError, printable
 
 ALIASES = {
@@ -19,6 +22,7 @@ ALIASES = {
     "text": ("text", "sentence", "transcription"),
 }
 OPTIONAL = ("language", "word_languages", "duration", "start", "end")
+KNOWN = {*OPTIONAL, *(name for names in ALIASES.values() for name in names)}
 DETAILS = Features(
     {
         "text": Value("string"),
@@ -33,17 +37,17 @@ DETAILS = Features(
 # Not `Audio` itself: encoding a path with it needs torchcodec; casting to it does not.
 FEATURES = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, **DETAILS})
 
-Row = dict[str, Any]
-Record = Mapping[str, Any]
+Row = dict[str, Any]  # of `FEATURES`
+Record = Mapping[str, Any]  # a value by column name, as a file or a table has it
 
 
 class BadRow(UserError):
     """A row that cannot be used.
 
     Attributes:
-        origin: where it stands, such as "train.csv, line 3".
+        origin: where it is, such as "train.csv, line 3".
         reason: what is wrong with it.
-        source: the place of its source among those of a mixture.
+        source: the index of its source in a mixture.
     """
 
     def __init__(self, origin: str, reason: str, source: int = 0) -> None:
@@ -52,16 +56,32 @@ class BadRow(UserError):
         self.origin, self.reason, self.source = origin, reason, source
 
 
-OnBadRow = Callable[[BadRow], object]  # what is to be done: raise it, or keep it and go on
+OnBadRow = Callable[[BadRow], object]  # raises the error, or returns to leave the row out
 
 
 class Unreadable(UserError):
-    """A row after which no other can be read: no row to be skipped."""
+    """A row after which no other can be read; it cannot be skipped."""
 
 
 def stop(error: BadRow) -> NoReturn:
-    """Raise it: the `OnBadRow` that is meant where nothing else is said."""
+    """Raise the error: the default `OnBadRow`."""
     raise error
+
+
+class BadRows(list[BadRow]):
+    """An `OnBadRow` that keeps the errors of one source and calls another `OnBadRow` with them."""
+
+    def __init__(self, on_bad: OnBadRow, source: int | None = None) -> None:
+        """Start empty; a source is noted in every error."""
+        super().__init__()
+        self.on_bad, self.source = on_bad, source
+
+    def __call__(self, error: BadRow) -> None:
+        """Keep an error, and call the other with it."""
+        if self.source is not None:
+            error.source = self.source
+        self.append(error)
+        self.on_bad(error)
 
 
 @contextmanager
@@ -69,7 +89,7 @@ def located(origin: str) -> Iterator[None]:
     """Put "origin: " before the message of a `UserError` that is raised inside.
 
     Args:
-        origin: where a row stands, such as "train.csv, line 3".
+        origin: where a row is, such as "train.csv, line 3".
 
     Raises:
         BadRow: the error from inside, located; `Unreadable` stays what it is.
@@ -83,7 +103,7 @@ def located(origin: str) -> Iterator[None]:
 
 
 def all_bad(errors: Sequence[BadRow]) -> str:
-    """Say that no row is left."""
+    """Return the message for data without one good row."""
     return f"all rows are bad ({len(errors):,}); the first: {errors[0]}"
 
 
@@ -92,9 +112,9 @@ class RowStream:
     """Rows that are read when they are needed.
 
     Attributes:
-        records: raw ones, in shards.
-        parse: makes a row of `FEATURES` of a record, its audio not decoded, or raises a `BadRow`.
-        name: what messages call it.
+        records: raw records, in shards.
+        parse: returns a record as a row, its audio not decoded, or raises a `BadRow`.
+        name: of the data in messages.
     """
 
     records: IterableDataset
@@ -103,7 +123,7 @@ class RowStream:
 
 
 def check_columns(names: Iterable[str]) -> None:
-    """Refuse columns, those of a header or of one object, that make no row.
+    """Refuse the columns of a header, a table or an object that make no row.
 
     Raises:
         UserError: if audio or text is missing, or there twice under different names.
@@ -124,20 +144,20 @@ def column(names: Iterable[str], wanted: str) -> str:
     return next(name for name in ALIASES[wanted] if name in names)
 
 
-def parse_row(record: Record, folder: Path) -> Row:
-    """Return a record as a row of `FEATURES`, all but its origin.
+def parse_row(record: Record, folder: Path | None = None) -> Row:
+    """Return a record as a row of `FEATURES`, all but its origin; further columns are dropped.
 
     Args:
-        record: a value by column name; further columns are dropped.
-        folder: what paths of audio are relative to.
+        record: of a manifest or a table.
+        folder: of the manifest; None for a table. See `parse_audio`.
 
     Raises:
-        UserError: if the record is no such row, or its audio file does not exist.
+        UserError: if the record is no such row, or a manifest's audio file does not exist.
     """
-    record = _without_spare_nulls(record)
+    record = _without_null_aliases(record)
     check_columns(record)
-    sound = parse_audio(record[column(record, "audio")], folder)
-    return {"audio": sound, **parse_details(record)}
+    audio = parse_audio(record[column(record, "audio")], folder)
+    return {"audio": audio, **parse_details(record)}
 
 
 def parse_details(record: Record) -> Row:
@@ -153,9 +173,9 @@ def parse_details(record: Record) -> Row:
         raise UserError(f"word_languages must be a list of texts, got {shown(codes)}")
     language = record.get("language")
     row: Row = {
-        "text": check_text("text", record[column(record, "text")]),
-        "language": "" if language is None else check_text("language", language),
-        "word_languages": [check_text("word_languages", code) for code in codes or []],
+        "text": _text("text", record[column(record, "text")]),
+        "language": "" if language is None else _text("language", language),
+        "word_languages": [_text("word_languages", code) for code in codes or []],
         **{name: _seconds(name, record.get(name)) for name in ("duration", "start", "end")},
     }
     start, end = row["start"] or 0.0, row["end"]
@@ -164,31 +184,54 @@ def parse_details(record: Record) -> Row:
     return row
 
 
-def parse_audio(value: object, folder: Path) -> dict[str, Any]:
-    """Return {"path", "bytes"} of a manifest's audio, a path relative to `folder`.
+def parse_audio(value: object, folder: Path | None = None) -> dict[str, Any]:
+    """Return audio as {"path", "bytes"}, not decoded; arrays become wav, 32-bit floats.
+
+    Args:
+        value: with a folder, the path of a file that exists, relative to it; without one a path,
+            encoded bytes, {"path", "bytes"}, or {"array", "sampling_rate"}.
+        folder: of the manifest.
 
     Raises:
-        UserError: if it is no such path, or there is no such file.
+        UserError: if the value is none of these.
     """
-    path = check_text("audio", value)
-    if not path.strip():
-        raise UserError("audio is empty; give a path")
-    if not os.path.isfile(folder / path):
-        raise UserError(f"the audio file '{printable(folder / path)}' does not exist")
-    return {"bytes": None, "path": str(folder / path)}
+    if folder is not None:
+        path = _text("audio", value)
+        if not path.strip():
+            raise UserError("audio is empty; give a path")
+        if not os.path.isfile(folder / path):
+            raise UserError(f"the audio file '{printable(folder / path)}' does not exist")
+        return {"bytes": None, "path": str(folder / path)}
+    if isinstance(value, str | Path):
+        value = {"path": value}
+    elif isinstance(value, bytes | bytearray):
+        value = {"bytes": value}
+    if isinstance(value, Mapping):
+        given, content = value.get("path"), value.get("bytes")
+        name = _text("audio", str(given)) if isinstance(given, str | Path) else None
+        if not isinstance(content, bytes | bytearray) and value.get("array") is not None:
+            wave, rate = check_array(value)
+            file = io.BytesIO()
+            soundfile.write(file, wave, rate, format="WAV", subtype="FLOAT")
+            content = file.getvalue()
+        if isinstance(content, bytes | bytearray):
+            return {"bytes": bytes(content), "path": name}
+        if name:
+            return {"bytes": None, "path": name}
+    raise UserError(f"audio must be a path, bytes, or an array with its rate, got {shown(value)}")
 
 
 def parse_rows(
     records: Iterable[tuple[str, Record | UserError]], parse: Callable[[Record], Row]
 ) -> Iterator[Row | BadRow]:
-    """Yield each record as a row, or as the located error that tells why it is none.
+    """Yield each record as a row, or the error, with its origin, if it is none.
 
     Args:
         records: origins and records; an error stands for a record that could not be read.
-        parse: makes a row of a record, or raises a `UserError`.
+        parse: returns a record as a row, or raises a `UserError`.
 
     Raises:
-        Unreadable: if a record is that.
+        Unreadable: if a record is one.
     """
     for origin, record in records:
         try:
@@ -203,7 +246,7 @@ def parse_rows(
 
 
 def good_rows(rows: Iterable[Row | BadRow], on_bad: OnBadRow = stop) -> Iterator[Row]:
-    """Yield the rows that are good; `on_bad` is told of the others, and raises or not."""
+    """Yield the good rows; `on_bad` is called with the errors of the others."""
     for row in rows:
         if isinstance(row, BadRow):
             on_bad(row)
@@ -212,7 +255,7 @@ def good_rows(rows: Iterable[Row | BadRow], on_bad: OnBadRow = stop) -> Iterator
 
 
 def to_dataset(rows: list[Row], features: Features = FEATURES) -> Dataset:
-    """Return rows, if any, as a data set in memory, its audio not decoded."""
+    """Return rows as a data set in memory, its audio not decoded."""
     columns = {name: [row[name] for row in rows] for name in features}
     dataset = Dataset.from_dict(columns, features=features)
     return dataset.cast_column("audio", Audio(decode=False)) if "audio" in features else dataset
@@ -226,12 +269,7 @@ def shown(value: object) -> str:
         return printable(repr(value))[:40]
 
 
-def check_text(name: str, value: object) -> str:
-    """Return a value that must be text.
-
-    Raises:
-        UserError: naming the column, if it is none, or no valid Unicode.
-    """
+def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise UserError(f"{name} must be text, got {shown(value)}")
     try:
@@ -241,18 +279,6 @@ def check_text(name: str, value: object) -> str:
     return value
 
 
-def _without_spare_nulls(record: Record) -> Record:
-    """Drop null aliases where another alias has the value."""
-    spare = {
-        name
-        for names in ALIASES.values()
-        if any(record.get(name) is not None for name in names)
-        for name in names
-        if record.get(name) is None
-    }
-    return {name: value for name, value in record.items() if name not in spare}
-
-
 def _seconds(name: str, value: object) -> float | None:
     if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
         return None
@@ -260,3 +286,15 @@ def _seconds(name: str, value: object) -> float | None:
     if not number or not 0 <= value < 1e9:  # type: ignore[operator]
         raise UserError(f"{name} must be a number of seconds, got {shown(value)}")
     return float(value)  # type: ignore[arg-type]
+
+
+def _without_null_aliases(record: Record) -> Record:
+    """Drop null aliases where another alias has a value."""
+    dropped = {
+        name
+        for names in ALIASES.values()
+        if any(record.get(name) is not None for name in names)
+        for name in names
+        if record.get(name) is None
+    }
+    return {name: value for name, value in record.items() if name not in dropped}

@@ -11,10 +11,20 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from blora_pyro.data.audio import read_audio
-from blora_pyro.data.collation import Batch, Encoded, Examples, encode_row
+from blora_pyro.data.collation import Batch, EncodedRow, Examples, encode_row
 from blora_pyro.data.features import log_mels
 from blora_pyro.data.prompts import Encoder
-from blora_pyro.data.rows import BadRow, OnBadRow, Record, Row, RowStream, all_bad, located, stop
+from blora_pyro.data.rows import (
+    BadRow,
+    BadRows,
+    OnBadRow,
+    Record,
+    Row,
+    RowStream,
+    all_bad,
+    located,
+    stop,
+)
 from blora_pyro.errors import UserError, reason
 from blora_pyro.options import SHUFFLE_BUFFER
 
@@ -24,8 +34,10 @@ if TYPE_CHECKING:
 SAMPLE = 16  # rows that are looked at before a fit
 READERS = 4  # threads; torch may use several cores in each
 
-StreamPosition = dict[str, Any]  # where a process is in its stream, as JSON has it; see `_records`
+StreamPosition = dict[str, Any]  # where a process is in its stream, JSON; see `_records`
 START: StreamPosition = {"epoch": 0, "block": 0, "taken": 0, "state": None}
+
+_Good = tuple[EncodedRow, Tensor]  # a row, and its log-mels, (mels, frames), float16
 
 
 class Stream:
@@ -53,7 +65,7 @@ class Stream:
         trim: bool = False,
         on_bad: OnBadRow = stop,
     ) -> None:
-        """Look at the first rows.
+        """Read the sample.
 
         Args:
             rows: see `stream_split`.
@@ -65,8 +77,8 @@ class Stream:
             buffer: rows that are shuffled at a time; 1 keeps their order within a shard.
             seed: of the order.
             trim: cut every batch after its longest utterance, see `features.trim`.
-            on_bad: told of every bad row, again in every epoch and from another thread; see
-                `Examples`. Where it does not raise, the row is left out.
+            on_bad: called with the error of every bad row, again in every epoch and from another
+                thread; see `Examples`. Where it does not raise, the row is left out.
 
         Raises:
             UserError: if there is no good row, or by `on_bad`.
@@ -75,7 +87,7 @@ class Stream:
         # Rust's tokenizers can't be used by two threads at once.
         self._encoder = Encoder(copy.deepcopy(tokenizer), language, task, max_tokens)
         self.buffer, self.seed, self._trim, self._on_bad = buffer, seed, trim, on_bad
-        self.sample = self._sample(on_bad)
+        self.sample = self._sample(BadRows(on_bad))
 
     @property
     def main_language(self) -> str:
@@ -92,9 +104,13 @@ class Stream:
         return self.sample.batch(indices)
 
     def batches(
-        self, batch_size: int, place: StreamPosition | None = None, rank: int = 0, count: int = 1
+        self,
+        batch_size: int,
+        position: StreamPosition | None = None,
+        rank: int = 0,
+        count: int = 1,
     ) -> Iterator[tuple[Batch, StreamPosition]]:
-        """Endless batches, each with the place from which it was drawn; the next is made meanwhile.
+        """Yield endless batches, each with the position before it; the next is made meanwhile.
 
         Of several processes each has its own shards, or where their number is no multiple of that
         of the processes every `count`-th row, and draws its part of every batch from them. A batch
@@ -102,7 +118,7 @@ class Stream:
 
         Args:
             batch_size: of all processes together.
-            place: a batch's, to go on from there; None is the beginning.
+            position: of a batch, to start with it; None is the beginning.
             rank: of this process.
             count: of processes.
 
@@ -110,7 +126,7 @@ class Stream:
             UserError: if the data can't be read, a process has no good rows, or by `on_bad`.
         """
         with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as ahead:
-            batches = self._batches(batch_size, place or START, rank, count, readers)
+            batches = self._batches(batch_size, position or START, rank, count, readers)
             following = ahead.submit(next, batches)
             while True:
                 drawn = following.result()
@@ -120,42 +136,42 @@ class Stream:
     def _batches(
         self,
         batch_size: int,
-        place: StreamPosition,
+        position: StreamPosition,
         rank: int,
         count: int,
         readers: ThreadPoolExecutor,
     ) -> Iterator[tuple[Batch, StreamPosition]]:
-        records = self._records(place, rank, count)
+        records = self._records(position, rank, count)
         size = len(range(rank, batch_size, count))
         if not size:
             raise UserError(
                 f"a batch has {batch_size} utterances for {count} processes; give a batch_size of "
                 f"{count} or more"
             )
-        good_epoch = place["epoch"]  # the last one that had a good row
+        good_epoch = position["epoch"]  # the last one that had a good row
         while True:
-            rows: list[tuple[Encoded, Tensor]] = []
-            start = place
+            rows: list[_Good] = []
+            start = position
             while len(rows) < size:
                 drawn = list(islice(records, size - len(rows)))
-                place = drawn[-1][1]
-                rows += self._good([record for record, _ in drawn], readers, self._on_bad)
+                position = drawn[-1][1]
+                rows += self._good_rows([record for record, _ in drawn], readers, self._on_bad)
                 if rows:
-                    good_epoch = place["epoch"]
-                elif place["epoch"] > good_epoch + 1:
+                    good_epoch = position["epoch"]
+                elif position["epoch"] > good_epoch + 1:
                     raise UserError(f"{self._name(rank, count)} has nothing but bad rows")
             yield self._examples(rows).batch(range(size)), start
 
     def _records(
-        self, place: StreamPosition, rank: int, count: int
+        self, position: StreamPosition, rank: int, count: int
     ) -> Iterator[tuple[Record, StreamPosition]]:
-        """Endless records from a place on, each with the place behind it.
+        """Yield endless records from a position on, each with the position behind it.
 
-        A block is `buffer` rows on end. A place is the epoch, the number of the block, the state of
-        `datasets` before it, and how many of its rows have been taken.
+        A block is `buffer` rows on end. A position is the epoch, the number of the block, the state
+        of `datasets` before it, and how many of its rows have been taken.
         """
         stream = split_dataset_by_node(self.rows.records, rank, count)
-        epoch, block, taken, state = (place[name] for name in START)
+        epoch, block, taken, state = (position[name] for name in START)
         while True:
             stream.set_epoch(self.seed * 1_000_003 + epoch + 1)  # orders the shards
             if state:
@@ -176,23 +192,18 @@ class Stream:
             epoch, block, state = epoch + 1, 0, None
 
     def _read(self, records: Any) -> Iterator[Record]:
-        rows = iter(records)
-        while True:
-            try:
-                record = next(rows)
-            except StopIteration:
-                return
-            except UserError:
-                raise
-            except Exception as error:  # of a generator, a network or a file
-                raise UserError(f"{self.rows.name} cannot be read on: {reason(error)}") from error
-            yield record
+        try:
+            yield from records
+        except UserError:
+            raise
+        except Exception as error:  # of a generator, a network or a file
+            raise UserError(f"{self.rows.name} cannot be read on: {reason(error)}") from error
 
-    def _good(
+    def _good_rows(
         self, records: list[Record], readers: ThreadPoolExecutor, on_bad: OnBadRow
-    ) -> list[tuple[Encoded, Tensor]]:
-        """The good ones of raw records, in their order."""
-        rows: list[tuple[Row, Encoded]] = []
+    ) -> list[_Good]:
+        """Parse, tokenise and featurise records; return the good ones in their order."""
+        rows: list[tuple[Row, EncodedRow]] = []
         for record in records:
             try:
                 row = self.rows.parse(record)
@@ -200,16 +211,16 @@ class Stream:
             except BadRow as error:
                 on_bad(error)
         good = []
-        heard = readers.map(self._hear, [row for row, _ in rows])
-        for (_, encoded), found in zip(rows, heard, strict=True):
+        features = readers.map(self._featurise, [row for row, _ in rows])
+        for (_, encoded), found in zip(rows, features, strict=True):
             if isinstance(found, BadRow):
                 on_bad(found)
             else:
                 good.append((encoded, found))
         return good
 
-    def _hear(self, row: Row) -> Tensor | BadRow:
-        """Log-mels, (mels, frames), float16, or what is wrong with the audio."""
+    def _featurise(self, row: Row) -> Tensor | BadRow:
+        """Return log-mels, (mels, frames), float16, or what is wrong with the audio."""
         window = self.feature_extractor.chunk_length
         try:
             with located(row["origin"]):
@@ -220,25 +231,19 @@ class Stream:
             return error
         return log_mels(wave, self.feature_extractor)
 
-    def _sample(self, on_bad: OnBadRow) -> Examples:
-        """The good ones of the first rows; if there are none, the first that is good."""
-        good: list[tuple[Encoded, Tensor]] = []
-        bad: list[BadRow] = []
-
-        def tell(error: BadRow) -> None:
-            bad.append(error)
-            on_bad(error)
-
+    def _sample(self, bad: BadRows) -> Examples:
+        """Return the good ones of the first rows; if there are none, the first that is good."""
+        good: list[_Good] = []
         with ThreadPoolExecutor(1) as reader:
             for number, record in enumerate(self._read(self.rows.records)):
                 if good and number >= SAMPLE:
                     break
-                good += self._good([record], reader, tell)
+                good += self._good_rows([record], reader, bad)
         if good:
             return self._examples(good)
         raise UserError(all_bad(bad) if bad else f"{self.rows.name} has no rows; give some")
 
-    def _examples(self, rows: list[tuple[Encoded, Tensor]]) -> Examples:
+    def _examples(self, rows: list[_Good]) -> Examples:
         return Examples.of_rows(rows, self._encoder.end, self._trim)
 
     def _name(self, rank: int, count: int) -> str:

@@ -101,7 +101,7 @@ class Loader:
         """The train split of a source, to be read, featurised and tokenised as it is drawn.
 
         Args:
-            source: See `data.sources.stream_split`.
+            source: See `data.splits.stream_split`.
             on_skipped: Told of every row that is left out, once, and from another thread.
 
         Raises:

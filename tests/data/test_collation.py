@@ -1,10 +1,15 @@
+from collections import Counter
+from itertools import chain, islice
+
 import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from blora_pyro.data.audio import read_audio
-from blora_pyro.data.collation import Batch, Examples
+from blora_pyro.data.collation import Batch, Examples, batch_indices
 from blora_pyro.data.features import trim
 from blora_pyro.data.manifest import read_manifest
 from blora_pyro.data.prompts import text_ids
@@ -233,3 +238,65 @@ def test_the_fingerprint_changes_with_the_data_alone(dataset, extractor, tokeniz
     rows = dataset(ROWS)
     speak("1.wav", 0.7)
     assert Examples(rows, extractor, tokenizer).fingerprint != known
+
+
+# ---- the order of the rows
+
+
+quick = settings(deadline=None, max_examples=50)
+sizes = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+def of_sizes(counts):
+    """The source of every row, for sources of these sizes."""
+    return [source for source, count in enumerate(counts) for _ in range(count)]
+
+
+@quick
+@given(sizes, st.integers(1, 12), st.integers(0, 99))
+def test_without_weights_every_epoch_is_a_permutation(counts, batch_size, seed):
+    rows = of_sizes(counts)
+    stream = batch_indices(rows, batch_size, seed)
+    for _ in range(2):
+        epoch = list(islice(stream, -(-len(rows) // batch_size)))
+        assert sorted(chain(*epoch)) == list(range(len(rows)))
+        assert {len(batch) for batch in epoch[:-1]} <= {batch_size}
+
+
+def test_without_weights_the_order_is_that_of_randperm():
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(3))
+    assert next(batch_indices([0] * 10, 10, 3)) == order.tolist()
+
+
+@quick
+@given(sizes, st.integers(1, 12), st.integers(0, 99))
+def test_with_weights_every_source_is_gone_through_in_permutations(counts, batch_size, seed):
+    rows = of_sizes(counts)
+    stream = batch_indices(rows, batch_size, seed, [1.0] * len(counts))
+    drawn = list(chain(*islice(stream, 30)))
+    for source, count in enumerate(counts):
+        mine = [row for row in drawn if rows[row] == source]
+        whole = [row for row, one in enumerate(rows) if one == source]
+        for start in range(0, len(mine) - count + 1, count):
+            assert sorted(mine[start : start + count]) == whole
+
+
+def test_with_weights_sources_are_drawn_in_their_proportion():
+    rows = of_sizes([2, 50])
+    drawn = chain(*islice(batch_indices(rows, 10, 0, [3, 1]), 400))
+    share = Counter(rows[row] for row in drawn)[0] / 4000
+    assert share == pytest.approx(0.75, abs=0.03)  # four standard deviations
+
+
+@pytest.mark.parametrize("weights", [None, [1, 2]])
+def test_the_order_depends_on_the_seed_alone(weights):
+    def order(seed):
+        torch.rand(seed + 1)  # torch's own generator is not asked
+        return list(islice(batch_indices(of_sizes([4, 5]), 2, seed, weights), 20))
+
+    assert order(1) == order(1) != order(2)
+
+
+def test_a_weighted_source_without_rows_is_refused():
+    with pytest.raises(UserError, match="source 2 of data has no rows"):
+        next(batch_indices([0, 0], 2, 0, [1, 1]))

@@ -7,13 +7,14 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pytest
+import soundfile
 from datasets import Audio, Dataset, DatasetDict, Features, IterableDataset, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blora_pyro.data import Examples, hf_datasets, read_audio
 from blora_pyro.data.rows import BadRow, Unreadable
-from blora_pyro.data.sources import load_split, split_names, stream_split
+from blora_pyro.data.splits import load_split, split_names, stream_split
 from blora_pyro.errors import UserError
 
 COLUMNS = [
@@ -107,7 +108,7 @@ def test_a_dictionary_of_splits_and_streams_of_the_same(saved):
 
 
 def test_audio_of_a_data_set_is_not_copied_and_chunks_of_a_stream_are_joined(saved, monkeypatch):
-    monkeypatch.setattr(hf_datasets, "_sound", None)
+    monkeypatch.setattr("blora_pyro.data.rows.parse_audio", None)
     check(load_split(saved.select([1, 0]).select([1, 0]), "train"))
     monkeypatch.undo()
     monkeypatch.setattr(hf_datasets, "_CHUNK", 2)
@@ -386,5 +387,5 @@ def test_any_stream(rows):
 def test_encoded_arrays_are_wav_files():
     row = {"audio": {"array": WAVE, "sampling_rate": 8_000}, "text": "x"}
     dataset = load_split(IterableDataset.from_generator(lambda: iter([row])), "train")
-    info = hf_datasets.soundfile.info(io.BytesIO(dataset[0]["audio"]["bytes"]))
+    info = soundfile.info(io.BytesIO(dataset[0]["audio"]["bytes"]))
     assert (info.samplerate, info.subtype) == (8_000, "FLOAT")

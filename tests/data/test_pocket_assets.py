@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 
 from blora_pyro.data import DOMAINS, LANGUAGES, MODEL_DIR, load_split, read_audio
-from blora_pyro.data.sources import corpus_dir
+from blora_pyro.data.splits import corpus_dir
 from blora_pyro.metrics import words
 
 SIZES = {"train": 200, "dev": 100, "test": 100}

@@ -1,38 +1,39 @@
-"""Where a split of data comes from: manifests, folders, built-in corpora, data sets, the Hub."""
+"""The splits of a source (a manifest, folder, corpus, data set or Hub id), and mixtures of them."""
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from datasets import Dataset
+import torch
+from datasets import Dataset, concatenate_datasets
 
 from blora_pyro.data.hf_datasets import (
-    Table,
+    HfDataset,
+    dataset_split,
+    dataset_stream,
     hub_splits,
     is_saved,
     load_hub,
     load_parquet,
     load_saved,
     parquet_files,
-    table_split,
-    table_splits,
-    table_stream,
+    split_keys,
 )
-from blora_pyro.data.manifest import READERS, manifest_splits, manifest_stream, read_manifest
-from blora_pyro.data.rows import OnBadRow, RowStream, stop
+from blora_pyro.data.manifest import FORMATS, manifest_splits, manifest_stream, read_manifest
+from blora_pyro.data.rows import BadRows, OnBadRow, RowStream, all_bad, stop
 from blora_pyro.errors import UserError, printable
 from blora_pyro.files import cache_dir
 from blora_pyro.options import POCKET_DOMAINS, POCKET_LANGUAGES
-from blora_pyro.sources import Source, is_table
+from blora_pyro.sources import Source, as_sources, describe_source, is_table
 
-POCKET_DIR = Path(__file__).parent / "pocket"  # a folder of assets beside this module
+POCKET_DIR = Path(__file__).parent / "pocket"  # the shipped assets, a folder without code
 MODEL_DIR = POCKET_DIR / "model"
 DOMAINS, LANGUAGES = POCKET_DOMAINS, POCKET_LANGUAGES
 
-_OBJECT = "<"  # how the description of an object begins, as no name of a source does
+_OBJECT = "<"  # how `describe_source` describes an object, and no source is named
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
 
 
@@ -51,16 +52,16 @@ def load_split(source: Source, split: str, on_bad: OnBadRow = stop) -> Dataset:
             - a folder that `save_to_disk` made;
             - a folder with parquet files as on the Hub, `{split}-*.parquet`.
         split: "train", "dev", "test", or whatever the source has.
-        on_bad: told of every bad row; where it does not raise, the row is left out, and there may
-            be none left.
+        on_bad: called with the error of every bad row; where it does not raise, the row is left
+            out, and there may be none left.
 
     Raises:
         UserError: if the source is none of these, lacks the split, or `read_manifest` raises.
     """
     found = _find(source, split)
-    if isinstance(found, _Manifest):
+    if isinstance(found, _ManifestSplit):
         return read_manifest(found.path, found.split, on_bad)
-    return table_split(found.load(False), split, found.name, on_bad)
+    return dataset_split(found.load(False), split, found.name, on_bad)
 
 
 def stream_split(source: Source, split: str) -> RowStream:
@@ -73,51 +74,45 @@ def stream_split(source: Source, split: str) -> RowStream:
         UserError: if the source is none of these, or lacks the split or columns.
     """
     found = _find(source, split)
-    if isinstance(found, _Manifest):
+    if isinstance(found, _ManifestSplit):
         return manifest_stream(found.path, found.split)
-    return table_stream(found.load(True), split, found.name)
+    return dataset_stream(found.load(True), split, found.name)
 
 
-@dataclass(frozen=True)
-class _Manifest:
-    """A manifest, and the split to be picked from it; None is all of it."""
+def load_mixture(
+    sources: Source | Sequence[Source],
+    split: str,
+    on_bad: OnBadRow = stop,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Read a split of one or more sources, one after the other, as `load_split` reads it.
 
-    path: str | Path
-    split: str | None
+    A single source that is a manifest serves any split. The rows have one column more, `source`:
+    the index of theirs.
 
+    Args:
+        sources: one or more.
+        split: of all of them.
+        on_bad: called with the error of every bad row.
+        limit: rows of the first source, drawn at random, their order kept; None is all.
+        seed: of that draw.
 
-@dataclass(frozen=True)
-class _Table:
-    """What loads a table, as a stream or not, and what messages call it."""
-
-    load: Callable[[bool], Table]
-    name: str
-
-
-def _find(source: Source, split: str) -> _Manifest | _Table:
-    if is_table(source):
-        return _Table(lambda streaming: source, "the data set")
-    name = str(source)
-    if _is_parquet(name):
-        return _Table(partial(load_parquet, [Path(name)], split), printable(name))
-    if os.path.isfile(name):
-        return _Manifest(name, split)
-    if is_hub_id(name):
-        return _Table(partial(load_hub, name, split), f"{name}, {split}")
-    folder = _folder(name)
-    if is_saved(folder):
-        return _Table(lambda streaming: load_saved(folder), printable(folder))
-    if manifest := _own_manifest(folder, split):
-        return _Manifest(manifest, None)
-    if manifest := _only(folder, "metadata"):
-        return _Manifest(manifest, split)
-    if files := parquet_files(folder).get(split):
-        return _Table(partial(load_parquet, files, split), f"{printable(folder)}, {split}")
-    splits = ", ".join(split_names(folder)) or "none"
-    raise UserError(
-        f"{printable(folder)} has no {split}.jsonl (.csv, .tsv, or {split}/metadata.csv); "
-        f"its splits are: {splits}"
-    )
+    Raises:
+        UserError: as `load_split`, or if a source has nothing but bad rows.
+    """
+    parts = []
+    for index, source in enumerate(as_sources(sources)):
+        bad = BadRows(on_bad, index)
+        part = load_split(source, split, bad)
+        if not len(part):
+            raise UserError(f"{printable(describe_source(source))}, {split}: {all_bad(bad)}")
+        part = part.add_column("source", [index] * len(part))
+        if index == 0 and limit is not None and limit < len(part):
+            drawn = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
+            part = part.select(sorted(drawn[:limit].tolist()))
+        parts.append(part)
+    return concatenate_datasets(parts)
 
 
 def split_names(source: Source) -> list[str]:
@@ -127,18 +122,16 @@ def split_names(source: Source) -> list[str]:
         UserError: if the source is none of those of `load_split`.
     """
     if is_table(source):
-        return table_splits(source)
+        return split_keys(source)
     name = str(source)
-    if _is_parquet(name):
-        return []
     if os.path.isfile(name):
-        return manifest_splits(name)
+        return [] if _is_parquet(name) else manifest_splits(name)
     if is_hub_id(name):
         return hub_splits(name)
     folder = _folder(name)
     if is_saved(folder):
-        return table_splits(load_saved(folder))
-    files = [path for path in folder.iterdir() if path.suffix.lower() in READERS]
+        return split_keys(load_saved(folder))
+    files = [path for path in folder.iterdir() if path.suffix.lower() in FORMATS]
     names = {path.stem for path in files if path.is_file() and path.stem != "metadata"}
     names |= {path.name for path in folder.iterdir() if path.is_dir() and _only(path, "metadata")}
     if not names and (manifest := _only(folder, "metadata")):
@@ -148,7 +141,7 @@ def split_names(source: Source) -> list[str]:
 
 def is_hub_id(name: str) -> bool:
     """Tell whether a name that is no path and no built-in corpus has the form of a Hub id."""
-    manifest = Path(name).suffix.lower() in READERS
+    manifest = Path(name).suffix.lower() in FORMATS
     return not (os.path.exists(name) or manifest) and bool(_HUB_ID.fullmatch(name))
 
 
@@ -175,8 +168,50 @@ def corpus_dir(name: str) -> Path:
     )
 
 
+@dataclass(frozen=True)
+class _ManifestSplit:
+    """A manifest, and the split to be picked from it; None is all of it."""
+
+    path: str | Path
+    split: str | None
+
+
+@dataclass(frozen=True)
+class _DatasetSplit:
+    """What loads a data set, as a stream or not, and its name in messages."""
+
+    load: Callable[[bool], HfDataset]
+    name: str
+
+
+def _find(source: Source, split: str) -> _ManifestSplit | _DatasetSplit:
+    if is_table(source):
+        return _DatasetSplit(lambda streaming: source, "the data set")
+    name = str(source)
+    if os.path.isfile(name):
+        if _is_parquet(name):
+            return _DatasetSplit(partial(load_parquet, [Path(name)], split), printable(name))
+        return _ManifestSplit(name, split)
+    if is_hub_id(name):
+        return _DatasetSplit(partial(load_hub, name, split), f"{name}, {split}")
+    folder = _folder(name)
+    if is_saved(folder):
+        return _DatasetSplit(lambda streaming: load_saved(folder), printable(folder))
+    if manifest := _only(folder, split) or _only(folder / split, "metadata"):
+        return _ManifestSplit(manifest, None)
+    if manifest := _only(folder, "metadata"):
+        return _ManifestSplit(manifest, split)
+    if files := parquet_files(folder).get(split):
+        return _DatasetSplit(partial(load_parquet, files, split), f"{printable(folder)}, {split}")
+    splits = ", ".join(split_names(folder)) or "none"
+    raise UserError(
+        f"{printable(folder)} has no {split}.jsonl (.csv, .tsv, or {split}/metadata.csv); "
+        f"its splits are: {splits}"
+    )
+
+
 def _is_parquet(name: str) -> bool:
-    return Path(name).suffix.lower() == ".parquet" and os.path.isfile(name)
+    return Path(name).suffix.lower() == ".parquet"
 
 
 def _folder(name: str) -> Path:
@@ -186,21 +221,16 @@ def _folder(name: str) -> Path:
         raise UserError(f"the data were an object from Python, {name}; give it again")
     if not os.path.isdir(name):
         raise UserError(
-            f"no data at '{printable(name)}'; give a manifest ({', '.join(READERS)}), a folder of "
+            f"no data at '{printable(name)}'; give a manifest ({', '.join(FORMATS)}), a folder of "
             "manifests (train.jsonl, ...), a Hub data set (owner/name), or a built-in corpus: "
             f"{', '.join((*DOMAINS, *LANGUAGES))}"
         )
     return Path(name)
 
 
-def _own_manifest(folder: Path, split: str) -> Path | None:
-    """Return the manifest that holds this split and nothing else."""
-    return _only(folder, split) or _only(folder / split, "metadata")
-
-
 def _only(folder: Path, stem: str) -> Path | None:
     """Return the one manifest of this name, with whatever ending; None if there is none."""
-    found = [path for suffix in READERS if (path := folder / f"{stem}{suffix}").is_file()]
+    found = [path for suffix in FORMATS if (path := folder / f"{stem}{suffix}").is_file()]
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
         raise UserError(f"{printable(folder)} has {names}; keep one of them")

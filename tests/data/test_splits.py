@@ -1,11 +1,14 @@
 import json
 
 import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
 
-from blora_pyro.data import sources
-from blora_pyro.data.sources import load_split, split_names
+from blora_pyro.data import splits
+from blora_pyro.data.rows import BadRow
+from blora_pyro.data.splits import load_mixture, load_split, split_names
 from blora_pyro.errors import UserError
 from blora_pyro.files import cache_dir
+from blora_pyro.sources import describe_source
 
 
 @pytest.fixture
@@ -15,7 +18,7 @@ def row(speak):
 
 @pytest.fixture
 def built_in(monkeypatch, tmp_path, manifest, row):
-    monkeypatch.setattr(sources, "POCKET_DIR", tmp_path / "pocket")
+    monkeypatch.setattr(splits, "POCKET_DIR", tmp_path / "pocket")
     manifest({**row, "text": "built in"}, name="pocket/de-en/test.jsonl")
 
 
@@ -135,17 +138,17 @@ def test_anything_else_lists_what_is_allowed(tmp_path):
 
 @pytest.fixture
 def folders(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "POCKET_DIR", tmp_path / "shipped")
+    monkeypatch.setattr(splits, "POCKET_DIR", tmp_path / "shipped")
     monkeypatch.setenv("BLORA_PYRO_CACHE", str(tmp_path / "cache"))
 
 
 def test_a_shipped_corpus_comes_before_one_in_the_cache(folders, tmp_path):
     cached = tmp_path / "cache" / "pocket" / "tr"
     cached.mkdir(parents=True)
-    assert sources.corpus_dir("tr") == cached
+    assert splits.corpus_dir("tr") == cached
     shipped = tmp_path / "shipped" / "tr"
     shipped.mkdir(parents=True)
-    assert sources.corpus_dir("tr") == shipped
+    assert splits.corpus_dir("tr") == shipped
 
 
 def test_the_cache_is_in_the_home_folder(folders, monkeypatch, tmp_path):
@@ -153,20 +156,82 @@ def test_the_cache_is_in_the_home_folder(folders, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     cached = tmp_path / ".cache" / "blora-pyro" / "pocket" / "zh-en"
     cached.mkdir(parents=True)
-    assert sources.corpus_dir("zh-en") == cached
+    assert splits.corpus_dir("zh-en") == cached
 
 
 def test_a_missing_corpus_is_an_error_that_says_how_to_make_it(folders):
     with pytest.raises(UserError, match=r"python recipes/pocket/build.py"):
-        sources.corpus_dir("de")
+        splits.corpus_dir("de")
     with pytest.raises(UserError, match=r"'\.\./de'; choose from de-en, es-en, zh-en, en, de"):
-        sources.corpus_dir("../de")
+        splits.corpus_dir("../de")
 
 
 def test_no_cache_where_it_is_switched_off_or_there_is_no_home(folders, monkeypatch):
     monkeypatch.setenv("BLORA_PYRO_CACHE", "")
     assert cache_dir() is None
     with pytest.raises(UserError, match=r"'de' is not in .*shipped; make it"):
-        sources.corpus_dir("de")
+        splits.corpus_dir("de")
     monkeypatch.setenv("BLORA_PYRO_CACHE", "~nobody-of-that-name/x")
     assert cache_dir() is None
+
+
+def test_the_description_of_an_object_is_no_source():
+    text = describe_source(DatasetDict(train=Dataset.from_dict({"audio": ["a"], "text": ["x"]})))
+    for use in (split_names, lambda source: load_split(source, "train")):
+        with pytest.raises(UserError, match=r"were an object from Python, <DatasetDict .*again"):
+            use(text)
+
+
+# ---- mixtures
+
+
+def test_rows_know_their_source(manifest, speak):
+    row = {"audio": str(speak("a.wav")), "text": "x"}
+    one = manifest(row, {**row, "text": "y"}, name="one.jsonl")
+    two = manifest({**row, "text": "z", "word_languages": ["de"]}, name="two.jsonl")
+    mixed = load_mixture((one, str(two)), "train")
+    assert mixed["text"][:] == ["x", "y", "z"]
+    assert mixed["source"][:] == [0, 0, 1]
+    assert mixed["word_languages"][:] == [[], [], ["de"]]
+
+
+def test_manifests_and_tables_mix(manifest, speak):
+    path = str(speak("a.wav"))
+    lines = manifest({"audio": path, "text": "x"})
+    table = Dataset.from_dict({"file_name": [path], "sentence": ["y"]})
+    stream = IterableDataset.from_generator(lambda: iter([{"audio": path, "text": "z"}]))
+    mixed = load_mixture((lines, table, stream), "train")
+    assert mixed["text"][:] == ["x", "y", "z"]
+    assert [row["audio"]["path"] for row in mixed] == [path] * 3
+
+
+def test_bad_rows_know_their_source_and_all_bad_is_refused(manifest, speak):
+    good = {"audio": str(speak("a.wav")), "text": "x"}
+    one = manifest(good, "?", name="one.jsonl")
+    two = manifest({"text": "y"}, good, good, name="two.jsonl")
+    bad: list[BadRow] = []
+    mixed = load_mixture((one, two), "train", bad.append)
+    assert mixed["source"][:] == [0, 1, 1]
+    assert [(error.source, error.origin[-6:]) for error in bad] == [(0, "line 2"), (1, "line 1")]
+    worst = manifest("?", "!", name="worst.jsonl")
+    with pytest.raises(UserError, match=r"worst.jsonl, train: all rows are bad \(2\).*line 1: not"):
+        load_mixture((one, worst), "train", bad.append)
+
+
+def test_a_limit_draws_rows_of_the_first_source_by_the_seed():
+    one, two = (
+        Dataset.from_dict(
+            {
+                "audio": [{"array": [0.0], "sampling_rate": 8000}] * 20,
+                "text": [f"{name}{number:02}" for number in range(20)],
+                "language": ["de"] * 20,
+            }
+        )
+        for name in "ab"
+    )
+    draws = [load_mixture((one, two), "train", limit=5, seed=seed)["text"][:] for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    for texts in draws:
+        assert [text[0] for text in texts] == ["a"] * 5 + ["b"] * 20
+        assert texts[:5] == sorted(set(texts[:5]))
+    assert len(load_mixture(one, "train", limit=30)) == 20
