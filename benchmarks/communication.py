@@ -133,7 +133,7 @@ def count(model: str, targets: str, rank: int) -> dict[str, Any]:
 
 
 def two_processes(megabytes: int, rounds: int) -> dict[str, Any]:
-    """Seconds of `Processes.add_up`, and of the copies into one message and back alone."""
+    """Seconds of `Processes.sum_over_all`, and of the copies into one message and back alone."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = str(one.getsockname()[1])
@@ -163,9 +163,9 @@ def add_up(size: int, rounds: int) -> None:
     interrupts = Interrupts(active=False)
     seconds, copying = [], []
     for _ in range(rounds + 2):
-        together.add_up([torch.ones(1)], [1.0], interrupts)  # both are here
+        together.sum_over_all([torch.ones(1)], [1.0], interrupts)  # both are here
         started = time.perf_counter()
-        together.add_up(tensors, [1.0] * (NUMBERS - 1), interrupts)
+        together.sum_over_all(tensors, [1.0] * (NUMBERS - 1), interrupts)
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
         flat = torch.cat(tensors)

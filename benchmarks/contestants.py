@@ -27,9 +27,10 @@ from blora_pyro.adapters import find_targets
 from blora_pyro.data import IGNORED, Batch
 from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.processes import Processes
-from blora_pyro.fitting.svi import Loop, SviOptions
+from blora_pyro.fitting.svi import Trainer
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA
+from blora_pyro.options import FittingOptions
 
 # Width, layers of encoder and of decoder, heads, mel bins.
 GEOMETRIES = {
@@ -126,8 +127,8 @@ class Ours(Contestant):
         autocast = torch.bfloat16 if self.bf16 else None
         self.model = BLoRA(self.net, prior, self.rank, 2.0 * self.rank, targets, autocast)
         self.guide: Any = build_guide(guide, self.model)
-        options = SviOptions(beta=beta, lr=LR, steps=FOREVER, batch_size=1)
-        self.loop = Loop(self.model, self.guide, options, Checkpoints(None), None, Processes())
+        options = FittingOptions(beta=beta, lr=LR, steps=FOREVER, batch_size=1)
+        self.loop = Trainer(self.model, self.guide, options, Checkpoints(None), None, Processes())
 
     def step(self, batch: Batch) -> object:
         """Loss, gradients and Adam, with all that the loop looks after."""

@@ -26,6 +26,7 @@ from blora_pyro.data import batch_indices
 from blora_pyro.fitting import fit_guide
 from blora_pyro.guides import with_prior_arguments
 from blora_pyro.models import ESTIMATORS, build_estimator
+from blora_pyro.options import FittingOptions
 from blora_pyro.runs.loading import load_examples
 from blora_pyro.runs.parts import build
 
@@ -77,10 +78,7 @@ def measure(config: FitConfig, draws: int) -> dict[str, Any]:
         model,
         guide,
         examples,
-        beta=beta,
-        lr=config.lr,
-        steps=config.steps,
-        batch_size=config.batch_size,
+        FittingOptions(beta=beta, lr=config.lr, steps=config.steps, batch_size=config.batch_size),
     )
     batch = examples.batch(next(batch_indices(examples.sources, config.batch_size, seed=1)))
     temper, elbo = Temper(beta), TraceMeanField_ELBO()

@@ -39,9 +39,10 @@ from blora_pyro.adapters import ALL_LINEAR, Group, find_targets, projections
 from blora_pyro.data import Batch
 from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.processes import Processes
-from blora_pyro.fitting.svi import Loop, SviOptions
+from blora_pyro.fitting.svi import Trainer
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import FactorPrior, Prediction
+from blora_pyro.options import FittingOptions
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 WIDTHS = (("tiny", 8), ("tiny", 32), ("small", 8), ("small", 32), ("large-v3", 8), ("large-v3", 32))
@@ -183,9 +184,9 @@ def measure_width(size: str, rank: int, rounds: int) -> dict[str, Any]:
     steps: dict[str, Callable[[], object]] = {}
     for name, guide_name, beta in (("ours", "normal", BETA), ("ours, point", "point", 0.0)):
         guide: Any = build_guide(guide_name, model)
-        options = SviOptions(beta=beta, lr=LR, steps=FOREVER, batch_size=1)
+        options = FittingOptions(beta=beta, lr=LR, steps=FOREVER, batch_size=1)
         steps[name] = partial(
-            Loop(model, guide, options, Checkpoints(None), None, Processes()).step, NOTHING
+            Trainer(model, guide, options, Checkpoints(None), None, Processes()).step, NOTHING
         )
     steps[PLAIN] = plain_lora([site.shape[1:] for site in model.sites for _ in site.modules])
     source = torch.zeros(2 * model.num_weights)

@@ -16,8 +16,8 @@ class ProcessLost(UserError):
     """One of several processes is gone, and this is the one to say so."""
 
 
-class Elsewhere(UserError):
-    """Another process of this fit says in one line what ended them all; this one keeps silent."""
+class OtherProcessFailed(UserError):
+    """Another process of this fit reports the error that ended all; this one prints nothing."""
 
 
 class Interrupted(KeyboardInterrupt):

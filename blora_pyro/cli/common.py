@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from blora_pyro.errors import Elsewhere, Interrupted, UserError
+from blora_pyro.errors import Interrupted, OtherProcessFailed, UserError
 from blora_pyro.launched import is_main
 
 RunFolder = Annotated[
@@ -54,7 +54,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         _quiet_transformers()
         yield
-    except Elsewhere:
+    except OtherProcessFailed:
         raise typer.Exit(2) from None
     except UserError as error:
         tell(error)

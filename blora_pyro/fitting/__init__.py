@@ -1,15 +1,15 @@
-"""Stochastic variational inference, and what a killed fit goes on from.
+"""Stochastic variational inference, and how a killed fit is resumed.
 
-- `loop`: a guide fitted to a model, batch by batch;
-- `svi`: a step, and the state that the next ones depend on; `objective`: what it minimises;
-- `schedules`, `augmentation`, `averaging`, `stopping`: learning rates, SpecAugment, the mean of the
-  last steps, an end in time;
-- `distillation`, `elastic`: what else holds a fit near the base;
-- `encoder_cache`: what frozen layers make of every utterance, computed once;
-- `processes`: one fit in several of them;
-- `checkpoints`, `interrupts`: nothing is lost but the step that a fit was in.
+- `svi`: `fit_guide`, the loop over the data, and the state between two steps;
+- `objective`: the loss and its gradient; `batches`: order, micro-batches, SpecAugment;
+- `stopping`: early stopping, and the average of the last steps;
+- `distillation`, `elastic`: regularisers that hold a fit near the base;
+- `encoder_cache`: states of frozen encoder layers, computed once an utterance;
+- `processes`: one fit in several processes;
+- `checkpoints`, `interrupts`: at most the current step is lost.
 """
 
-from blora_pyro.fitting.loop import Teacher, batches, fit_guide
+from blora_pyro.fitting.batches import Teacher, batches
+from blora_pyro.fitting.svi import Step, Trainer, fit_guide, learning_rate
 
-__all__ = ["Teacher", "batches", "fit_guide"]
+__all__ = ["Step", "Teacher", "Trainer", "batches", "fit_guide", "learning_rate"]

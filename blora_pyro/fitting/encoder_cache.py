@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blora_pyro.data import Batch, cache_dir
 from blora_pyro.errors import UserError
-from blora_pyro.fitting.loop import Teacher
+from blora_pyro.fitting.batches import Teacher
 from blora_pyro.models import BLoRA
 
 _OTHERWISE = "name another folder in BLORA_PYRO_CACHE, or leave cache_encoder out"

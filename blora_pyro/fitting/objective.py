@@ -1,8 +1,7 @@
-"""What a step minimises, and its gradient: of all the batch at once, or bit by bit."""
+"""The loss of a step and its gradient, of the whole batch at once or of micro-batches in turn."""
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from blora_pyro.data import Batch, SoftTargets
+from blora_pyro.data import Batch
+from blora_pyro.fitting.batches import micro_batches
 from blora_pyro.fitting.checkpoints import RandomState
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.processes import Processes, gradients_of
@@ -43,39 +43,6 @@ class Observed(Messenger):
             self.terms[msg["name"]] = -log_prob.sum()
 
 
-def micro_batches(batch: Batch, count: int) -> list[Batch]:
-    """The utterances of a batch in `count` parts of nearly equal size, or one in each."""
-    count = min(count, len(batch.input_features))
-    features, inputs = (
-        part.tensor_split(count) for part in (batch.input_features, batch.decoder_input_ids)
-    )
-    labels, sources, states = (
-        [None] * count if part is None else part.tensor_split(count)
-        for part in (batch.labels, batch.sources, batch.encoder_states)
-    )
-    columns = zip(features, inputs, labels, sources, states, strict=True)
-    parts = [Batch(*own[:3], sources=own[3], encoder_states=own[4]) for own in columns]
-    if batch.soft is None:
-        return parts
-    softs = _soft_parts(batch.soft, count)
-    # `Objective` gives a part its share of the labels; every soft target is to count alike.
-    shares = [part.num_tokens / batch.num_tokens for part in parts]
-    return [
-        replace(part, soft=replace(soft, weight=soft.weight / share))
-        for part, soft, share in zip(parts, softs, shares, strict=True)
-    ]
-
-
-def _soft_parts(soft: SoftTargets, count: int) -> list[SoftTargets]:
-    """Parts, weighted by their shares of the positions that count."""
-    columns = (soft.decoder_input_ids, soft.log_probs, soft.is_target)
-    parts = zip(*(column.tensor_split(count) for column in columns), strict=True)
-    return [
-        SoftTargets(inputs, log_probs, where, soft.weight * int(where.sum()) / soft.num_tokens)
-        for inputs, log_probs, where in parts
-    ]
-
-
 class Objective:
     """`mean token NLL + beta · KL` of a batch, and its gradient by the guide's parameters.
 
@@ -102,9 +69,9 @@ class Objective:
     message. (The regularisers' terms are averaged with the same weights.)
 
     Attributes:
-        scale: What the loss is multiplied by; 1 unless Whisper is in float16.
+        scale: Factor on the loss before its backward pass; 1 unless Whisper is in float16.
         steps_at_scale: Steps since it was changed.
-        regularizer: What the last loss had of the program's regularisers.
+        regularizer: The part of the last loss that is the program's regularisers, nats.
         tokens: Target tokens of the last batch, those of all processes.
     """
 
@@ -122,7 +89,7 @@ class Objective:
         processes: Processes | None = None,
         interrupts: Interrupts | None = None,
     ) -> None:
-        """The objective of a model and its guide, in one process or in several."""
+        """Build the objective of a model and its guide, in one process or in several."""
         self.model, self.guide, self.estimator = model, guide, estimator
         self.temper, self.accumulation = Temper(beta), accumulation
         self.elbo, self.observed = TraceMeanField_ELBO(), Observed()
@@ -133,7 +100,7 @@ class Objective:
         self.interrupts = interrupts or Interrupts(active=False)
 
     def gradients(self, batch: Batch | None, max_norm: float = math.inf) -> tuple[float, float]:
-        """Loss and NLL in nats; the gradient is left in the guide's parameters.
+        """Return loss and NLL in nats; leave the gradient in the guide's parameters.
 
         Args:
             batch: On the device of the model; of several processes this one's part, None if it has
@@ -149,7 +116,7 @@ class Objective:
         before = self.scale
         random = RandomState.now(self.model.device) if self.scale > 1 else None
         while True:
-            loss, nll = self._meet(batch)
+            loss, nll = self._gradients_of_all(batch)
             if not math.isfinite(loss):
                 return loss, nll
             norm = nn.utils.clip_grad_norm_(self.guide.parameters(), max_norm).item()
@@ -169,8 +136,8 @@ class Objective:
             self.scale = min(2 * self.scale, self.LARGEST_SCALE)
             self.steps_at_scale = 0
 
-    def _meet(self, batch: Batch | None) -> tuple[float, float]:
-        """Loss and NLL of all processes' parts; likewise the gradients."""
+    def _gradients_of_all(self, batch: Batch | None) -> tuple[float, float]:
+        """Return loss and NLL of all processes' parts together; leave the gradients likewise."""
         if self.processes.count == 1:
             assert batch is not None
             self.tokens = batch.num_tokens
@@ -184,7 +151,7 @@ class Objective:
         torch._foreach_mul_(gradients, float(tokens))
         numbers = [loss, nll, self.regularizer] if tokens else [0.0] * 3
         weighted = [tokens * one for one in numbers]
-        sums = self.processes.add_up(gradients, [*weighted, float(tokens)], self.interrupts)
+        sums = self.processes.sum_over_all(gradients, [*weighted, float(tokens)], self.interrupts)
         *totals, total = sums
         torch._foreach_div_(gradients, total)
         loss, nll, self.regularizer = (one / total for one in totals)
@@ -192,7 +159,7 @@ class Objective:
         return loss, nll
 
     def _accumulate(self, batch: Batch) -> tuple[float, float]:
-        """Loss and NLL; their gradients are added up, unless they are not finite."""
+        """Return loss and NLL; add up the gradients of the micro-batches, while they are finite."""
         self.guide.zero_grad()
         loss = nll = self.regularizer = 0.0
         try:
@@ -214,12 +181,12 @@ class Objective:
         except ValueError as error:
             if "found invalid values" not in str(error):
                 raise
-            return math.nan, math.nan  # so say distributions whose parameters are not finite
+            return math.nan, math.nan  # raised by distributions whose parameters are not finite
         self._unscale()
         return loss, nll
 
     def _one_draw(self, batch: Batch) -> Callable[..., object]:
-        """The guide with everything drawn already."""
+        """Return the guide with all its sites drawn."""
         return poutine.replay(self.guide, trace=poutine.trace(self.guide).get_trace(batch))
 
     def _unscale(self) -> None:

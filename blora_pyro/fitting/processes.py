@@ -1,9 +1,9 @@
-"""One fit in several processes: who is who, how gradients meet, and how all end together.
+"""One fit in several processes, on Accelerate: gradients are summed, and all end together.
 
-Accelerate is the engine: `accelerate launch` (or `torchrun`) starts the processes, and its
-`PartialState` joins them, on one machine or on many. What the fit needs of it is little: a sum over
-all processes once a step, and what the main process alone has read or measured told to the others.
-Messages are tensors and JSON; nothing is pickled.
+`accelerate launch` (or `torchrun`) starts the processes, and Accelerate's `PartialState` joins
+them, on one machine or on many. A step needs one sum over all processes; besides that the main
+process broadcasts what it alone has read or measured. Messages are tensors and JSON; nothing is
+pickled.
 """
 
 import json
@@ -17,7 +17,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from blora_pyro.errors import Elsewhere, ProcessLost, UserError
+from blora_pyro.errors import OtherProcessFailed, ProcessLost, UserError
 from blora_pyro.fitting.checkpoints import (
     Checkpoint,
     Checkpoints,
@@ -29,7 +29,7 @@ from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.launched import started
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)  # with a silent process; a dead one is lost at once
+TIMEOUT = timedelta(days=1)  # of a silent process; one that has ended is noticed at once
 
 
 class Processes:
@@ -38,20 +38,20 @@ class Processes:
     Attributes:
         rank: The number of this one; 0 is the main process, which alone writes and reports.
         count: How many there are.
-        wants_checkpoint: Whether some process, in a step all, is to write a checkpoint.
-        shared_noise: Every process draws the same weights. The default, weights of each process's
-            own, averages the gradient over as many draws, which lowers its variance.
+        wants_checkpoint: Whether this process, and after a step any process, asks for a checkpoint.
+        shared_noise: Every process draws the same weights. By default each draws its own, which
+            averages the gradient over as many draws and lowers its variance.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, shared_noise: bool = False) -> None:
-        """One that is alone, or one of several that have joined already."""
+        """Describe a process that is alone, or one of several that have joined already."""
         self.rank, self.count, self.shared_noise = rank, count, shared_noise
         self.wants_checkpoint = False
         self._stop = False
 
     @classmethod
     def join(cls, device: str = "cpu") -> "Processes":
-        """Join those that were started together; one alone where none were.
+        """Join the processes that were started together; a single one joins nothing.
 
         Args:
             device: A torch device without a number, of which every process takes its own.
@@ -68,15 +68,16 @@ class Processes:
             )
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+        state = PartialState(cpu=device == "cpu", timeout=TIMEOUT)
+        state.debug = False  # its checks of messages would pickle
         return cls(state.process_index, state.num_processes)
 
     def leave(self) -> None:
-        """End the connections; others that still wait for this process then fail."""
+        """End the connections; processes that still wait for this one then fail."""
         if self.count > 1 and torch.distributed.is_initialized():
             from accelerate import PartialState
 
-            torch.distributed.destroy_process_group()
+            PartialState().destroy_process_group()
             PartialState._reset_state()
 
     @property
@@ -85,15 +86,15 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Those of the items of a step that are this process's: all others have the rest."""
+        """Return this process's part of the items of a step."""
         return items[self.rank :: self.count]
 
     # ---- what a step needs
 
-    def add_up(
+    def sum_over_all(
         self, tensors: Sequence[Tensor], numbers: Sequence[float], interrupts: Interrupts
     ) -> list[float]:
-        """Sums over all processes, in one message, which tells of signals and checkpoints, too.
+        """Return sums over all processes, in one message that also carries signals and checkpoints.
 
         Args:
             tensors: The same shapes in every process, on one device; summed in place.
@@ -108,23 +109,25 @@ class Processes:
         """
         if self.count == 1:
             return list(numbers)
+        from accelerate.utils import reduce
+
         device = tensors[0].device
-        told = [*numbers, float(interrupts.caught is not None), float(self.wants_checkpoint)]
-        flat = torch.cat([*(one.reshape(-1) for one in tensors), torch.tensor(told, device=device)])
-        with self._lost():
-            torch.distributed.all_reduce(flat)
-        sizes = [one.numel() for one in tensors]
-        *sums, rest = flat.split([*sizes, len(told)])
+        flags = [float(interrupts.caught is not None), float(self.wants_checkpoint)]
+        tail = torch.tensor([*numbers, *flags], device=device)
+        flat = torch.cat([*(one.reshape(-1) for one in tensors), tail])
+        with self._connected():
+            flat = reduce(flat, "sum")
+        *sums, tail = flat.split([*(one.numel() for one in tensors), len(tail)])
         for one, total in zip(tensors, sums, strict=True):
             one.copy_(total.view_as(one))
-        *totals, caught, wanted = rest.tolist()
+        *totals, caught, wanted = tail.tolist()
         self._stop, self.wants_checkpoint = caught > 0, wanted > 0
         return totals
 
     def stops(self, interrupts: Interrupts) -> bool:
-        """Whether this is the last step, because some process has caught a signal.
+        """Return whether this is the last step, because some process has caught a signal.
 
-        All agree: a signal counts from the step on after that in which it was told.
+        All agree: a signal counts from the step after the one whose message carried it.
         """
         if self.count == 1:
             return interrupts.caught is not None
@@ -134,10 +137,10 @@ class Processes:
 
     @contextmanager
     def noise(self, device: torch.device) -> Iterator[None]:
-        """In here every process draws noise of its own (or all the same, with `shared_noise`).
+        """Inside a `with` every process draws its own noise (or the same, with `shared_noise`).
 
-        What is drawn after it does not depend on it, so that the generators of all processes stay
-        alike, whatever each of them draws for its part of a batch.
+        What is drawn afterwards does not depend on it, so that the generators of all processes
+        stay alike, whatever each of them draws for its part of a batch.
         """
         if self.count == 1:
             yield
@@ -147,13 +150,13 @@ class Processes:
             pyro.set_rng_seed(seed + (0 if self.shared_noise else self.rank))
             yield
 
-    # ---- what the main process tells
+    # ---- messages of the main process
 
-    def tell(self, content: bytes | None, source: int = 0) -> bytes:
-        """What the main process gives, or another, in all of them.
+    def broadcast(self, content: bytes | None, source: int = 0) -> bytes:
+        """Return the main process's bytes, or another's, in all processes.
 
         Args:
-            content: In that process; elsewhere it does not count.
+            content: What the source sends; elsewhere it is ignored.
             source: Its rank.
 
         Raises:
@@ -162,59 +165,62 @@ class Processes:
         if self.count == 1:
             assert content is not None
             return content
-        device = _device()
+        from accelerate import PartialState
+        from accelerate.utils import broadcast
+
+        device = torch.device(PartialState().device)
         data = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8).to(device)
         size = torch.tensor([len(content or b"")], device=device)
-        with self._lost():
-            torch.distributed.broadcast(size, source)
+        with self._connected():
+            size = broadcast(size, source)
             if self.rank != source:
                 data = torch.empty(max(int(size), 1), dtype=torch.uint8, device=device)
-            torch.distributed.broadcast(data, source)
+            data = broadcast(data, source)
         return data[: int(size)].cpu().numpy().tobytes()
 
-    def of_all(self, value: Any) -> list[Any]:
-        """A JSON value of every process, by rank, in all of them.
+    def gather(self, value: Any) -> list[Any]:
+        """Return the JSON values of all processes, by rank, in all of them.
 
         Raises:
             ProcessLost: If one is gone.
         """
         own = json.dumps(value).encode()
-        return [json.loads(self.tell(own, source=rank)) for rank in range(self.count)]
+        return [json.loads(self.broadcast(own, source=rank)) for rank in range(self.count)]
 
     def once(self, function: Callable[[], T]) -> Callable[[], T]:
-        """The function, computed by the main process alone and told to all; a JSON value."""
+        """Return the function, computed by the main process alone and broadcast; a JSON value."""
 
         def computed() -> T:
             value = json.dumps(function()).encode() if self.is_main else None
-            return json.loads(self.tell(value))
+            return json.loads(self.broadcast(value))
 
         return computed if self.count > 1 else function
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process does what is in here first; the others do if it could.
+        """Inside a `with` the main process goes first, and the others follow if it succeeds.
 
         Raises:
-            Elsewhere: In the others, if it failed.
+            OtherProcessFailed: In the others, if it failed.
             ProcessLost: If one is gone.
         """
-        if self.count > 1 and not self.is_main and self.tell(None) != b"done":
-            raise Elsewhere
+        if self.count > 1 and not self.is_main and self.broadcast(None) != b"done":
+            raise OtherProcessFailed
         try:
             yield
         except BaseException:
             if self.count > 1 and self.is_main:
-                self.tell(b"failed")
+                self.broadcast(b"failed")
             raise
         if self.count > 1 and self.is_main:
-            self.tell(b"done")
+            self.broadcast(b"done")
 
-    def checkpoint(self, checkpoints: Checkpoints) -> Checkpoint | None:
-        """The checkpoint that the main process finds, in all of them.
+    def read_checkpoint(self, checkpoints: Checkpoints) -> Checkpoint | None:
+        """Return the checkpoint that the main process finds, in all of them.
 
         Raises:
             UserError: See `Checkpoints.read`.
-            Elsewhere: In the others, then.
+            OtherProcessFailed: In the others, then.
             ProcessLost: If one is gone.
         """
         found = None
@@ -223,14 +229,14 @@ class Processes:
                 found = checkpoints.read()
         if self.count == 1:
             return found
-        content = self.tell((to_bytes(found) if found else b"") if self.is_main else None)
+        content = self.broadcast((to_bytes(found) if found else b"") if self.is_main else None)
         return from_bytes(content) if content else None
 
-    def told_by_main(self, function: Callable[[], Any]) -> Any:
-        """A JSON value of the main process, in all of them.
+    def from_main(self, function: Callable[[], Any]) -> Any:
+        """Return a JSON value that the main process computes, in all of them.
 
         Raises:
-            Elsewhere: In the others, if it failed.
+            OtherProcessFailed: In the others, if it failed.
             ProcessLost: If one is gone.
         """
         found: Any = None
@@ -240,16 +246,17 @@ class Processes:
         return self.once(lambda: found)()
 
     @contextmanager
-    def _lost(self) -> Iterator[None]:
+    def _connected(self) -> Iterator[None]:
+        """Inside a `with`, turn the loss of a connection into an error that one process reports."""
         try:
             yield
-        except RuntimeError as error:  # so says every backend where a peer is gone
-            if self._is_first_to_tell():
+        except RuntimeError as error:  # what every backend raises when a peer is gone
+            if self._is_first_to_report():
                 raise ProcessLost(f"a process of {self.count} is gone") from error
-            raise Elsewhere from error
+            raise OtherProcessFailed from error
 
-    def _is_first_to_tell(self) -> bool:
-        """Whether no other process says so already; this one, if that can't be known."""
+    def _is_first_to_report(self) -> bool:
+        """Return whether no other process reports already; True if that can't be known."""
         try:
             store = torch.distributed.distributed_c10d._get_default_store()
             return store.add("blora_pyro/lost", 1) == 1
@@ -257,13 +264,8 @@ class Processes:
             return True
 
 
-def _device() -> torch.device:
-    """Where messages of the backend lie."""
-    return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-
-
 def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients, zeros where there are none."""
+    """Return the gradients, zeros where there are none."""
     found = []
     for one in parameters:
         if one.grad is None:

@@ -1,10 +1,11 @@
-"""Early stopping: the error on a dev set on the way, the best parameters kept, an end in time."""
+"""The parameters that a fit ends with: of the lowest dev error, or the mean of the last steps."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from blora_pyro.errors import UserError
@@ -26,7 +27,7 @@ class DevError:
 class EarlyStopping:
     """Keeps the guide's parameters of the lowest dev error, and ends a fit that stops improving.
 
-    The parameters of the end are those of the first of the lowest errors.
+    Of equal errors the first counts.
 
     Attributes:
         errors: Measured so far, in order.
@@ -39,7 +40,7 @@ class EarlyStopping:
         patience: int | None = None,
         on_error: Callable[[DevError, DevError], None] = lambda error, best: None,
     ) -> None:
-        """Nothing is measured yet.
+        """Start without measurements.
 
         Args:
             measure: The dev error, a fraction, of the net as it is.
@@ -90,16 +91,61 @@ class EarlyStopping:
             guide.load_state_dict(self._best)
 
     def state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """What a checkpoint keeps: the best parameters, and the errors as JSON has them."""
+        """Return what a checkpoint keeps: the best parameters, and the errors as JSON."""
         return self._best, [asdict(one) for one in self.errors]
 
     def load_state(self, best: Mapping[str, Tensor], errors: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` returned."""
         self._best = {name: value.clone() for name, value in best.items()}
         self.errors = [DevError(**one) for one in errors]
 
     def to_json(self) -> dict[str, Any]:
-        """What `run.json` tells once the fit is done."""
+        """Return what `run.json` stores once the fit is done."""
         ended: Literal["patience", "steps"] = "patience" if self.stops else "steps"
         errors = [asdict(one) for one in self.errors]
         return {"errors": errors, "best_step": self.best.step, "ended_by": ended}
+
+
+class Average:
+    """Running mean of a guide's parameters over all steps after a certain one.
+
+    Averages of the iterates of SGD lie in wider, flatter optima than its last one (Polyak and
+    Juditsky 1992; Izmailov et al., arXiv 1803.05407). A and B are averaged element by element:
+    along one trajectory they stay in one basis, unlike those of separate fits.
+
+    Attributes:
+        count: Steps in the mean.
+    """
+
+    def __init__(self, start: float) -> None:
+        """Start with no steps.
+
+        Args:
+            start: Steps after this one count.
+        """
+        self.start, self.count = start, 0
+        self._means: dict[str, Tensor] = {}
+
+    def update(self, step: int, guide: nn.Module) -> None:
+        """Include the guide's parameters after `step`."""
+        if step <= self.start:
+            return
+        self.count += 1
+        parameters = {name: value.detach() for name, value in guide.named_parameters()}
+        if not self._means:
+            self._means = {name: value.clone() for name, value in parameters.items()}
+        means = [self._means[name] for name in parameters]
+        torch._foreach_lerp_(means, list(parameters.values()), 1 / self.count)
+
+    def restore(self, guide: nn.Module) -> None:
+        """Give the guide the mean, if there is one."""
+        guide.load_state_dict(guide.state_dict() | self._means)
+
+    def state(self) -> tuple[dict[str, Tensor], int]:
+        """Return what a checkpoint keeps."""
+        return self._means, self.count
+
+    def load_state(self, means: Mapping[str, Tensor], count: int) -> None:
+        """Continue from what `state` returned."""
+        self._means = {name: value.clone() for name, value in means.items()}
+        self.count = count

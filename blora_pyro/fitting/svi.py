@@ -1,66 +1,37 @@
-"""One step of stochastic variational inference after another, and what the next ones depend on."""
+"""Stochastic variational inference: a guide fitted to a model, step by step and resumable.
+
+Reads top to bottom: what a step reports, its learning rate, `fit_guide` with the loop over the
+data, and `Trainer` with everything that one step hands on to the next.
+"""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from blora_pyro.data import Batch, StreamPosition
+from blora_pyro.data import Batch, Examples, Stream, StreamPosition
 from blora_pyro.errors import UserError
-from blora_pyro.fitting.augmentation import SpecAugment
-from blora_pyro.fitting.averaging import Average
+from blora_pyro.fitting.batches import SpecAugment, Teacher, positioned_batches
 from blora_pyro.fitting.checkpoints import Checkpoint, Checkpoints, RandomState
 from blora_pyro.fitting.objective import Objective
 from blora_pyro.fitting.processes import Processes
-from blora_pyro.fitting.schedules import Schedule, learning_rate
-from blora_pyro.fitting.stopping import EarlyStopping
+from blora_pyro.fitting.stopping import Average, EarlyStopping
+from blora_pyro.guides import Guide
 from blora_pyro.models import WhisperProgram, build_estimator
+from blora_pyro.options import FittingOptions, Schedule, default_warmup_steps
 
 MAX_SKIPPED = 10  # steps in a row
 
 
 @dataclass(frozen=True)
-class SviOptions:
-    """How a guide is fitted.
-
-    Attributes:
-        beta: Weight of the KL term.
-        lr: Peak learning rate.
-        steps: Number of steps.
-        batch_size: Utterances a step.
-        schedule: Of the learning rate, after its warm-up; see `learning_rate`.
-        warmup_steps: Steps to the peak; None is a tenth.
-        estimator: How the draw reaches the batch; one of `models.ESTIMATORS`.
-        gradient_accumulation: Micro-batches that a step's batch is taken in; see `Objective`.
-        max_grad_norm: Clip the gradient to this norm, all parameters together; None does not.
-        spec_augment: Mask the features; see `SpecAugment`.
-        seed: Order of the data.
-        weights: Of the sources of the examples, see `batch_indices`.
-        average_from: Share of the steps after which the guide's parameters are averaged over the
-            steps, see `Average`; None takes those of the last step.
-    """
-
-    beta: float
-    lr: float
-    steps: int
-    batch_size: int
-    schedule: Schedule = "cosine"
-    warmup_steps: int | None = None
-    estimator: str = "shared"
-    gradient_accumulation: int = 1
-    max_grad_norm: float | None = None
-    spec_augment: bool = False
-    seed: int = 0
-    weights: Sequence[float] | None = None
-    average_from: float | None = None
-
-
-@dataclass(frozen=True)
 class Step:
-    """What one step of SVI saw.
+    """The figures of one step of SVI.
 
     Attributes:
         step: Counted from 1.
@@ -83,63 +54,172 @@ class Step:
     regularizer: float = 0.0
 
 
-class Loop:
-    """SVI between two steps: all that the next ones depend on.
+def learning_rate(
+    step: int,
+    steps: int,
+    peak: float,
+    schedule: Schedule = "cosine",
+    warmup_steps: int | None = None,
+) -> float:
+    """Return the learning rate of one step.
+
+    Args:
+        step: Counted from 0.
+        steps: Their number.
+        peak: The highest rate, that of the last step of the warm-up.
+        schedule: From there half a `cosine` or a `linear` slope to zero, or `constant`.
+        warmup_steps: Steps of the linear warm-up; 0 is none, None `default_warmup_steps`.
+    """
+    warm_up = default_warmup_steps(steps) if warmup_steps is None else warmup_steps
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    done = (step - warm_up) / max(1, steps - warm_up)
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return peak * (1 - done)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def fit_guide(
+    model: WhisperProgram,
+    guide: Guide,
+    examples: Examples | Stream,
+    options: FittingOptions,
+    *,
+    on_step: Callable[[Step], None] = lambda step: None,
+    checkpoints: Checkpoints | None = None,
+    early_stopping: EarlyStopping | None = None,
+    teacher: Teacher | None = None,
+    processes: Processes | None = None,
+) -> list[Step]:
+    """Fit `guide` to `model` by SVI on `mean token NLL + beta · KL`, one weight draw a step.
+
+    Adam without weight decay (which would ruin the means), gradients through the reparameterised
+    draw. Pyro's global parameter store is left as it was.
+
+    A step whose loss or gradient is not finite is skipped: the weights stay, the next step has the
+    next batch, and the step is not in the history. The fit does not end on such a step, but tries
+    further batches; it stops at ten in a row.
+
+    From a checkpoint it continues bit by bit as if never interrupted, on the same machine with the
+    same number of threads. The whole state of a guide is its `state_dict`.
+
+    Args:
+        model: The Pyro program.
+        guide: An `nn.Module` with the model's arguments; moved to the model's device.
+        examples: Training data; a stream has no `data_weights` and no teacher.
+        options: How to fit, with a number as beta; a `FitConfig` is one.
+        on_step: Called after every step.
+        checkpoints: Where to continue from, and what to write on the way.
+        early_stopping: Measures the posterior mean on the way, may end the fit before its last
+            step, and gives the guide the best parameters at the end. Earlier steps are the same
+            as without it.
+        teacher: Completes every batch, see `Distillation` and `EncoderCache`.
+        processes: Those that fit together; None is this one alone.
+
+    Returns:
+        One `Step` for every step that was not skipped.
+
+    Raises:
+        FloatingPointError: If loss or gradient are not finite ten times in a row.
+        UserError: If the checkpoint is damaged or of another fit, the dev set has nothing to score,
+            or a stream can't be read on.
+        OSError: If a checkpoint can't be written.
+        Interrupted: If a signal has come; a checkpoint has been written.
+        ProcessLost: If one of several processes is gone.
+    """
+    assert isinstance(guide, nn.Module)
+    device, processes = model.net.device, processes or Processes()
+    try:
+        with pyro.get_param_store().scope(), _without_nan_warnings():
+            guide.to(device)
+            guide(examples.batch([0]).to(device))  # Pyro's own guides make their parameters here
+            kept = checkpoints or Checkpoints(None)
+            trainer = Trainer(model, guide, options, kept, early_stopping, processes)
+            trainer.evaluate()  # a checkpoint may be from just before
+            start = trainer.done, trainer.position
+            with closing(positioned_batches(examples, options, *start, teacher, processes)) as data:
+                while not trainer.finished:
+                    batch, position = next(data)
+                    if step := trainer.step(batch and batch.to(device), position):
+                        on_step(step)
+                    trainer.evaluate()
+    finally:
+        model.adapters.clear()
+    if early_stopping:
+        early_stopping.restore(guide)
+    elif trainer.average:
+        trainer.average.restore(guide)
+    return trainer.history
+
+
+@contextmanager
+def _without_nan_warnings() -> Iterator[None]:
+    """Keep Pyro from warning of losses that are counted here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered NaN")
+        yield
+
+
+class Trainer:
+    """The state of a fit between two steps, and the step that changes it.
 
     Attributes:
-        done: Steps behind us, the skipped ones among them.
-        skipped: How many were skipped last, in a row.
-        history: Those that were not.
-        place: Where a stream goes on; None is its beginning.
+        done: Number of steps so far, the skipped ones included.
+        skipped: Number of the last steps that were skipped in a row.
+        history: The steps that were not skipped.
+        position: Where a stream continues; None is its beginning.
     """
 
     def __init__(
         self,
         model: WhisperProgram,
         guide: Any,
-        options: SviOptions,
+        options: FittingOptions,
         checkpoints: Checkpoints,
         stopping: EarlyStopping | None,
         processes: Processes,
     ) -> None:
-        """At the first step, or where the checkpoint is."""
+        """Start at the first step, or where the checkpoint is."""
         self.model, self.guide, self.options, self.stopping = model, guide, options, stopping
-        self.processes = processes
+        self.beta, self.device, self.processes = float(options.beta), model.net.device, processes
         self.objective = Objective(
             model,
             guide,
-            beta=options.beta,
+            beta=self.beta,
             estimator=build_estimator(options.estimator),
             accumulation=options.gradient_accumulation,
             processes=processes,
             interrupts=checkpoints.interrupts,
         )
         self.augment = SpecAugment(model.net.config) if options.spec_augment else None
-        self.device = model.net.device
         self.optimizer = torch.optim.Adam(guide.parameters(), lr=options.lr, fused=True)
         start = options.average_from
         self.average = None if start is None else Average(start * options.steps)
         self.done, self.skipped = 0, 0
         self.history: list[Step] = []
-        self.place: StreamPosition | None = None
+        self.position: StreamPosition | None = None
         self.checkpoints = checkpoints
-        if checkpoint := processes.checkpoint(checkpoints):
+        if checkpoint := processes.read_checkpoint(checkpoints):
             self._restore(checkpoint)
 
     @property
     def finished(self) -> bool:
-        """All steps are done, and the last loss was finite; or the dev error stopped falling."""
+        """Whether all steps are done and the last loss was finite, or patience is at its end."""
         if self.stopping and self.stopping.stops:
             return True
         return self.done >= self.options.steps and not self.skipped
 
-    def step(self, batch: Batch | None, place: StreamPosition | None = None) -> Step | None:
-        """One step of SVI; None if it is skipped, or only tried after the last.
-
-        `place` is where the batch was in a stream.
+    def step(self, batch: Batch | None, position: StreamPosition | None = None) -> Step | None:
+        """Do one step of SVI; None if it is skipped, or only tried after the last.
 
         A checkpoint is written once the loss of the step after it is known to be finite, and so
-        never of weights that have gone astray.
+        never of weights that have diverged.
+
+        Args:
+            batch: On the model's device; of several processes this one's part.
+            position: Where the batch was read in a stream.
         """
         interrupts = self.checkpoints.interrupts
         stop = self.processes.stops(interrupts)
@@ -147,8 +227,8 @@ class Loop:
         before = self._state() if wanted else None
         self.processes.wants_checkpoint = wanted
         value, nll = self._gradients(batch)
-        if place is not None and self.processes.wants_checkpoint:
-            places = self.processes.of_all(place)
+        if position is not None and self.processes.wants_checkpoint:
+            places = self.processes.gather(position)
             before = before and replace(before, about={**before.about, "places": places})
         if before and math.isfinite(value):
             self.checkpoints.write(before)
@@ -160,39 +240,31 @@ class Loop:
         self.skipped = 0
         if self.done >= self.options.steps:
             return None
-        return self._update(value, nll, self.objective.tokens)
+        return self._update(value, nll)
 
     def _gradients(self, batch: Batch | None) -> tuple[float, float]:
-        """Loss (or the gradients' norm, if that is not finite) and NLL; leaves the gradients."""
+        """Leave the gradients; return loss (or their norm, if only that is not finite) and NLL."""
         with self.processes.noise(self.device):
             if self.augment and batch is not None:
                 batch = self.augment(batch)
             return self.objective.gradients(batch, self.options.max_grad_norm or math.inf)
 
-    def _update(self, loss: float, nll: float, tokens: int) -> Step:
-        chosen = self.options
-        peak, warm_up = chosen.lr, chosen.warmup_steps
-        rate = learning_rate(self.done, chosen.steps, peak, chosen.schedule, warm_up)
+    def _update(self, loss: float, nll: float) -> Step:
+        """Move the guide along the gradients."""
+        one, more = self.options, self.objective.regularizer
+        rate = learning_rate(self.done, one.steps, one.lr, one.schedule, one.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.done += 1
         if self.average:
             self.average.update(self.done, self.guide)
-        more = self.objective.regularizer
-        kl = (loss - nll - more) / chosen.beta if chosen.beta else None
-        self.history.append(Step(self.done, loss, nll, kl, rate, tokens, more))
+        kl = (loss - nll - more) / self.beta if self.beta else None
+        self.history.append(Step(self.done, loss, nll, kl, rate, self.objective.tokens, more))
         return self.history[-1]
 
-    def evaluate(self) -> None:
-        """Measure the posterior mean, if it is time to."""
-        if self.stopping is None or self.skipped:
-            return
-        if self.stopping.due(self.done, self.options.steps):
-            with RandomState.kept(self.device), self.model.adapters.using(self.guide.mean()):
-                self.stopping.check(self.done, self.guide)
-
     def _skip(self, value: float) -> None:
+        """Count a step whose loss or gradient is not finite."""
         self.done = min(self.done + 1, self.options.steps)
         self.skipped += 1
         if self.skipped == MAX_SKIPPED:
@@ -200,6 +272,16 @@ class Loop:
                 f"the loss or its gradient is {value} at step {self.done}, and was not finite "
                 f"{MAX_SKIPPED} times in a row"
             )
+
+    def evaluate(self) -> None:
+        """Measure the posterior mean, if it is due."""
+        if self.stopping is None or self.skipped:
+            return
+        if self.stopping.due(self.done, self.options.steps):
+            with RandomState.kept(self.device), self.model.adapters.using(self.guide.mean()):
+                self.stopping.check(self.done, self.guide)
+
+    # ---- the checkpoint: names and tensors are those of every earlier version
 
     def _state(self) -> Checkpoint:
         random = RandomState.now(self.device)
@@ -243,7 +325,7 @@ class Loop:
                 count = checkpoint.about["averaged_steps"]
                 self.average.load_state(parts.get("average", {}), count)
             RandomState.of(checkpoint).restore(self.device)
-            self._go_to(checkpoint.about.get("places", []))
+            self.position = self._position_of(checkpoint.about.get("places", []))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             why = " ".join(str(error).split())
             raise UserError(
@@ -252,12 +334,12 @@ class Loop:
             ) from None
         self.done = checkpoint.step
 
-    def _go_to(self, places: Sequence[StreamPosition]) -> None:
-        """Have a stream go on where it was; there is a place for each process."""
+    def _position_of(self, positions: Sequence[StreamPosition]) -> StreamPosition | None:
+        """Return this process's position in a stream; there is one for each process."""
         count = self.processes.count
-        if places and len(places) != count:
+        if positions and len(positions) != count:
             raise UserError(
-                f"the checkpoint is of a stream in {len(places)} processes, and now there are "
-                f"{count}; start {len(places)}"
+                f"the checkpoint is of a stream in {len(positions)} processes, and now there are "
+                f"{count}; start {len(positions)}"
             )
-        self.place = places[self.processes.rank] if places else None
+        return positions[self.processes.rank] if positions else None

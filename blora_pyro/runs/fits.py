@@ -9,17 +9,16 @@ from typing import Any, Literal
 
 import pyro
 
-from blora_pyro.data import Examples, Stream
+from blora_pyro.data import Examples
 from blora_pyro.declarations import check_value
 from blora_pyro.errors import UserError
-from blora_pyro.fitting import Teacher, fit_guide
+from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.processes import Processes
-from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
-from blora_pyro.guides import Guide, with_prior_arguments
-from blora_pyro.models import BLoRA, base_of, check_device
+from blora_pyro.guides import with_prior_arguments
+from blora_pyro.models import base_of, check_device
 from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.chains import continued
@@ -181,7 +180,7 @@ def _open_together(
         opened.append(_open(output, config, overwrite, resume))
         return {name: opened[0].about.get(name) for name in ("state", "options", "chain")}
 
-    about = processes.told_by_main(open_folder)
+    about = processes.from_main(open_folder)
     if opened:
         return opened[0]
     if about["state"] != FITTING:
@@ -252,8 +251,17 @@ def _fit(
         progress.ready(config, size["tokens"], model.num_weights)
         with interrupts.deferred():  # what is fitted is kept before they are answered
             fit_started = time.monotonic()
-            around = checkpoints, stopping, teacher, processes
-            history = _fit_guide(model, guide, train, config, around, progress)
+            history = fit_guide(
+                model,
+                guide,
+                train,
+                config,
+                on_step=progress.step,
+                checkpoints=checkpoints,
+                early_stopping=stopping,
+                teacher=teacher,
+                processes=processes,
+            )
             loader.tell(folder.list_skipped(loader.skipped))  # what a stream had
             family = Family(config.prior, config.prior_args, str(config.guide))
             posterior = Posterior.from_guide(base.name, model, guide, family, config.revision)
@@ -269,38 +277,3 @@ def _fit(
     folder.finish(metrics, rows, time.monotonic() - started)
     progress.measured(metrics, history[-1].step if history else 0)
     return Run(config, posterior, history, metrics, folder.path, folder.dev)
-
-
-def _fit_guide(
-    model: BLoRA,
-    guide: Guide,
-    train: Examples | Stream,
-    config: FitConfig,
-    around: tuple[Checkpoints, EarlyStopping | None, Teacher | None, Processes],
-    progress: Listener,
-) -> list[Step]:
-    """`fit_guide` by a resolved configuration."""
-    checkpoints, stopping, teacher, processes = around
-    return fit_guide(
-        model,
-        guide,
-        train,
-        beta=float(config.beta),
-        lr=config.lr,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        schedule=config.schedule,
-        warmup_steps=config.warmup_steps,
-        estimator=config.estimator,
-        gradient_accumulation=config.gradient_accumulation,
-        max_grad_norm=config.max_grad_norm,
-        spec_augment=config.spec_augment,
-        seed=config.seed,
-        weights=config.data_weights,
-        average_from=config.average_from,
-        on_step=progress.step,
-        checkpoints=checkpoints,
-        early_stopping=stopping,
-        teacher=teacher,
-        processes=processes,
-    )

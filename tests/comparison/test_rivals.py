@@ -21,7 +21,7 @@ from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.objective import Objective
 from blora_pyro.guides import build_guide, build_prior, with_prior_arguments
 from blora_pyro.models import BLoRA, build_estimator
-from blora_pyro.options import FitConfig
+from blora_pyro.options import FitConfig, FittingOptions
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import load_examples
@@ -76,9 +76,8 @@ def test_stock_peft_is_the_program_with_a_point_guide(fluent_base, train, config
     for name, value in start.mean.items():
         guide.means[name].data.copy_(value)
     names = "lr", "steps", "batch_size", "warmup_steps", "seed"
-    ours = fit_guide(
-        model, guide, train, beta=0.0, **{name: getattr(config, name) for name in names}
-    )
+    given = {name: getattr(config, name) for name in names}
+    ours = fit_guide(model, guide, train, FittingOptions(beta=0.0, **given))
 
     losses = [step.loss for step in history]
     assert losses == pytest.approx([step.loss for step in ours], rel=1e-4)

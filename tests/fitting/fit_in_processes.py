@@ -77,15 +77,15 @@ def main(base_folder: str, manifest: str, output: str) -> None:
         for name, of in (("shared", shared), ("own", own))
     }
     # messages
-    found["told"] = together.told_by_main(lambda: {"text": "ä", "rank": together.rank})
-    found["empty"] = len(together.tell(b"" if together.is_main else None))
-    found["all"] = together.of_all({"rank": together.rank})
+    found["told"] = together.from_main(lambda: {"text": "ä", "rank": together.rank})
+    found["empty"] = len(together.broadcast(b"" if together.is_main else None))
+    found["all"] = together.gather({"rank": together.rank})
     found["once"] = together.once(lambda: together.rank + 0.5)()
     interrupts = Interrupts(active=False)
     interrupts.caught = 2 if together.rank == 1 else None
     values = [torch.tensor([1.0, 2.0])]
     together.wants_checkpoint = together.is_main
-    found["sums"] = [together.add_up(values, [together.rank], interrupts), values[0].tolist()]
+    found["sums"] = [together.sum_over_all(values, [together.rank], interrupts), values[0].tolist()]
     found["stops"] = [together.stops(interrupts), interrupts.caught]
     found["wanted"] = together.wants_checkpoint
     Path(output).joinpath(f"{together.rank}.json").write_text(json.dumps(found))

@@ -11,7 +11,7 @@ from pyro.infer import TraceMeanField_ELBO
 from blora_pyro.data import Batch
 from blora_pyro.families import FAMILIES, GUIDES
 from blora_pyro.fitting.checkpoints import RandomState
-from blora_pyro.fitting.objective import Objective, micro_batches
+from blora_pyro.fitting.objective import Objective
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import ESTIMATORS, BLoRA, build_estimator
 from blora_pyro.models.estimators import Flipout
@@ -90,16 +90,6 @@ def test_the_observed_terms_of_a_loss_are_recorded_as_the_elbo_weighs_them(net, 
 
 
 # ---- gradient accumulation
-
-
-def test_micro_batches_are_the_batch_in_order(batch):
-    for count, sizes in ((1, [3]), (2, [2, 1]), (3, [1, 1, 1]), (9, [1, 1, 1])):
-        parts = micro_batches(batch, count)
-        assert [len(part.input_features) for part in parts] == sizes
-        for name in ("input_features", "decoder_input_ids", "labels"):
-            joined = torch.cat([getattr(part, name) for part in parts])
-            assert torch.equal(joined, getattr(batch, name))
-    assert [part.num_tokens for part in micro_batches(batch, 3)] == [4, 4, 2]  # ragged
 
 
 @pytest.mark.parametrize("guide", GUIDES)

@@ -181,4 +181,4 @@ def test_a_device_with_a_number_is_refused(monkeypatch):
 def test_alone_nothing_is_sent():
     alone = Processes()
     assert alone.is_main and alone.share([1, 2]) == [1, 2]
-    assert alone.tell(b"x") == b"x" and alone.told_by_main(lambda: 2.5) == 2.5
+    assert alone.broadcast(b"x") == b"x" and alone.from_main(lambda: 2.5) == 2.5

@@ -12,6 +12,7 @@ from blora_pyro.fitting import fit_guide
 from blora_pyro.guides.auto_normal import Guide
 from blora_pyro.guides.normal import Prior
 from blora_pyro.models import BLoRA, Temper
+from blora_pyro.options import FittingOptions
 
 
 @pytest.fixture
@@ -91,9 +92,8 @@ def test_pyro_svi_fits_it(elbo, model, batch):
 
 def test_fit_guide_fits_it(model, batch):
     guide = Guide(model)
-    history = fit_guide(
-        model, guide, Examples(batch), beta=1e-5, lr=0.02, steps=40, batch_size=2, seed=1
-    )
+    options = FittingOptions(beta=1e-5, lr=0.02, steps=40, batch_size=2, seed=1)
+    history = fit_guide(model, guide, Examples(batch), options)
     losses = [step.loss for step in history]
     assert len(losses) == 40
     assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.3

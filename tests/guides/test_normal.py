@@ -12,6 +12,7 @@ from blora_pyro.fitting import fit_guide
 from blora_pyro.guides.normal import Guide, Prior
 from blora_pyro.guides.starts import RHO_RANGE
 from blora_pyro.models import BLoRA, Temper
+from blora_pyro.options import FittingOptions
 
 SCALE = 0.07
 quick = settings(
@@ -204,7 +205,8 @@ def test_a_heavy_kl_pulls_the_guide_to_the_prior(net, batch):
     """As beta grows the likelihood counts for nothing: mean to 0, stddev to the prior's."""
     model = BLoRA(net, Prior(SCALE), rank=2, target_modules="fc1")
     guide = Guide(model)
-    history = fit_guide(model, guide, Examples(batch), beta=1e3, lr=0.2, steps=80, batch_size=3)
+    options = FittingOptions(beta=1e3, lr=0.2, steps=80, batch_size=3)
+    history = fit_guide(model, guide, Examples(batch), options)
     mean, sigma = moments(guide)
     assert np.abs(mean).max() < 0.1 * SCALE
     np.testing.assert_allclose(sigma, SCALE, rtol=0.05)

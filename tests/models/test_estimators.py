@@ -23,6 +23,7 @@ from blora_pyro.models import (
     WhisperLikelihood,
     build_estimator,
 )
+from blora_pyro.options import FittingOptions
 
 NAMES = pytest.mark.parametrize("name", ESTIMATORS)
 NOISY = pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "shared"])
@@ -528,7 +529,7 @@ def fit(net, examples, **options):
     model = BLoRA(net, build_prior("normal"), rank=2, alpha=4.0)
     settings = {"beta": 1e-4, "lr": 1e-2, "steps": 3, "batch_size": 2} | options
     guide = build_guide("normal", model)
-    return [step.loss for step in fit_guide(model, guide, examples, **settings)]
+    return [step.loss for step in fit_guide(model, guide, examples, FittingOptions(**settings))]
 
 
 def test_a_fit_runs_with_each_estimator_and_its_own_noise(net, examples):

@@ -12,8 +12,8 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 import blora_pyro
 from blora_pyro.data import load_split
 from blora_pyro.errors import UserError
-from blora_pyro.fitting.schedules import learning_rate
 from blora_pyro.fitting.stopping import DevError
+from blora_pyro.fitting.svi import learning_rate
 from blora_pyro.models import load_base
 from blora_pyro.models.encoder import embed
 from blora_pyro.options import FitConfig

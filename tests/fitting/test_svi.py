@@ -2,7 +2,8 @@ import itertools
 import math
 import os
 import signal
-from dataclasses import astuple
+from dataclasses import astuple, fields
+from typing import get_args
 
 import pyro
 import pytest
@@ -14,66 +15,68 @@ from torch.distributions import Normal, kl_divergence
 from blora_pyro.data import Examples, read_manifest
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.families import FAMILIES, GUIDES
-from blora_pyro.fitting import batches, fit_guide
+from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.checkpoints import FILE, Checkpoints, RandomState, read_checkpoint
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.objective import Objective
-from blora_pyro.fitting.schedules import learning_rate
 from blora_pyro.fitting.stopping import DevError, EarlyStopping
-from blora_pyro.fitting.svi import MAX_SKIPPED
+from blora_pyro.fitting.svi import MAX_SKIPPED, learning_rate
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import ESTIMATORS, BLoRA
+from blora_pyro.options import FittingOptions, Schedule, default_warmup_steps
 
 quick = settings(deadline=None, max_examples=60)
 
-# ---- batches
+# ---- learning rate
 
-
-class Numbers:
-    """Stands for `Examples`: a batch of it is the list of its indices."""
-
-    def __init__(self, size):
-        self.size = size
-        self.sources = [0] * size
-
-    def __len__(self):
-        return self.size
-
-    def batch(self, indices):
-        return list(indices)
+SCHEDULES = get_args(Schedule)
+fits = st.tuples(st.integers(1, 2000), st.floats(1e-6, 1e2))
 
 
 @quick
-@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31), st.integers(1, 3))
-def test_every_example_comes_once_an_epoch(size, batch_size, seed, epochs):
-    a_epoch = math.ceil(size / batch_size)
-    stream = batches(Numbers(size), batch_size, seed)
-    for _ in range(epochs):
-        epoch = list(itertools.islice(stream, a_epoch))
-        assert sorted(itertools.chain(*epoch)) == list(range(size))
-        assert [len(batch) for batch in epoch[:-1]] == [batch_size] * (a_epoch - 1)
+@given(fits, st.sampled_from(SCHEDULES), st.one_of(st.none(), st.integers(0, 3000)))
+def test_the_rate_warms_up_linearly_to_its_peak_and_never_rises_again(fit, schedule, warmup):
+    steps, peak = fit
+    warm_up = default_warmup_steps(steps) if warmup is None else warmup
+    rates = [learning_rate(step, steps, peak, schedule, warmup) for step in range(steps)]
+    assert all(0 < rate <= peak * (1 + 1e-12) for rate in rates)
+    for step, rate in enumerate(rates[:warm_up]):
+        assert math.isclose(rate, peak * (step + 1) / warm_up)
+    if warm_up < steps:
+        assert math.isclose(rates[warm_up], peak)  # where the schedule begins
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(rates[warm_up:]))
 
 
 @quick
-@given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 2**31))
-def test_the_order_depends_on_the_seed_alone(size, batch_size, seed):
-    first = list(itertools.islice(batches(Numbers(size), batch_size, seed), 12))
-    torch.rand(1)
-    assert first == list(itertools.islice(batches(Numbers(size), batch_size, seed), 12))
+@given(fits)
+def test_the_cosine_ends_near_zero(fit):
+    steps, peak = fit
+    falling = steps - default_warmup_steps(steps)
+    if falling > 1:
+        last = learning_rate(steps - 1, steps, peak)
+        assert last <= peak * (math.pi / (2 * falling)) ** 2
+        assert learning_rate(steps, steps, peak) <= 1e-12 * peak
 
 
-@quick
-@given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 2**31), st.integers(0, 60))
-def test_the_order_can_be_entered_anywhere(size, batch_size, seed, begin):
-    whole = itertools.islice(batches(Numbers(size), batch_size, seed), begin, begin + 9)
-    part = itertools.islice(batches(Numbers(size), batch_size, seed, start=begin), 9)
-    assert list(part) == list(whole)
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("cosine", [0.5, 1, 1, 0.75, 0.25]),
+        ("linear", [0.5, 1, 1, 2 / 3, 1 / 3]),
+        ("constant", [0.5, 1, 1, 1, 1]),
+    ],
+)
+def test_what_comes_after_the_warm_up(schedule, rates):
+    found = [learning_rate(step, 5, 3.0, schedule, 2) for step in range(5)]
+    assert found == pytest.approx([3 * rate for rate in rates])
 
 
-def test_epochs_and_seeds_differ_in_their_order():
-    one, two = itertools.islice(batches(Numbers(30), 30, seed=0), 2)
-    assert one != two
-    assert one != next(batches(Numbers(30), 30, seed=1))
+def test_without_a_warm_up_the_first_rate_is_the_peak():
+    assert all(learning_rate(0, 10, 0.3, schedule, 0) == 0.3 for schedule in SCHEDULES)
+
+
+def test_a_tenth_of_the_steps_warms_up_unless_told():
+    assert [default_warmup_steps(steps) for steps in (1, 4, 15, 400)] == [1, 1, 2, 40]
 
 
 # ---- fit_guide
@@ -93,6 +96,13 @@ def start(net, guide="normal", rank=2, seed=0, **how):
     return model, build_guide(guide, model)
 
 
+def fit_with(model, guide, examples, **given):
+    """`fit_guide`; those of the keywords that are fitting options are gathered into them."""
+    names = given.keys() & {field.name for field in fields(FittingOptions)}
+    options = FittingOptions(**{name: given.pop(name) for name in names})
+    return fit_guide(model, guide, examples, options, **given)
+
+
 SHORT = {"beta": 1e-4, "lr": 1e-2, "steps": 5, "batch_size": 2}
 
 
@@ -107,7 +117,7 @@ def logits(net, examples) -> torch.Tensor:
 @pytest.mark.parametrize("guide", GUIDES)
 def test_the_history_has_a_step_a_step(net, examples, guide):
     seen = []
-    history = fit_guide(*start(net, guide), examples, **SHORT, on_step=seen.append)
+    history = fit_with(*start(net, guide), examples, **SHORT, on_step=seen.append)
     assert seen == history
     assert [step.step for step in history] == [1, 2, 3, 4, 5]
     for step in history:
@@ -123,7 +133,7 @@ def test_the_first_kl_is_that_of_the_guides_start(net, examples):
         kl_divergence(Normal(mean, guide.stddev()[name]), Normal(0.0, 0.05)).sum()
         for name, mean in guide.mean().items()
     )
-    history = fit_guide(model, guide, examples, **{**SHORT, "steps": 1})
+    history = fit_with(model, guide, examples, **{**SHORT, "steps": 1})
     assert math.isclose(history[0].kl, float(expected), rel_tol=1e-3)
 
 
@@ -133,20 +143,20 @@ def test_the_likelihood_is_the_mean_over_target_tokens(net, examples):
     expected = torch.nn.functional.cross_entropy(
         logits(net, examples).flatten(0, 1), batch.labels.flatten()
     )
-    history = fit_guide(model, guide, examples, **{**SHORT, "steps": 1})
+    history = fit_with(model, guide, examples, **{**SHORT, "steps": 1})
     assert math.isclose(history[0].nll, float(expected), rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_without_beta_there_is_no_kl(net, examples, guide):
-    history = fit_guide(*start(net, guide), examples, **{**SHORT, "beta": 0.0})
+    history = fit_with(*start(net, guide), examples, **{**SHORT, "beta": 0.0})
     assert all(step.kl is None and step.loss == step.nll for step in history)
 
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_the_loss_falls_on_a_set_that_can_be_learned_by_heart(fluent_base, examples, guide):
     options = {"beta": 1e-6, "lr": 0.05, "steps": 20, "batch_size": 2}
-    history = fit_guide(*start(fluent_base.net, guide, rank=4), examples, **options)
+    history = fit_with(*start(fluent_base.net, guide, rank=4), examples, **options)
     assert history[-1].loss < 0.5 * history[0].loss
     assert history[-1].nll < 0.5 * history[0].nll
 
@@ -154,7 +164,7 @@ def test_the_loss_falls_on_a_set_that_can_be_learned_by_heart(fluent_base, examp
 def test_a_large_beta_pulls_the_posterior_to_the_prior(net, examples):
     options = {"beta": 1.0, "lr": 0.05, "steps": 60, "batch_size": 2}
     model, guide = start(net)
-    history = fit_guide(model, guide, examples, **options)
+    history = fit_with(model, guide, examples, **options)
     assert history[-1].kl < 0.1 * history[0].kl
 
 
@@ -163,7 +173,7 @@ def test_the_base_is_left_as_it_was(net, examples, guide):
     model, guide = start(net, guide)
     weights = {name: value.clone() for name, value in net.state_dict().items()}
     before = logits(net, examples)
-    fit_guide(model, guide, examples, **SHORT)
+    fit_with(model, guide, examples, **SHORT)
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
     assert torch.equal(logits(net, examples), before)  # no factors in place
     assert all(parameter.grad is None for parameter in net.parameters())
@@ -173,7 +183,7 @@ def test_the_base_is_left_as_it_was(net, examples, guide):
 def test_pyros_global_state_is_left_as_it_was(net, examples, guide):
     mine = pyro.param("mine", torch.tensor(2.0))
     local = pyro.settings.get("module_local_params")
-    fit_guide(*start(net, guide), examples, **SHORT)
+    fit_with(*start(net, guide), examples, **SHORT)
     assert list(pyro.get_param_store().keys()) == ["mine"]
     assert pyro.param("mine") is mine
     assert pyro.settings.get("module_local_params") is local
@@ -183,7 +193,7 @@ def test_pyros_global_state_is_left_as_it_was(net, examples, guide):
 def test_the_same_seed_gives_the_same_history(net, examples, guide):
     options = {**SHORT, "batch_size": 1}
     first, again, other = (
-        [astuple(s) for s in fit_guide(*start(net, guide, seed=seed), examples, **options)]
+        [astuple(s) for s in fit_with(*start(net, guide, seed=seed), examples, **options)]
         for seed in (4, 4, 5)
     )
     assert first == again
@@ -197,7 +207,7 @@ def test_losses_that_are_not_finite_stop_the_fit_and_clear_the_net(net, examples
     examples.features = torch.full_like(features[:], math.nan)
     store = set(pyro.get_param_store().keys())
     with pytest.raises(FloatingPointError, match=r"is nan at step 5, .*10 times in a row"):
-        fit_guide(model, guide, examples, **SHORT)
+        fit_with(model, guide, examples, **SHORT)
     examples.features = features
     assert torch.equal(logits(net, examples), before)
     assert set(pyro.get_param_store().keys()) == store
@@ -209,7 +219,7 @@ def test_an_interrupted_fit_clears_the_net(net, examples):
 
     before = logits(net, examples)
     with pytest.raises(KeyboardInterrupt):
-        fit_guide(*start(net), examples, **SHORT, on_step=interrupt)
+        fit_with(*start(net), examples, **SHORT, on_step=interrupt)
     assert torch.equal(logits(net, examples), before)
 
 
@@ -256,7 +266,7 @@ def in_pieces(net, guide, four, folder, crashes, every, how=(), stopping=None, *
         if stopping:
             options["early_stopping"] = stopping()
         try:
-            history = fit_guide(
+            history = fit_with(
                 model, fitted, four, checkpoints=kept, on_step=crash_at(step), **options
             )
         except Crash:
@@ -273,7 +283,7 @@ def assert_same(guide, other):
 @pytest.mark.parametrize("guide", GUIDES)
 def test_every_guide_goes_on_bit_by_bit(net, four, guide, tmp_path):
     model, straight = start(net, guide)
-    history = fit_guide(model, straight, four, **OPTIONS)
+    history = fit_with(model, straight, four, **OPTIONS)
     again, rest = in_pieces(net, guide, four, tmp_path, (4, 8, 9), 3, **OPTIONS)
     assert rest == history
     assert_same(again, straight)
@@ -283,7 +293,7 @@ def test_every_guide_goes_on_bit_by_bit(net, four, guide, tmp_path):
 def test_every_estimator_goes_on_bit_by_bit(net, four, estimator, tmp_path):
     options = {**OPTIONS, "estimator": estimator}
     model, straight = start(net)
-    history = fit_guide(model, straight, four, **options)
+    history = fit_with(model, straight, four, **options)
     again, rest = in_pieces(net, "normal", four, tmp_path, (5, 6), 2, **options)
     assert rest == history
     assert_same(again, straight)
@@ -292,7 +302,7 @@ def test_every_estimator_goes_on_bit_by_bit(net, four, estimator, tmp_path):
 @pytest.mark.parametrize("step", [1, 5, 11])
 def test_after_a_crash_at_any_step(net, four, step, tmp_path):
     model, straight = start(net)
-    history = fit_guide(model, straight, four, **OPTIONS)
+    history = fit_with(model, straight, four, **OPTIONS)
     again, rest = in_pieces(net, "normal", four, tmp_path, (step,), 1, **OPTIONS)
     assert rest == history
     assert_same(again, straight)
@@ -300,7 +310,7 @@ def test_after_a_crash_at_any_step(net, four, step, tmp_path):
 
 def test_a_crash_after_every_step(net, four, tmp_path):
     model, straight = start(net)
-    history = fit_guide(model, straight, four, **OPTIONS)
+    history = fit_with(model, straight, four, **OPTIONS)
     crashes = [step for step in range(1, 12) for _ in range(2)]  # the second time gets no further
     again, rest = in_pieces(net, "normal", four, tmp_path, crashes, 1, **OPTIONS)
     assert rest == history
@@ -309,16 +319,16 @@ def test_a_crash_after_every_step(net, four, tmp_path):
 
 def test_writing_checkpoints_changes_nothing(net, four, tmp_path):
     model, straight = start(net)
-    history = fit_guide(model, straight, four, **OPTIONS)
+    history = fit_with(model, straight, four, **OPTIONS)
     model, kept = start(net)
-    found = fit_guide(model, kept, four, **OPTIONS, checkpoints=Checkpoints(tmp_path, {}, 1))
+    found = fit_with(model, kept, four, **OPTIONS, checkpoints=Checkpoints(tmp_path, {}, 1))
     assert found == history
     assert_same(kept, straight)
 
 
 def test_a_checkpoint_of_another_guide_is_refused_in_one_line(net, four, tmp_path):
     with pytest.raises(Crash):
-        fit_guide(
+        fit_with(
             *start(net, "normal"),
             four,
             **OPTIONS,
@@ -326,13 +336,13 @@ def test_a_checkpoint_of_another_guide_is_refused_in_one_line(net, four, tmp_pat
             on_step=crash_at(3),
         )
     with pytest.raises(UserError, match="does not fit the guide") as caught:
-        fit_guide(*start(net, "point"), four, **OPTIONS, checkpoints=Checkpoints(tmp_path, {}, 1))
+        fit_with(*start(net, "point"), four, **OPTIONS, checkpoints=Checkpoints(tmp_path, {}, 1))
     assert "\n" not in str(caught.value)
 
 
 def test_a_signal_ends_the_fit_after_its_step_with_a_checkpoint(net, four, tmp_path):
     model, straight = start(net)
-    history = fit_guide(model, straight, four, **OPTIONS)
+    history = fit_with(model, straight, four, **OPTIONS)
     seen = []
 
     def on_step(step):
@@ -342,7 +352,7 @@ def test_a_signal_ends_the_fit_after_its_step_with_a_checkpoint(net, four, tmp_p
 
     with pytest.raises(Interrupted), Interrupts() as interrupts, interrupts.deferred():
         kept = Checkpoints(tmp_path, {"fit": 1}, 1000, interrupts)
-        fit_guide(*start(net), four, **OPTIONS, checkpoints=kept, on_step=on_step)
+        fit_with(*start(net), four, **OPTIONS, checkpoints=kept, on_step=on_step)
     assert seen == history[:5]
     assert read_checkpoint(tmp_path / FILE).step == 5
     again, rest = in_pieces(net, "normal", four, tmp_path, (), 1000, **OPTIONS)
@@ -364,8 +374,8 @@ KNOBS = [
 def test_whatever_is_turned_goes_on_bit_by_bit(net, four, knobs, tmp_path):
     options = {**OPTIONS, **knobs}
     model, straight = start(net)
-    history = fit_guide(model, straight, four, **options)
-    assert history != fit_guide(*start(net), four, **OPTIONS)
+    history = fit_with(model, straight, four, **options)
+    assert history != fit_with(*start(net), four, **OPTIONS)
     again, rest = in_pieces(net, "normal", four, tmp_path, (7,), 3, **options)
     assert rest == history
     assert_same(again, straight)
@@ -383,7 +393,7 @@ def test_a_half_precision_base_goes_on_bit_by_bit(net, four, dtype, tmp_path, mo
     monkeypatch.setattr(Objective, "gradients", seen)
     options, half = {**OPTIONS, "steps": 6, "batch_size": 2}, net.to(dtype)
     model, straight = start(half)
-    history = fit_guide(model, straight, four, **options)
+    history = fit_with(model, straight, four, **options)
     assert all(parameter.dtype is torch.float32 for parameter in straight.parameters())
     assert scales == [2.0**16] * 3 + [2.0**17] * 3 if dtype is torch.float16 else [1.0] * 6
     again, rest = in_pieces(half, "normal", four, tmp_path, (5,), 2, **options)
@@ -394,7 +404,7 @@ def test_a_half_precision_base_goes_on_bit_by_bit(net, four, dtype, tmp_path, mo
 
 def test_schedule_and_warm_up_are_those_of_the_steps(net, examples):
     options = {**SHORT, "schedule": "linear", "warmup_steps": 3}
-    history = fit_guide(*start(net), examples, **options)
+    history = fit_with(*start(net), examples, **options)
     assert [step.lr for step in history] == [
         learning_rate(step, 5, 1e-2, "linear", 3) for step in range(5)
     ]
@@ -403,7 +413,7 @@ def test_schedule_and_warm_up_are_those_of_the_steps(net, examples):
 def test_gradient_checkpointing_fits_the_same(net, four):
     options = {**OPTIONS, "gradient_accumulation": 2, "estimator": "flipout"}
     plain, checkpointed = (
-        fit_guide(*start(net, gradient_checkpointing=flag), four, **options)
+        fit_with(*start(net, gradient_checkpointing=flag), four, **options)
         for flag in (False, True)
     )
     assert checkpointed == plain
@@ -411,8 +421,8 @@ def test_gradient_checkpointing_fits_the_same(net, four):
 
 def test_gradient_accumulation_fits_nearly_the_same(net, four):
     options = {**OPTIONS, "batch_size": 4}
-    whole = fit_guide(*start(net), four, **options)
-    parts = fit_guide(*start(net), four, **options, gradient_accumulation=4)
+    whole = fit_with(*start(net), four, **options)
+    parts = fit_with(*start(net), four, **options, gradient_accumulation=4)
     for one, other in zip(parts, whole, strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-3)
         assert other.tokens == one.tokens
@@ -423,7 +433,7 @@ def test_the_features_of_every_step_are_masked_anew_and_the_examples_are_not(net
     hook = net.model.encoder.conv1.register_forward_pre_hook(
         lambda _, inputs: steps.append((inputs[0] == 0).all(1).nonzero().tolist())
     )
-    fit_guide(*start(net), examples, **SHORT, spec_augment=True)
+    fit_with(*start(net), examples, **SHORT, spec_augment=True)
     hook.remove()
     assert len(steps) == 5
     assert all(0 < len(masked) < 100 for masked in steps)
@@ -465,10 +475,10 @@ def snapshots(guide, kept):
 
 def test_the_best_guide_is_restored_and_the_fit_stops(net, four):
     model, guide = start(net)
-    kept, straight = {}, fit_guide(*start(net), four, **OPTIONS)
+    kept, straight = {}, fit_with(*start(net), four, **OPTIONS)
     model, guide = start(net)
     stopping = EarlyStopping(listed([0.5, 0.3, 0.4, 0.3]), every=2, patience=2)
-    history = fit_guide(
+    history = fit_with(
         model, guide, four, **OPTIONS, early_stopping=stopping, on_step=snapshots(guide, kept)
     )
     assert history == straight[:8]  # it changes nothing before
@@ -486,22 +496,22 @@ def test_without_patience_it_goes_to_the_end_and_measures_there(net, four):
     model, guide = start(net)
     kept, stopping = {}, EarlyStopping(listed([0.5, 0.6, 0.1]), every=4)
     on_step = snapshots(guide, kept)
-    fit_guide(model, guide, four, **OPTIONS, early_stopping=stopping, on_step=on_step)
+    fit_with(model, guide, four, **OPTIONS, early_stopping=stopping, on_step=on_step)
     assert [one.step for one in stopping.errors] == [4, 8, 11]
     assert all(torch.equal(value, kept[11][name]) for name, value in guide.state_dict().items())
 
 
 def test_the_posterior_mean_is_measured_and_no_random_number_is_lost(net, four):
-    straight, found = fit_guide(*start(net), four, **OPTIONS), {}
+    straight, found = fit_with(*start(net), four, **OPTIONS), {}
     stopping = EarlyStopping(loss_of(net, four), every=3)
-    assert fit_guide(*start(net), four, **OPTIONS, early_stopping=stopping) == straight
+    assert fit_with(*start(net), four, **OPTIONS, early_stopping=stopping) == straight
     model, guide = start(net)
 
     def on_step(step):
         with RandomState.kept(net.device), model.adapters.using(guide.mean()):
             found[step.step] = loss_of(net, four)()
 
-    fit_guide(model, guide, four, **OPTIONS, on_step=on_step)
+    fit_with(model, guide, four, **OPTIONS, on_step=on_step)
     assert stopping.errors == [DevError(step, found[step]) for step in (3, 6, 9, 11)]
     assert len(set(found.values())) == len(found)
 
@@ -524,7 +534,7 @@ def test_early_stopping_goes_on_bit_by_bit(net, four, guide, crashes, tmp_path):
         return made[-1]
 
     model, straight = start(net, guide)
-    history = fit_guide(model, straight, four, **OPTIONS, early_stopping=stopping())
+    history = fit_with(model, straight, four, **OPTIONS, early_stopping=stopping())
     again, rest = in_pieces(net, guide, four, tmp_path, crashes, 2, stopping=stopping, **OPTIONS)
     assert rest == history
     assert made[-1].to_json() == made[0].to_json()
@@ -534,7 +544,7 @@ def test_early_stopping_goes_on_bit_by_bit(net, four, guide, crashes, tmp_path):
 def test_a_skipped_step_is_not_measured(net, four):
     measured = []
     stopping = EarlyStopping(lambda: measured.append(0) or 0.5, every=2)
-    fit_guide(*start(net), Poisoned(four, {4, 11, 12}), **OPTIONS, early_stopping=stopping)
+    fit_with(*start(net), Poisoned(four, {4, 11, 12}), **OPTIONS, early_stopping=stopping)
     assert [one.step for one in stopping.errors] == [2, 6, 8, 10, 11]
     assert len(measured) == 5
 
@@ -563,13 +573,13 @@ class Poisoned:
 def test_a_step_without_a_finite_loss_is_skipped(net, four, tmp_path):
     bad = {3, 4, 9}
     model, guide = start(net)
-    history = fit_guide(model, guide, Poisoned(four, bad), **OPTIONS)
+    history = fit_with(model, guide, Poisoned(four, bad), **OPTIONS)
     assert [step.step for step in history] == [1, 2, 5, 6, 7, 8, 10, 11]
     assert all(math.isfinite(step.loss) for step in history)
     model, kept = start(net)
     checkpoints = Checkpoints(tmp_path, {"fit": 1}, 1)
     with pytest.raises(Crash):
-        fit_guide(
+        fit_with(
             model,
             kept,
             Poisoned(four, bad),
@@ -586,18 +596,18 @@ def test_a_step_without_a_finite_loss_is_skipped(net, four, tmp_path):
 
 def test_a_fit_does_not_end_on_a_loss_that_is_not_finite(net, four):
     model, guide = start(net)
-    history = fit_guide(model, guide, Poisoned(four, {10, 11, 12}), **OPTIONS)
+    history = fit_with(model, guide, Poisoned(four, {10, 11, 12}), **OPTIONS)
     assert [step.step for step in history] == list(range(1, 10))
     with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} times in a row"):
-        fit_guide(*start(net), Poisoned(four, range(10, 30)), **OPTIONS)
+        fit_with(*start(net), Poisoned(four, range(10, 30)), **OPTIONS)
 
 
 def test_nine_in_a_row_are_skipped_and_ten_are_too_many(net, four):
     options = {**OPTIONS, "steps": 14}
-    history = fit_guide(*start(net), Poisoned(four, range(2, 11)), **options)
+    history = fit_with(*start(net), Poisoned(four, range(2, 11)), **options)
     assert [step.step for step in history] == [1, 11, 12, 13, 14]
     with pytest.raises(FloatingPointError, match=r"nan at step 11, .*10 times in a row"):
-        fit_guide(*start(net), Poisoned(four, range(2, 12)), **options)
+        fit_with(*start(net), Poisoned(four, range(2, 12)), **options)
 
 
 @pytest.mark.parametrize(("guide", "lr"), [*((guide, 1e30) for guide in GUIDES), ("normal", 1e3)])
@@ -607,7 +617,7 @@ def test_a_fit_that_diverges_stops_and_its_checkpoint_is_from_before(
     model, fitted = start(net, guide)
     kept = Checkpoints(tmp_path, {}, 1)
     with pytest.raises(FloatingPointError, match="not finite 10 times in a row"):
-        fit_guide(model, fitted, four, **{**OPTIONS, "lr": lr, "steps": 40}, checkpoints=kept)
+        fit_with(model, fitted, four, **{**OPTIONS, "lr": lr, "steps": 40}, checkpoints=kept)
     if (tmp_path / FILE).exists():
         tensors = read_checkpoint(tmp_path / FILE).tensors
         assert all(torch.isfinite(value.float()).all() for value in tensors.values())
@@ -618,7 +628,7 @@ def test_gradients_that_are_not_finite_change_no_weight(net, four):
     before = {name: value.clone() for name, value in guide.state_dict().items()}
     next(iter(guide.means.values())).register_hook(lambda grad: grad * math.inf)
     with pytest.raises(FloatingPointError, match="gradient"):
-        fit_guide(model, guide, four, **OPTIONS)
+        fit_with(model, guide, four, **OPTIONS)
     assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
 
 
@@ -626,4 +636,4 @@ def test_an_error_in_a_program_is_no_loss_that_is_not_finite(net, four):
     model, guide = start(net)
     model.prior = lambda site: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        fit_guide(model, guide, four, **OPTIONS)
+        fit_with(model, guide, four, **OPTIONS)

@@ -1,12 +1,70 @@
 import copy
+import itertools
+import math
 
 import numpy as np
 import pyro
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from blora_pyro.data import Batch
-from blora_pyro.fitting.augmentation import SpecAugment
+from blora_pyro.fitting.batches import SpecAugment, batches, micro_batches
+
+quick = settings(deadline=None, max_examples=60)
+
+# ---- order
+
+
+class Numbers:
+    """Stands for `Examples`: a batch of it is the list of its indices."""
+
+    def __init__(self, size):
+        self.size = size
+        self.sources = [0] * size
+
+    def __len__(self):
+        return self.size
+
+    def batch(self, indices):
+        return list(indices)
+
+
+@quick
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31), st.integers(1, 3))
+def test_every_example_comes_once_an_epoch(size, batch_size, seed, epochs):
+    a_epoch = math.ceil(size / batch_size)
+    stream = batches(Numbers(size), batch_size, seed)
+    for _ in range(epochs):
+        epoch = list(itertools.islice(stream, a_epoch))
+        assert sorted(itertools.chain(*epoch)) == list(range(size))
+        assert [len(batch) for batch in epoch[:-1]] == [batch_size] * (a_epoch - 1)
+
+
+@quick
+@given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 2**31))
+def test_the_order_depends_on_the_seed_alone(size, batch_size, seed):
+    first = list(itertools.islice(batches(Numbers(size), batch_size, seed), 12))
+    torch.rand(1)
+    assert first == list(itertools.islice(batches(Numbers(size), batch_size, seed), 12))
+
+
+@quick
+@given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 2**31), st.integers(0, 60))
+def test_the_order_can_be_entered_anywhere(size, batch_size, seed, begin):
+    whole = itertools.islice(batches(Numbers(size), batch_size, seed), begin, begin + 9)
+    part = itertools.islice(batches(Numbers(size), batch_size, seed, start=begin), 9)
+    assert list(part) == list(whole)
+
+
+def test_epochs_and_seeds_differ_in_their_order():
+    one, two = itertools.islice(batches(Numbers(30), 30, seed=0), 2)
+    assert one != two
+    assert one != next(batches(Numbers(30), 30, seed=1))
+
+
+# ---- SpecAugment
 
 
 def ones(net, size=6):
@@ -65,3 +123,16 @@ def test_the_masks_are_numpys_random_numbers(net):
     assert not torch.equal(first.input_features, second.input_features)
     pyro.set_rng_seed(3)
     assert torch.equal(augment(ones(net)).input_features, first.input_features)
+
+
+# ---- micro-batches
+
+
+def test_micro_batches_are_the_batch_in_order(batch):
+    for count, sizes in ((1, [3]), (2, [2, 1]), (3, [1, 1, 1]), (9, [1, 1, 1])):
+        parts = micro_batches(batch, count)
+        assert [len(part.input_features) for part in parts] == sizes
+        for name in ("input_features", "decoder_input_ids", "labels"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, getattr(batch, name))
+    assert [part.num_tokens for part in micro_batches(batch, 3)] == [4, 4, 2]  # ragged
