@@ -47,9 +47,9 @@ NOTES = {
     "empty text": "empty text",
     "characters": "characters that the tokenizer can't spell",
     "bytes": "characters that it spells byte by byte",
-    "duration": "another duration than is said",
+    "duration": "a stated duration that is wrong",
     "tags": "words and word_languages differ in number",
-    "repeated": "audio that was there already",
+    "repeated": "audio that an earlier row has, too",
     "shared audio": "audio that is in another set too",
     "shared text": "text that is in another set too",
 }
@@ -285,7 +285,7 @@ def _row_problems(
     except UserError as error:
         problems.append(("transcript", str(error)))
     if not row["text"].strip():
-        problems.append(("empty text", "it will be learned that nothing is said"))
+        problems.append(("empty text", "the fit will learn that nothing is said"))
     try:
         check_tags(row["text"], row["word_languages"])
     except UserError as error:

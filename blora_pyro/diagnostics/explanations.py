@@ -38,7 +38,7 @@ class Shrinkage:
             nats; None without KL.
         floor_share: Share of the weights' KL that is this floor.
         half_kl_layers: The fewest layers that hold half of what is above the floor.
-        active_ranks: Median over layers and factors; None unless the prior is the horseshoe.
+        active_ranks: Median over layers and factors; None for guides without shrinkage factors.
         closed_ranks: Share of all ranks that are switched off, likewise.
     """
 

@@ -137,7 +137,7 @@ def active_rank_plot(summary: Summary, shrinkage: dict[str, np.ndarray]) -> Figu
         label_axes(panel, title, "rank, most open first")
         panel.set_xticks([0, summary.rank - 1], ["1", str(summary.rank)])
     rows_are = "mean over the layers of a kind" if grouped else "a row a layer"
-    title = f"Which ranks the horseshoe leaves open: 1 - shrinkage factor, {rows_are}"
+    title = f"Which ranks are open: 1 - shrinkage factor, {rows_are}"
     figure.suptitle(title, fontsize=TITLE, x=0.01, ha="left")
     _add_bar(figure, image, axes, "1 - shrinkage factor (1: open, 0: off)")
     return figure

@@ -95,7 +95,7 @@ class KindSummary:
         directions: Directions of ΔW above their standard deviation, mean over the layers; None
             where nothing has one.
         relative_norm: Norm of ΔW over that of the frozen weight, mean over the layers, or None.
-        active_ranks: By factor, mean over the layers; None unless the prior is the horseshoe.
+        active_ranks: By factor, mean over the layers; None for guides without shrinkage factors.
     """
 
     kind: str

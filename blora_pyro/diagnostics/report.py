@@ -206,7 +206,7 @@ def _sets_table(found: DataCheck) -> Table:
     heads = ("rows", "hours", "seconds\nmin", "\nmedian", "\nmax")
     columns = [*text_columns("set"), *figure_columns(*heads)]
     columns += text_columns("Hz", "channels", "languages")
-    title = f"data for the base {found.base}, which hears {found.window:g} s at a time"
+    title = f"data for the base {found.base}, which takes {found.window:g} s at a time"
     table = Table(columns, title)
     for one in found.sets:
         lengths = [f"{value:.2f}" for value in (one.seconds or {}).values()] or [NONE] * 3
@@ -226,7 +226,7 @@ def _findings_table(found: DataCheck, kinds: Mapping[str, str], title: str) -> T
     columns = [
         *text_columns("set"),
         *figure_columns("number"),
-        *text_columns("what, and the first of them"),
+        *text_columns("what was found, with examples"),
     ]
     table = Table(columns, title)
     for one in found.sets:

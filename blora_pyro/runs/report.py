@@ -28,9 +28,9 @@ def fit_tables(metrics: Mapping[str, Any]) -> list[Part]:
     if "strength" in metrics:
         parts.append(f"adapted: at strength {metrics['strength']:g} by {metrics['strength_by']}")
     if average := metrics.get("backward_error"):
-        change = Percent.of(average["change"])
-        value, _, interval = str(change).partition(" ")
-        parts.append(f"forgetting: {value} points {interval} on the backward average")
+        change, _, interval = str(Percent.of(average["change"])).partition(" ")
+        figures = f"{change} points {interval}".strip()
+        parts.append(f"forgetting: {figures} on the backward average")
     shares = metrics["sparsity"]
     parts.append(
         "sparsity (share of |w| < 1e-3 at the posterior mean): "

@@ -169,7 +169,7 @@ def test_checked_data_are_shown_with_three_examples_of_each_finding():
     one = dataclasses.replace(SET, findings=[*bad, note], rows=9, **figures)
     text = written(DataCheck("pocket", 30, [one]))
     for part in (
-        "data for the base pocket, which hears 30 s at a time",
+        "data for the base pocket, which takes 30 s at a time",
         "9 0.00 0.25 0.50 0.75 16000: 3, 8000: 1 1",
         "a fit would refuse",
         "5 rows that can't be read",

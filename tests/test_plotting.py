@@ -1,0 +1,33 @@
+import matplotlib.pyplot as plt
+import pytest
+
+from blora_pyro.plotting import WIDTH, label_axes, new_figure, tick_at_1_2_5
+
+
+def test_a_figure_is_as_wide_as_a_page_and_unknown_to_pyplot():
+    before = plt.get_fignums()
+    figure, axes = new_figure("a title", 2.5, 2, 3)
+    assert axes.shape == (2, 3)
+    assert figure.get_size_inches() == pytest.approx([WIDTH, 2.5])
+    assert figure.get_suptitle() == "a title"
+    assert plt.get_fignums() == before
+
+
+def test_axes_have_their_labels():
+    _, axes = new_figure("", 2)
+    label_axes(axes[0][0], "panel", "steps", "nats")
+    panel = axes[0][0]
+    assert panel.get_title(loc="left") == "panel"
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("steps", "nats")
+    assert not panel.spines["top"].get_visible()
+
+
+def test_a_short_logarithmic_axis_has_ticks_at_1_2_and_5():
+    figure, axes = new_figure("", 2)
+    panel = axes[0][0]
+    panel.set_xscale("log")
+    panel.set_xlim(1, 10)
+    tick_at_1_2_5(panel.xaxis)
+    figure.draw_without_rendering()
+    labels = [label.get_text() for label in panel.get_xticklabels()]
+    assert [text for text in labels if text in ("1", "2", "5", "10")] == ["1", "2", "5", "10"]
