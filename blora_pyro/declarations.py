@@ -16,6 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from blora_pyro.errors import UserError
 
+WIDEST_METAVAR = 16  # so that the help has room for itself in 80 columns
+
 
 @dataclass(frozen=True)
 class Option:
@@ -117,7 +119,17 @@ def metavar_of(group: type, name: str) -> str:
     kinds, names = value_types(group, name), {int: "INTEGER", float: "NUMBER", Path: "PATH"}
     shown = [*choices_of(group, name), *(names[kind] for kind in kinds if kind in names)]
     plain = "" if is_switch(group, name) else "TEXT"
-    return declarations(group)[name].metavar or "|".join(shown) or plain
+    text = "|".join(shown)
+    short = text if len(text) <= WIDEST_METAVAR else "NAME"  # `help_text` lists the choices then
+    return declarations(group)[name].metavar or short or plain
+
+
+def help_text(group: type, name: str) -> str:
+    """Return an option's help, with its choices where its metavar has no room for them."""
+    text, choices = declarations(group)[name].help, choices_of(group, name)
+    if not choices or metavar_of(group, name) != "NAME":
+        return text
+    return f"{text} One of {alternatives(choices)}."
 
 
 def shown_default(group: type, name: str) -> str:
@@ -125,8 +137,8 @@ def shown_default(group: type, name: str) -> str:
     default = default_of(group, name)
     if isinstance(default, bool):
         return ""
-    text = f"{default:g}" if isinstance(default, float) else str(default or "")
-    return declarations(group)[name].unset or text
+    text = f"{default:g}" if isinstance(default, float) else str(default)
+    return declarations(group)[name].unset or ("" if default in (None, {}) else text)
 
 
 def texts_of(group: type, name: str, value: Any) -> Iterator[str | None]:
@@ -158,7 +170,7 @@ def reference(groups: Sequence[type]) -> str:
     for group in groups:
         for name, declared in declarations(group).items():
             shown = f"{flag_of(group, name)} {metavar_of(group, name)}".strip().replace("|", "\\|")
-            cells = [f"`{shown}`", declared.help, shown_default(group, name)]
+            cells = [f"`{shown}`", help_text(group, name), shown_default(group, name)]
             rows.setdefault(declared.panel, []).append(
                 f"| {' | '.join(cells)} |".replace("  ", " ")
             )

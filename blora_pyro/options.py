@@ -9,16 +9,19 @@ function that needs a part takes that part (`fit_guide` takes `FittingOptions`),
 `FitConfig` as it is. Nothing here imports torch, so that a bad option is refused at once.
 """
 
+import json
 import math
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from blora_pyro.declarations import (
+    check_names,
     check_value,
     declarations,
     flag_of,
@@ -27,6 +30,7 @@ from blora_pyro.declarations import (
     numbers,
     option,
     parse_value,
+    reference,
     separated,
     suggestion,
     texts_of,
@@ -168,6 +172,7 @@ class DataOptions:
         "What several --data share: one adapter for all (complete); one for each around a shared "
         "one (hierarchical); or nothing (none).",
         DATA,
+        metavar="POOLING",
         unset="complete",
     )
     pooling_scale: float | None = option(
@@ -378,6 +383,22 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         for check in (_check_data, _check_prior, _check_fit, _check_pooling, _check_streaming):
             check(self)
 
+    @classmethod
+    def with_given(cls, options: Mapping[str, Any], given: Iterable[str]) -> "FitConfig":
+        """Return a configuration of which only some options count as given.
+
+        Args:
+            options: By name.
+            given: Names.
+
+        Raises:
+            UserError: If an option is unknown or not possible.
+        """
+        check_names(cls, options, "a fit")
+        config = cls(**options)
+        object.__setattr__(config, "given", frozenset(given))
+        return config
+
     def with_options(self, **options: Any) -> "FitConfig":
         """Return a copy with other values, which count as given, too."""
         changed = replace(self, **options)
@@ -483,6 +504,20 @@ class OutputOptions:
         "Steps between checkpoints.", OUTPUT, unset="every two seconds or more", **COUNT
     )
 
+    def __post_init__(self) -> None:
+        """Parse texts of the command line, and check.
+
+        Raises:
+            UserError: Naming the option, what it was given, and what is allowed.
+        """
+        if self.output is not None:
+            object.__setattr__(self, "output", Path(self.output))
+        if isinstance(self.checkpoint_every, str):
+            every = parse_value(OutputOptions, "checkpoint_every", self.checkpoint_every)
+            object.__setattr__(self, "checkpoint_every", every)
+        for name in declarations(OutputOptions):
+            check_value(OutputOptions, name, getattr(self, name))
+
 
 # ---- what is made from the declarations
 
@@ -490,6 +525,59 @@ class OutputOptions:
 def default_warmup_steps(steps: int) -> int:
     """Return a tenth of the steps, at least one."""
     return max(1, round(0.1 * steps))
+
+
+REFERENCE = """\
+# Options of a fit
+
+Every option of `blora-pyro fit`, of `FitConfig` (with underscores) and of a file of options
+(`blora-pyro fit --config fit.toml`; a `run.json` is such a file, too). `blora-pyro fit --dry-run`
+prints them resolved. This page is made from their declarations in
+[`blora_pyro/options.py`](../blora_pyro/options.py), by
+`python -m blora_pyro.options > docs/options.md`.
+
+"""
+
+
+def read_options(file: Path) -> dict[str, Any]:
+    """Return the options of a fit that a file holds.
+
+    Args:
+        file: TOML, an option a line (`prior-scale = 0.1`), or a `run.json`, whose fit is meant.
+
+    Raises:
+        UserError: If it can't be read, or holds something else.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+        if file.suffix == ".json":
+            content = content.get("options") or content["config"]
+        options = {name.replace("-", "_"): value for name, value in content.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"config '{file}' can't be read ({reason}); give a TOML file of options, or a run.json"
+        ) from None
+    if "prior_arg" in options:
+        options["prior_args"] = options.pop("prior_arg")
+    check_names(FitConfig, options, f"config '{file}'")
+    return options
+
+
+def to_toml(options: Mapping[str, Any]) -> str:
+    """Return options as TOML, as `read_options` reads it; what is None is left out."""
+    lines = [f"{name} = {_toml(value)}" for name, value in options.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        items = ", ".join(f"{json.dumps(key)} = {_toml(one)}" for key, one in value.items())
+        return f"{{{items}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def fit_command(config: FitConfig) -> str:
@@ -714,3 +802,7 @@ def _check_possible(
                 f"{name} is {getattr(config, name)}, which {what} can't take; {instead}, or "
                 f"{otherwise}"
             )
+
+
+if __name__ == "__main__":
+    print(REFERENCE + reference([FitConfig, OutputOptions]), end="")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from blora_pyro import BLoRA, Posterior, fit
+from blora_pyro.declarations import reference
 from blora_pyro.guides import build_prior
-from blora_pyro.options import FitConfig
+from blora_pyro.options import REFERENCE, FitConfig, OutputOptions
 
 DOCS = Path(__file__).parents[1] / "docs"
 FILES = {
@@ -45,3 +46,9 @@ def test_the_prior_of_the_docs_holds_the_encoder_tighter(net, tmp_path):
     spread = model.prior(group.A).stddev.amax((1, 2))
     for name, stddev in zip(group.modules, spread.tolist(), strict=True):
         assert stddev == pytest.approx(0.001 if "encoder.layers" in name else 0.05)
+
+
+def test_the_reference_of_options_is_made_from_their_declarations():
+    text = (DOCS / "options.md").read_text(encoding="utf-8")
+    made = REFERENCE + reference([FitConfig, OutputOptions])
+    assert text == made, "run: python -m blora_pyro.options > docs/options.md"

@@ -13,7 +13,7 @@ ORDER = (  # of the rooms and of the files beside them, as CONTRIBUTING.md tells
     *("plotting", "declarations", "options"),
     *("data", "metrics", "low_rank", "adapters", "models", "guides", "fitting"),
     *("posterior", "diagnostics", "transcription", "evaluation"),
-    *("runs", "reports", "studies", "sweeps", "comparison", "publishing", "cli"),
+    *("runs", "studies", "sweeps", "comparison", "publishing", "cli"),
 )
 FILES = sorted(path for path in HOUSE.rglob("*.py") if not path.stem.startswith("__main"))
 

@@ -274,22 +274,6 @@ def test_what_cannot_be_pooled_is_refused(options, message):
 
 # ---- as a command
 
-COMMANDS = [
-    {},
-    {"beta": 3.210987654321e-05, "prior_scale": 0.123456789, "lr": 1e-2},
-    {"beta": "auto", "prior": "horseshoe", "prior_args": {"global_scale": "0.01"}},
-    {"data": ("de-en", "my corpus/a.csv"), "data_weights": (3, 1), "language": "de-en"},
-    {"distillation": 0.3, "distillation_languages": ("de", "en"), "max_utterances": 150},
-    {"backward": {"German": "my de.csv", "en": "en"}, "base": "owner/whisper"},
-    {"backward": ()},
-    {"data": {"a": "my a.csv", "es-en": "es-en"}, "pooling": "hierarchical"},
-    {"data": {"a": "de-en", "b": "es-en"}, "pooling": "complete", "pooling_scale": None},
-    {"prior_from": "runs/my first", "prior_inflation": 1.5, "rank": 8},
-    {"spec_augment": True, "gradient_checkpointing": True, "target_modules": "q_proj,v_proj"},
-    {"track": ("tensorboard", "wandb")},
-    {"dev": "de", "eval_every": 5, "patience": 2, "epochs": 1.5, "dtype": "bfloat16"},
-]
-
 
 def test_a_command_leaves_defaults_out():
     assert fit_command(FitConfig(rank=16, data="de-en", seed=0)) == "blora-pyro fit"

@@ -7,10 +7,17 @@ import typer
 from blora_pyro import __version__
 from blora_pyro.cli.compare import compare
 from blora_pyro.cli.data import data
-from blora_pyro.cli.edits import combine, merge, prune
 from blora_pyro.cli.fit import fit
-from blora_pyro.cli.hub import push_to_hub
-from blora_pyro.cli.runs import diagnose, errors, evaluate, priors
+from blora_pyro.cli.runs import (
+    combine,
+    diagnose,
+    errors,
+    evaluate,
+    merge,
+    priors,
+    prune,
+    push_to_hub,
+)
 from blora_pyro.cli.sweep import sweep
 from blora_pyro.cli.transcribe import transcribe
 

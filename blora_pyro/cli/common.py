@@ -9,21 +9,32 @@ from typing import Annotated, Any
 
 import typer
 
+from blora_pyro.declarations import help_text, metavar_of
 from blora_pyro.errors import Interrupted, OtherProcessFailed, UserError
 from blora_pyro.launched import is_main
+from blora_pyro.options import FitConfig, OutputOptions
 
 RunFolder = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="Folder of a fit, or OWNER/NAME[@REVISION] on the Hub."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over what is there.")]
-Dtype = Annotated[str, typer.Option(help="Of the base's weights: float32, bfloat16 or float16.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a base on the Hub.")]
-LocalFilesOnly = Annotated[
-    bool, typer.Option("--local-files-only", help="Look for a base in the Hub's cache alone.")
+
+
+def help_of(name: str, group: type = FitConfig) -> str:
+    """Return the help of a declared option, for a command that has an option of its own like it."""
+    return help_text(group, name)
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help=help_of("overwrite", OutputOptions))]
+Dtype = Annotated[str, typer.Option(metavar=metavar_of(FitConfig, "dtype"), help=help_of("dtype"))]
+Revision = Annotated[
+    str | None, typer.Option(help=help_of("revision"), show_default="the main branch")
 ]
-NORMALIZER_HELP = "Of texts before scoring: whisper (its own, by language), basic or none."
+LocalFilesOnly = Annotated[
+    bool, typer.Option("--local-files-only", help=help_of("local_files_only"))
+]
+Device = Annotated[str, typer.Option(help=help_of("device"))]
 STRENGTH_HELP = "Of the update: 0 is the base, 1 the fit"
 Strength = Annotated[float, typer.Option(help=f"{STRENGTH_HELP}.")]
 StrengthBy = Annotated[
@@ -42,22 +53,24 @@ Domain = Annotated[
         show_default="what the domains share",
     ),
 ]
-Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, ...")]
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(only_main: bool = False) -> Iterator[None]:
     """Whatever ends a command early is one line on stderr, never a traceback.
 
     Exit codes: 2 for bad input, 1 for a loss that is not finite, 130 for Ctrl-C, 143 for SIGTERM.
+
+    Args:
+        only_main: Of several processes, which all make the same mistake, one says so.
     """
     try:
-        _quiet_transformers()
         yield
     except OtherProcessFailed:
         raise typer.Exit(2) from None
     except UserError as error:
-        tell(error)
+        if is_main() or not only_main:
+            tell(error)
         raise typer.Exit(2) from None
     except FloatingPointError as error:
         if is_main():  # the loss is that of all
@@ -72,24 +85,12 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def numbers(option: str, text: str) -> tuple[float, ...]:
-    """Numbers with commas between.
-
-    Raises:
-        UserError: If one of them is none.
-    """
-    try:
-        return tuple(float(one) for one in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} is '{text}'; give numbers, such as 3,1") from None
-
-
 def tell(error: UserError) -> None:
     """One line on stderr."""
     typer.echo(f"blora-pyro: {' '.join(str(error).split())}", err=True)
 
 
-def _quiet_transformers() -> None:
+def quiet_libraries() -> None:
     """Keep the loading bars and the advice of transformers out of the terminal."""
     from transformers.utils import logging
 

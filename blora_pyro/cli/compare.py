@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from blora_pyro.cli.common import Device, Json, one_line_errors, print_json
+from blora_pyro.cli.common import Device, Json, one_line_errors, print_json, quiet_libraries
 from blora_pyro.errors import UserError
 
 
@@ -87,10 +87,11 @@ def compare(
     work.
     """
     with one_line_errors():
+        quiet_libraries()
         import torch
 
+        from blora_pyro.cli.progress import TerminalProgress
         from blora_pyro.comparison import compare_methods, files
-        from blora_pyro.reports.progress import TerminalProgress
         from blora_pyro.tables import print_report
 
         if threads is not None:

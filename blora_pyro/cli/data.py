@@ -4,7 +4,14 @@ from typing import Annotated
 
 import typer
 
-from blora_pyro.cli.common import Json, LocalFilesOnly, Revision, one_line_errors, print_json
+from blora_pyro.cli.common import (
+    Json,
+    LocalFilesOnly,
+    Revision,
+    one_line_errors,
+    print_json,
+    quiet_libraries,
+)
 
 data = typer.Typer(help="Look at data.", no_args_is_help=True)
 
@@ -40,9 +47,10 @@ def check(
     Exit code 1 if a fit would refuse a row, 2 if a source can't be read at all.
     """
     with one_line_errors():
+        quiet_libraries()
+        from blora_pyro.cli.progress import TerminalProgress
         from blora_pyro.diagnostics.data_check import check_data
         from blora_pyro.diagnostics.report import data_check_tables
-        from blora_pyro.reports.progress import TerminalProgress
         from blora_pyro.tables import print_report
 
         with TerminalProgress() as progress:

@@ -1,4 +1,4 @@
-"""What a fit has learned: `evaluate`, `errors`, `diagnose`; and `priors`."""
+"""Commands on finished runs, and `priors`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,17 +7,23 @@ from typing import Annotated, Any
 import typer
 
 from blora_pyro.cli.common import (
-    NORMALIZER_HELP,
     STRENGTH_HELP,
     Device,
+    Domain,
+    Dtype,
     Json,
     Overwrite,
     RunFolder,
+    Strength,
     StrengthBy,
+    help_of,
     one_line_errors,
     print_json,
+    quiet_libraries,
 )
+from blora_pyro.declarations import metavar_of, numbers
 from blora_pyro.errors import UserError
+from blora_pyro.options import FitConfig
 
 
 def evaluate(
@@ -26,7 +32,12 @@ def evaluate(
         str | None, typer.Option(help="Set to score.", show_default="the fit's test sets")
     ] = None,
     normalizer: Annotated[
-        str | None, typer.Option(help=NORMALIZER_HELP, show_default="the fit's")
+        str | None,
+        typer.Option(
+            metavar=metavar_of(FitConfig, "normalizer"),
+            help=help_of("normalizer"),
+            show_default="the fit's",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -63,8 +74,9 @@ def evaluate(
 ) -> None:
     """Score a run again, base and adapted, on its own sets or on another; or at many strengths."""
     with one_line_errors():
+        quiet_libraries()
+        from blora_pyro.cli.progress import TerminalProgress
         from blora_pyro.posterior.strength import parse_strengths
-        from blora_pyro.reports.progress import TerminalProgress
         from blora_pyro.runs import finished
         from blora_pyro.runs.report import fit_tables
         from blora_pyro.tables import print_report
@@ -111,7 +123,7 @@ def evaluate(
 
 def _draw_curve(run: Path, strengths: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """What `evaluate` does with several strengths."""
-    from blora_pyro.reports.progress import TerminalProgress
+    from blora_pyro.cli.progress import TerminalProgress
     from blora_pyro.runs.report import strength_tables
     from blora_pyro.runs.strength_curves import strength_curve
     from blora_pyro.tables import print_report
@@ -141,6 +153,7 @@ def errors(
 ) -> None:
     """Show the utterances with the most errors, word by word."""
     with one_line_errors():
+        quiet_libraries()
         from blora_pyro.runs.report import error_view
         from blora_pyro.runs.utterances import choose, read_utterances, worst
 
@@ -171,8 +184,9 @@ def diagnose(
 ) -> None:
     """Show where a fit adapted Whisper and how its prior shrank it; plot it."""
     with one_line_errors():
+        quiet_libraries()
+        from blora_pyro.cli.progress import TerminalProgress
         from blora_pyro.diagnostics.report import diagnosis_tables
-        from blora_pyro.reports.progress import TerminalProgress
         from blora_pyro.runs import diagnosis
         from blora_pyro.tables import print_report
 
@@ -192,9 +206,199 @@ def diagnose(
             print_report(diagnosis_tables(found))
 
 
+def prune(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the smaller run.")],
+    snr: Annotated[
+        float | None,
+        typer.Option(help="Keep directions of ΔW above this many posterior standard deviations."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Keep this many directions of ΔW in every layer.")
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Set this share of A and B to zero: what changes ΔW least."),
+    ] = None,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure what it costs.")
+    ] = True,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Write a smaller or sparser adapter; show what that costs."""
+    with one_line_errors():
+        quiet_libraries()
+        from blora_pyro.cli.progress import TerminalProgress
+        from blora_pyro.runs.pruned import prune_run
+        from blora_pyro.runs.report import prune_tables
+        from blora_pyro.tables import print_report
+
+        with TerminalProgress() as progress:
+            metrics = prune_run(
+                run,
+                out,
+                rank=rank,
+                snr=snr,
+                sparsity=sparsity,
+                evaluate=evaluation,
+                overwrite=overwrite,
+                device=device,
+                progress=progress,
+            )
+        if as_json:
+            print_json(metrics)
+        else:
+            print_report([*prune_tables(metrics), f"run folder: {out}"])
+
+
+def combine(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders or Hub ids of two fits or more.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="mean|weighted|product",
+            help="Of ΔW: mean; weighted, by --weights; product of the posteriors, every element as "
+            "heavy as its run is sure of it, the prior counted once.",
+        ),
+    ] = "mean",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W,...", help="Of the runs' ΔW, taken as they are.", show_default="none"
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Keep this many directions of ΔW in every layer.",
+            show_default="all; product: the runs' largest rank",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write one adapter of several that were fitted separately, on one base and the same layers."""
+    with one_line_errors():
+        quiet_libraries()
+        from blora_pyro.runs.combined import combine_runs
+
+        found = combine_runs(
+            folders,
+            output,
+            method=method,
+            weights=None if weights is None else numbers("weights", weights),
+            rank=rank,
+            overwrite=overwrite,
+        )
+        if as_json:
+            print_json(found)
+        else:
+            from blora_pyro.runs.report import combine_line
+            from blora_pyro.tables import print_report
+
+            print_report([combine_line(found), f"run folder: {output}"])
+
+
+def merge(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.")],
+    dtype: Dtype = "float32",
+    strength: Strength = 1.0,
+    strength_by: StrengthBy = "scale",
+    domain: Domain = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the base with the posterior mean merged in: a plain Whisper checkpoint."""
+    with one_line_errors():
+        quiet_libraries()
+        from blora_pyro.runs import finished
+
+        finished.merge_run(
+            run,
+            out,
+            overwrite,
+            dtype,
+            strength=strength,
+            strength_by=strength_by,
+            domain=domain,
+        )
+        typer.echo(f"merged checkpoint: {out}")
+
+
+def push_to_hub(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a fit.")],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME; made if it is not there.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make it a private repository.")
+    ] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="BRANCH", help="Branch to write to.", show_default="the main one"),
+    ] = None,
+    commit_message: Annotated[
+        str | None, typer.Option(help="Of the commit.", show_default="a plain one")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="The base's id on the Hub, if the fit had it in a local folder.",
+            show_default="the fit's",
+        ),
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID", help="Of the adapter, for its card: apache-2.0, ...", show_default="none"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write to what would be uploaded; nothing is uploaded then."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Upload a run to the Hugging Face Hub: PEFT adapter, posterior and model card.
+
+    The token is that of `hf auth login`, or HF_TOKEN. Of local paths only the last part goes up.
+    """
+    with one_line_errors():
+        quiet_libraries()
+        from blora_pyro.publishing.uploads import push_run, write_public_run
+        from blora_pyro.runs.folders import claim
+
+        card = {"revision": revision, "base": base, "license": license}
+        if output is not None:
+            if output.resolve() == run.resolve():
+                raise UserError(f"output is {output}, the run's own folder; give another")
+            write_public_run(run, claim(output, overwrite), repo_id, **card)
+            typer.echo(f"not uploaded, but written to: {output}")
+            return
+        url = push_run(
+            run,
+            repo_id,
+            private=private or None,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            **card,
+        )
+        typer.echo(f"pushed: {url}")
+
+
 def priors(as_json: Json = False) -> None:
     """List the prior families and their arguments."""
     with one_line_errors():
+        quiet_libraries()
         from blora_pyro.families import FAMILIES
         from blora_pyro.guides import describe_prior
 

@@ -1,21 +1,19 @@
 """`blora-pyro sweep`."""
 
-import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from blora_pyro.cli.common import Json, one_line_errors, print_json
-from blora_pyro.cli.fit import fit
-from blora_pyro.cli.fit_options import given_options
+from blora_pyro.cli.common import Json, one_line_errors, print_json, quiet_libraries
+from blora_pyro.cli.parameters import with_options
 from blora_pyro.errors import UserError
+from blora_pyro.options import FitConfig
 
-OF_FIT_ALONE = ("output", "overwrite", "resume", "checkpoint_every")
 
-
+@with_options(FitConfig)
 def sweep(
-    context: typer.Context,
+    given: dict[str, Any],
     output: Annotated[
         Path, typer.Option(help="Folder of the sweep, with a run folder for every trial.")
     ] = Path("runs/sweep"),
@@ -45,7 +43,6 @@ def sweep(
         typer.Option(help="Seconds after which no further trial begins.", show_default="none"),
     ] = None,
     as_json: Json = False,
-    **_: Any,
 ) -> None:
     """Search beta and the prior's scale for low dev errors, new domain and backward.
 
@@ -53,7 +50,10 @@ def sweep(
     may run several times at once; test sets are not touched. All other options are those of 'fit'.
     """
     with one_line_errors():
-        from blora_pyro.reports.progress import TerminalProgress
+        dev = {"dev": given.pop("dev")} if "dev" in given else {}  # a fit asks for more
+        options = {**FitConfig.with_given(given, given).given_options, **dev}
+        quiet_libraries()
+        from blora_pyro.cli.progress import TerminalProgress
         from blora_pyro.sweeps import sweeping
         from blora_pyro.sweeps.report import sweep_tables
         from blora_pyro.tables import print_report
@@ -67,7 +67,7 @@ def sweep(
                 study_name=study_name,
                 timeout=timeout,
                 progress=progress,
-                **given_options(context),
+                **options,
             )
         if as_json:
             print_json(found.to_json())
@@ -91,15 +91,3 @@ def _ranges(texts: list[str]) -> dict[str, tuple[float, float]]:
             raise UserError(f"search gives '{name}' twice; give it once")
         ranges[name] = low, high
     return ranges
-
-
-def _with_options_of_fit() -> inspect.Signature:
-    """The signature of `sweep` with the options of `fit` in it: they are written down once."""
-    own = inspect.signature(sweep).parameters
-    further = inspect.signature(fit).parameters
-    both = [one for one in own.values() if one.kind is not one.VAR_KEYWORD]
-    both += [one for name, one in further.items() if name not in {*own, *OF_FIT_ALONE}]
-    return inspect.Signature(both)
-
-
-sweep.__signature__ = _with_options_of_fit()  # type: ignore[attr-defined] # Typer reads it

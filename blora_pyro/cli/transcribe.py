@@ -16,6 +16,7 @@ from blora_pyro.cli.common import (
     StrengthBy,
     one_line_errors,
     print_json,
+    quiet_libraries,
     tell,
 )
 from blora_pyro.errors import UserError
@@ -87,6 +88,7 @@ def transcribe(
     A file that can't be read is told, the others are transcribed: exit code 2.
     """
     with one_line_errors():
+        quiet_libraries()
         from blora_pyro.runs import finished
         from blora_pyro.transcription.outputs import Output, check_format, find_audio, render
 

@@ -34,7 +34,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything(finished_ru
 
 def test_an_unknown_normalizer_is_refused(finished_run, short):
     for command in (["evaluate", finished_run.output], short):
-        assert "give one of whisper, basic" in complaint(run(*command, "--normalizer", "english"))
+        assert "normalizer is 'english'; give" in complaint(
+            run(*command, "--normalizer", "english")
+        )
 
 
 def test_a_missing_run_is_refused_in_one_line(tones_folder, tmp_path):

@@ -1,12 +1,15 @@
 import json
 import os
+import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import blora_pyro
-from blora_pyro.errors import UserError
+from blora_pyro.declarations import declarations, flag_of
+from blora_pyro.options import FitConfig, OutputOptions, fit_command
 from blora_pyro.runs import fits
 
 from .conftest import complaint, parsed, run, well
@@ -34,20 +37,25 @@ def test_fit_with_json_prints_json_alone_on_stdout(short, tmp_path):
     assert "loading ..." in result.stderr
 
 
-def test_fit_carries_a_run_on_with_what_is_given_and_no_more(monkeypatch):
+@pytest.fixture
+def handed_on(monkeypatch):
+    """What `fit` is called with, in place of a fit: `config`, `folder`, and how."""
     seen = {}
 
-    def fit(folder, **options):
-        seen.update(options, folder=folder)
-        raise UserError("enough")
+    def fit(config, folder, **how):
+        seen.update(how, config=config, folder=folder)
+        return fits.Run(None, None, [], {"backward": {}, "sparsity": {}})
 
     monkeypatch.setattr(fits, "fit", fit)
-    more = ["--prior-inflation", 2, "--data", "es-en", "--seed", 3]
-    assert "enough" in complaint(run("fit", "--prior-from", "runs/first", *more))
-    for name in ("overwrite", "resume", "checkpoint_every", "progress"):
-        del seen[name]
-    assert seen == {
-        "folder": Path("runs/es-en-after-first-seed3"),
+    return seen
+
+
+def test_what_is_given_is_known_where_a_run_is_continued(handed_on):
+    well(
+        "fit", "--prior-from", "runs/first", "--prior-inflation", 2, "--data", "es-en", "--seed", 3
+    )
+    assert handed_on["folder"] == Path("runs/es-en-after-first-seed3")
+    assert handed_on["config"].given_options == {
         "prior_from": "runs/first",
         "prior_inflation": 2.0,
         "data": ("es-en",),
@@ -66,142 +74,226 @@ def test_fit_carries_a_run_on_or_says_why_not(finished_run, tones_folder, tmp_pa
     assert "prior is 'normal' and prior_from is" in message and "give one" in message
 
 
-def test_fit_hands_every_option_on(monkeypatch, tmp_path):
-    seen = {}
+COMMANDS = [
+    {},
+    {"beta": 3.210987654321e-05, "prior_scale": 0.123456789, "lr": 1e-2},
+    {"beta": "auto", "prior": "horseshoe", "prior_args": {"global_scale": "0.01"}},
+    {"data": ("de-en", "my corpus/a.csv"), "data_weights": (3, 1), "language": "de-en"},
+    {"distillation": 0.3, "distillation_languages": ("de", "en"), "max_utterances": 150},
+    {"backward": {"German": "my de.csv", "en": "en"}, "base": "owner/whisper"},
+    {"backward": ()},
+    {"data": {"a": "my a.csv", "es-en": "es-en"}, "pooling": "hierarchical"},
+    {"data": {"a": "de-en", "b": "es-en"}, "pooling": "complete", "pooling_scale": None},
+    {"prior_from": "runs/my first", "prior_inflation": 1.5, "rank": 8},
+    {"spec_augment": True, "gradient_checkpointing": True, "target_modules": "q_proj,v_proj"},
+    {"track": ("tensorboard", "wandb")},
+    {"dev": "de", "eval_every": 5, "patience": 2, "epochs": 1.5, "dtype": "bfloat16"},
+]
 
-    def fit(folder, **options):
-        seen.update(options, folder=folder)
-        return fits.Run(None, None, [], {"backward": {}, "sparsity": {}})
-
-    monkeypatch.setattr(fits, "fit", fit)
-    options = {
-        "base": "b",
-        "dtype": "float16",
-        "revision": "v1",
-        "data": "d",
-        "data-weights": "3",
-        "pooling": "hierarchical",
-        "pooling-scale": 0.2,
-        "max-utterances": 12,
-        "shuffle-buffer": 50,
-        "test": "t",
-        "backward": "x, y",
-        "language": "German",
-        "task": "translate",
-        "on-bad-row": "skip",
-        "prior": "p",
-        "guide": "g",
-        "beta": "2e-3",
-        "prior-arg": "df=3",
-        "prior-scale": 0.25,
-        "rank": 3,
-        "alpha": 5.0,
-        "target-modules": "fc1",
-        "lr": 0.125,
-        "steps": 11,
-        "epochs": 1.5,
-        "batch-size": 7,
-        "dev": "v",
-        "schedule": "linear",
-        "warmup-steps": 2,
-        "gradient-accumulation": 3,
-        "max-grad-norm": 0.5,
-        "distillation": 0.5,
-        "distillation-languages": "de,tr",
-        "ewc": 2.0,
-        "average-from": 0.25,
-        "eval-every": 5,
-        "patience": 4,
-        "estimator": "local",
-        "precision": "bf16",
-        "normalizer": "basic",
-        "seed": 9,
-        "device": "cuda:1",
-        "track": "tensorboard,wandb",
-        "output": tmp_path,
-    }
-    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-    switches = ["gradient-checkpointing", "spec-augment", "local-files-only", "overwrite"]
-    switches += ["cache-encoder", "trim-audio", "streaming"]
-    well("fit", *flags, *(f"--{name}" for name in switches), "--checkpoint-every", 5)
-    del seen["progress"]
-    del options["output"], options["prior-arg"]
-    assert seen == {
-        **{name.replace("-", "_"): value for name, value in options.items()},
-        "prior_args": {"df": "3"},
-        "prior_from": None,
-        "prior_inflation": None,
-        "data": ("d",),
-        "data_weights": (3.0,),
-        "distillation_languages": ("de", "tr"),
-        "backward": ("x", "y"),
-        "beta": 2e-3,
-        "gradient_checkpointing": True,
-        "spec_augment": True,
-        "cache_encoder": True,
-        "trim_audio": True,
-        "streaming": True,
-        "local_files_only": True,
-        "overwrite": True,
-        "resume": False,
-        "checkpoint_every": 5,
-        "folder": tmp_path,
-    }
+EVERY_OPTION = {
+    "base": ("b", "b"),
+    "dtype": ("float16", "float16"),
+    "revision": ("v1", "v1"),
+    "data": ("d", ("d",)),
+    "data-weights": ("3", (3.0,)),
+    "max-utterances": ("12", 12),
+    "test": ("t", "t"),
+    "backward": ("x, y", {"x": "x", "y": "y"}),
+    "language": ("German", "de"),
+    "task": ("translate", "translate"),
+    "on-bad-row": ("skip", "skip"),
+    "prior": ("student-t", "student-t"),
+    "guide": ("point", "point"),
+    "beta": ("2e-3", 2e-3),
+    "prior-arg": ("df=3", {"df": "3"}),
+    "prior-scale": ("0.25", 0.25),
+    "rank": ("3", 3),
+    "alpha": ("5", 5.0),
+    "target-modules": ("fc1", "fc1"),
+    "lr": ("0.125", 0.125),
+    "steps": ("11", 11),
+    "epochs": ("1.5", 1.5),
+    "batch-size": ("7", 7),
+    "dev": ("v", "v"),
+    "schedule": ("linear", "linear"),
+    "warmup-steps": ("2", 2),
+    "gradient-accumulation": ("3", 3),
+    "max-grad-norm": ("0.5", 0.5),
+    "distillation": ("0.5", 0.5),
+    "distillation-languages": ("de,tr", ("de", "tr")),
+    "ewc": ("2", 2.0),
+    "eval-every": ("5", 5),
+    "patience": ("4", 4),
+    "estimator": ("local", "local"),
+    "precision": ("bf16", "bf16"),
+    "normalizer": ("basic", "basic"),
+    "seed": ("9", 9),
+    "device": ("cuda:1", "cuda:1"),
+    "track": ("tensorboard,wandb", ("tensorboard", "wandb")),
+}
+SWITCHES = ("gradient-checkpointing", "spec-augment", "local-files-only", "trim-audio")
 
 
-def test_several_sources_and_named_sets_are_handed_on(monkeypatch, tmp_path):
-    seen = {}
+def test_every_option_reaches_the_configuration(handed_on, tmp_path):
+    flags = [word for name, (text, _) in EVERY_OPTION.items() for word in (f"--{name}", text)]
+    how = ["--output", tmp_path, "--overwrite", "--checkpoint-every", 5]
+    well("fit", *flags, *(f"--{name}" for name in SWITCHES), *how)
+    expected = {name.replace("-", "_"): value for name, (_, value) in EVERY_OPTION.items()}
+    expected["prior_args"] = expected.pop("prior_arg")
+    expected |= {name.replace("-", "_"): True for name in SWITCHES}
+    assert handed_on["config"].given_options == expected
+    assert handed_on["folder"] == tmp_path
+    assert (handed_on["overwrite"], handed_on["resume"]) == (True, False)
+    assert handed_on["checkpoint_every"] == 5
 
-    def fit(folder, **options):
-        seen.update(options, folder=folder)
-        return fits.Run(None, None, [], {"backward": {}, "sparsity": {}})
 
-    monkeypatch.setattr(fits, "fit", fit)
+def test_other_options_reach_the_configuration(handed_on):
+    more = ["--streaming", "--shuffle-buffer", 50, "--cache-encoder", "--average-from", 0.25]
+    complaint(run("fit", *more))  # a stream takes no cache
+    well("fit", *(one for one in more if one != "--cache-encoder"))
+    config = handed_on["config"]
+    assert (config.streaming, config.shuffle_buffer, config.average_from) == (True, 50, 0.25)
+    data = ["--data", "a=de-en", "--data", "b=es-en"]
+    well("fit", *data, "--pooling", "hierarchical", "--pooling-scale", 0.2, "--cache-encoder")
+    config = handed_on["config"]
+    assert (config.pooling, config.pooling_scale, config.cache_encoder) == (
+        "hierarchical",
+        0.2,
+        True,
+    )
+    assert handed_on["folder"] == Path("runs/de-en+es-en-normal-hierarchical-seed0")
+
+
+def test_no_option_is_left_out_of_these_tests():
+    tested = {name.replace("-", "_") for name in (*EVERY_OPTION, *SWITCHES)} | {"prior_args"}
+    tested |= {"streaming", "shuffle_buffer", "average_from", "pooling", "pooling_scale"}
+    tested |= {"cache_encoder", "prior_from", "prior_inflation"}
+    assert set(declarations(FitConfig)) <= tested
+
+
+def test_several_sources_and_named_sets_reach_the_configuration(handed_on, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a,b").mkdir()
     data = ["--data", "de-en", "--data", "corpora/mine.csv", "--data-weights", "3, 1"]
     backward = ["--backward", "de,en", "--backward", "mine=a", "--backward", "a,b"]
     well("fit", *data, *backward)
-    assert seen["data"] == ("de-en", "corpora/mine.csv")
-    assert seen["data_weights"] == (3, 1)
-    assert seen["backward"] == ("de", "en", "mine=a", "a,b")
-    assert seen["folder"] == Path("runs") / "de-en+mine-normal-seed0"
+    config = handed_on["config"]
+    assert config.data == ("de-en", "corpora/mine.csv")
+    assert config.data_weights == (3, 1)
+    assert config.backward == {"de": "de", "en": "en", "mine": "a", "a,b": "a,b"}
+    assert handed_on["folder"] == Path("runs") / "de-en+mine-normal-seed0"
 
 
-def test_fit_with_resume_hands_on_what_was_given_alone(monkeypatch, tmp_path):
-    seen = {}
-
-    def fit(folder, **options):
-        seen.update(options, folder=folder)
-        return fits.Run(None, None, [], {"backward": {}, "sparsity": {}})
-
-    monkeypatch.setattr(fits, "fit", fit)
-    given = ["--lr", "5e-3", "--prior-arg", "df=3", "--backward", "none", "--beta", "auto"]
+def test_an_option_given_at_its_default_counts_as_given(handed_on, tmp_path):
+    given = ["--lr", "5e-3", "--prior-arg", "scale=3", "--backward", "none", "--beta", "auto"]
     well("fit", "--resume", "--output", tmp_path, *given)
-    del seen["progress"]
-    assert seen == {
-        "folder": tmp_path,
-        "resume": True,
-        "overwrite": False,
-        "checkpoint_every": None,
-        "lr": 5e-3,  # given, though it is the default
-        "prior_args": {"df": "3"},
-        "backward": (),
+    assert handed_on["config"].given_options == {
+        "lr": 5e-3,
+        "prior_args": {"scale": "3"},
+        "backward": {},
         "beta": "auto",
     }
+    assert handed_on["resume"] and not handed_on["overwrite"]
 
 
-def test_the_defaults_of_fit_are_those_of_the_library(monkeypatch):
-    seen = {}
-
-    def fit(folder, *, overwrite, resume, checkpoint_every, progress, **options):
-        assert not resume and not overwrite and checkpoint_every is None
-        seen.update(options)
-        return fits.Run(None, None, [], {"backward": {}, "sparsity": {}})
-
-    monkeypatch.setattr(fits, "fit", fit)
+def test_without_options_the_fit_is_that_of_the_defaults(handed_on):
     well("fit")
-    assert vars(blora_pyro.FitConfig(**seen)) == vars(blora_pyro.FitConfig())
+    assert handed_on["config"] == FitConfig()
+    assert handed_on["config"].given == set()
+    assert handed_on["checkpoint_every"] is None
+
+
+@pytest.mark.parametrize("options", COMMANDS, ids=str)
+def test_a_command_made_of_a_configuration_makes_the_same_configuration(handed_on, options):
+    program, *words = shlex.split(fit_command(FitConfig(**options)))
+    assert program == "blora-pyro"
+    well(*words)
+    assert handed_on["config"] == FitConfig(**options)
+
+
+# ---- options of a file
+
+
+def test_a_file_gives_options_and_the_command_line_wins(handed_on, tmp_path):
+    file = tmp_path / "fit.toml"
+    file.write_text(
+        'prior-scale = 0.1\nsteps = 7\nbackward = ["de", "mine=a.csv"]\nbeta = "auto"\n'
+    )
+    well("fit", "--config", file, "--steps", 9)
+    config = handed_on["config"]
+    assert (config.prior_scale, config.steps, config.beta) == (0.1, 9, "auto")
+    assert config.backward == {"de": "de", "mine": "a.csv"}
+    assert config.given == {"prior_scale", "steps", "beta", "backward"}
+
+
+def test_the_run_json_of_a_fit_gives_its_options(handed_on, finished_run):
+    well("fit", "--config", finished_run.output / "run.json", "--seed", 5)
+    given = json.loads((finished_run.output / "run.json").read_text())["options"]
+    assert handed_on["config"] == FitConfig(**{**given, "seed": 5})
+
+
+def test_what_a_dry_run_prints_is_a_file_of_the_same_options(handed_on, tmp_path):
+    options = ["--prior", "laplace", "--backward", "German=de", "--steps", 20, "--beta", "auto"]
+    text = well("fit", *options, "--dry-run")
+    assert not handed_on
+    assert "warmup_steps = 2\n" in text and 'prior_args = {"scale" = 0.05}\n' in text
+    (tmp_path / "same.toml").write_text(text)
+    well("fit", "--config", tmp_path / "same.toml")
+    same = handed_on["config"]
+    assert (same.prior, same.backward, same.beta, same.alpha) == (
+        "laplace",
+        {"German": "de"},
+        "auto",
+        32,
+    )
+    assert parsed(well("fit", *options, "--dry-run", "--json"))["warmup_steps"] == 2
+
+
+def test_code_that_only_a_file_names_is_not_run(handed_on, tmp_path):
+    code, file = tmp_path / "mine.py", tmp_path / "fit.toml"
+    code.write_text("raise SystemExit('run')")
+    file.write_text(f'prior = "{code}/"\n')
+    message = complaint(run("fit", "--config", file))
+    assert f"names code as prior, {code}/; name it with --prior to run it" in message
+    assert not handed_on
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stepz = 3\n", "has no option 'stepz'; did you mean 'steps'?"),
+        ("steps = -3\n", "steps is -3; give a whole number from 1"),
+        ("steps = \n", "can't be read"),
+        ("spec_augment = 1\n", "spec_augment is 1; give true or false"),
+    ],
+)
+def test_a_bad_file_of_options_is_refused_in_one_line(tmp_path, text, words):
+    (tmp_path / "fit.toml").write_text(text)
+    assert words in complaint(run("fit", "--config", tmp_path / "fit.toml"))
+    assert "can't be read" in complaint(run("fit", "--config", tmp_path / "none.toml"))
+
+
+@pytest.mark.parametrize("line", [["--steps", "-5"], ["--prior", "norml"], ["--lr", "x"]])
+def test_bad_options_are_refused_before_anything_heavy_is_imported(line):
+    code = (
+        "import sys; from blora_pyro.cli import app\n"
+        f"try:\n    app(['fit', *{line}])\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, [m for m in ('torch', 'transformers', 'datasets', 'optuna')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "2 []\n", done.stderr
+
+
+def test_help_shows_every_option_whole_in_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    text = well("fit", "--help")
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    for group in (FitConfig, OutputOptions):
+        for name in declarations(group):
+            assert f" {flag_of(group, name)} " in text
 
 
 def test_the_run_folder_is_named_after_data_prior_and_seed(
@@ -238,43 +330,23 @@ def test_fit_does_not_write_over_a_run_unless_told(short, finished_run, tmp_path
     ("options", "words"),
     [
         (["--data", "nowhere"], "'nowhere'"),
-        (["--data-weights", "often"], "data-weights is 'often'"),
-        (["--data-weights", "1,2"], "data_weights is 1.0, 2.0 for 1 source"),
+        (["--data-weights", "often"], "data_weights is 'often'"),
         (["--test", "nowhere"], "'nowhere'"),
         (["--backward", "nowhere"], "'nowhere'"),
         (["--base", "/nowhere"], "/nowhere"),
         (["--prior", "uniform"], "uniform"),
         (["--prior-arg", "df"], "prior-arg is 'df'; give key=value"),
-        (["--prior-arg", "=3"], "prior-arg is '=3'"),
-        (["--prior-arg", "scale="], "prior-arg is 'scale='"),
         (["--prior-arg", "df=3"], "takes no 'df'"),
         (["--prior-arg", "scale=wide"], "'wide'"),
         (["--prior-arg", "scale=-1"], "scale is -1"),
-        (["--prior-arg", "scale=1", "--prior-arg", "scale=2"], "twice"),
         (["--prior-arg", "scale=1", "--prior-scale", "2"], "by one"),
-        (["--guide", "tour"], "tour"),
-        (["--beta", "often"], "beta is 'often'"),
-        (["--beta", "-1"], "beta is -1"),
-        (["--beta", "nan"], "beta is nan"),
         (["--target-modules", "nothing"], "nothing"),
         (["--target-modules", "(["], "(["),
-        (["--rank", "0"], "rank is 0"),
         (["--rank", "1000"], "rank 1000"),
-        (["--steps", "0"], "steps is 0"),
-        (["--epochs", "-1"], "epochs is -1"),
-        (["--lr", "0"], "lr is 0"),
-        (["--seed", "-1"], "seed is -1"),
-        (["--precision", "fp8"], "fp8"),
         (["--device", "toaster"], "toaster"),
         (["--checkpoint-every", "0"], "checkpoint_every is 0"),
-        (["--schedule", "step"], "schedule is 'step'; give one of cosine, linear, constant"),
-        (["--warmup-steps", "3"], "warmup_steps is 3; give a whole number from 0 to the steps"),
+        (["--checkpoint-every", "x"], "checkpoint_every is 'x'; give a whole number from 1"),
         (["--epochs", "1", "--warmup-steps", "9"], "warmup_steps is 9"),
-        (["--gradient-accumulation", "3"], "more than the 2 utterances of a step"),
-        (["--max-grad-norm", "0"], "max_grad_norm is 0"),
-        (["--eval-every", "0"], "eval_every is 0"),
-        (["--patience", "2"], "patience is given, but no eval_every"),
-        (["--dev", "de"], "dev is given, but no eval_every"),
         (["--eval-every", "1"], "has no dev split, and eval_every is 1"),
         (["--eval-every", "1", "--dev", "nowhere"], "'nowhere'"),
         (["--resume", "--overwrite"], "overwrite"),
@@ -295,7 +367,7 @@ def test_a_fit_that_diverges_ends_in_one_line(short, tmp_path):
 
 def test_a_stopped_fit_goes_on_with_resume_and_nothing_else(short, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("blora_pyro.reports.progress.TerminalProgress.step", interrupt)
+        patch.setattr("blora_pyro.cli.progress.TerminalProgress.step", interrupt)
         line = complaint_at_the_end(run(*short, "--output", tmp_path / "run"), 143)
     assert line == (
         f"blora-pyro: interrupted; the checkpoint of step 1 is safe in {tmp_path / 'run'}; go on "

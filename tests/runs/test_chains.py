@@ -294,7 +294,8 @@ def test_what_does_not_match_is_refused(options, tmp_path, other, words):
 
 def test_what_matches_may_be_given(options, fit_options, earlier):
     given = {"base": f"{fit_options['base']}/.", "rank": 4, "alpha": 8.0}
-    assert Previous.read(earlier).complete({**options, **given})["base"] == given["base"]
+    config = FitConfig(**{**options, **given})
+    assert Previous.read(earlier).complete(config).base == given["base"]
 
 
 def test_another_base_under_the_same_name_is_refused(options, earlier, net):

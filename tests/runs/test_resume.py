@@ -556,7 +556,7 @@ SERVER = """
 import json, os, signal, sys
 import torch
 from blora_pyro import FitConfig, cli, fit
-from blora_pyro.reports import progress
+from blora_pyro.cli import progress
 
 step = progress.TerminalProgress.step
 

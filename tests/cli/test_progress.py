@@ -3,10 +3,10 @@ import io
 import pytest
 from rich.console import Console
 
+from blora_pyro.cli.progress import TerminalProgress
 from blora_pyro.fitting.stopping import DevError
 from blora_pyro.fitting.svi import Step
 from blora_pyro.options import FitConfig
-from blora_pyro.reports.progress import TerminalProgress
 
 
 def test_brackets_in_a_stage_are_shown_as_they_are(capsys):

@@ -1,1 +1,0 @@
-"""Progress of a run, shown on a terminal."""
