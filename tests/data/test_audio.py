@@ -17,7 +17,7 @@ def frequency(wave, rate=16_000):
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3"])
-def test_formats_as_path_and_as_bytes(speak, name):
+def test_a_file_is_read_from_its_path_and_from_its_bytes(speak, name):
     path = speak(name, seconds=1.0)
     wave = read_audio({"path": str(path), "bytes": None})
     assert wave.dtype == np.float32 and wave.ndim == 1
@@ -27,7 +27,7 @@ def test_formats_as_path_and_as_bytes(speak, name):
     np.testing.assert_array_equal(wave, same)
 
 
-def test_opus(tmp_path):
+def test_opus_is_read(tmp_path):
     wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
     soundfile.write(tmp_path / "a.ogg", wave, 16_000, format="OGG", subtype="OPUS")
     assert frequency(read_audio({"path": tmp_path / "a.ogg"})) == pytest.approx(440, abs=2)
@@ -106,7 +106,7 @@ def test_blocks_fit_together(kind):
     np.testing.assert_allclose(read_audio({"bytes": file.getvalue()}, rate), whole, atol=1e-6)
 
 
-def test_a_segment_of_an_array():
+def test_an_array_has_segments_too():
     audio = {"array": np.arange(100.0), "sampling_rate": 100}
     np.testing.assert_array_equal(read_audio(audio, 100, 0.25, 0.5), np.arange(25.0, 50.0))
 
@@ -114,7 +114,7 @@ def test_a_segment_of_an_array():
 @pytest.mark.parametrize(
     ("start", "end"), [(6.0, None), (7.0, 8.0), (1.0, 6.1), (-1.0, 1.0), (2.0, 1)]
 )
-def test_a_segment_beyond_the_file(start, end):
+def test_a_segment_beyond_the_file_is_refused(start, end):
     with pytest.raises(UserError, match=r"x\.wav lasts 6\.00 s, so it has no segment from"):
         read_audio({"bytes": encoded("wav")[0], "path": "x.wav"}, start=start, end=end)
     with pytest.raises(UserError, match=r"lasts 6\.00 s, so it has no segment"):
@@ -143,7 +143,7 @@ def test_ten_hours_are_refused_unread_and_their_segments_read(tmp_path):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_cut_off_files(kind):
+def test_a_file_that_is_cut_off_is_refused(kind):
     data, _ = encoded(kind)
     cut = {"bytes": data[: len(data) // 2], "path": "x"}
     if kind in ("wav", "vorbis", "opus"):  # these end wherever the file ends
@@ -162,7 +162,7 @@ def test_channels_are_averaged(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_array(dtype):
+def test_an_array_is_returned_as_float32(dtype):
     array = np.linspace(-1, 1, 480).astype(dtype)
     wave = read_audio({"array": array, "sampling_rate": 16_000})
     np.testing.assert_array_equal(wave, array.astype(np.float32))
@@ -170,14 +170,14 @@ def test_array(dtype):
 
 
 @pytest.mark.parametrize("rate", [None, 0, -16_000, 1.5, "16000", True, 10**9])
-def test_other_rates(rate):
+def test_what_is_no_sampling_rate_is_refused(rate):
     with pytest.raises(
         UserError, match=r"audio without a path has the sampling_rate .*; give it in"
     ):
         read_audio({"array": np.zeros(4), "sampling_rate": rate})
 
 
-def test_list_and_ragged_list():
+def test_a_list_is_an_array_and_a_ragged_one_is_refused():
     assert len(read_audio({"array": [0.5, 0.25], "sampling_rate": 16_000})) == 2
     with pytest.raises(UserError, match="is empty"):
         read_audio({"array": [], "sampling_rate": 16_000})
@@ -186,13 +186,13 @@ def test_list_and_ragged_list():
 
 
 @pytest.mark.parametrize("array", [np.zeros(4, np.int16), np.zeros((2, 4)), ["a"]])
-def test_other_arrays(array):
+def test_an_array_that_is_no_wave_is_refused(array):
     with pytest.raises(UserError, match=r"audio without a path is an array of .* give"):
         read_audio({"array": array, "sampling_rate": 16_000})
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.raw", "a.mp3"])
-def test_unreadable(tmp_path, name):
+def test_a_file_that_is_no_audio_is_refused(tmp_path, name):
     (tmp_path / name).write_text("no audio")
     for path in (tmp_path / name, tmp_path / "gone" / name, tmp_path):
         with pytest.raises(UserError, match=f"cannot read {path} as wav, flac, ogg or mp3"):
@@ -202,7 +202,7 @@ def test_unreadable(tmp_path, name):
             read_audio(nothing)
 
 
-def test_empty_and_non_finite(tmp_path):
+def test_empty_and_non_finite_audio_is_refused(tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
     with pytest.raises(UserError, match=r"empty\.wav is empty"):
         read_audio({"path": tmp_path / "empty.wav"})
@@ -232,7 +232,7 @@ def read_or_refuse(data):
 
 @anything
 @given(data=st.binary(max_size=300))
-def test_any_bytes(data):
+def test_any_bytes_are_audio_or_an_error_of_one_line(data):
     read_or_refuse(data)
 
 
@@ -243,7 +243,7 @@ def short(kind):
 
 @anything
 @given(kind=st.sampled_from(list(FORMATS)), edits=st.data())
-def test_damaged_files(kind, edits):
+def test_a_damaged_file_is_audio_or_an_error_of_one_line(kind, edits):
     data = bytearray(short(kind))
     for _ in range(edits.draw(st.integers(1, 5))):
         place = edits.draw(st.integers(0, 120) | st.integers(0, len(data) - 1))
@@ -252,7 +252,7 @@ def test_damaged_files(kind, edits):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_headers(kind):
+def test_a_header_is_that_of_the_file(kind):
     data, rate = encoded(kind, seconds=2.0)
     header = read_header({"bytes": data, "path": None})
     assert (header.sampling_rate, header.channels) == (rate, 2)

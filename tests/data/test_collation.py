@@ -39,7 +39,7 @@ def examples(dataset, extractor, tokenizer):
     return Examples(dataset(ROWS), extractor, tokenizer)
 
 
-def test_attributes(examples, tokenizer):
+def test_examples_have_the_values_of_their_rows(examples, tokenizer):
     assert len(examples) == 3
     assert examples.texts == ["das haus ist alt", "das house", ""]
     assert examples.languages == ["de", "de-en", "en"]
@@ -68,7 +68,7 @@ def test_inputs_and_labels_are_shifted_and_masked(examples, tokenizer):
     assert batch.num_tokens == examples.num_tokens == len(long) + len(short) + 3
 
 
-def test_features_are_the_extractor_s(examples, extractor, dataset):
+def test_features_are_those_of_the_extractor(examples, extractor, dataset):
     batch = examples.batch(range(3))
     assert batch.input_features.dtype == torch.float32
     assert batch.input_features.shape == (3, 80, 300)
@@ -88,31 +88,31 @@ def test_trimmed_batches_are_cut_after_their_longest_utterance(dataset, extracto
     assert torch.equal(cut.features[:], whole.features[:])
 
 
-def test_batch_to_device(examples):
+def test_a_batch_goes_to_a_device(examples):
     batch = examples.batch([0]).to("meta")
     tensors = (batch.input_features, batch.decoder_input_ids, batch.labels)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
-def test_batch_without_labels(examples):
+def test_every_position_of_a_batch_without_labels_counts(examples):
     whole = examples.batch([0, 1])
     batch = Batch(whole.input_features, whole.decoder_input_ids, None).to("meta")
     assert batch.labels is None
     assert batch.num_tokens == whole.decoder_input_ids.numel()
 
 
-def test_english_only(dataset, extractor, english_only):
+def test_an_english_only_model_has_neither_language_nor_task(dataset, extractor, english_only):
     examples = Examples(dataset([{"text": "the house"}]), extractor, english_only)
     assert [len(prompt) for prompt in examples.prompts] == [2]
 
 
-def test_audio_as_long_as_the_window_and_longer(dataset, extractor, tokenizer):
+def test_audio_longer_than_the_window_is_refused(dataset, extractor, tokenizer):
     assert len(Examples(dataset(ROWS[:1], seconds=3.0), extractor, tokenizer)) == 1
     with pytest.raises(UserError, match=r"line 2: .*1\.wav lasts 3\.10 s, but the model hears 3 s"):
         Examples(dataset(ROWS, seconds=3.0), extractor, tokenizer)
 
 
-def test_text_as_long_as_the_decoder_and_longer(dataset, extractor, tokenizer):
+def test_text_longer_than_the_decoder_is_refused(dataset, extractor, tokenizer):
     length = 4 + len(text_ids(tokenizer, ROWS[0]["text"]))
     rows = [ROWS[2], ROWS[0]]
     batch = Examples(dataset(rows), extractor, tokenizer, max_tokens=length).batch([0, 1])
@@ -123,7 +123,7 @@ def test_text_as_long_as_the_decoder_and_longer(dataset, extractor, tokenizer):
         Examples(dataset(rows), extractor, tokenizer, max_tokens=length - 1)
 
 
-def test_unknown_language(dataset, extractor, tokenizer):
+def test_a_language_unknown_to_the_tokenizer_is_refused(dataset, extractor, tokenizer):
     rows = [ROWS[0], *({"text": "x", "language": "tr"},) * 2]
     with pytest.raises(UserError, match=r"line 2: .*'tr'; it knows de, en, es"):
         Examples(dataset(rows), extractor, tokenizer)
@@ -134,7 +134,7 @@ def test_huge_text_is_refused_untokenised(dataset, extractor, tokenizer):
         Examples(dataset([ROWS[0], {**ROWS[0], "text": "x" * 5_000_000}]), extractor, tokenizer)
 
 
-def test_segments(speak, manifest, extractor, tokenizer):
+def test_a_segment_has_the_features_of_its_part(speak, manifest, extractor, tokenizer):
     rows = [{"audio": speak("long.wav", 10.0).name, "text": "x", "language": "de"}] * 3
     segments = [{"start": 1.0, "end": 3.5}, {"start": 9.0}, {"end": 2.0}]
     dataset = read_manifest(manifest(*({**r, **s} for r, s in zip(rows, segments, strict=True))))
@@ -156,7 +156,7 @@ def test_segments(speak, manifest, extractor, tokenizer):
         ({"audio": "nan.wav"}, "nan.wav has samples that are not finite"),
     ],
 )
-def test_bad_audio_is_told_by_file_and_row(
+def test_bad_audio_is_named_by_file_and_row(
     speak, manifest, extractor, tokenizer, tmp_path, row, gist
 ):
     good = {"audio": speak("a.wav").name, "text": "x", "language": "de"}

@@ -38,7 +38,7 @@ def test_what_is_stored_is_found_by_the_next_process(cache_dir):
     assert FeatureCache("settings").find(["d"]) == {}
 
 
-def test_whoever_computes_the_same_writes_the_same_file(shard):
+def test_the_same_features_are_the_same_file(shard):
     before = shard.read_bytes()
     FeatureCache("settings").store(dict(reversed(MELS.items())))
     assert [file.read_bytes() for file in shard.parent.iterdir()] == [before]
@@ -67,7 +67,7 @@ fuzz = settings(
 
 @fuzz
 @given(st.data())
-def test_what_is_damaged_is_never_served(shard, data):
+def test_damaged_features_are_never_returned(shard, data):
     whole = shard.read_bytes()
     content = bytearray(whole)
     place = data.draw(st.integers(0, len(content) - 1))
@@ -115,7 +115,7 @@ def full(*args, **options):
 
 
 @pytest.mark.parametrize("call", ["mkdir", "write_bytes", "replace"])
-def test_a_cache_that_cannot_be_written_is_told_of_once(cache_dir, monkeypatch, call):
+def test_a_cache_that_cannot_be_written_is_noted_once(cache_dir, monkeypatch, call):
     notes = []
     where = os if call == "replace" else feature_cache.Path
     monkeypatch.setattr(where, call, full)
@@ -129,7 +129,7 @@ def test_a_cache_that_cannot_be_written_is_told_of_once(cache_dir, monkeypatch, 
     assert not [file for file in cache_dir.rglob("*") if file.is_file()]
 
 
-def test_a_file_in_the_place_of_the_folder(cache_dir):
+def test_a_file_in_place_of_the_folder_costs_the_cache_alone(cache_dir):
     cache_dir.parent.mkdir(parents=True, exist_ok=True)
     cache_dir.write_text("a file")
     notes = []

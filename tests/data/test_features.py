@@ -88,7 +88,7 @@ def test_utterances_alone_are_as_in_a_batch(window):
 # ---- the cache
 
 
-def test_each_is_computed_once_and_the_same(noises, window, computed, monkeypatch):
+def test_each_utterance_is_computed_once_and_the_same(noises, window, computed, monkeypatch):
     monkeypatch.setattr(module, "SHARD", 4)
     dataset, seen = noises(11), []
     plain, contents = load_features(dataset, window, cache=False, workers=1)
@@ -141,7 +141,7 @@ def test_a_moved_file_and_its_bytes_are_the_same(noises, window, tmp_path, compu
     assert len(computed) == 1 and torch.equal(before[:], after[:])
 
 
-def test_segments_are_apart(noises, window, computed):
+def test_segments_of_one_file_are_told_apart(noises, window, computed):
     row = noises(1)[0]
     parts = [
         {"start": None, "end": None},
@@ -165,7 +165,7 @@ def test_segments_are_apart(noises, window, computed):
         {"chunk_length": 2},
     ],
 )
-def test_other_settings_are_others(noises, window, change):
+def test_other_settings_are_computed_anew(noises, window, change):
     other = WhisperFeatureExtractor(**{"feature_size": 8, "chunk_length": 1, **change})
     assert feature_settings(other) != feature_settings(window)
     dataset = noises(1)
@@ -174,7 +174,7 @@ def test_other_settings_are_others(noises, window, change):
     assert torch.equal(load_features(dataset, other)[0][:], plain[:])
 
 
-def test_other_filters_code_and_libraries_are_others(window, monkeypatch, tmp_path):
+def test_other_filters_code_and_libraries_change_the_settings(window, monkeypatch, tmp_path):
     known = {feature_settings(window)}
     other = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
     assert feature_settings(other) in known
@@ -227,7 +227,7 @@ def test_nothing_is_unpickled_and_nothing_written_but_to_the_cache(
 # ---- bad rows
 
 
-def test_bad_audio_is_told_in_its_order_or_left_out(noises, window, tmp_path, monkeypatch):
+def test_bad_audio_is_reported_in_order_or_left_out(noises, window, tmp_path, monkeypatch):
     dataset = noises(5)
     (tmp_path / "1.wav").write_bytes(b"noise")
     (tmp_path / "3.wav").unlink()
@@ -328,7 +328,7 @@ def log_mels_of(extractor, *waves):
 
 @pytest.mark.parametrize("seconds", [0.31, 1.0, 1.777])
 @pytest.mark.parametrize("rest", [0.0, 0.5])
-def test_what_is_left_is_the_audio_and_half_a_second(extractor, seconds, rest):
+def test_trimming_leaves_the_audio_and_half_a_second(extractor, seconds, rest):
     whole = log_mels_of(extractor, noise_then_zeros(seconds, rest))
     left = trim(whole)
     # a frame looks 12.5 ms to each side
@@ -339,7 +339,7 @@ def test_what_is_left_is_the_audio_and_half_a_second(extractor, seconds, rest):
     assert (cut == whole.min()).all()
 
 
-def test_the_longest_utterance_of_a_batch_decides(extractor):
+def test_trimming_a_batch_keeps_its_longest_utterance(extractor):
     short, long = noise_then_zeros(0.5), noise_then_zeros(1.5)
     both = trim(log_mels_of(extractor, short, long))
     assert both.shape[:2] == (2, 80)

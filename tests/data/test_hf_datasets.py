@@ -69,7 +69,7 @@ FORMS = ["path", "bytes", "path and bytes", "path of two", "array", "array and p
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stream", [False, True])
-def test_every_form_of_audio(forms, form, stream):
+def test_every_form_of_audio_is_read(forms, form, stream):
     rows = [{"audio": forms[form], "text": text, **EXTRAS} for text in "xy"]
     table = (
         IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
@@ -81,18 +81,18 @@ def test_every_form_of_audio(forms, form, stream):
         np.testing.assert_array_equal(read_audio(dataset[1]["audio"]), WAVE)
 
 
-def test_paths_as_objects_and_bytearrays_in_a_stream(forms, speak):
+def test_a_stream_may_have_paths_and_bytearrays(forms, speak):
     audio = [speak("a.wav"), bytearray(forms["bytes"])]
     rows = [{"audio": one, "text": "x", **EXTRAS} for one in audio]
     check(load_split(IterableDataset.from_generator(lambda: iter(rows)), "train"), "xx")
 
 
-def test_examples_of_a_data_set(saved, extractor, tokenizer):
+def test_a_data_set_makes_examples(saved, extractor, tokenizer):
     examples = Examples(load_split(saved, "train"), extractor, tokenizer)
     assert examples.texts == ["x", "y"] and examples.features.shape == (2, 80, 300)
 
 
-def test_a_dictionary_of_splits_and_streams_of_the_same(saved):
+def test_a_dictionary_has_its_splits_stored_or_streamed(saved):
     both = DatasetDict(train=saved, test=saved.select([1]))
     check(load_split(both, "train"))
     check(load_split(both, "test"), "y")
@@ -140,7 +140,7 @@ def test_audio_of_a_data_set_is_not_copied_and_chunks_of_a_stream_are_joined(sav
         ([{"audio": 3, "text": ""}], "audio"),
     ],
 )
-def test_bad_rows(rows, gist, stream):
+def test_a_bad_row_is_named_by_its_number(rows, gist, stream):
     table = (
         IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
     )
@@ -173,7 +173,7 @@ def test_a_stream_that_breaks_is_not_cut_short(forms):
 
 
 @pytest.mark.parametrize("audio", [None, {"path": None, "bytes": None}, {"path": "gone.wav"}])
-def test_missing_audio_is_told_at_the_latest_when_it_is_read(audio, extractor, tokenizer):
+def test_missing_audio_is_an_error_when_it_is_read(audio, extractor, tokenizer):
     rows = [{"audio": audio, "text": "x", "language": "de"}]
     features = Features(audio=Audio(decode=False), text=Value("string"), language=Value("string"))
     table = Dataset.from_list(rows).cast(features)
@@ -182,7 +182,7 @@ def test_missing_audio_is_told_at_the_latest_when_it_is_read(audio, extractor, t
             Examples(load_split(given_table, "train"), extractor, tokenizer)
 
 
-def test_no_rows_and_a_generator_that_fails(saved):
+def test_no_rows_and_a_generator_that_fails_are_refused(saved):
     for table in (saved.select([]), IterableDataset.from_generator(lambda: iter([]))):
         with pytest.raises(UserError, match="the data set has no rows"):
             load_split(table, "train")
@@ -195,7 +195,7 @@ def test_no_rows_and_a_generator_that_fails(saved):
         load_split(IterableDataset.from_generator(rows), "train")
 
 
-def test_a_stream_that_needs_torchcodec(forms):
+def test_a_stream_that_needs_torchcodec_is_refused_with_advice(forms):
     if datasets.config.TORCHCODEC_AVAILABLE:
         pytest.skip("torchcodec is installed")
     table = IterableDataset.from_generator(
@@ -209,7 +209,7 @@ def test_a_stream_that_needs_torchcodec(forms):
 # ---- saved
 
 
-def test_saved_to_disk_nothing_unpickled(saved, watch, tmp_path):
+def test_a_saved_data_set_is_loaded_without_unpickling(saved, watch, tmp_path):
     saved.save_to_disk(tmp_path / "one")
     DatasetDict(train=saved, test=saved.select([1])).save_to_disk(tmp_path / "two")
     with watch() as seen:
@@ -229,7 +229,7 @@ def test_saved_to_disk_nothing_unpickled(saved, watch, tmp_path):
         load_split(tmp_path / "two", "dev")
 
 
-def test_damaged_saved_data(saved, tmp_path):
+def test_damaged_saved_data_are_refused(saved, tmp_path):
     for number, (name, content) in enumerate(
         [
             ("state.json", b"{"),
@@ -253,7 +253,7 @@ def test_damaged_saved_data(saved, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, hf_datasets.IN_MEMORY])
-def test_parquet_files_as_on_the_hub(saved, tmp_path, monkeypatch, limit):
+def test_parquet_files_have_the_names_of_the_hub(saved, tmp_path, monkeypatch, limit):
     monkeypatch.setattr(hf_datasets, "IN_MEMORY", limit)
     folder = tmp_path / "odd [name]*"
     (folder / "data").mkdir(parents=True)
@@ -308,7 +308,7 @@ def hub(monkeypatch, saved, tmp_path):
     return asked
 
 
-def test_hub(hub, monkeypatch, tmp_path):
+def test_a_hub_id_is_loaded_and_a_path_comes_first(hub, monkeypatch, tmp_path):
     check(load_split("owner/name:small", "train"))
     assert hub == [("owner/name", "small", {"split": "train", "streaming": False})]
     dataset = load_split("owner/name", "train")
@@ -327,7 +327,7 @@ def test_hub(hub, monkeypatch, tmp_path):
     assert not hub
 
 
-def test_hub_out_of_reach(monkeypatch):
+def test_a_hub_out_of_reach_is_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for action in (lambda: load_split("owner/name", "train"), lambda: split_names("owner/name")):
         with pytest.raises(UserError) as caught:
@@ -340,7 +340,7 @@ def test_hub_out_of_reach(monkeypatch):
         assert message.isprintable()
 
 
-def test_hub_folder_of_audio_files(monkeypatch):
+def test_audio_files_on_the_hub_are_refused_with_advice(monkeypatch):
     def fail(*args, **options):
         try:
             raise ImportError("please install 'torchcodec'")
@@ -374,7 +374,7 @@ rows = st.fixed_dictionaries({"audio": sounds | values}, optional={name: values 
 
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(rows=st.lists(rows, max_size=3))
-def test_any_stream(rows):
+def test_any_stream_is_a_data_set_or_an_error_of_one_line(rows):
     try:
         dataset = load_split(IterableDataset.from_generator(lambda: iter(rows)), "train")
         assert dataset.column_names == COLUMNS

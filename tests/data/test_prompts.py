@@ -10,20 +10,20 @@ def tokens(tokenizer, *args):
     return "".join(tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, *args)))
 
 
-def test_one_language(tokenizer):
+def test_a_prompt_has_its_language_and_task(tokenizer):
     expected = "<|startoftranscript|><|de|><|transcribe|><|notimestamps|>"
     assert tokens(tokenizer, "de") == expected
     assert tokens(tokenizer, "de", "translate") == expected.replace("transcribe", "translate")
 
 
-def test_two_languages_matrix_first(tokenizer):
+def test_a_prompt_of_two_languages_has_the_matrix_language_first(tokenizer):
     expected = "<|startoftranscript|>{}<|transcribe|><|notimestamps|>"
     assert tokens(tokenizer, "de-en") == expected.format("<|de|><|en|>")
     assert tokens(tokenizer, "en-de") == expected.format("<|en|><|de|>")
 
 
 @pytest.mark.parametrize("language", ["", "en"])
-def test_english_only(english_only, language):
+def test_an_english_only_prompt_has_neither_language_nor_task(english_only, language):
     assert tokens(english_only, language) == "<|startoftranscript|><|notimestamps|>"
 
 
@@ -34,12 +34,12 @@ def test_english_only_of_openai_has_untrained_language_tokens():
 
 
 @pytest.mark.parametrize("language", ["xx", "de-xx", "de-", "DE", "german", "nospeech"])
-def test_unknown_language(tokenizer, language):
+def test_an_unknown_language_is_refused(tokenizer, language):
     with pytest.raises(UserError, match=f"of '{language}'; it knows de, en, es$"):
         prompt_ids(tokenizer, language)
 
 
-def test_no_language_and_no_such_task(tokenizer):
+def test_no_language_and_no_such_task_are_refused(tokenizer):
     with pytest.raises(UserError, match="no language given; choose from de, en, es"):
         prompt_ids(tokenizer, "")
     with pytest.raises(UserError, match="'sing'; choose from transcribe, translate"):
@@ -61,5 +61,5 @@ def test_special_tokens_in_a_text_are_text(tokenizer):
     assert tokenizer.decode(ids) == " a <|endoftext|> b"
 
 
-def test_blank_text(tokenizer):
+def test_a_blank_text_has_no_tokens(tokenizer):
     assert text_ids(tokenizer, " \n") == []

@@ -22,12 +22,12 @@ def built_in(monkeypatch, tmp_path, manifest, row):
     manifest({**row, "text": "built in"}, name="pocket/de-en/test.jsonl")
 
 
-def test_manifest_serves_every_split(manifest, row):
+def test_a_manifest_serves_every_split(manifest, row):
     path = manifest(row)
     assert load_split(path, "train")["text"][:] == load_split(str(path), "dev")["text"][:] == ["x"]
 
 
-def test_folder_has_a_manifest_a_split(manifest, row):
+def test_a_folder_has_a_manifest_a_split(manifest, row):
     folder = manifest(row, name="mine/train.jsonl").parent
     manifest({**row, "text": "y"}, name="mine/dev.jsonl")
     assert load_split(folder, "dev")["text"][:] == ["y"]
@@ -54,7 +54,7 @@ def write(tmp_path, speak):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
-def test_layouts_of_a_folder(write, suffix):
+def test_a_folder_may_have_a_folder_a_split(write, suffix):
     write(f"train{suffix}" if suffix != ".json" else "train.jsonl", "x")
     write(f"dev/metadata{suffix}" if suffix != ".json" else "dev/metadata.jsonl", "y")
     folder = write("notes/a.jsonl", "z")
@@ -65,7 +65,7 @@ def test_layouts_of_a_folder(write, suffix):
         load_split(folder, "test")
 
 
-def test_one_metadata_file(write):
+def test_one_metadata_file_has_its_splits_in_a_column(write):
     folder = write("metadata.csv", "x")
     for split in ("train", "test"):
         assert load_split(folder, split)["text"][:] == ["x"]
@@ -83,20 +83,20 @@ def test_a_column_split_in_a_split_s_own_manifest_is_no_matter(write):
     assert load_split(folder, "train")["text"][:] == ["x"]
 
 
-def test_two_manifests_of_one_split(write):
+def test_two_manifests_of_one_split_are_refused(write):
     write("train.csv", "x")
     folder = write("train.jsonl", "y")
     with pytest.raises(UserError, match=r"has train.jsonl and train.csv; keep one of them"):
         load_split(folder, "train")
 
 
-def test_an_empty_folder(tmp_path):
+def test_an_empty_folder_is_refused(tmp_path):
     assert split_names(tmp_path) == []
     with pytest.raises(UserError, match="its splits are: none"):
         load_split(tmp_path, "train")
 
 
-def test_split_names_of_a_built_in_corpus(built_in):
+def test_a_built_in_corpus_has_split_names(built_in):
     assert split_names("de-en") == ["test"]
 
 
@@ -104,7 +104,7 @@ def test_split_names_of_a_built_in_corpus(built_in):
     "source",
     ["gone", "/gone/a", "./a", "../a", "a/b/c", "a/b.jsonl", "a/b:", "", "a\0b", "a" * 999],
 )
-def test_what_is_no_hub_id(source, monkeypatch, tmp_path):
+def test_a_path_and_a_corpus_are_no_hub_ids(source, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for read in (lambda: load_split(source, "train"), lambda: split_names(source)):
         with pytest.raises(UserError, match=r"no data at '.*'; give a manifest") as caught:
@@ -112,7 +112,7 @@ def test_what_is_no_hub_id(source, monkeypatch, tmp_path):
         assert str(caught.value).isprintable()
 
 
-def test_built_in_name(built_in):
+def test_a_built_in_name_is_a_source(built_in):
     assert load_split("de-en", "test")["text"][:] == ["built in"]
     with pytest.raises(UserError, match=r"no train.jsonl .*; its splits are: test$"):
         load_split("de-en", "train")
@@ -126,7 +126,7 @@ def test_a_path_that_exists_wins_over_a_built_in_name(
     assert load_split("de-en", "test")["text"][:] == ["x"]
 
 
-def test_anything_else_lists_what_is_allowed(tmp_path):
+def test_an_unknown_source_is_refused_with_what_is_allowed(tmp_path):
     with pytest.raises(UserError) as caught:
         load_split(tmp_path / "gone", "dev")
     message = str(caught.value)

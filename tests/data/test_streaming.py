@@ -140,7 +140,7 @@ def test_batches_are_those_of_examples(stream, extractor, tokenizer):
     assert torch.equal(built.batch([1]).labels, examples.batch([1]).labels)
 
 
-def test_batches_go_on_from_their_places(stream):
+def test_batches_go_on_from_their_positions(stream):
     whole = stream(buffer=4).batches(5)
     seen = [next(whole) for _ in range(8)]  # into the third epoch
     whole.close()
@@ -174,7 +174,7 @@ def spoilt(bad, number=18):
     return IterableDataset.from_generator(lambda: iter(rows))
 
 
-def test_bad_rows_are_left_out_and_told(stream):
+def test_bad_rows_are_left_out_and_reported(stream):
     told = []
     drawn = stream(spoilt([3, 16]), buffer=1, on_bad=told.append).batches(8)
     batches = [next(drawn)[0] for _ in range(4)]
