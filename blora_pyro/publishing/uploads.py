@@ -26,7 +26,6 @@ from blora_pyro.errors import UserError
 from blora_pyro.files import write_json
 from blora_pyro.hub import REPO_ID, is_run_id
 from blora_pyro.options import POCKET
-from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS, POSTERIOR_FILE
 from blora_pyro.publishing.model_card import model_card
 from blora_pyro.runs.folders import ADAPTER, METRICS, RUN, read_run
@@ -153,12 +152,18 @@ def write_public_run(
     posterior, about = read_run(run, pooled=True)
     config = about["config"].to_json()
     names = _public_names(config, about)
-    place = _public_base(config["base"], base), config["revision"] if base is None else None
-    config |= {"base": place[0], "revision": place[1], "local_files_only": False}
+    config |= {
+        "base": _public_base(config["base"], base),
+        "revision": config["revision"] if base is None else None,
+        "local_files_only": False,
+    }
     kept = {"config": config, **{name: about[name] for name in KEPT if name in about}}
     content = _public(kept, names)
     metrics = _public(_read_metrics(Path(run)), names)
-    posterior = _public_posterior(posterior, place, names)
+    family = posterior.family
+    prior, guide = (names.get(name, name) for name in (family.prior, family.guide))
+    family = replace(family, prior=prior, guide=guide, prior_args=_public(family.prior_args, names))
+    posterior = replace(posterior, base=config["base"], revision=config["revision"], family=family)
     posterior.save(folder)
     write_json(folder / RUN, content)
     if metrics:
@@ -186,15 +191,6 @@ def _public_base(name: str, given: str | None) -> str:
             "its id on the Hub"
         )
     return given or name
-
-
-def _public_posterior(
-    posterior: Posterior, place: tuple[str, str | None], names: Mapping[str, str]
-) -> Posterior:
-    family = posterior.family
-    prior, guide = (names.get(name, name) for name in (family.prior, family.guide))
-    family = replace(family, prior=prior, guide=guide, prior_args=_public(family.prior_args, names))
-    return replace(posterior, base=place[0], revision=place[1], family=family)
 
 
 def _public_names(config: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, str]:

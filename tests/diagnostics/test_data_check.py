@@ -222,7 +222,7 @@ def test_what_cannot_be_read_at_all(folder, fluent_folder, tmp_path):
     assert load_processor("pocket")[2] == 64
 
 
-# ---- told
+# ---- as JSON
 
 
 def test_json_holds_it_all(folder, fluent_folder):

@@ -93,7 +93,7 @@ def test_every_family_is_explained_with_the_figures_of_the_run(prior):
     assert ("62% of all ranks are switched off" in text) == horseshoe
 
 
-def test_fitted_widths_are_told():
+def test_the_explanation_names_the_fitted_widths():
     rows = tuple(
         dataclasses.replace(row, prior_stddev=0.01 * (i + 1))
         for i, row in enumerate(summary().factors)
@@ -124,7 +124,7 @@ def test_a_users_own_prior_may_explain_itself(tmp_path):
         how_it_shrinks(dataclasses.replace(own, prior=file), FIGURES, 1e-4)
 
 
-def test_points_and_beta_0_are_told():
+def test_points_and_beta_0_are_explained():
     figures = dataclasses.replace(
         FIGURES, directions=None, kl_floor=None, floor_share=None, half_kl_layers=None, peak=None
     )

@@ -128,7 +128,7 @@ def test_layers_are_shown_with_singular_values_and_their_spread():
     assert squeezed(line) == "decoder 2 fc1 0.98 – 0.900, 0.400"
 
 
-def test_explanation_khat_and_plots_are_told():
+def test_explanation_khat_and_plots_are_shown():
     lines = shown(diagnosis_tables(DIAGNOSIS))
     assert "How this prior shrinks. It [shrinks] so." in lines
     assert (

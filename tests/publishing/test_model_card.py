@@ -91,7 +91,7 @@ def test_the_text_has_the_table_the_prior_and_the_way_to_use_it(run):
     compile(code, "card", "exec")
 
 
-def test_what_was_not_measured_is_said(run):
+def test_the_card_says_what_was_not_measured(run):
     posterior, about, metrics = run
     card = read_card(posterior, about, {})
     assert "Nothing: there was no evaluation" in card.text

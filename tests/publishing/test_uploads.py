@@ -61,7 +61,7 @@ def test_a_run_comes_back_from_the_hub_as_it_was(hub, run, fluent_folder, tones_
         torch.testing.assert_close(weight, merged[name], msg=name)
 
 
-def test_nothing_local_goes_up(run, fluent_folder, tones_folder, tmp_path):
+def test_no_local_path_is_uploaded(run, fluent_folder, tones_folder, tmp_path):
     write_public_run(run, tmp_path, "me/adapter", base="someone/fluent")
     assert {path.name for path in tmp_path.iterdir()} == UP
     for path in tmp_path.iterdir():
@@ -87,7 +87,7 @@ def copy_of(run, folder, **config):
     return posterior
 
 
-def test_names_that_become_the_same_are_told_apart(run, tmp_path):
+def test_paths_with_the_same_last_part_get_numbers(run, tmp_path):
     posterior = copy_of(
         run,
         tmp_path / "run",
@@ -170,20 +170,20 @@ def test_a_pull_request_leaves_the_main_branch_alone(hub, run):
         ("me/adapter", {"revision": "a", "create_pr": True}, "create_pr and revision 'a'"),
     ],
 )
-def test_what_can_not_go_up_is_told_in_a_line(hub, run, repo_id, options, words):
+def test_what_can_not_be_uploaded_is_refused_in_a_line(hub, run, repo_id, options, words):
     with pytest.raises(UserError, match=words) as caught:
         push_run(run, repo_id, **options)
     assert "\n" not in str(caught.value)
     assert not hub.repos
 
 
-def test_only_a_folder_goes_up(hub, tmp_path):
+def test_only_a_folder_is_uploaded(hub, tmp_path):
     with pytest.raises(UserError, match="me/adapter is no folder here; give a run folder"):
         write_public_run("me/adapter", tmp_path, "me/again")
     assert hub.requests == []
 
 
-def test_a_hub_out_of_reach_is_told(hub, run, monkeypatch):
+def test_a_hub_out_of_reach_is_refused_in_a_line(hub, run, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         push_run(run, "me/adapter", base="someone/fluent")

@@ -59,7 +59,7 @@ def test_json_is_valid_and_holds_every_layer(found):
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_stages_are_told(finished_run, tmp_path):
+def test_every_stage_is_announced(finished_run, tmp_path):
     stages = []
     diagnose(finished_run.output, tmp_path, draws=DRAWS, on_stage=stages.append)
     assert stages == ["figures", "k-hat", "plots"]

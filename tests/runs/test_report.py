@@ -175,7 +175,7 @@ def test_a_long_name_costs_no_digit():
         assert figures in cells
 
 
-def test_the_best_dev_error_is_told_at_the_end():
+def test_the_dev_line_names_the_best_step_and_the_end():
     errors = [{"step": 50, "error": 0.1234}, {"step": 100, "error": 0.2}]
     dev = {"errors": errors, "best_step": 50, "ended_by": "steps"}
     assert dev_line(dev) == "dev error 12.3% after step 50, the best; of 100 steps"

@@ -54,7 +54,7 @@ def test_every_point_has_the_figures_of_an_evaluation_at_its_strength(curve, fin
     assert rates[0] > rates[-1]  # else this tests little
 
 
-def test_what_is_removed_is_told_against_the_fit(curve):
+def test_removed_forgetting_is_relative_to_the_fit(curve):
     points = curve["points"]
     errors = [point["backward_error"]["rate"] for point in points]
     assert errors[-1] > errors[0]  # the fit has forgotten something
