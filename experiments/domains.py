@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/domains"), help="folder for fits")
     parser.add_argument("--results", type=Path, default=FOLDER / "results.csv", help="the table")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--quick", action="store_true", help="one seed and value of a knob, two steps, fewer sets")
+    parser.add_argument("--quick", action="store_true", help="a small trial of everything")
     parser.add_argument("--report", action="store_true", help="fit nothing; show what is there")
     parser.add_argument(
         "--difference", nargs=2, metavar="METHOD", help="how far the first is above the second"
