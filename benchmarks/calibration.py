@@ -40,8 +40,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     base, kinds = load_base("pocket"), dict[str, dict[Place, Scored]]()
     for folder in arguments.runs:
-        config = read_run(folder, "cpu")[1]["config"]
-        (domain,) = config.data
+        config = read_run(folder, "cpu")[1].resolved
+        (domain,) = map(str, config.sources)
         found = score(base, folder, domain, "test", arguments.samples)
         kinds.setdefault(kind(config), {})[domain, config.seed] = found
         print(f"{folder}: {kind(config)}, {domain}", flush=True)

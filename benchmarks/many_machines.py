@@ -23,7 +23,7 @@ from common import RESULTS, about
 from optuna.trial import FrozenTrial, TrialState
 
 from blora_pyro.data import load_split
-from blora_pyro.runs.folders import FINISHED, state_of
+from blora_pyro.runs.record import FINISHED, state_of
 from blora_pyro.sweeps.storages import kind_of, quiet_optuna
 
 TRIALS = 8  # of the sweep

@@ -17,8 +17,8 @@ from common import about
 from blora_pyro import fit
 from blora_pyro.diagnostics import summarise
 from blora_pyro.families import FAMILIES
+from blora_pyro.runs.edited import prune_run
 from blora_pyro.runs.folders import read_run
-from blora_pyro.runs.pruned import prune_run
 
 
 def main() -> None:
@@ -48,14 +48,14 @@ def main() -> None:
 
 def row(folder: Path, small: Path) -> dict[str, Any]:
     """The figures of one run and of its pruned adapter."""
-    posterior, about = read_run(folder)
+    posterior, record = read_run(folder)
     summary = summarise(posterior)
     metrics, pruned = (
         json.loads((where / "metrics.json").read_text(encoding="utf-8"))
         for where in (folder, small)
     )
     return {
-        "prior_args": about["config"].prior_args,
+        "prior_args": record.resolved.prior_args,
         "new_domain": {
             state: metrics["new_domain"][state]["wer"] for state in ("base", "adapted", "change")
         },

@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 from blora_pyro import prune
 from blora_pyro.options import FitConfig
 from blora_pyro.plotting import BLACK, BLUE, GREEN, GREY, ORANGE, SMALL, label_axes, new_figure
-from blora_pyro.runs.finished import scoring_sets
+from blora_pyro.runs.finished import Scoring
 from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.outcomes import NEW_DOMAIN, measure
+from blora_pyro.runs.outcomes import NEW_DOMAIN
 
 SHARES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.997)
 DIGITS = 4
@@ -65,14 +65,13 @@ def kind(config: FitConfig) -> str:
 
 def score(folder: Path, shares: list[float], split: str) -> list[dict[str, Any]]:
     """A row a share: what was small already, and the errors."""
-    posterior, about = read_run(folder, "cpu")
-    config = about["config"]
-    base, sets = scoring_sets(config, split, Listener())
+    posterior, record = read_run(folder, "cpu")
+    config = record.resolved
+    scoring = Scoring.of(config, split, Listener())
     found = []
     for share in shares:
         sparse = prune(posterior, sparsity=share)
-        with sparse.applied(base.net):
-            results = measure(base, sets, lambda name: None, normalizer=config.normalizer)
+        results = scoring.score(sparse)
         errors = {name: one.main.rate for name, one in results.items()}
         new_domain = errors.pop(NEW_DOMAIN)
         row = {

@@ -37,17 +37,10 @@ from blora_pyro.metrics import sparsity
 from blora_pyro.models import Base, WhisperLikelihood, WhisperProgram, base_of
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
-from blora_pyro.runs.folders import (
-    FINISHED,
-    FITTING,
-    METRICS,
-    RUN,
-    UTTERANCES,
-    claim,
-    save_posterior,
-)
+from blora_pyro.runs.folders import METRICS, UTTERANCES, claim, save_posterior
 from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.outcomes import compare, evaluation_sets, measure
+from blora_pyro.runs.record import FINISHED, FITTING, RUN
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
 
 FULL, PEFT = "full", "peft"

@@ -12,10 +12,9 @@ from blora_pyro.errors import UserError
 from blora_pyro.hub import find_run
 from blora_pyro.publishing.uploads import write_public_run
 from blora_pyro.runs.chains import Previous
-from blora_pyro.runs.combined import combine_runs
 from blora_pyro.runs.diagnosis import diagnose
+from blora_pyro.runs.edited import combine_runs, prune_run
 from blora_pyro.runs.folders import read_run
-from blora_pyro.runs.pruned import prune_run
 from blora_pyro.runs.strength_curves import strength_curve
 
 
@@ -78,7 +77,7 @@ def test_what_is_no_run_is_told_in_a_line(hub, tmp_path, name, words):
 
 def test_commands_take_it(uploaded, tmp_path):
     posterior, about = read_run(uploaded)
-    assert about["language"] == "de-en"
+    assert about.language == "de-en"
     assert Previous.read(uploaded).complete({})["base"] == "someone/fluent"
     combine_runs([uploaded, uploaded], tmp_path / "both", rank=4)
     prune_run(uploaded, tmp_path / "pruned", rank=1, evaluate=False)

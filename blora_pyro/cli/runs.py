@@ -231,7 +231,7 @@ def prune(
     with one_line_errors():
         quiet_libraries()
         from blora_pyro.cli.progress import TerminalProgress
-        from blora_pyro.runs.pruned import prune_run
+        from blora_pyro.runs.edited import prune_run
         from blora_pyro.runs.report import prune_tables
         from blora_pyro.tables import print_report
 
@@ -285,7 +285,7 @@ def combine(
     """Write one adapter of several that were fitted separately, on one base and the same layers."""
     with one_line_errors():
         quiet_libraries()
-        from blora_pyro.runs.combined import combine_runs
+        from blora_pyro.runs.edited import combine_runs
 
         found = combine_runs(
             folders,

@@ -14,8 +14,8 @@ from blora_pyro.comparison.rows import RowSpec
 from blora_pyro.comparison.study import Study
 from blora_pyro.data import DOMAINS
 from blora_pyro.errors import Interrupted, UserError
-from blora_pyro.runs.folders import FINISHED, state_of
 from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.record import FINISHED, state_of
 from blora_pyro.sources import Source, named_sources
 from blora_pyro.sweeps.storages import quiet_optuna
 

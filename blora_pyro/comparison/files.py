@@ -15,7 +15,7 @@ from blora_pyro.comparison.tables import sheets
 from blora_pyro.errors import UserError
 from blora_pyro.files import replace_file, write_json
 from blora_pyro.options import POCKET
-from blora_pyro.runs.folders import FINISHED, state_of
+from blora_pyro.runs.record import FINISHED, state_of
 from blora_pyro.sources import Source, describe_source
 
 MARKDOWN, JSON, PICTURE = "compare.md", "compare.json", "compare.png"

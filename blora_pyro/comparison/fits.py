@@ -26,8 +26,9 @@ from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.pruning import prune
 from blora_pyro.posterior.strength import at_strength
 from blora_pyro.runs import fits
-from blora_pyro.runs.folders import ADAPTER, RUN, state_of
+from blora_pyro.runs.folders import ADAPTER
 from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.record import RUN, state_of
 
 # What changes no weight that a fit finds: where it computes, who is told, how texts are scored.
 _INDIFFERENT = (

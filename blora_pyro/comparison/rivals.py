@@ -32,17 +32,10 @@ from blora_pyro.fitting.svi import Step
 from blora_pyro.models import Base, WhisperLikelihood, WhisperProgram
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
-from blora_pyro.runs.folders import (
-    CHECKPOINT,
-    FINISHED,
-    FITTING,
-    RUN,
-    remove_files,
-    save_posterior,
-    state_of,
-)
+from blora_pyro.runs.folders import CHECKPOINT, remove_files, save_posterior
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
+from blora_pyro.runs.record import FINISHED, FITTING, RUN, state_of
 
 WEIGHTS = "net.safetensors"  # of full fine-tuning
 # Whisper's encoder has sines for positions, which are not trained.

@@ -28,7 +28,8 @@ from blora_pyro.hub import REPO_ID, is_run_id
 from blora_pyro.options import POCKET
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS, POSTERIOR_FILE
 from blora_pyro.publishing.model_card import model_card
-from blora_pyro.runs.folders import ADAPTER, METRICS, RUN, read_run
+from blora_pyro.runs.folders import ADAPTER, METRICS, read_run
+from blora_pyro.runs.record import RUN
 
 UPLOADED = (*ADAPTER, POSTERIOR_FILE, RUN, METRICS, f"{DOMAIN_FOLDERS}/*", "README.md")
 KEPT = (
@@ -149,8 +150,9 @@ def write_public_run(
         raise UserError(f"repository is '{repo_id}'; give OWNER/NAME")
     if is_run_id(Path(run).as_posix()):
         raise UserError(f"{run} is no folder here; give a run folder")
-    posterior, about = read_run(run, pooled=True)
-    config = about["config"].to_json()
+    posterior, record = read_run(run, pooled=True)
+    about = record.to_json()
+    config = dict(about["config"])
     names = _public_names(config, about)
     config |= {
         "base": _public_base(config["base"], base),

@@ -48,12 +48,10 @@ class Previous:
         Raises:
             UserError: If it can't be read, is unfinished, pruned or combined, or has no spread.
         """
-        posterior, about = read_run(folder)
-        for how in ("pruned", "combined"):
-            if how in about:
-                whole = about[how]["from"]
-                whole = whole if isinstance(whole, str) else " or ".join(whole)
-                raise UserError(f"prior_from is {folder}, a {how} run; give {whole}")
+        posterior, record = read_run(folder)
+        if record.made_of:
+            how, whole = record.made_of
+            raise UserError(f"prior_from is {folder}, a {how} run; give {whole}")
         points = sorted({n[0] for n, sd in posterior.stddev.items() if not bool((sd > 0).all())})
         if points:
             raise UserError(
@@ -61,8 +59,8 @@ class Previous:
                 f"(prior {posterior.family.prior}, guide {posterior.family.guide}); give a run "
                 "with another guide"
             )
-        chain = tuple(about.get("chain", ()))
-        return cls(str(folder), posterior, about["config"].target_modules, chain)
+        chain = tuple(record.chain or ())
+        return cls(str(folder), posterior, record.resolved.target_modules, chain)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

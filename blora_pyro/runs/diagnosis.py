@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,12 +13,12 @@ from blora_pyro.diagnostics.plots import all_plots, save_plots
 from blora_pyro.diagnostics.report import Diagnosis
 from blora_pyro.diagnostics.summaries import Summary, summarise
 from blora_pyro.errors import UserError
-from blora_pyro.fitting.svi import Step
 from blora_pyro.models import base_of
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.inference_data import MIN_RATIOS
 from blora_pyro.runs.folders import beside, claim, read_run
+from blora_pyro.runs.record import RUN
 
 KHAT_DRAWS = 30
 KHAT_UTTERANCES = 64
@@ -52,16 +51,14 @@ def diagnose(
     """
     if draws < MIN_RATIOS:
         raise UserError(f"draws is {draws}; k-hat needs {MIN_RATIOS} or more")
-    posterior, about = read_run(run, device, prior)
-    if "combined" in about:
-        runs = " or ".join(about["combined"]["from"])
-        raise UserError(f"{run} is combined of several runs and has no prior; diagnose {runs}")
-    if "pruned" in about:
-        whole = about["pruned"]["from"]
-        raise UserError(f"{run} is a pruned run, turned away from its prior; diagnose {whole}")
-    config: FitConfig = about["config"]
+    posterior, record = read_run(run, device, prior)
+    if record.made_of:
+        how, origin = record.made_of
+        raise UserError(f"{run} is a {how} run, and has no prior; diagnose {origin}")
+    if record.history is None:
+        raise UserError(f"{Path(run) / RUN} is missing or damaged (no 'history'); fit again")
+    config, history = record.resolved, record.history
     beta = float(config.beta)
-    history = _history(run, about)
     on_stage("figures")
     summary = summarise(posterior)
     folder = claim(Path(output or beside(run, "diagnostics", "output")), overwrite=True)
@@ -82,14 +79,6 @@ def diagnose(
         khat=found,
         plots=tuple(save_plots(folder, all_plots(posterior, summary, history, beta))),
     )
-
-
-def _history(run: str | Path, about: dict[str, Any]) -> list[Step]:
-    try:
-        return [Step(**step) for step in about["history"]]
-    except (KeyError, TypeError) as error:
-        path = Path(run) / "run.json"
-        raise UserError(f"{path} is missing or damaged ({error}); fit again") from None
 
 
 def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draws: int) -> Khat:

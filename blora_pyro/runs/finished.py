@@ -1,15 +1,17 @@
 """What is done with a finished run: score it again, merge it, transcribe with it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from blora_pyro.data import Examples
 from blora_pyro.errors import UserError
+from blora_pyro.evaluation import Evaluation
 from blora_pyro.languages import language_code
 from blora_pyro.models import DTYPES, Base, base_of, check_dtype
 from blora_pyro.options import FitConfig
+from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.folders import claim, claim_file, read_run
 from blora_pyro.runs.listeners import Listener
@@ -64,20 +66,16 @@ def evaluate_run(
     progress = progress or Listener()
     if output is not None:
         claim_file(Path(output), overwrite)
-    posterior, about = read_run(folder, device, pooled=True)
-    config = about["config"]
+    posterior, record = read_run(folder, device, pooled=True)
+    config = record.resolved
     if domain is not None or data is not None:
         posterior, config = posterior.for_domain(domain), of_domain(config, domain)
     posterior = at_strength(posterior, strength, strength_by)
     config = scoring_config(config, data, normalizer)
-    base, sets = scoring_sets(config, split, progress)
-    before = measure(
-        base, sets, lambda name: progress.stage(f"base on {name}"), normalizer=config.normalizer
-    )
-    stage = lambda name: progress.stage(f"adapted on {name}")  # noqa: E731
-    after = measure_adapted(base, posterior, sets, stage, normalizer=config.normalizer)
+    scoring = Scoring.of(config, split, progress)
+    before, after = scoring.score(None, "base"), scoring.score(posterior, "adapted")
     if output is not None:
-        rows = utterance_rows(sets, {"base": before, "adapted": after})
+        rows = utterance_rows(scoring.sets, {"base": before, "adapted": after})
         try:
             write_utterances(Path(output), rows)
         except OSError as error:
@@ -86,6 +84,53 @@ def evaluate_run(
     if strength != 1:
         metrics |= {"strength": strength, "strength_by": strength_by}
     return metrics
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A base and the sets that runs on it are scored on.
+
+    Attributes:
+        base: The base model.
+        sets: By name, see `evaluation_sets`.
+        normalizer: Of texts before scoring.
+        progress: Listener of stages.
+    """
+
+    base: Base
+    sets: dict[str, Examples]
+    normalizer: str
+    progress: Listener
+
+    @classmethod
+    def of(cls, config: FitConfig, split: str, progress: Listener) -> "Scoring":
+        """Load the base of a configuration, and a split of its sets.
+
+        Raises:
+            UserError: See `evaluation_sets`.
+        """
+        check_split(split)
+        base = base_of(config)
+        loader = Loader(base, config, progress.features, progress.note)
+        sets = evaluation_sets(base, config, loader, split)
+        loader.tell()
+        return cls(base, sets, config.normalizer, progress)
+
+    def score(self, posterior: Posterior | None, what: str | None = None) -> dict[str, Evaluation]:
+        """Score the base adapted by a posterior mean, or as it is, on every set.
+
+        Args:
+            posterior: None is the base.
+            what: It is called in the stages, one a set; None tells none.
+        """
+
+        def stage(name: str) -> None:
+            if what is not None:
+                self.progress.stage(f"{what} on {name}")
+
+        if posterior is None:
+            return measure(self.base, self.sets, stage, normalizer=self.normalizer)
+        return measure_adapted(self.base, posterior, self.sets, stage, normalizer=self.normalizer)
 
 
 def of_domain(config: FitConfig, domain: str | None) -> FitConfig:
@@ -103,22 +148,6 @@ def scoring_config(config: FitConfig, data: Source | None, normalizer: str | Non
         # all the sets of its new domain come from `data`, which are no training data here
         config = replace(config, data=data, data_weights=None, test=data, dev=None, backward={})
     return config if normalizer is None else replace(config, normalizer=normalizer)
-
-
-def scoring_sets(
-    config: FitConfig, split: str, progress: Listener
-) -> tuple[Base, dict[str, Examples]]:
-    """The base of a configuration, and the sets to score it on.
-
-    Raises:
-        UserError: See `evaluation_sets`.
-    """
-    check_split(split)
-    base = base_of(config)
-    loader = Loader(base, config, progress.features, progress.note)
-    sets = evaluation_sets(base, config, loader, split)
-    loader.tell()
-    return base, sets
 
 
 def merge_run(
@@ -150,9 +179,9 @@ def merge_run(
             or domain.
     """
     check_dtype(dtype)
-    posterior, about = read_run(folder, pooled=True)
+    posterior, record = read_run(folder, pooled=True)
     posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
-    base = base_of(replace(about["config"], dtype="float32"))
+    base = base_of(replace(record.resolved, dtype="float32"))
     posterior.merge(base.net)
     base.net.to(DTYPES[dtype])
     base.save_pretrained(claim(out, overwrite))
@@ -175,7 +204,10 @@ def transcribe(
     domain: str | None = None,
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
     on_error: Callable[[int, UserError], None] | None = None,
-    **options: Any,
+    timestamps: bool = False,
+    batch_size: int = 16,
+    samples: int = 0,
+    seed: int = 0,
 ) -> list[Transcript]:
     """Transcripts of audio files, by a base model alone or adapted by a run's posterior mean.
 
@@ -198,7 +230,10 @@ def transcribe(
         on_transcript: Told each file's place and transcript, in order, as they come.
         on_error: Told the place of a file that can't be read, and why, which is then left out; None
             raises.
-        **options: `timestamps`, `batch_size`, `samples` and `seed`, see `Transcriber`.
+        timestamps: See `Transcriber`, as the three that follow.
+        batch_size: Windows transcribed at once.
+        samples: Posterior draws for word confidences; 0 is none.
+        seed: Of the draws.
 
     Raises:
         UserError: If a file or the run can't be read, the language is unknown to the model, draws
@@ -206,12 +241,13 @@ def transcribe(
     """
     posterior, config = None, FitConfig(device=device)
     if adapter is not None:
-        posterior, about = read_run(
+        posterior, record = read_run(
             adapter, device, prior, pooled=True, local_files_only=local_files_only
         )
         posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
-        config = about["config"]
-        language = language or about.get("domain_languages", {}).get(domain, about["language"])
+        config = record.resolved
+        own = (record.domain_languages or {}).get(str(domain), record.language)
+        language = language or own
     elif domain is not None:
         raise UserError(f"domain is '{domain}', but there is no adapter; give one")
     elif strength != 1:
@@ -224,5 +260,14 @@ def transcribe(
         local_files_only=local_files_only or config.local_files_only,
     )
     language = None if language in ("auto", None) else language_code(language)
-    transcriber = Transcriber(base_of(config), posterior, language, task or config.task, **options)
+    transcriber = Transcriber(
+        base_of(config),
+        posterior,
+        language,
+        task or config.task,
+        timestamps=timestamps,
+        batch_size=batch_size,
+        samples=samples,
+        seed=seed,
+    )
     return transcribe_files(transcriber, audio, on_transcript, on_error)

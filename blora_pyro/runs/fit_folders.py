@@ -1,17 +1,18 @@
-"""The folder of a fit: how it keeps what it has, says what is safe, and is opened again."""
+"""The folder of a fit: what it keeps on the way, what is safe at an early end, how it reopens."""
 
-import importlib.metadata
 import json
-import platform
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from blora_pyro.errors import UserError
+import torch
+
+from blora_pyro.errors import Interrupted, ProcessLost, UserError
 from blora_pyro.families import is_code
-from blora_pyro.files import write_json
+from blora_pyro.files import replace_file, write_json
 from blora_pyro.fitting.checkpoints import stored_step
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
@@ -20,12 +21,9 @@ from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.chains import Previous, previous_of
 from blora_pyro.runs.folders import (
     CHECKPOINT,
-    EVALUATING,
-    FINISHED,
-    FITTING,
     METRICS,
     RESULTS,
-    RUN,
+    SKIPPED,
     TRANSCRIPTS,
     UNFINISHED,
     UTTERANCES,
@@ -33,22 +31,21 @@ from blora_pyro.runs.folders import (
     remove_files,
     save_posterior,
 )
-from blora_pyro.runs.skipped_rows import SKIPPED, SkippedRow, SkippedRows
+from blora_pyro.runs.loading import SkippedRow
+from blora_pyro.runs.record import EVALUATING, FINISHED, FITTING, RUN, RunRecord, versions
 from blora_pyro.runs.utterances import write_utterances
-
-PACKAGES = ("blora-pyro", "torch", "pyro-ppl", "transformers", "datasets", "peft", "jiwer")
 
 
 class FitFolder:
     """The folder of a fit, from its first second to its end.
 
     `run.json` is there from the start, with the options, so that the fit can go on after a kill at
-    any moment; its `state` tells how far it has come. Without a path nothing is kept.
+    any moment; its `state` says how far it has come. Without a path nothing is kept.
 
     Attributes:
         path: The folder, or None.
         config: The options of the fit.
-        about: What `run.json` holds.
+        record: What `run.json` holds.
         previous: The run whose posterior is the prior of a fit that is to go on, if any.
     """
 
@@ -56,12 +53,12 @@ class FitFolder:
         self,
         path: Path | None,
         config: FitConfig,
-        about: dict[str, Any],
+        record: RunRecord,
         previous: Previous | None = None,
     ) -> None:
         """See `create` and `reopen`."""
-        self.path, self.config, self.about, self.previous = path, config, about, previous
-        self._occupied = False
+        self.path, self.config, self.record, self.previous = path, config, record, previous
+        self._occupied = False  # by an earlier run, which stays whole until `begin`
         self._skipped: SkippedRows | None = None
 
     @classmethod
@@ -72,23 +69,23 @@ class FitFolder:
         overwrite: bool,
         previous: Previous | None = None,
     ) -> "FitFolder":
-        """A folder for a new fit. An earlier run in it stays whole until `begin`.
+        """Make a folder for a new fit. An earlier run in it stays whole until `begin`.
 
         Raises:
-            UserError: See `claim`; or if it is the folder of the run that is carried on.
+            UserError: See `claim`; or if it is the folder of the run that is continued.
         """
-        about: dict[str, Any] = {"state": FITTING, "options": config.to_json()}
+        record = RunRecord(options=config.to_json())
         if previous is not None:
             if path is not None and path.resolve() == Path(previous.folder).resolve():
                 raise UserError(f"output and prior_from are both {path}; give another output")
-            about["chain"] = previous.link(config.prior_inflation)
-        folder = cls(path, config, about, previous)
+            record.chain = previous.link(config.prior_inflation)
+        folder = cls(path, config, record, previous)
         if path is not None:
             claim(path, overwrite)
             folder._occupied = any((path / name).exists() for name in (RUN, *RESULTS))
             try:
                 if not folder._occupied:
-                    folder._write()
+                    record.write(path)
             except OSError as error:
                 why = error.strerror
                 raise UserError(f"output '{path}' can't be written ({why}); give another") from None
@@ -109,55 +106,50 @@ class FitFolder:
         """
         given = config.given_options
         try:
-            about = json.loads((path / RUN).read_text(encoding="utf-8"))
-            about.setdefault("state", FINISHED)
-            stored = about.get("options") or about["config"]
-            # with what were objects of Python, and texts in the file
+            content = json.loads((path / RUN).read_text(encoding="utf-8"))
+            stored = content.get("options") or content["config"]
+            # objects of Python, which are texts in the file, are given again
             config = FitConfig(**{**stored, **given})
+            record = RunRecord.from_json(content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path / RUN} is damaged ({error}); start again with --overwrite"
             ) from None
-        wanted = json.loads(json.dumps(config.to_json()))
+        wanted, resolved = json.loads(json.dumps(config.to_json())), content.get("config", {})
         for name in given:
-            value, known = wanted[name], [stored.get(name), about.get("config", {}).get(name)]
-            if value not in known:
+            if wanted[name] not in (stored.get(name), resolved.get(name)):
                 raise UserError(
-                    f"the fit in {path} has {name} = {known[0]}, not {value}; leave the option "
-                    "out, or start another fit in another output"
+                    f"the fit in {path} has {name} = {stored.get(name)}, not {wanted[name]}; leave "
+                    "the option out, or start another fit in another output"
                 )
         for name in ("prior", "guide"):
             if is_code(stored.get(name)) and name not in given:
                 raise UserError(
                     f"the run's {name} is code, in {stored[name]}; name it with --{name} to run it"
                 )
-        going_on = about["state"] == FITTING
-        previous = previous_of(config, about.get("chain", [])) if going_on else None
-        return cls(path, config, about, previous)
+        going_on = record.state == FITTING
+        previous = previous_of(config, record.chain or []) if going_on else None
+        return cls(path, config, record, previous)
 
     @classmethod
-    def follow(cls, about: Mapping[str, Any], config: FitConfig) -> "FitFolder":
+    def follow(cls, content: Mapping[str, Any], config: FitConfig) -> "FitFolder":
         """Return what a process that writes nothing needs of the folder that the main one has open.
 
         Args:
-            about: `state`, `options` and `chain` of what `run.json` holds.
+            content: `state`, `options` and `chain` of what `run.json` holds.
             config: Its given options take the place of those that are texts in `run.json`.
 
         Raises:
             UserError: If the run that is continued can't be read here.
         """
-        config = FitConfig(**{**about["options"], **config.given_options})
-        return cls(None, config, dict(about), previous_of(config, about["chain"] or []))
+        config = FitConfig(**{**content["options"], **config.given_options})
+        record = RunRecord(**content)
+        return cls(None, config, record, previous_of(config, record.chain or []))
 
     @property
     def state(self) -> str:
         """`fitting`, `evaluating` or `finished`."""
-        return self.about["state"]
-
-    def _write(self, **about: Any) -> None:
-        self.about |= about
-        if self.path is not None:
-            write_json(self.path / RUN, self.about)
+        return self.record.state
 
     def begin(
         self,
@@ -173,29 +165,25 @@ class FitFolder:
         Args:
             config: The resolved configuration.
             language: Of the training data.
-            utterances: In it; None is not known, of a stream.
-            tokens: Target tokens in it, likewise.
+            utterances: Number of training utterances; None if unknown, of a stream.
+            tokens: Number of their target tokens, likewise.
             weights: Number of adapter weights.
-            domain_languages: Of the training data of each domain, if they are told apart.
+            domain_languages: Of the training data of each domain, if each has an adapter.
         """
         if self.state != FITTING:
             return
         if self.path is not None and self._occupied:
             remove_files(self.path, *UNFINISHED)
         apart = dict(zip(config.domains, domain_languages, strict=True)) if domain_languages else {}
-        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-        self._write(
-            config=config.to_json(),
-            language=language,
-            training_utterances=utterances,
-            training_tokens=tokens,
-            temperature=None if tokens is None else float(config.beta) * tokens,
-            adapter_weights=weights,
-            **({"domain_languages": apart} if apart else {}),
-            versions={"python": platform.python_version(), **versions},
-        )
-        if self.path is not None and self._occupied:
-            remove_files(self.path, *RESULTS)
+        self.record.config, self.record.language = config, language
+        self.record.domain_languages = apart or None
+        self.record.training_utterances, self.record.training_tokens = utterances, tokens
+        self.record.temperature = None if tokens is None else float(config.beta) * tokens
+        self.record.adapter_weights, self.record.versions = weights, versions()
+        if self.path is not None:
+            self.record.write(self.path)
+            if self._occupied:
+                remove_files(self.path, *RESULTS)
         self._occupied = False
 
     def list_skipped(self, rows: Sequence[SkippedRow]) -> str:
@@ -203,7 +191,7 @@ class FitFolder:
         if self.path is None or not rows:
             return ""
         if self.state == FITTING and not self._occupied:
-            self._skipped = self._skipped or SkippedRows(self.path)
+            self._skipped = self._skipped or SkippedRows(self.path / SKIPPED)
             self._skipped.add(rows)
         return str(self.path / SKIPPED)
 
@@ -217,27 +205,26 @@ class FitFolder:
         """The fit is done: keep the posterior, before anything else can go wrong."""
         if self.path is not None:
             save_posterior(self.path, fitted)
-        rows = [asdict(step) for step in history]
-        steps = stopping.errors[-1].step if stopping else self.about["config"]["steps"]
-        self._write(
-            state=EVALUATING,
-            seconds={"fit": round(seconds, 3)},
-            skipped_steps=steps - len(rows),
-            history=rows,
-            **({"dev": stopping.to_json()} if stopping else {}),
-        )
+        record = self.record
+        steps = stopping.errors[-1].step if stopping else record.resolved.steps
+        record.state, record.seconds = EVALUATING, {"fit": round(seconds, 3)}
+        record.skipped_steps, record.history = steps - len(history), history
+        record.dev = stopping.to_json() if stopping else None
         if self.path is not None:
+            record.write(self.path)
             remove_files(self.path, CHECKPOINT)
 
     def finish(
         self, metrics: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], seconds: float
     ) -> None:
-        """All is measured: keep it, the figures and the rows of all utterances, and `tidy`."""
+        """All is measured: keep the figures and the rows of all utterances, and `tidy`."""
         if self.path is None:
             return
         write_utterances(self.path / UTTERANCES, rows)
         write_json(self.path / METRICS, metrics)
-        self._write(state=FINISHED, seconds={**self.about["seconds"], "total": round(seconds, 3)})
+        self.record.state = FINISHED
+        self.record.seconds = {**(self.record.seconds or {}), "total": round(seconds, 3)}
+        self.record.write(self.path)
         self.tidy()
 
     def tidy(self) -> None:
@@ -277,39 +264,25 @@ class FitFolder:
 
     @property
     def resolved(self) -> FitConfig:
-        """The resolved configuration, once it is kept.
-
-        Raises:
-            UserError: If it is damaged.
-        """
-        try:
-            config = FitConfig(**self.about["config"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{self.path}/{RUN} is damaged ({error}); fit again") from None
+        """Return the resolved configuration, once it is kept."""
+        config = self.record.resolved
         return replace(config, backward=config.backward_sets)
 
     def fitted(self) -> tuple[Posterior, list[Step]]:
-        """Posterior and history, once they are kept.
+        """Return posterior and history, once they are kept.
 
         Raises:
             UserError: If they are damaged.
         """
         assert self.path is not None
         loaded, config = Posterior.load(self.path), self.resolved
-        try:
-            history = [Step(**step) for step in self.about["history"]]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{self.path}/{RUN} is damaged ({error}); fit again") from None
+        if self.record.history is None:
+            raise UserError(f"{self.path}/{RUN} is damaged (no 'history'); fit again")
         family = Family(config.prior, config.prior_args, str(config.guide))
-        return replace(loaded, family=family), history
-
-    @property
-    def dev(self) -> dict[str, Any] | None:
-        """What is kept of the dev error, if it was measured."""
-        return self.about.get("dev")
+        return replace(loaded, family=family), self.record.history
 
     def metrics(self) -> dict[str, Any]:
-        """What was measured, once it is kept.
+        """Return what was measured, once it is kept.
 
         Raises:
             UserError: If it is damaged.
@@ -322,3 +295,78 @@ class FitFolder:
                 f"{self.path / METRICS} is missing or damaged ({error}); measure again with: "
                 f"blora-pyro evaluate {shlex.quote(str(self.path))}"
             ) from None
+
+
+@contextmanager
+def explained_ends(folder: FitFolder) -> Iterator[None]:
+    """Have whatever ends a fit early say in one line what happened, what is safe and what to do.
+
+    Raises:
+        Interrupted: By a signal.
+        FloatingPointError: If the loss is not finite.
+        UserError: If the folder can't be written any more, memory is full, or one of several
+            processes is gone.
+    """
+    try:
+        yield
+    except ProcessLost as error:
+        raise UserError(f"{error}; {folder.safe()}; {folder.way_on()}") from None
+    except Interrupted as error:
+        message = f"interrupted; {folder.safe()}; {folder.way_on()}"
+        raise Interrupted(error.signum, message) from None
+    except FloatingPointError as error:
+        again = "" if folder.path is None else f"; {folder.safe()}, but leads to the same"
+        raise FloatingPointError(f"{error}{again}") from None
+    except OSError as error:
+        if folder.path not in Path(str(error.filename)).parents:
+            raise
+        raise UserError(
+            f"{error.filename} can't be written ({error.strerror}); {folder.safe()}; put that "
+            f"right, then {folder.way_on()}"
+        ) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory; {folder.safe()}; free some and {folder.way_on()} (or start another "
+            "fit with gradient_accumulation, gradient_checkpointing or a smaller batch_size)"
+        ) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory is full, that of a GPU or the machine's."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
+
+
+class SkippedRows:
+    """The list of rows that were left out, JSON lines; a row is in it once, also after a kill.
+
+    Attributes:
+        path: Of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is read or written yet."""
+        self.path = path
+        self._listed: dict[str, None] | None = None
+
+    def add(self, rows: Iterable[SkippedRow]) -> None:
+        """Add those that are not there."""
+        if self._listed is None:
+            self._listed = _whole_lines(self.path)
+            replace_file(self.path, "".join(self._listed).encode())
+        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(line for line in lines if line not in self._listed)
+        self._listed |= dict.fromkeys(lines)
+
+
+def _whole_lines(path: Path) -> dict[str, None]:
+    """Those of a file, but half a line of a process that was killed; none if it is not there."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return {}
+    return dict.fromkeys(f"{line}\n" for line in lines[:-1])

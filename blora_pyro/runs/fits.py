@@ -3,28 +3,28 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pyro
 
-from blora_pyro.data import Examples
+from blora_pyro.data import Examples, Stream
 from blora_pyro.declarations import check_value
 from blora_pyro.errors import UserError
-from blora_pyro.fitting import fit_guide
+from blora_pyro.evaluation import Evaluation
+from blora_pyro.fitting import Teacher, fit_guide
 from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.processes import Processes
+from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
-from blora_pyro.guides import with_prior_arguments
-from blora_pyro.models import base_of, check_device
+from blora_pyro.guides import Guide, with_prior_arguments
+from blora_pyro.models import Base, BLoRA, base_of, check_device
 from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.chains import continued
-from blora_pyro.runs.early_ends import told
-from blora_pyro.runs.fit_folders import FitFolder
-from blora_pyro.runs.folders import FINISHED, FITTING, RUN
+from blora_pyro.runs.fit_folders import FitFolder, explained_ends
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.outcomes import (
@@ -35,6 +35,7 @@ from blora_pyro.runs.outcomes import (
     measure_adapted,
 )
 from blora_pyro.runs.parts import build, regularise, teacher_of, training_set
+from blora_pyro.runs.record import FINISHED, FITTING, RUN
 from blora_pyro.runs.tracking import check_trackers, tracked
 from blora_pyro.runs.utterances import utterance_rows
 from blora_pyro.sources import Source
@@ -138,7 +139,7 @@ def fit(
         together = processes.count > 1
         track = folder.config.track if processes.is_main else None
         with (
-            told(folder),
+            explained_ends(folder),
             Interrupts(active=together or folder.path is not None) as interrupts,
             tracked(progress, track, folder.path) as listener,
         ):
@@ -160,10 +161,10 @@ def _device(output: str | Path | None, config: FitConfig) -> str:
 
 
 def _read(folder: FitFolder) -> Run:
-    """A fit that is done."""
+    """Return a fit that is done."""
     posterior, history = folder.fitted()
     metrics = folder.metrics() if folder.state == FINISHED else {}
-    return Run(folder.resolved, posterior, history, metrics, folder.path, folder.dev)
+    return Run(folder.resolved, posterior, history, metrics, folder.path, folder.record.dev)
 
 
 def _open_together(
@@ -178,7 +179,7 @@ def _open_together(
 
     def open_folder() -> dict[str, Any]:
         opened.append(_open(output, config, overwrite, resume))
-        return {name: opened[0].about.get(name) for name in ("state", "options", "chain")}
+        return {name: getattr(opened[0].record, name) for name in ("state", "options", "chain")}
 
     about = processes.from_main(open_folder)
     if opened:
@@ -218,62 +219,128 @@ def _fit(
     interrupts: Interrupts,
     processes: Processes,
 ) -> Run:
-    """From wherever the folder is to the end."""
+    """Go from wherever the folder is to the end: load, score the base, fit, score, keep."""
     started = time.monotonic()
-    progress.stage("loading")
-    config = with_prior_arguments(folder.config)
-    pyro.set_rng_seed(config.seed)
-    fitting, evaluate = folder.state == FITTING, evaluate and processes.is_main
+    evaluate = evaluate and processes.is_main
     with processes.main_first():  # which leaves features in the cache
-        base = base_of(config)
-        loader = Loader(base, config, progress.features, progress.note)
-        train, size = training_set(loader, lambda row: folder.list_skipped([row]))
-        config = config.resolved(size["tokens"], size["utterances"])
-        sets = evaluation_sets(base, config, loader) if evaluate else {}
-        if fitting:
-            stopping = early_stopping(loader, config, progress.evaluated, processes.once)
-            model, guide = build(base, config, folder.previous, train)
-            regularise(model, loader, progress.stage)
-            teacher = teacher_of(base, model, config, size["utterances"])
-            languages = train.source_languages if isinstance(train, Examples) else ()
-            counts = size["utterances"], size["tokens"], model.num_weights
-            folder.begin(config, train.main_language, *counts, languages if config.pooling else ())
-            progress.built(model, guide)
-    loader.tell(folder.list_skipped(loader.skipped))
-    kept = folder.transcripts("base")
-    stage = lambda name: progress.stage(f"base on {name}")  # noqa: E731
-    before = measure(base, sets, stage, kept, config.normalizer)
-    if fitting:
-        about = {**config.to_json(), **size, "training_data": train.fingerprint}
-        checkpoints = Checkpoints(folder.path, about, checkpoint_every, interrupts)
-        if (done := checkpoints.stored_step()) is not None:
-            progress.stage(f"going on from step {done}")
-        progress.ready(config, size["tokens"], model.num_weights)
+        parts = _load(folder, evaluate, progress, processes)
+    before = _score_base(folder, parts, progress)
+    if folder.state == FITTING:
         with interrupts.deferred():  # what is fitted is kept before they are answered
-            fit_started = time.monotonic()
-            history = fit_guide(
-                model,
-                guide,
-                train,
-                config,
-                on_step=progress.step,
-                checkpoints=checkpoints,
-                early_stopping=stopping,
-                teacher=teacher,
-                processes=processes,
-            )
-            loader.tell(folder.list_skipped(loader.skipped))  # what a stream had
-            family = Family(config.prior, config.prior_args, str(config.guide))
-            posterior = Posterior.from_guide(base.name, model, guide, family, config.revision)
-            folder.save(posterior, history, stopping, time.monotonic() - fit_started)
+            checkpoints = _checkpoints(folder, parts, checkpoint_every, interrupts)
+            posterior, history = _fit_and_keep(folder, parts, checkpoints, progress, processes)
         progress.fitted()
     else:
         posterior, history = folder.fitted()
-    kept = folder.transcripts("adapted")
-    stage = lambda name: progress.stage(f"adapted on {name}")  # noqa: E731
-    after = measure_adapted(base, posterior, sets, stage, kept, config.normalizer)
-    metrics = compare(posterior, before, after, config)
-    rows = utterance_rows(sets, {"base": before, "adapted": after})
+    after = _score_adapted(folder, parts, posterior, progress)
+    metrics = compare(posterior, before, after, parts.config)
+    rows = utterance_rows(parts.sets, {"base": before, "adapted": after})
     folder.finish(metrics, rows, time.monotonic() - started)
     progress.measured(metrics, history[-1].step if history else 0)
-    return Run(config, posterior, history, metrics, folder.path, folder.dev)
+    return Run(parts.config, posterior, history, metrics, folder.path, folder.record.dev)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a fit works with.
+
+    Attributes:
+        config: As resolved.
+        base: The base model.
+        loader: Of all sets.
+        train: Training data.
+        size: Their target `tokens` and `utterances`, None if unknown.
+        sets: Test sets; none where nothing is to be scored.
+        fit: Program, guide, teacher and early stopping; None once the fit is done.
+    """
+
+    config: FitConfig
+    base: Base
+    loader: Loader
+    train: Examples | Stream
+    size: dict[str, int | None]
+    sets: dict[str, Examples]
+    fit: tuple[BLoRA, Guide, Teacher | None, EarlyStopping | None] | None = None
+
+
+def _load(folder: FitFolder, evaluate: bool, progress: Listener, processes: Processes) -> _Parts:
+    """Load base and data; for a fit that is to be done build program and guide, too."""
+    progress.stage("loading")
+    config = with_prior_arguments(folder.config)
+    pyro.set_rng_seed(config.seed)
+    base = base_of(config)
+    loader = Loader(base, config, progress.features, progress.note)
+    train, size = training_set(loader, lambda row: folder.list_skipped([row]))
+    config = config.resolved(size["tokens"], size["utterances"])
+    sets = evaluation_sets(base, config, loader) if evaluate else {}
+    parts = _Parts(config, base, loader, train, size, sets)
+    if folder.state == FITTING:
+        stopping = early_stopping(loader, config, progress.evaluated, processes.once)
+        model, guide = build(base, config, folder.previous, train)
+        regularise(model, loader, progress.stage)
+        teacher = teacher_of(base, model, config, size["utterances"])
+        languages = train.source_languages if isinstance(train, Examples) and config.pooling else ()
+        counts = size["utterances"], size["tokens"], model.num_weights
+        folder.begin(config, train.main_language, *counts, languages)
+        progress.built(model, guide)
+        parts = replace(parts, fit=(model, guide, teacher, stopping))
+    loader.tell(folder.list_skipped(loader.skipped))
+    return parts
+
+
+def _score_base(folder: FitFolder, parts: _Parts, progress: Listener) -> dict[str, Evaluation]:
+    def stage(name: str) -> None:
+        progress.stage(f"base on {name}")
+
+    kept = folder.transcripts("base")
+    return measure(parts.base, parts.sets, stage, kept, parts.config.normalizer)
+
+
+def _score_adapted(
+    folder: FitFolder, parts: _Parts, posterior: Posterior, progress: Listener
+) -> dict[str, Evaluation]:
+    def stage(name: str) -> None:
+        progress.stage(f"adapted on {name}")
+
+    kept = folder.transcripts("adapted")
+    return measure_adapted(parts.base, posterior, parts.sets, stage, kept, parts.config.normalizer)
+
+
+def _checkpoints(
+    folder: FitFolder, parts: _Parts, every: int | None, interrupts: Interrupts
+) -> Checkpoints:
+    """Return the checkpoints of this very fit, on these very data."""
+    about = {**parts.config.to_json(), **parts.size, "training_data": parts.train.fingerprint}
+    return Checkpoints(folder.path, about, every, interrupts)
+
+
+def _fit_and_keep(
+    folder: FitFolder,
+    parts: _Parts,
+    checkpoints: Checkpoints,
+    progress: Listener,
+    processes: Processes,
+) -> tuple[Posterior, list[Step]]:
+    """Fit the guide from its first step or its checkpoint, and keep the posterior."""
+    assert parts.fit is not None
+    model, guide, teacher, stopping = parts.fit
+    config, started = parts.config, time.monotonic()
+    if (done := checkpoints.stored_step()) is not None:
+        progress.stage(f"going on from step {done}")
+    progress.ready(config, parts.size["tokens"], model.num_weights)
+    history = fit_guide(
+        model,
+        guide,
+        parts.train,
+        config,
+        on_step=progress.step,
+        checkpoints=checkpoints,
+        early_stopping=stopping,
+        teacher=teacher,
+        processes=processes,
+    )
+    parts.loader.tell(folder.list_skipped(parts.loader.skipped))  # of a stream
+    family = Family(config.prior, config.prior_args, str(config.guide))
+    posterior = Posterior.from_guide(parts.base.name, model, guide, family, config.revision)
+    folder.save(posterior, history, stopping, time.monotonic() - started)
+    return posterior, history

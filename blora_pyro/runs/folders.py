@@ -1,11 +1,10 @@
 """Run folders: how one is taken, written and read."""
 
-import json
 import os
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -14,11 +13,10 @@ from blora_pyro.files import sync
 from blora_pyro.fitting import checkpoints
 from blora_pyro.hub import find_run
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior, storage
-from blora_pyro.runs.skipped_rows import SKIPPED
+from blora_pyro.runs.record import EVALUATING, FITTING, RUN, RunRecord, state_of
 
-RUN, METRICS, CHECKPOINT = "run.json", "metrics.json", checkpoints.FILE
+METRICS, CHECKPOINT, SKIPPED = "metrics.json", checkpoints.FILE, "skipped_rows.jsonl"
 UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
 TRACKING = "tracking"  # folder of what trackers write
 TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
@@ -36,8 +34,6 @@ RESULTS = (
 HALF_WRITTEN = "posterior.new"
 UNFINISHED = (CHECKPOINT, *TRANSCRIPTS.values())
 WITHOUT_STEP = {RUN, SKIPPED, TRACKING, *TRANSCRIPTS.values()}  # of a fit before its checkpoints
-
-FITTING, EVALUATING, FINISHED = "fitting", "evaluating", "finished"  # "state" in run.json
 
 
 def save_posterior(folder: Path, fitted: Posterior) -> None:
@@ -128,15 +124,6 @@ def beside(run: str | Path, name: str, option: str) -> Path:
     return Path(run) / name
 
 
-def state_of(folder: Path) -> str | None:
-    """How far the run in a folder has come; None if there is none, or it can't be read."""
-    try:
-        about = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        return str(about.get("state", FINISHED))
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def read_run(
     folder: str | Path,
     device: str = "cpu",
@@ -144,8 +131,8 @@ def read_run(
     *,
     pooled: bool = False,
     local_files_only: bool = False,
-) -> tuple[Posterior, dict[str, Any]]:
-    """The posterior and `run.json` of a run folder.
+) -> tuple[Posterior, RunRecord]:
+    """Return the posterior of a run folder, and what its `run.json` says.
 
     Args:
         folder: Where they are, or `OWNER/NAME[@REVISION]` on the Hub, see `find_run`.
@@ -163,18 +150,15 @@ def read_run(
             f"the fit in {folder} is not finished; go on with: blora-pyro fit --resume --output "
             f"{shlex.quote(str(folder))}"
         )
-    loaded = Posterior.load(found, prior)
-    if loaded.pooling is not None and not pooled:
+    posterior = Posterior.load(found, prior)
+    if posterior.pooling is not None and not pooled:
         raise UserError(
-            f"{folder} was fitted with pooling {loaded.pooling.kind}, of which evaluate, "
+            f"{folder} was fitted with pooling {posterior.pooling.kind}, of which evaluate, "
             "transcribe and merge can take a domain, and nothing else can; give a run with pooling "
             "complete"
         )
-    path = found / RUN
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        about["config"] = FitConfig(**{**about["config"], "device": device})
-        about["language"]  # `transcribe` needs it
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); fit again") from None
-    return loaded, about
+    record = RunRecord.read(found)
+    if record.config is None:
+        raise UserError(f"{found / RUN} is missing or damaged (no 'config'); fit again")
+    record.config = replace(record.config, device=device)
+    return posterior, record

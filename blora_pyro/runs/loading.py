@@ -3,7 +3,8 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 from datasets import Dataset
 
@@ -22,10 +23,26 @@ from blora_pyro.errors import UserError
 from blora_pyro.metrics import check_tags
 from blora_pyro.models import Base
 from blora_pyro.options import SHUFFLE_BUFFER, FitConfig
-from blora_pyro.runs.skipped_rows import SkippedRow
 from blora_pyro.sources import Source, as_sources, describe_source
 
 OnSetProgress = Callable[[str, int, int], object]  # told a set's name, utterances done, of how many
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A bad row that was left out.
+
+    Attributes:
+        source: What it was read from, as `FitConfig` names it.
+        split: Of the source.
+        origin: Where in it, such as "train.csv, line 3".
+        reason: What is wrong with it.
+    """
+
+    source: str
+    split: str
+    origin: str
+    reason: str
 
 
 class Loader:
@@ -179,17 +196,26 @@ def without_bad_tags(dataset: Dataset, on_bad: OnBadRow) -> Dataset:
 
 
 def load_examples(
-    base: Base, source: Source | Sequence[Source], split: str, **options: Any
+    base: Base,
+    source: Source | Sequence[Source],
+    split: str,
+    *,
+    language: str | None = None,
+    task: str = "transcribe",
+    on_bad_row: Literal["stop", "skip"] = "stop",
 ) -> Examples:
-    """A split of one or more sources, featurised and tokenised for `base`.
+    """Return a split of one or more sources, featurised and tokenised for `base`.
 
     Args:
         base: Whose tokenizer and feature extractor are to be used.
         source: One or more, mixed.
         split: Of all of them.
-        **options: `language`, `task` and `on_bad_row` of `FitConfig`.
+        language: See `FitConfig`.
+        task: See `FitConfig`.
+        on_bad_row: See `FitConfig`.
 
     Raises:
         UserError: See `Loader.load` and `FitConfig`.
     """
-    return Loader(base, FitConfig(base=base.name, **options)).load(source, split)
+    config = FitConfig(base=base.name, language=language, task=task, on_bad_row=on_bad_row)
+    return Loader(base, config).load(source, split)

@@ -19,8 +19,7 @@ from blora_pyro.languages import is_language
 from blora_pyro.models import Base, BLoRA, PooledBLoRA, pooling_of
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.chains import Previous, previous_of
-from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.skipped_rows import SkippedRow
+from blora_pyro.runs.loading import Loader, SkippedRow
 from blora_pyro.sources import describe_source
 
 

@@ -13,10 +13,10 @@ from blora_pyro.files import replace_file
 from blora_pyro.metrics import forgetting_removed
 from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, VERMILLION, label_axes, new_figure
 from blora_pyro.posterior.strength import SCALE, at_strength, check_strength
-from blora_pyro.runs.finished import scoring_config, scoring_sets
+from blora_pyro.runs.finished import Scoring, scoring_config
 from blora_pyro.runs.folders import STRENGTH_PLOT, beside, claim_file, read_run
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.outcomes import NEW_DOMAIN, domain_name, measure
+from blora_pyro.runs.outcomes import NEW_DOMAIN, domain_name
 
 SUFFIXES = (".png", ".pdf", ".svg")
 ENDS = {0.0: ("the base (strength 0)", BLACK, "*"), 1.0: ("the fit (strength 1)", VERMILLION, "D")}
@@ -58,13 +58,14 @@ def strength_curve(
             strength is not possible, or the plot can't be written.
     """
     progress = progress or Listener()
-    posterior, about = read_run(folder, device)
+    posterior, record = read_run(folder, device)
     file = _claim_plot(folder, plot, overwrite)
     strengths = sorted({0.0, 1.0, *strengths})
     for strength in strengths:
         check_strength(posterior, strength, by)
-    config = scoring_config(about["config"], None, normalizer)
-    base, sets = scoring_sets(config, split, progress)
+    config = scoring_config(record.resolved, None, normalizer)
+    scoring = Scoring.of(config, split, progress)
+    sets = scoring.sets
     if NEW_DOMAIN not in sets or len(sets) < 2:
         raise UserError(
             f"the run has {', '.join(sets) or 'no set'} to score; a curve needs a test set of the "
@@ -73,8 +74,7 @@ def strength_curve(
     results = {}
     for strength in strengths:
         progress.stage(f"strength {strength:g}" if strength else "the base, strength 0")
-        with at_strength(posterior, strength, by).applied(base.net):
-            results[strength] = measure(base, sets, lambda name: None, normalizer=config.normalizer)
+        results[strength] = scoring.score(at_strength(posterior, strength, by))
     curve = {
         "split": split,
         "strength_by": by,

@@ -16,10 +16,11 @@ from blora_pyro.evaluation import Evaluation, change_summary, rate_summary
 from blora_pyro.models import Base, base_of
 from blora_pyro.options import FitConfig
 from blora_pyro.runs import fits
-from blora_pyro.runs.folders import RUN, TRANSCRIPTS
+from blora_pyro.runs.folders import TRANSCRIPTS
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.outcomes import NEW_DOMAIN, evaluation_sets, measure
+from blora_pyro.runs.record import RUN
 from blora_pyro.sweeps.searching import ANYWHERE, Ranges, with_values
 from blora_pyro.sweeps.studies import SharedStudy, folder_of
 

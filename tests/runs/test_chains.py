@@ -17,10 +17,10 @@ from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.pruning import prune
 from blora_pyro.runs import diagnosis
 from blora_pyro.runs.chains import Previous
+from blora_pyro.runs.edited import prune_run
 from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import Run, fit
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.pruned import prune_run
 from blora_pyro.sweeps.sweeping import sweep
 
 

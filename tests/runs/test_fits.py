@@ -117,11 +117,11 @@ def test_the_backward_error_is_the_average_over_the_backward_sets(finished_run):
 
 
 def test_the_posterior_of_a_run_can_be_read_again(finished_run):
-    posterior, about = read_run(finished_run.output)
+    posterior, record = read_run(finished_run.output)
     for name, mean in finished_run.posterior.mean.items():
         assert torch.equal(posterior.mean[name], mean)
         assert torch.equal(posterior.stddev[name], finished_run.posterior.stddev[name])
-    assert about["config"].backward_sets == finished_run.config.backward
+    assert record.resolved.backward_sets == finished_run.config.backward
 
 
 # ---- a dev set

@@ -12,10 +12,10 @@ from blora_pyro.runs import finished, outcomes
 from blora_pyro.runs.diagnosis import measure_khat
 from blora_pyro.runs.finished import evaluate_run
 from blora_pyro.runs.fits import fit
+from blora_pyro.runs.folders import SKIPPED
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader, load_examples, without_bad_tags
 from blora_pyro.runs.outcomes import evaluation_sets
-from blora_pyro.runs.skipped_rows import SKIPPED
 
 
 class Notes(Listener):

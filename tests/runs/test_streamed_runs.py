@@ -13,8 +13,8 @@ from blora_pyro import FitConfig
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.checkpoints import FILE, from_bytes, write_checkpoint
 from blora_pyro.runs.fits import fit
+from blora_pyro.runs.folders import SKIPPED
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.skipped_rows import SKIPPED
 
 
 class Crash(Exception):

@@ -8,7 +8,8 @@ import torch
 
 from blora_pyro.errors import UserError
 from blora_pyro.runs.finished import evaluate_run
-from blora_pyro.runs.folders import RUN, save_posterior
+from blora_pyro.runs.folders import save_posterior
+from blora_pyro.runs.record import RUN
 from blora_pyro.runs.strength_curves import save_strength_plot, strength_curve, strength_plot
 
 

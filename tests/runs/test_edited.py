@@ -8,12 +8,11 @@ from transformers import WhisperForConditionalGeneration
 from blora_pyro.errors import UserError
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
-from blora_pyro.runs.combined import combine_runs
 from blora_pyro.runs.diagnosis import diagnose
+from blora_pyro.runs.edited import combine_runs, prune_run
 from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import fit
 from blora_pyro.runs.folders import read_run
-from blora_pyro.runs.pruned import prune_run
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +33,11 @@ def test_the_folder_is_an_adapter_for_peft_and_every_command(
     found = combine_runs(folders, out, method=method, weights=weights)
     assert found["rank"] == (4 if method == "product" else 6)
     assert (found["kept_norm"] == 1) == (method != "product")
-    posterior, about = read_run(out)
-    assert about["combined"] == json.loads(json.dumps(found))
+    posterior, record = read_run(out)
+    assert record.combined == json.loads(json.dumps(found))
     assert found["from"] == [str(folder) for folder in folders]
 
-    base = str(about["config"].base)
+    base = str(record.resolved.base)
     net = WhisperForConditionalGeneration.from_pretrained(base)
     weight = net.get_parameter("model.decoder.layers.0.fc1.weight").clone()
     name = "model.decoder.layers.0.fc1"
@@ -56,9 +55,9 @@ def test_the_folder_is_an_adapter_for_peft_and_every_command(
 
 def test_the_languages_of_the_runs_stay_only_if_they_are_one(folders, tmp_path):
     combine_runs(folders, tmp_path / "two")
-    assert read_run(tmp_path / "two")[1]["language"] is None
+    assert read_run(tmp_path / "two")[1].language is None
     combine_runs([folders[0], folders[0]], tmp_path / "one")
-    assert read_run(tmp_path / "one")[1]["language"] == "de-en"
+    assert read_run(tmp_path / "one")[1].language == "de-en"
 
 
 def test_the_mean_of_a_run_and_itself_is_scored_and_pruned_as_that_run(
@@ -101,7 +100,7 @@ def test_what_has_no_place_in_a_product_is_refused(folders, fit_options, tmp_pat
         combine_runs([folders[0], tmp_path / name], tmp_path / f"{name}-mean")
 
 
-def test_nothing_is_written_over_unless_asked(folders, tmp_path):
+def test_combining_writes_over_nothing_unless_asked(folders, tmp_path):
     (tmp_path / "precious").touch()
     with pytest.raises(UserError, match="not empty"):
         combine_runs(folders, tmp_path)
@@ -110,3 +109,46 @@ def test_nothing_is_written_over_unless_asked(folders, tmp_path):
         combine_runs(folders, folders[1], overwrite=True)
     with pytest.raises(UserError, match="nowhere is no run folder"):
         combine_runs([folders[0], "nowhere"], tmp_path / "out")
+
+
+def test_the_whole_rank_costs_nothing(finished_run, tmp_path):
+    metrics = prune_run(finished_run.output, tmp_path / "pruned", rank=4)
+    assert metrics["size"]["full"] == metrics["size"]["pruned"]
+    for one in (metrics["new_domain"], metrics["backward_error"]):
+        change = one["change"] if "difference" in one["change"] else one["change"]["wer"]
+        assert change["difference"] == 0
+
+
+def test_a_pruned_run_is_smaller_and_scored_against_the_full_one(finished_run, tmp_path):
+    out = tmp_path / "pruned"
+    metrics = prune_run(finished_run.output, out, rank=1)
+    size = metrics["size"]
+    assert size["pruned"]["adapter_weights"] * 4 == size["full"]["adapter_weights"]
+    assert size["pruned"]["directions"] == size["pruned"]["layers"]
+    assert json.loads((out / "metrics.json").read_text(encoding="utf-8")) == metrics
+    full = finished_run.metrics["new_domain"]["adapted"]
+    assert metrics["new_domain"]["base"] == full
+    about = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert about["pruned"]["from"] == str(finished_run.output)
+    assert about["pruned"]["rank"] == 1
+    whisper = WhisperForConditionalGeneration.from_pretrained(about["config"]["base"])
+    PeftModel.from_pretrained(whisper, str(out))
+
+
+def test_a_sparse_run_tells_how_many_weights_are_not_zero(finished_run, tmp_path):
+    out = tmp_path / "sparse"
+    size = prune_run(finished_run.output, out, sparsity=0.75, evaluate=False)["size"]
+    count = size["full"]["adapter_weights"]
+    assert size["pruned"]["adapter_weights"] == count
+    assert size["pruned"]["nonzero_weights"] == count - round(0.75 * count)
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["pruned"]["sparsity"] == 0.75
+    means = Posterior.load(out).mean.values()
+    assert sum(int(mean.count_nonzero()) for mean in means) == size["pruned"]["nonzero_weights"]
+
+
+def test_pruning_writes_over_nothing_unless_asked(finished_run, tmp_path):
+    (tmp_path / "precious").touch()
+    with pytest.raises(UserError, match="not empty"):
+        prune_run(finished_run.output, tmp_path, rank=1, evaluate=False)
+    prune_run(finished_run.output, tmp_path, rank=1, evaluate=False, overwrite=True)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
