@@ -1,20 +1,19 @@
 """Examples, featurised and tokenised once, their batches, and the order in which they are drawn."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from blora_pyro.data.features import Features, OnNote, OnProgress, load_features, trim
-from blora_pyro.data.prompts import Encoder
-from blora_pyro.data.rows import BadRow, BadRows, OnBadRow, all_bad, located, stop
+from blora_pyro.data.prompts import EncodedRow, Encoder
+from blora_pyro.data.rows import BadRow, BadRows, OnBadRow, all_bad, stop
 from blora_pyro.errors import UserError
-from blora_pyro.languages import language_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
@@ -157,7 +156,7 @@ class Examples:
 
     @classmethod
     def of_rows(
-        cls, rows: Sequence[tuple["EncodedRow", Tensor]], end: int, trim: bool = False
+        cls, rows: Sequence[tuple[EncodedRow, Tensor]], end: int, trim: bool = False
     ) -> "Examples":
         """Return rows, one or more, that are tokenised and featurised already; see `Stream`.
 
@@ -174,7 +173,7 @@ class Examples:
         examples.fingerprint = _fingerprint(examples.languages, examples.texts)
         return examples
 
-    def _keep(self, rows: Sequence["EncodedRow"], end: int) -> None:
+    def _keep(self, rows: Sequence[EncodedRow], end: int) -> None:
         self._end = end
         self.texts: list[str] = [row.text for row in rows]
         self.languages: list[str] = [row.language for row in rows]
@@ -222,44 +221,6 @@ class Examples:
         features = self.features[list(indices)]
         features = trim(features) if self._trim else features
         return Batch(features.float(), inputs, labels, sources=sources)
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """A row of `Examples`, all but its features."""
-
-    text: str
-    language: str
-    word_languages: list[str]
-    origin: str
-    audio_path: str | None
-    segment: tuple[float | None, float | None]
-    source: int
-    prompt: list[int]
-    target: list[int]
-
-
-def encode_row(row: Mapping[str, Any], path: str | None, encoder: Encoder) -> EncodedRow:
-    """Return a row with the columns of `read_manifest`, tokenised.
-
-    Args:
-        row: its audio is not looked at.
-        path: of the audio, if it has one.
-        encoder: of the model.
-
-    Raises:
-        BadRow: if the language is unknown to the tokenizer, or the transcript too long.
-    """
-    source = row.get("source", 0)
-    try:
-        with located(row["origin"]):
-            language, prompt, target = encoder.encode(row["text"], row["language"])
-            tags = [language_code(tag) for tag in row["word_languages"]]
-    except BadRow as error:
-        error.source = source
-        raise
-    segment, origin = (row["start"], row["end"]), row["origin"]
-    return EncodedRow(row["text"], language, tags, origin, path, segment, source, prompt, target)
 
 
 def batch_indices(
@@ -312,7 +273,7 @@ def _encode(dataset: Dataset, encoder: Encoder, on_bad: OnBadRow) -> dict[int, E
     encoded = {}
     for number, (row, path) in enumerate(zip(dataset.remove_columns("audio"), paths, strict=True)):
         try:
-            encoded[number] = encode_row(row, path, encoder)
+            encoded[number] = encoder.encode_row(row, path)
         except BadRow as error:
             on_bad(error)
     return encoded

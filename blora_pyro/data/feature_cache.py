@@ -68,6 +68,8 @@ class FeatureCache:
 
     def store(self, features: Mapping[str, Tensor]) -> dict[str, CachedRow]:
         """Store log-mels by key, (mels, frames) each; return them, in memory or mapped."""
+        if not features:
+            return {}
         keys = sorted(features)  # whoever computes them writes the same shard
         block = torch.stack([features[key] for key in keys])
         if self.folder is not None and self._writable:

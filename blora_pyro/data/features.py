@@ -11,6 +11,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,83 +158,44 @@ def load_features(
     store = FeatureCache(settings if cache else None, on_note)
     mixed = [name for name in ("source",) if name in dataset.column_names]
     rows = dataset.select_columns(["audio", "start", "end", "origin", *mixed])
+    digests = Digests()
+    keys: dict[int, str] = {}  # by the number of the row
     contents: dict[int, str] = {}
+    found: dict[str, CachedRow] = {}  # each is found or computed once, however many rows have it
     with _single_threaded(workers or usable_cores()) as pool:
-        job = _FeatureJob(feature_extractor, settings, store, pool)
         for first in range(0, len(rows), SHARD):
             chunk = {n: rows[n] for n in range(first, min(first + SHARD, len(rows)))}
-            for number, result in job.add(chunk).items():
-                if isinstance(result, UserError):
-                    row = chunk[number]
-                    on_bad(BadRow(row["origin"], str(result), row.get("source", 0)))
-                else:
-                    contents[number] = result
+            digested = pool.map(digests.of, [row["audio"] or {} for row in chunk.values()])
+            for (number, row), digest in zip(chunk.items(), digested, strict=True):
+                content = f"{digest} {row['start']} {row['end']}"
+                # Without settings nothing is sure to give the same features twice.
+                key = sha256(f"{settings or number} {content}".encode()).hexdigest()
+                contents[number], keys[number] = content, key
+            found |= store.find({keys[number] for number in chunk} - found.keys())
+            missing = {keys[n]: row for n, row in chunk.items() if keys[n] not in found}
+            compute = partial(_compute, feature_extractor=feature_extractor, digests=digests)
+            made = dict(zip(missing, pool.map(compute, missing.values()), strict=True))
+            found |= store.store({key: one for key, one in made.items() if isinstance(one, Tensor)})
+            for number, row in chunk.items():
+                if isinstance(error := made.get(keys[number]), UserError):
+                    del contents[number]
+                    on_bad(BadRow(row["origin"], str(error), row.get("source", 0)))
             on_progress(first + len(chunk), len(rows))
     shape = (feature_extractor.feature_size, feature_extractor.nb_max_frames)
-    return Features(job.finish(contents), shape), contents
+    return Features([found[keys[number]] for number in contents], shape), contents
 
 
-class _FeatureJob:
-    """Features in work: each is found or computed once, however many rows have it."""
-
-    def __init__(
-        self,
-        feature_extractor: "WhisperFeatureExtractor",
-        settings: str | None,
-        store: FeatureCache,
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        self.feature_extractor, self.settings = feature_extractor, settings
-        self.store, self.pool = store, pool
-        self.digests = Digests()
-        self.keys: dict[int, str] = {}  # by the number of the row
-        self.found: dict[str, CachedRow] = {}
-        self.fresh: dict[str, Tensor] = {}  # computed, and not stored yet
-
-    def add(self, chunk: Mapping[int, dict[str, Any]]) -> dict[int, str | UserError]:
-        """Take rows by their numbers; return their contents, or what is wrong with them."""
-        digests = self.pool.map(self.digests.of, [row["audio"] or {} for row in chunk.values()])
-        contents = {
-            number: f"{digest} {row['start']} {row['end']}"
-            for (number, row), digest in zip(chunk.items(), digests, strict=True)
-        }
-        # Without settings nothing is sure to give the same features twice.
-        keys = {
-            number: sha256(f"{self.settings or number} {content}".encode()).hexdigest()
-            for number, content in contents.items()
-        }
-        self.keys |= keys
-        self.found |= self.store.find(set(keys.values()) - self.found.keys())
-        missing = {
-            key: chunk[number]
-            for number, key in keys.items()
-            if key not in self.found and key not in self.fresh
-        }
-        made = dict(zip(missing, self.pool.map(self._compute, missing.values()), strict=True))
-        bad = {key: one for key, one in made.items() if isinstance(one, UserError)}
-        self.fresh |= {key: one for key, one in made.items() if isinstance(one, Tensor)}
-        if len(self.fresh) >= SHARD:
-            self._store()
-        return {number: bad.get(keys[number], content) for number, content in contents.items()}
-
-    def finish(self, numbers: Iterable[int]) -> list[CachedRow]:
-        """Store what is left; return the features of these rows."""
-        self._store()
-        return [self.found[self.keys[number]] for number in numbers]
-
-    def _store(self) -> None:
-        if self.fresh:
-            self.found |= self.store.store(self.fresh)
-            self.fresh = {}
-
-    def _compute(self, row: dict[str, Any]) -> Tensor | UserError:
-        audio, window = row["audio"] or {}, self.feature_extractor.chunk_length
-        try:
-            wave = read_audio(audio, start=row["start"], end=row["end"], max_seconds=window)
-            self.digests.check(audio)
-        except UserError as error:
-            return error
-        return log_mels(wave, self.feature_extractor)
+def _compute(
+    row: Mapping[str, Any], feature_extractor: "WhisperFeatureExtractor", digests: Digests
+) -> Tensor | UserError:
+    """Return the log-mels of a row, (mels, frames), or what is wrong with its audio."""
+    audio, window = row["audio"] or {}, feature_extractor.chunk_length
+    try:
+        wave = read_audio(audio, start=row["start"], end=row["end"], max_seconds=window)
+        digests.check(audio)
+    except UserError as error:
+        return error
+    return log_mels(wave, feature_extractor)
 
 
 def feature_settings(feature_extractor: "WhisperFeatureExtractor") -> str | None:

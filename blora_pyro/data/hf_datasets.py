@@ -46,7 +46,7 @@ HfDataset: TypeAlias = Dataset | DatasetDict | IterableDataset | IterableDataset
 
 SHARDS = 64  # that a data set on disk is streamed in
 IN_MEMORY = 1 << 26  # bytes of parquet files that are read into memory, not through a cache
-_CHUNK = 200  # streamed rows that become one table: Arrow's binary columns hold 2 GB each
+CHUNK = 200  # streamed rows that become one table: Arrow's binary columns hold 2 GB each
 
 
 def dataset_split(
@@ -256,7 +256,7 @@ def _gathered(data: Dataset | IterableDataset, name: str, on_bad: OnBadRow) -> D
     """Read every row, audio too, into memory."""
     rows = parse_rows(_records(_undecoded(data, name), name), parse_row)
     parts = []
-    while chunk := list(itertools.islice(rows, _CHUNK)):
+    while chunk := list(itertools.islice(rows, CHUNK)):
         parts.append(to_dataset(list(good_rows(chunk, on_bad))))
     if not parts:
         raise UserError(f"{name} has no rows; give data with rows")

@@ -1,8 +1,11 @@
 """The token sequences of Whisper's decoder: prompts and targets."""
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from blora_pyro.data.rows import BadRow, located
 from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.options import TASKS
@@ -70,6 +73,21 @@ def end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return tokenizer.get_vocab()[END]
 
 
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row of `collation.Examples`, all but its features."""
+
+    text: str
+    language: str
+    word_languages: list[str]
+    origin: str
+    audio_path: str | None
+    segment: tuple[float | None, float | None]
+    source: int
+    prompt: list[int]
+    target: list[int]
+
+
 class Encoder:
     """Encodes transcripts as the decoder's tokens: prompt and target."""
 
@@ -104,6 +122,27 @@ class Encoder:
             self._prompts[code] = prompt_ids(self.tokenizer, code, self.task)
         prompt = self._prompts[code]
         return code, prompt, self._target(text, self.max_tokens - len(prompt))
+
+    def encode_row(self, row: Mapping[str, Any], path: str | None) -> EncodedRow:
+        """Return a row with the columns of `read_manifest`, tokenised.
+
+        Args:
+            row: its audio is not looked at.
+            path: of the audio, if it has one.
+
+        Raises:
+            BadRow: if the language is unknown, or the text too long.
+        """
+        source, origin, segment = row.get("source", 0), row["origin"], (row["start"], row["end"])
+        try:
+            with located(origin):
+                language, prompt, target = self.encode(row["text"], row["language"])
+                tags = [language_code(tag) for tag in row["word_languages"]]
+        except BadRow as error:
+            error.source = source
+            raise
+        text = row["text"]
+        return EncodedRow(text, language, tags, origin, path, segment, source, prompt, target)
 
     def _target(self, text: str, room: int) -> list[int]:
         """Return the tokens of a text and its end, no more than fit behind the prompt."""

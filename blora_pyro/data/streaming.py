@@ -11,9 +11,9 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from blora_pyro.data.audio import read_audio
-from blora_pyro.data.collation import Batch, EncodedRow, Examples, encode_row
+from blora_pyro.data.collation import Batch, Examples
 from blora_pyro.data.features import log_mels
-from blora_pyro.data.prompts import Encoder
+from blora_pyro.data.prompts import EncodedRow, Encoder
 from blora_pyro.data.rows import (
     BadRow,
     BadRows,
@@ -207,7 +207,7 @@ class Stream:
         for record in records:
             try:
                 row = self.rows.parse(record)
-                rows.append((row, encode_row(row, row["audio"]["path"], self._encoder)))
+                rows.append((row, self._encoder.encode_row(row, row["audio"]["path"])))
             except BadRow as error:
                 on_bad(error)
         good = []

@@ -111,7 +111,7 @@ def test_audio_of_a_data_set_is_not_copied_and_chunks_of_a_stream_are_joined(sav
     monkeypatch.setattr("blora_pyro.data.rows.parse_audio", None)
     check(load_split(saved.select([1, 0]).select([1, 0]), "train"))
     monkeypatch.undo()
-    monkeypatch.setattr(hf_datasets, "_CHUNK", 2)
+    monkeypatch.setattr(hf_datasets, "CHUNK", 2)
     many = datasets.concatenate_datasets([saved, saved, saved.select([0])])
     check(load_split(many.to_iterable_dataset(), "train"), "xyxyx")
 
