@@ -139,22 +139,8 @@ def train_net(net: WhisperForConditionalGeneration, train: Any, config: FitConfi
         config: Resolved.
     """
     autocast = torch.bfloat16 if config.precision == "bf16" else None
-    return fit_guide(
-        plain_program(net, autocast),
-        TrainedWeights(net),
-        train,
-        beta=0.0,
-        lr=config.lr,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        schedule=config.schedule,
-        warmup_steps=config.warmup_steps,
-        gradient_accumulation=config.gradient_accumulation,
-        max_grad_norm=config.max_grad_norm,
-        spec_augment=config.spec_augment,
-        seed=config.seed,
-        weights=config.data_weights,
-    )
+    program, guide = plain_program(net, autocast), TrainedWeights(net)
+    return fit_guide(program, guide, train, replace(config, beta=0.0, estimator="shared"))
 
 
 class WholeUpdate:

@@ -64,10 +64,7 @@ def test_stock_peft_is_the_program_with_a_point_guide(fluent_base, train, config
     guide = build_guide("point", model)
     for name, value in start.mean.items():
         guide.means[name].data.copy_(value)
-    names = "lr", "steps", "batch_size", "warmup_steps", "seed"
-    ours = fit_guide(
-        model, guide, train, beta=0.0, **{name: getattr(config, name) for name in names}
-    )
+    ours = fit_guide(model, guide, train, config)
 
     losses = [step.loss for step in history]
     assert losses == pytest.approx([step.loss for step in ours], rel=1e-4)
