@@ -12,7 +12,7 @@ import numpy.typing as npt
 from blora_pyro.metrics.error_rates import Counts
 
 FloatArray = npt.NDArray[np.float64]
-BLOCK = 20_000  # resampled indices in memory at a time
+INDICES_IN_MEMORY = 20_000  # resampled indices in memory at a time
 
 
 def macro_rate(sets: Sequence[Counts]) -> float:
@@ -129,7 +129,7 @@ def _resampled_rates(systems: list[Counts], draws: int, rng: np.random.Generator
     n = table.shape[-1]
     totals = np.zeros((len(systems), 2, draws))
     # A block of draws at a time: all at once would hold draws x n indices, gigabytes for a big set.
-    block = max(1, BLOCK // max(n, 1))
+    block = max(1, INDICES_IN_MEMORY // max(n, 1))
     for start in range(0, draws, block):
         count = min(block, draws - start)
         chosen = rng.integers(n, size=(count, n)) + n * np.arange(count)[:, None]

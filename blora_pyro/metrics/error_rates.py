@@ -51,14 +51,14 @@ class Aligned(NamedTuple):
         operation: `=`, or an edit: `S` (substitution), `D` (deletion) or `I` (insertion).
         reference: The token, empty for an insertion.
         hypothesis: The token, empty for a deletion.
-        place: Index of the reference token that an edit counts for; for an insertion the token
+        position: Index of the reference token that an edit counts for; for an insertion the token
             after it, or the last one (-1 if there is none).
     """
 
     operation: str
     reference: str
     hypothesis: str
-    place: int
+    position: int
 
 
 def words(text: str) -> list[str]:

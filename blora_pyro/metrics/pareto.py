@@ -23,10 +23,10 @@ def knee(points: Sequence[Point], base: Point | None = None) -> int | None:
     (1, 0). The knee is the point farthest from the line between them on the origin's side, that
     with the largest 1 - x - y (Das, "On characterizing the 'knee' of the Pareto curve based on
     normal-boundary intersection", Structural Optimization 18, 1999; Kneedle uses the same rule,
-    Satopää et al., ICDCSW 2011). The base is an end of the front, too, unless a point dominates it:
-    not adapting is always an option, and the scale then does not depend on the searched range. If
-    the front has fewer than three points, or nowhere bends towards the origin, the result is the
-    point with the lowest mean of the two errors.
+    Satopää et al., ICDCSW 2011). The base is an end of the front, too, unless a point dominates it
+    or it dominates all: not adapting is always an option, and the scale then does not depend on the
+    searched range. If the front has fewer than three points, or nowhere bends towards the origin,
+    the result is the point with the lowest mean of the two errors.
 
     Args:
         points: (new-domain error, backward error) of each point.
@@ -41,7 +41,7 @@ def knee(points: Sequence[Point], base: Point | None = None) -> int | None:
     if base is not None:  # a point worse than the base is chosen only if all are
         front = [i for i in front if not dominates(base, points[i])] or front
     ends = [points[i] for i in front]
-    if base is not None and not any(dominates(one, base) for one in ends):
+    if base and not any(dominates(end, base) or dominates(base, end) for end in ends):
         ends.append(base)
     ends = sorted(set(ends))
     (left, top), (right, bottom) = ends[0], ends[-1]

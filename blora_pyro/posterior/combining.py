@@ -23,7 +23,7 @@ ROUNDING = 1e-6  # error of a singular value, in units of ‖A‖ ‖B‖
 
 
 @dataclass(frozen=True)
-class Factors:
+class LayerFactors:
     """Independent A and B of one layer, in double precision on the CPU.
 
     Attributes:
@@ -59,7 +59,7 @@ class Factors:
         variance = second @ self.var_a + self.var_b @ self.a**2
         return mean, self.scaling**2 * variance
 
-    def times(self, weight: float, scaling: float) -> "Factors":
+    def times(self, weight: float, scaling: float) -> "LayerFactors":
         """The factors of weight · ΔW, expressed at another scaling."""
         c = math.sqrt(abs(weight) * self.scaling / scaling)
         sign = math.copysign(1.0, weight)
@@ -75,7 +75,7 @@ class Factors:
 
 def _factors(
     posterior: Posterior, mean: Mapping[str, Tensor], variance: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Factors]]:
+) -> Iterator[tuple[str, LayerFactors]]:
     """Yield (layer name, factors) from mean and variance by site name."""
     for group in posterior.groups:
         a, b, var_a, var_b = (
@@ -83,16 +83,16 @@ def _factors(
         )
         for i, name in enumerate(group.modules):
             stddev = group.weight_stddevs[i] if group.weight_stddevs else None
-            yield name, Factors(a[i], b[i], var_a[i], var_b[i], posterior.scaling, stddev)
+            yield name, LayerFactors(a[i], b[i], var_a[i], var_b[i], posterior.scaling, stddev)
 
 
-def posterior_factors(posterior: Posterior) -> dict[str, Factors]:
+def posterior_factors(posterior: Posterior) -> dict[str, LayerFactors]:
     """Layer name -> its factors under q."""
     variance = {name: value.double() ** 2 for name, value in posterior.stddev.items()}
     return dict(_factors(posterior, posterior.mean, variance))
 
 
-def prior_factors(posterior: Posterior) -> dict[str, Factors]:
+def prior_factors(posterior: Posterior) -> dict[str, LayerFactors]:
     """Layer name -> its factors under the prior, averaged over the scales of a hierarchical one.
 
     Raises:
@@ -110,7 +110,7 @@ def prior_factors(posterior: Posterior) -> dict[str, Factors]:
     return dict(_factors(posterior, mean, variance))
 
 
-def posterior_of(like: Posterior, layers: Mapping[str, Factors]) -> Posterior:
+def posterior_of(like: Posterior, layers: Mapping[str, LayerFactors]) -> Posterior:
     """A posterior with these factors, a guide of independent Normals and no prior.
 
     Args:
@@ -206,7 +206,7 @@ def combine(
     return _first_directions(whole, rank)
 
 
-def multiply(runs: Sequence[Factors], priors: Sequence[Factors]) -> Tensor:
+def multiply(runs: Sequence[LayerFactors], priors: Sequence[LayerFactors]) -> Tensor:
     """Mean of the product of Gaussians over one layer's ΔW, with the prior counted once.
 
     If the K runs' data are independent given the weights, p(ΔW | D_1 ... D_K) is proportional to
@@ -218,8 +218,8 @@ def multiply(runs: Sequence[Factors], priors: Sequence[Factors]) -> Tensor:
 
     If the priors differ, their geometric mean is counted once. There are three approximations: q
     replaces the posterior; ΔW = s B A is treated as Gaussian with independent elements (see
-    `Factors.moments`); and v_i is capped at v0_i, which it may exceed, unlike the variance of a
-    Gaussian posterior, because the variance of a product grows with the means of its factors.
+    `LayerFactors.moments`); and v_i is capped at v0_i, which it may exceed, unlike the variance of
+    a Gaussian posterior, because the variance of a product grows with the means of its factors.
     So updates add up where the data said little, and are averaged by precision where they said
     much.
 
@@ -247,7 +247,7 @@ def multiply(runs: Sequence[Factors], priors: Sequence[Factors]) -> Tensor:
     return total / precision
 
 
-def _side_by_side(parts: Sequence[Factors]) -> Factors:
+def _side_by_side(parts: Sequence[LayerFactors]) -> LayerFactors:
     """The sum of several ΔW of one layer and one scaling, with the directions of all."""
     return replace(
         parts[0],
@@ -259,7 +259,7 @@ def _side_by_side(parts: Sequence[Factors]) -> Factors:
 
 
 def _truncated(
-    like: Posterior, deltas: Iterable[tuple[str, Tensor, Factors]], rank: int, scaling: float
+    like: Posterior, deltas: Iterable[tuple[str, Tensor, LayerFactors]], rank: int, scaling: float
 ) -> tuple[Posterior, float]:
     """The first singular directions of each ΔW, as a point estimate, and their share of the norm.
 
@@ -272,7 +272,7 @@ def _truncated(
         root = (values[:rank] / scaling).sqrt().double()
         a, b = root[:, None] * vh[:rank], u[:, :rank] * root
         zeros = torch.zeros_like(a), torch.zeros_like(b)
-        found[name] = Factors(a, b, *zeros, scaling, of_layer.weight_stddev)
+        found[name] = LayerFactors(a, b, *zeros, scaling, of_layer.weight_stddev)
         squares += float(values.double().square().sum())
         kept += float(values[:rank].double().square().sum())
     return posterior_of(like, found), _share(kept, squares)
@@ -318,7 +318,7 @@ def _check(
     return shares
 
 
-def _check_rank(rank: int | None, layers: Mapping[str, Factors]) -> None:
+def _check_rank(rank: int | None, layers: Mapping[str, LayerFactors]) -> None:
     largest = min(min(one.shape) for one in layers.values())
     if rank is not None and not 1 <= rank <= largest:
         raise UserError(f"rank is {rank}; give a number from 1 to {largest}")

@@ -48,9 +48,9 @@ def _row(result: Evaluation, index: int) -> dict[str, Any]:
     points = result.points[index]
     row: dict[str, Any] = {"metric": result.metric, **_figures(result, index)}
     if points:
-        edits = sum(step.operation != "=" and points[step.place] for step in steps)
+        edits = sum(step.operation != "=" and points[step.position] for step in steps)
         row["pier"] = {"edits": edits, "length": sum(points)}
-    row["alignment"] = [_step(step, bool(points) and points[step.place]) for step in steps]
+    row["alignment"] = [_step(step, bool(points) and points[step.position]) for step in steps]
     if result.raw is not None:
         row["raw"] = _figures(result.raw, index)
     return row

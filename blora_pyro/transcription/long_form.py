@@ -30,10 +30,10 @@ from blora_pyro.transcription.windows import Recording, Span, Window, batched
 
 # OpenAI's temperature fallback: a window whose transcript is too repetitive or too unlikely is
 # sampled again at the next temperature, and dropped if it is probably silence.
-TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+DECODING_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MAX_COMPRESSION = 2.4  # zlib ratio of the text
 MIN_LOG_PROB = -1.0  # nats per token
-NO_SPEECH = 0.6  # probability of no speech
+MAX_NO_SPEECH = 0.6  # probability of no speech
 
 ENGLISH = "en"
 
@@ -136,7 +136,7 @@ class LongFormDecoder:
     def _decode_timed(self, batch: Sequence[Window], encoded: Tensor) -> None:
         """Fill in timed pieces, at the lowest temperature whose transcript is accepted."""
         todo = list(range(len(batch)))
-        for temperature in TEMPERATURES:
+        for temperature in DECODING_TEMPERATURES:
             prompts, states = [batch[i].prompt for i in todo], encoded[todo]
             rows = decode_timed(self.base, states, prompts, temperature)
             for i, pieces in zip(todo, rows, strict=True):  # no piece starts after the audio
@@ -144,7 +144,7 @@ class LongFormDecoder:
             scores = score_tokens(self.base, states, prompts, [batch[i].tokens for i in todo])
             pairs = [(i, one) for i, one in zip(todo, scores, strict=True)]
             for i, one in pairs:
-                if one.mean < MIN_LOG_PROB and one.no_speech > NO_SPEECH:
+                if one.mean < MIN_LOG_PROB and one.no_speech > MAX_NO_SPEECH:
                     batch[i].pieces = []
             todo = [i for i, one in pairs if batch[i].pieces and self._failed(batch[i], one)]
             if not todo:

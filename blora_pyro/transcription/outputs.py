@@ -9,8 +9,8 @@ from blora_pyro.errors import UserError
 from blora_pyro.files import replace_file
 from blora_pyro.transcription.transcripts import Transcript, srt, vtt
 
-SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}  # by format
-AUDIO = (".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")  # files picked from folders
+FORMAT_SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}  # by format
+AUDIO_SUFFIXES = (".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")  # files picked from folders
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ def find_audio(paths: Sequence[str | Path]) -> list[AudioFile]:
         if not path.is_dir():
             files.append(AudioFile(path, Path(path.name)))
             continue
-        named = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in AUDIO)
+        named = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in AUDIO_SUFFIXES)
         inside = [file for file in named if file.is_file()]
         if not inside:
-            raise UserError(f"folder '{path}' holds no audio file ({', '.join(AUDIO)})")
+            raise UserError(f"folder '{path}' holds no audio file ({', '.join(AUDIO_SUFFIXES)})")
         files += [AudioFile(file, file.relative_to(path)) for file in inside]
     return files
 
 
 def check_format(form: str) -> None:
     """Raise UserError unless `form` is a known format."""
-    if form not in SUFFIXES:
-        raise UserError(f"format is '{form}'; choose from {', '.join(SUFFIXES)}")
+    if form not in FORMAT_SUFFIXES:
+        raise UserError(f"format is '{form}'; choose from {', '.join(FORMAT_SUFFIXES)}")
 
 
 def render(transcript: Transcript, form: str) -> str:
@@ -100,7 +100,7 @@ class Output:
         """
         taken: dict[Path, AudioFile] = {}
         for file in files:
-            path = folder / file.name.with_suffix(SUFFIXES[form])
+            path = folder / file.name.with_suffix(FORMAT_SUFFIXES[form])
             if path in taken and taken[path].path.resolve() == file.path.resolve():
                 continue  # given twice
             if path in taken:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-COLUMNS = 42  # per line; a Han character takes two
-LINES = 2  # per cue
+LINE_COLUMNS = 42  # per line; a Han character takes two
+CUE_LINES = 2  # per cue
 MIN_CUE = 1  # milliseconds
 
 # A line may end at white space and on either side of a character of a script without spaces, but
@@ -144,7 +144,7 @@ def cues(segments: Iterable[Segment]) -> Iterator[Cue]:
     shown = 0
     for segment in segments:
         lines = _wrap(segment.text)
-        groups = [tuple(lines[i : i + LINES]) for i in range(0, len(lines), LINES)]
+        groups = [tuple(lines[i : i + CUE_LINES]) for i in range(0, len(lines), CUE_LINES)]
         widths = [max(1, sum(map(_width, group))) for group in groups]
         start, end = (round(1000 * time) for time in (segment.start, segment.end))
         start = max(start, shown)
@@ -158,10 +158,10 @@ def cues(segments: Iterable[Segment]) -> Iterator[Cue]:
 
 
 def _wrap(text: str) -> list[str]:
-    """Lines of at most `COLUMNS` columns; only a single wider word exceeds that."""
+    """Lines of at most `LINE_COLUMNS` columns; only a single wider word exceeds that."""
     lines: list[str] = []
     for part in _PART.findall(" ".join(text.split())):
-        if lines and _width(lines[-1] + part) <= COLUMNS:
+        if lines and _width(lines[-1] + part) <= LINE_COLUMNS:
             lines[-1] += part
         else:
             lines.append(part.strip())

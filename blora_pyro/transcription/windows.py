@@ -15,9 +15,9 @@ MIN_WINDOW = 0.1  # seconds; a shorter rest of a recording is left out
 
 # Pauses, at which long audio is cut for a model without timestamp tokens
 FRAME = SAMPLING_RATE // 100  # samples: 10 ms
-SMOOTHING = 5  # frames that a level is averaged over
+SMOOTHING_FRAMES = 5  # frames that a level is averaged over
 MIN_PAUSE = 0.25  # seconds
-MARGIN = 0.1  # seconds of a pause that are kept on either side of speech
+PAUSE_MARGIN = 0.1  # seconds of a pause that are kept on either side of speech
 DEPTH = 0.3  # a frame is quiet below this share of the way from the quiet to the loud level
 CONTRAST = 10.0  # decibels between quiet and loud level below which no pause is detected
 
@@ -146,11 +146,11 @@ def cut_at_pauses(wave: Wave, window: float) -> list[Span]:
 
 
 def _levels(wave: Wave) -> Levels:
-    """Level of every frame in decibels, averaged over `SMOOTHING` frames."""
+    """Level of every frame in decibels, averaged over `SMOOTHING_FRAMES` frames."""
     padded = np.pad(wave, (0, -len(wave) % FRAME)).astype(np.float64)
     power = (padded.reshape(-1, FRAME) ** 2).mean(1)
-    kernel = np.ones(SMOOTHING) / SMOOTHING
-    smooth = np.convolve(np.pad(power, SMOOTHING // 2, mode="edge"), kernel, mode="valid")
+    kernel = np.ones(SMOOTHING_FRAMES) / SMOOTHING_FRAMES
+    smooth = np.convolve(np.pad(power, SMOOTHING_FRAMES // 2, mode="edge"), kernel, mode="valid")
     return 10 * np.log10(smooth + 1e-10)
 
 
@@ -161,7 +161,7 @@ def _speech(levels: Levels) -> list[tuple[int, int]]:
         return [(0, len(levels))]
     loud_frames = np.flatnonzero(levels > quiet + DEPTH * (loud - quiet))
     gaps = np.flatnonzero(np.diff(loud_frames) > MIN_PAUSE * SAMPLING_RATE / FRAME)
-    margin = round(MARGIN * SAMPLING_RATE / FRAME)
+    margin = round(PAUSE_MARGIN * SAMPLING_RATE / FRAME)
     firsts = loud_frames[np.concatenate([[0], gaps + 1])] - margin
     ends = loud_frames[np.concatenate([gaps, [len(loud_frames) - 1]])] + 1 + margin
     return [

@@ -259,7 +259,7 @@ def test_counts_can_be_counted_from_the_alignments(pairs):
             steps = align(name, *pair)
             assert sum(step.operation != "=" for step in steps) == result.edits[index]
             assert sum(step.operation != "I" for step in steps) == result.lengths[index]
-            places = [step.place for step in steps if step.operation != "I"]
+            places = [step.position for step in steps if step.operation != "I"]
             assert places == list(range(len(places)))
             assert all((step.reference == step.hypothesis) == (step[0] == "=") for step in steps)
 
@@ -370,7 +370,7 @@ def test_pier_can_be_counted_from_the_alignments(case):
     rows = []
     for reference, hypothesis, codes in zip(*case, strict=True):
         if points := points_of_interest(codes, "en"):
-            steps = [step for step in align("mer", reference, hypothesis) if points[step.place]]
+            steps = [step for step in align("mer", reference, hypothesis) if points[step.position]]
             rows.append([sum(step[0] != "=" for step in steps), sum(points)])
     assert [list(pair) for pair in zip(result.edits, result.lengths, strict=True)] == rows
 

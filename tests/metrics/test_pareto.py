@@ -39,6 +39,12 @@ def test_the_knee_is_where_giving_way_no_longer_pays():
     assert knee([(1000 * x, y) for x, y in FRONT]) == 2  # nor has the unit
 
 
+def test_a_base_that_dominates_every_point_sets_no_scale():
+    assert knee(FRONT, base=(0.0, 0.0)) == knee(FRONT)
+    straight = [(0.0, 0.1), (0.05, 0.05), (0.1, 0.0)]
+    assert knee(straight, base=(0.0, 0.0)) == knee(straight)
+
+
 def test_the_base_sets_the_scale_and_is_no_knee():
     near = [(0.10, 0.10), (0.11, 0.08), (0.15, 0.06)]
     assert knee(near) == 1  # x 0.2, y 0.5

@@ -8,7 +8,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.families import PREVIOUS_POSTERIOR
 from blora_pyro.posterior import Family
 from blora_pyro.posterior.combining import (
-    Factors,
+    LayerFactors,
     check_alike,
     combine,
     multiply,
@@ -45,7 +45,7 @@ def pair(random_posterior):
 def test_moments_of_an_update_are_those_of_its_draws():
     b, a = torch.randn(3, 2).double(), torch.randn(2, 4).double()
     sd_b, sd_a = torch.rand(3, 2).double(), torch.rand(2, 4).double()
-    mean, variance = Factors(a, b, sd_a**2, sd_b**2, 1.5).moments()
+    mean, variance = LayerFactors(a, b, sd_a**2, sd_b**2, 1.5).moments()
     count = 200_000
     draws_b = b + sd_b * torch.randn(count, 3, 2).double()
     draws = 1.5 * draws_b @ (a + sd_a * torch.randn(count, 2, 4).double())
@@ -155,12 +155,12 @@ def test_a_product_is_the_posterior_of_all_data_where_everything_is_gaussian():
         """Of `a`, from y = b a + noise."""
         precision = 1 / variance0 + len(y) * float(b) ** 2 / noise**2
         mean = float(b) * y.sum(0) / noise**2 / precision
-        return Factors(
+        return LayerFactors(
             mean[None], b, torch.full((1, size), 1 / precision).double(), torch.zeros_like(b), 1.0
         )
 
     data = [torch.randn(count, size).double() for count in (4, 1, 9)]
-    prior = Factors(
+    prior = LayerFactors(
         torch.zeros(1, size).double(),
         b,
         torch.full((1, size), variance0).double(),

@@ -20,8 +20,8 @@ def noise(seconds: float, seed: int = 0) -> Recording:
 @pytest.fixture
 def plain(monkeypatch):
     """Greedy at any price, as transformers' `generate` is by default."""
-    monkeypatch.setattr(long_form, "TEMPERATURES", (0.0,))
-    monkeypatch.setattr(long_form, "NO_SPEECH", 2.0)
+    monkeypatch.setattr(long_form, "DECODING_TEMPERATURES", (0.0,))
+    monkeypatch.setattr(long_form, "MAX_NO_SPEECH", 2.0)
 
 
 def pieces_of(windows):
@@ -155,10 +155,10 @@ def test_an_unlikely_or_repetitive_window_is_sampled_again(
 
 
 def test_the_last_temperature_is_final(timed_base, monkeypatch):
-    texts = dict.fromkeys(long_form.TEMPERATURES, " red") | {1.0: " rad"}
+    texts = dict.fromkeys(long_form.DECODING_TEMPERATURES, " red") | {1.0: " rad"}
     temperatures = scripted(monkeypatch, texts, dict.fromkeys(texts, -3.0))
     (row,) = LongFormDecoder(timed_base, "de", timestamps=True).decode([noise(0.9)])
-    assert temperatures == list(long_form.TEMPERATURES)
+    assert temperatures == list(long_form.DECODING_TEMPERATURES)
     assert text_of(timed_base, row[0].tokens) == "rad"
 
 
@@ -166,7 +166,7 @@ def test_the_last_temperature_is_final(timed_base, monkeypatch):
 def test_an_unlikely_window_that_is_probably_silence_is_dropped(
     timed_base, monkeypatch, mean, silence, said
 ):
-    texts = dict.fromkeys(long_form.TEMPERATURES, " red")
+    texts = dict.fromkeys(long_form.DECODING_TEMPERATURES, " red")
     temperatures = scripted(monkeypatch, texts, dict.fromkeys(texts, mean), silence)
     (row,) = LongFormDecoder(timed_base, "de", timestamps=True).decode([noise(0.9)])
     assert temperatures == [0.0]

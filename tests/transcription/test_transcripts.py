@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blora_pyro.transcription.transcripts import (
-    COLUMNS,
-    LINES,
+    CUE_LINES,
+    LINE_COLUMNS,
     Segment,
     Transcript,
     cues,
@@ -91,9 +91,9 @@ def test_cues_follow_each_other_hold_all_text_and_fit_the_screen(found):
     shown = list(cues(found))
     assert all(cue.start < cue.end for cue in shown)
     assert all(a.end <= b.start for a, b in pairwise(shown))
-    assert all(1 <= len(cue.lines) <= LINES for cue in shown)
+    assert all(1 <= len(cue.lines) <= CUE_LINES for cue in shown)
     lines = [line for cue in shown for line in cue.lines]
-    assert all(len(line) <= COLUMNS or not re.search(r"\s|我", line) for line in lines)
+    assert all(len(line) <= LINE_COLUMNS or not re.search(r"\s|我", line) for line in lines)
     letters = "".join("".join(lines).split())
     assert letters == "".join("".join(one.text.split()) for one in found)
 
