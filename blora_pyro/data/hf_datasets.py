@@ -3,6 +3,7 @@
 import glob
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -132,12 +133,8 @@ def load_saved(folder: Path) -> Dataset | DatasetDict:
     Raises:
         UserError: if it cannot be loaded.
     """
-    try:
+    with _loading(f"the saved data set {printable(folder)}"):
         return load_from_disk(str(folder))
-    except Exception as error:  # anything, as anything can be in the files
-        raise UserError(
-            f"cannot load the saved data set {printable(folder)}: {reason(error)}; save it anew"
-        ) from error
 
 
 def parquet_files(folder: Path) -> dict[str, list[Path]]:
@@ -163,14 +160,20 @@ def load_parquet(
     """
     files = list(files)
     names = [glob.escape(str(path)) for path in files]
-    try:
+    with _loading(printable(names[0])):
         if not streaming and sum(path.stat().st_size for path in files) <= IN_MEMORY:
             tables = [pyarrow.parquet.read_table(path, partitioning=None) for path in files]
             return concatenate_datasets([Dataset(table) for table in tables])
         return load_dataset("parquet", data_files={split: names}, split=split, streaming=streaming)
-    except Exception as error:  # as for saved ones
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # anything, as anything can be in the files
         cause = reason(error.__cause__ or error)
-        raise UserError(f"cannot load {printable(names[0])}: {cause}; save it anew") from error
+        raise UserError(f"cannot load {what}: {cause}; save it anew") from error
 
 
 def load_hub(name: str, split: str, streaming: bool = False) -> Dataset | IterableDataset:
@@ -185,10 +188,8 @@ def load_hub(name: str, split: str, streaming: bool = False) -> Dataset | Iterab
         UserError: if it cannot be reached or loaded, or has no such split.
     """
     repository, _, config = name.partition(":")
-    try:
+    with _hub_errors(name):
         return load_dataset(repository, config or None, split=split, streaming=streaming)
-    except Exception as error:  # of the network, of the Hub, of any of the loaders
-        raise _hub_error(name, error) from error
 
 
 def hub_splits(name: str) -> list[str]:
@@ -198,22 +199,24 @@ def hub_splits(name: str) -> list[str]:
         UserError: if it cannot be reached.
     """
     repository, _, config = name.partition(":")
-    try:
+    with _hub_errors(name):
         return list(get_dataset_split_names(repository, config or None))
-    except Exception as error:
-        raise _hub_error(name, error) from error
 
 
-def _hub_error(name: str, error: Exception) -> UserError:
-    if "torchcodec" in f"{error} {error.__cause__}":
-        return UserError(
-            f"the Hub's {name!r} is a folder of audio files, which `datasets` reads by torchcodec "
-            "only; download the repository and give its folder"
-        )
-    return UserError(
-        f"no data at {name!r}: there is no such path, and from the Hub it cannot be loaded "
-        f"({reason(error)}); give a path, or load it where there is a network"
-    )
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of the network, of the Hub, of any of the loaders
+        if "torchcodec" in f"{error} {error.__cause__}":
+            raise UserError(
+                f"the Hub's {name!r} is a folder of audio files, which `datasets` reads by "
+                "torchcodec only; download the repository and give its folder"
+            ) from error
+        raise UserError(
+            f"no data at {name!r}: there is no such path, and from the Hub it cannot be loaded "
+            f"({reason(error)}); give a path, or load it where there is a network"
+        ) from error
 
 
 def _has_arrays(data: Dataset) -> bool:

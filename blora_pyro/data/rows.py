@@ -154,7 +154,12 @@ def parse_row(record: Record, folder: Path | None = None) -> Row:
     Raises:
         UserError: if the record is no such row, or a manifest's audio file does not exist.
     """
-    record = _without_null_aliases(record)
+    given = {name for names in ALIASES.values() for name in names if record.get(name) is not None}
+    for names in ALIASES.values():  # a null is no value where another name has one
+        if given.intersection(names):
+            record = {
+                name: one for name, one in record.items() if name in given or name not in names
+            }
     check_columns(record)
     audio = parse_audio(record[column(record, "audio")], folder)
     return {"audio": audio, **parse_details(record)}
@@ -286,15 +291,3 @@ def _seconds(name: str, value: object) -> float | None:
     if not number or not 0 <= value < 1e9:  # type: ignore[operator]
         raise UserError(f"{name} must be a number of seconds, got {shown(value)}")
     return float(value)  # type: ignore[arg-type]
-
-
-def _without_null_aliases(record: Record) -> Record:
-    """Drop null aliases where another alias has a value."""
-    dropped = {
-        name
-        for names in ALIASES.values()
-        if any(record.get(name) is not None for name in names)
-        for name in names
-        if record.get(name) is None
-    }
-    return {name: value for name, value in record.items() if name not in dropped}
