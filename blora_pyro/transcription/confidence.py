@@ -10,8 +10,8 @@ w of tokens w_1 ... w_n that follows the tokens h in its window,
     confidence = (agreement + exp(log_prob)) / 2
 
 Agreement alone is overconfident, and exp(log_prob) alone separates correct from wrong words less
-well. `benchmarks/confidence.py` measures their mean; a calibration map fitted to held-out data adds
-little to it, so there is none.
+well. `experiments/confidence.py` measures their mean; a calibration map fitted to held-out data
+adds little to it, so there is none.
 
 A token that two words share, as with two Han characters, counts for both.
 """
