@@ -84,7 +84,7 @@ def model_card(
 
 def _languages(about: Mapping[str, Any]) -> list[str]:
     """Return ISO codes of the languages of the training data."""
-    named = [about["language"], *about.get("domain_languages", {}).values()]
+    named = [about.get("language"), *about.get("domain_languages", {}).values()]
     codes = [code for name in named if name for code in name.split("-")]
     return [ISO_CODES.get(code, code) for code in dict.fromkeys(codes)]
 

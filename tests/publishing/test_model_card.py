@@ -119,3 +119,11 @@ def test_a_posterior_that_has_no_spread_says_so(run):
     assert "a point estimate" in text
     assert "--prior-from" not in text
     assert "tempered" not in text
+
+
+def test_a_run_without_a_language_has_a_card(run):
+    posterior, about, metrics = run
+    del about["language"]
+    card = read_card(posterior, about, metrics)
+    assert card.data.language is None
+    assert "prompted with" not in card.text

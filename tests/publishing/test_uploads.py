@@ -73,7 +73,7 @@ def test_no_local_path_is_uploaded(run, fluent_folder, tones_folder, tmp_path):
     assert about["config"]["backward"] == {"de.jsonl": "de.jsonl", "en.jsonl": "en.jsonl"}
     assert "options" not in about
     posterior, again = read_run(tmp_path)
-    assert again["config"].base == posterior.base == "someone/fluent"
+    assert again.config.base == posterior.base == "someone/fluent"
     assert again.history == read_run(run)[1].history
 
 
