@@ -8,7 +8,7 @@ import torch
 
 from blora_pyro import BLoRA, Posterior, fit
 from blora_pyro.declarations import reference
-from blora_pyro.guides import build_prior
+from blora_pyro.guides import build_prior, check_family
 from blora_pyro.options import REFERENCE, FitConfig, OutputOptions
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -22,7 +22,7 @@ FILES = {
 
 
 def test_the_pages_hold_files():
-    assert set(FILES) == {"by_depth.py", "shared_deviation.py"}
+    assert set(FILES) == {"by_activation.py", "by_depth.py", "rank_width.py", "shared_deviation.py"}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -36,6 +36,13 @@ def test_a_file_of_the_docs_is_a_family_that_fits(name, fit_options, tmp_path):
     draws = [draw["B_16x16"] for draw in posterior.draws(50)]
     spread = torch.stack(draws).std(0)
     assert (spread / posterior.stddev["B_16x16"]).mean() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_the_docs_passes_the_checks_of_a_family(name, tmp_path):
+    path = tmp_path / name
+    path.write_text(FILES[name], encoding="utf-8")
+    assert [check for check in check_family(str(path)).checks if not check.passed] == []
 
 
 def test_the_prior_of_the_docs_holds_the_encoder_tighter(net, tmp_path):

@@ -395,10 +395,21 @@ def push_to_hub(
         typer.echo(f"pushed: {url}")
 
 
-def priors(as_json: Json = False) -> None:
-    """List the prior families and their arguments."""
+def priors(
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Check a family instead: a name, or a .py file, whose code is run.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the prior families and their arguments, or check that one keeps the contract."""
     with one_line_errors():
         quiet_libraries()
+        if check is not None:
+            return _check_prior(check, as_json)
         from blora_pyro.families import FAMILIES
         from blora_pyro.guides import describe_prior
 
@@ -415,3 +426,18 @@ def priors(as_json: Json = False) -> None:
             from blora_pyro.tables import print_report
 
             print_report(prior_tables(families))
+
+
+def _check_prior(name: str, as_json: bool) -> None:
+    """Print the checks of a family; exit code 1 if one failed."""
+    from blora_pyro.diagnostics.report import family_tables
+    from blora_pyro.guides import check_family
+    from blora_pyro.tables import print_report
+
+    report = check_family(name)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_report(family_tables(report))
+    if not report.passed:
+        raise typer.Exit(1)

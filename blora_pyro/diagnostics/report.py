@@ -13,7 +13,7 @@ from blora_pyro.diagnostics.explanations import Shrinkage
 from blora_pyro.diagnostics.khat import Khat
 from blora_pyro.diagnostics.layers import KindSummary, LayerPosition
 from blora_pyro.diagnostics.summaries import Summary
-from blora_pyro.guides import Argument
+from blora_pyro.guides import Argument, FamilyReport
 from blora_pyro.tables import NONE, Part, Table, figure_columns, number, percent, text_columns
 
 TOP = 5  # layers shown one by one
@@ -186,6 +186,14 @@ def prior_tables(families: Mapping[str, tuple[str, tuple[Argument, ...]]]) -> li
         "your own: --prior PATH.py, a file with classes Prior and Guide; see "
         "docs/your_own_prior.md",
     ]
+
+
+def family_tables(report: FamilyReport) -> list[Part]:
+    """Return the checks of a prior family, and what is wrong with it."""
+    table = Table(text_columns("check", "", "found"), f"checks of {report.family}")
+    for one in report.checks:
+        table.add_row(one.name, "passed" if one.passed else "failed", one.message)
+    return [table, "it keeps the contract" if report.passed else "see docs/your_own_prior.md"]
 
 
 def data_check_tables(found: DataCheck) -> list[Part]:

@@ -8,6 +8,7 @@ The built-in ones are listed in `blora_pyro.families`; a user's own file loads b
 """
 
 from blora_pyro.families import FAMILIES, GUIDES
+from blora_pyro.guides.checks import Check, FamilyReport, check_family
 from blora_pyro.guides.contracts import Guide, Prior
 from blora_pyro.guides.registry import (
     Argument,
@@ -25,10 +26,13 @@ __all__ = [
     "FAMILIES",
     "GUIDES",
     "Argument",
+    "Check",
+    "FamilyReport",
     "Guide",
     "Prior",
     "build_guide",
     "build_prior",
+    "check_family",
     "describe_prior",
     "latent_sites",
     "load_family",

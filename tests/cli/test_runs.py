@@ -17,6 +17,22 @@ def test_priors_are_listed():
         assert words in out
 
 
+def test_a_family_is_checked_and_a_wrong_one_fails_with_code_1(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import pyro.distributions as dist\n"
+        "from blora_pyro.guides.normal import Guide\n"
+        "class Prior:\n"
+        "    def __call__(self, site):\n"
+        "        return dist.Normal(0.0, 0.05).expand(site.shape)\n",
+        encoding="utf-8",
+    )
+    result = run("priors", "--check", str(path), "--json")
+    assert result.exit_code == 1
+    (found,) = json.loads(result.stdout)["checks"]
+    assert not found["passed"] and ".to_event(2)" in found["message"]
+
+
 def test_priors_with_json():
     families = parsed(well("priors", "--json"))
     assert [family["name"] for family in families] == list(FAMILIES)

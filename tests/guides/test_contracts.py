@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from blora_pyro import Posterior, fit
+from blora_pyro import FitConfig, Posterior, fit
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.families import FAMILIES
 from blora_pyro.guides import build_guide, build_prior
@@ -39,7 +39,7 @@ def prepared(tmp_path):
 
 @pytest.fixture
 def options(fit_options):
-    return {**fit_options, "steps": 4, "evaluate": False}
+    return {**fit_options, "steps": 4}
 
 
 class Kill(Listener):
@@ -49,7 +49,7 @@ class Kill(Listener):
 
 
 def test_what_a_prior_prepares_is_stored_with_the_posterior(prepared, options, tmp_path):
-    run = fit(tmp_path / "run", prior=prepared, **options)
+    run = fit(FitConfig(prior=prepared, **options), tmp_path / "run", evaluate=False)
     tensors = run.posterior.prior_tensors
     assert tensors["sizes"].tolist() == [2]  # all training data once, in batches of two
     loaded = Posterior.load(tmp_path / "run", prior=prepared)
@@ -60,17 +60,18 @@ def test_what_a_prior_prepares_is_stored_with_the_posterior(prepared, options, t
 
 
 def test_a_resumed_fit_prepares_the_same_bits(prepared, options, tmp_path):
-    straight = fit(tmp_path / "straight", prior=prepared, **options)
+    config = FitConfig(prior=prepared, **options)
+    straight = fit(config, tmp_path / "straight", evaluate=False)
     with pytest.raises(Interrupted):
-        fit(tmp_path / "run", prior=prepared, progress=Kill(), checkpoint_every=1, **options)
-    resumed = fit(tmp_path / "run", prior=prepared, resume=True, evaluate=False)
+        fit(config, tmp_path / "run", progress=Kill(), checkpoint_every=1, evaluate=False)
+    resumed = fit(FitConfig(prior=prepared), tmp_path / "run", resume=True, evaluate=False)
     assert resumed.history == straight.history
     for name, tensor in straight.posterior.prior_tensors.items():
         assert torch.equal(resumed.posterior.prior_tensors[name], tensor)
 
 
 def test_a_pruned_posterior_has_lost_what_its_prior_prepared(prepared, options, tmp_path):
-    run = fit(tmp_path / "run", prior=prepared, **options)
+    run = fit(FitConfig(prior=prepared, **options), tmp_path / "run", evaluate=False)
     with pytest.raises(UserError, match="turned away from its prior"):
         _ = prune(run.posterior, rank=2).prior
 
@@ -83,7 +84,7 @@ def test_what_prepare_does_wrong_is_told_in_one_line(prepared, options, tmp_path
     ):
         path.write_text(PREPARED.replace(old, new), encoding="utf-8")
         with pytest.raises(UserError, match=rf"wrong.py.*prepare.*{reason}"):
-            fit(prior=str(path), **options)
+            fit(FitConfig(prior=str(path), **options))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

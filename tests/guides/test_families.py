@@ -17,6 +17,7 @@ from blora_pyro.families import FAMILIES, GUIDES
 from blora_pyro.guides import (
     build_guide,
     build_prior,
+    check_family,
     describe_prior,
     latent_sites,
     load_family,
@@ -84,64 +85,17 @@ def adapted(net, name, target_modules="all-linear"):
     return model, prior, build_guide(name, prior)
 
 
-# ---- prior and guide
+# ---- the checks that a user's family gets, too
 
 
-@EVERY_FAMILY
-def test_the_prior_is_a_batch_of_layers_with_matrices_as_events(name):
-    for site in GROUP.sites:
-        prior = build_prior(name)(site)
-        assert prior.batch_shape == (2,)
-        assert prior.event_shape == site.shape[1:]
-        draw = prior.sample()
-        assert draw.shape == site.shape
-        assert prior.log_prob(draw).shape == (2,)
-        assert prior.log_prob(draw).isfinite().all()
-
-
-@EVERY_GUIDE
-def test_the_guide_samples_just_the_sites_of_the_prior_in_their_shapes(name, small):
-    shapes = [
-        {key: tuple(site["value"].shape) for key, site in latent_sites(trace).items()}
-        for trace in (poutine.trace(program).get_trace() for program in small)
-    ]
-    factors = {site.name: site.shape for site in GROUP.sites}
-    assert shapes[0] == shapes[1]
-    assert factors.items() <= shapes[0].items()
-    scales = {factor + end for factor in factors for end in SCALES.get(name, ())}
-    assert shapes[0].keys() == factors.keys() | scales
-
-
-@EVERY_GUIDE
-def test_mean_and_stddev_have_the_shapes_of_the_factors_and_no_gradient(name, small):
-    _, guide = small
-    for moment in (guide.mean(), guide.stddev()):
-        assert {key: tuple(value.shape) for key, value in moment.items()} == {
-            site.name: site.shape for site in GROUP.sites
-        }
-        assert not any(value.requires_grad for value in moment.values())
-    for site in GROUP.sites:
-        stddev = guide.stddev()[site.name]
-        is_point = site.factor in POINTS.get(name, "")
-        assert (stddev == 0).all() if is_point else (stddev > 0).all()
-
-
-@EVERY_GUIDE
-def test_draws_have_the_moments_that_the_guide_tells(name, small):
-    _, guide = small
-    with torch.no_grad():
-        draws = [guide() for _ in range(600)]
-    for site in GROUP.sites:
-        values = torch.stack([draw[site.name] for draw in draws]).double()
-        mean, stddev = guide.mean()[site.name].double(), guide.stddev()[site.name].double()
-        if site.factor in POINTS.get(name, ""):
-            assert (values == mean).all()
-            continue
-        squares = (values - mean).square()
-        for sample, expected in ((values, mean), (squares, stddev.square())):
-            error = sample.std(0) / math.sqrt(len(sample))
-            assert ((sample.mean(0) - expected).abs() < 6 * error).all()
-        assert (squares.mean(0) / stddev.square()).mean() == pytest.approx(1, abs=0.05)
+@pytest.mark.parametrize(
+    ("family", "guide"),
+    [*((name, None) for name in FAMILIES), ("normal", "point"), ("horseshoe", "auto-normal")],
+)
+def test_every_built_in_family_passes_its_checks(family, guide):
+    report = check_family(family, guide)
+    assert [check for check in report.checks if not check.passed] == []
+    assert len(report.checks) == 9
 
 
 # ---- KL
@@ -250,16 +204,6 @@ def test_draws_of_the_guide_at_its_start_hardly_move_the_base(name, net, drift):
         assert START[name] / 3 < change < START[name]
 
 
-@EVERY_GUIDE
-def test_the_mean_of_the_guide_at_its_start_is_the_base(name, net, drift):
-    model, _, guide = adapted(net, name)
-    guide()
-    mean = guide.mean()
-    assert all((mean[group.B.name] == 0).all() for group in model.groups)
-    assert all((mean[group.A.name] != 0).any() for group in model.groups)  # no saddle
-    assert drift(model, [mean]) == 0
-
-
 @EVERY_FAMILY
 def test_draws_of_the_prior_move_the_base_within_a_bound(name, net, drift):
     model, prior, _ = adapted(net, name)
@@ -310,7 +254,7 @@ EVERY_ARGUMENT = pytest.mark.parametrize(("name", "key"), ARGUMENTS)
 
 
 @EVERY_ARGUMENT
-@pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf, "-1", "nan", "wide", ""])
+@pytest.mark.parametrize("bad", [-1.0, "nan", "wide"])
 def test_a_bad_argument_is_refused_by_name(name, key, bad):
     with pytest.raises(UserError, match=rf"\b{key} is '?{bad}") as raised:
         build_prior(name, **{key: bad})
