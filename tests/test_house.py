@@ -1,6 +1,7 @@
-"""One way through the house: nothing to the left imports from the right."""
+"""One way through the house: nothing to the left imports from the right, in no circle."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -8,52 +9,102 @@ import pytest
 import blora_pyro
 
 HOUSE = Path(blora_pyro.__file__).parent
-ORDER = (  # of the rooms and of the files beside them, as CONTRIBUTING.md tells it
+TESTS = Path(__file__).parent
+ORDER = (  # of the rooms and of the files beside them, as CONTRIBUTING.md has it
     *("errors", "files", "hub", "launched", "families", "languages", "sources", "tables"),
     *("plotting", "declarations", "options"),
     *("data", "metrics", "low_rank", "adapters", "models", "guides", "fitting"),
     *("posterior", "diagnostics", "transcription", "evaluation"),
     *("runs", "studies", "sweeps", "comparison", "publishing", "cli"),
 )
-FILES = sorted(path for path in HOUSE.rglob("*.py") if not path.stem.startswith("__main"))
+FILES = sorted(path for path in HOUSE.rglob("*.py") if not path.stem.startswith("__"))
+# Tests of what no single module does.
+ACROSS = {
+    "cli/test_cli.py",
+    "data/test_pocket_assets.py",
+    "fitting/test_conjugate.py",
+    "fitting/test_planted_rank.py",
+    "guides/test_families.py",
+    "models/test_geometries.py",
+    "runs/test_old_runs.py",
+    "runs/test_pocket_fit.py",
+    "runs/test_pooled_runs.py",
+    "runs/test_resume.py",
+    "runs/test_streamed_runs.py",
+    "test_deployment.py",
+    "test_docs.py",
+    "test_house.py",
+}
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(HOUSE).with_suffix("").parts[0]
+def name_of(path: Path) -> str:
+    """`blora_pyro.data.audio`, and for a room's `__init__` that of the room."""
+    parts = path.relative_to(HOUSE).with_suffix("").parts
+    return ".".join(("blora_pyro", *(one for one in parts if one != "__init__")))
 
 
-def imported(path: Path):
-    """Rooms, and lines; what is for the type checker alone counts for nothing."""
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            waiting += node.orelse
-            continue
-        waiting += ast.iter_child_nodes(node)
+MODULES = {name_of(path): path for path in HOUSE.rglob("*.py")}
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Modules of the package that one imports, anywhere in it, also under TYPE_CHECKING."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert not any(one.name.startswith("blora_pyro") for one in node.names), "use from"
-        assert not isinstance(node, ast.ImportFrom) or not node.level, "import by the whole name"
-        if isinstance(node, ast.ImportFrom) and node.module == "blora_pyro":
-            yield from ((one.name, node.lineno) for one in node.names if one.name != "__version__")
-        elif isinstance(node, ast.ImportFrom) and node.module.startswith("blora_pyro."):
-            yield node.module.split(".")[1], node.lineno
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        assert not node.level, "import by the whole name"
+        if node.module and node.module.split(".")[0] == "blora_pyro":
+            for one in node.names:
+                whole = f"{node.module}.{one.name}"
+                found.append((whole if whole in MODULES else node.module, node.lineno))
+    return found
 
 
 def test_every_room_has_its_place():
-    rooms = {room_of(path) for path in FILES} - {"__init__"}
+    rooms = {path.relative_to(HOUSE).with_suffix("").parts[0] for path in FILES}
     assert rooms == set(ORDER)
 
 
 def test_nothing_imports_from_its_right():
-    found = [(path, *one) for path in FILES for one in imported(path)]
-    wrong = [
-        f"{path}:{line}: {name}"
-        for path, name, line in found
-        if room_of(path) != "__init__" and ORDER.index(name) > ORDER.index(room_of(path))
-    ]
-    assert len(found) > 500
+    wrong, count = [], 0
+    for path in FILES:
+        room = ORDER.index(path.relative_to(HOUSE).with_suffix("").parts[0])
+        for module, line in imports(path):
+            count += 1
+            if module != "blora_pyro" and ORDER.index(module.split(".")[1]) > room:
+                wrong.append(f"{path}:{line}: {module}")
+    assert count > 500
     assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    # A module may import from its own room's names, which the room's __init__ takes from others.
+    graph = {
+        name: {one for one, _ in imports(path) if one != "blora_pyro" and one != name}
+        for name, path in MODULES.items()
+        if path.stem not in ("__init__", "__main__")
+    }
+    try:
+        order = [*TopologicalSorter(graph).static_order()]
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
+    assert len(order) >= len(graph)
+
+
+def test_every_module_has_a_test_of_its_name_and_every_test_a_module():
+    modules = {
+        f"{path.relative_to(HOUSE).parent / f'test_{path.stem}.py'}".removeprefix("./")
+        for path in FILES
+    }
+    tests = {
+        str(path.relative_to(TESTS))
+        for path in TESTS.rglob("test_*.py")
+        if path.relative_to(TESTS).parts[0] not in ("recipes", "experiments")
+    }
+    assert modules <= tests, f"without a test: {sorted(modules - tests)}"
+    assert tests - modules <= ACROSS, f"without a module: {sorted(tests - modules - ACROSS)}"
 
 
 def test_every_public_name_is_there():
