@@ -3,7 +3,7 @@
     python benchmarks/inference.py
 
 The pocket Whisper, one monolingual test set, greedy. The posterior is one so near the base that the
-transcripts are the same, so that all have the same number of tokens to say; that they are is
+transcripts are the same, so that all have the same number of tokens; that they are is
 checked, and kept. The pipeline and `transcribe` are given samples, `evaluate` (as in `fit`) has the
 features already. Draws: `transcribe --samples K`, and what it takes beyond `transcribe`, against K
 times that of one.
@@ -39,7 +39,7 @@ Texts = Callable[[], list[str]]
 
 
 def main() -> None:
-    """Three tables."""
+    """Print three tables."""
     found = parser(__doc__)
     found.add_argument("--utterances", type=int, default=96)
     arguments = parse(found)
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def near(base: Base) -> Posterior:
-    """A posterior at the start of a fit, but for a B that is nearly zero."""
+    """Return a posterior at the start of a fit, but with a B that is nearly zero."""
     config = with_prior_arguments(FitConfig()).resolved(1, 1)
     model, guide = build(base, config)
     posterior = Posterior.from_guide(base.name, model, guide, Family())
@@ -76,7 +76,7 @@ def near(base: Base) -> Posterior:
 
 
 def timed(contestants: Mapping[str, Texts], peer: str, rounds: int) -> dict[str, Any]:
-    """Seconds and ratios, and whether all say the same."""
+    """Return seconds and ratios, and whether all transcripts are the same."""
     said = [one() for one in contestants.values()]
     seconds = interleaved(contestants, rounds, warm_up=1)
     equal = all(one == said[0] for one in said) and any(said[0])
@@ -84,7 +84,7 @@ def timed(contestants: Mapping[str, Texts], peer: str, rounds: int) -> dict[str,
 
 
 def merged(base: Base, posterior: Posterior, count: int) -> dict[str, Texts]:
-    """The base, the same with ΔW merged, and with hooks that add it (as `evaluate` does)."""
+    """Return the base, the same with ΔW merged, and with hooks that add it, as in `evaluate`."""
     examples = load_examples(base, LANGUAGE, "test")
     other = replace(base, net=copy.deepcopy(base.net))
     posterior.merge(other.net)
@@ -102,7 +102,7 @@ def merged(base: Base, posterior: Posterior, count: int) -> dict[str, Texts]:
 
 
 def pipelines(base: Base, posterior: Posterior, count: int) -> dict[str, Texts]:
-    """The merged model in transformers' pipeline, and in `transcribe` and `evaluate`."""
+    """Return the merged model in transformers' pipeline, in `transcribe` and `evaluate`."""
     other = replace(base, net=copy.deepcopy(base.net))
     posterior.merge(other.net)
     recordings = recordings_of(count)
@@ -135,7 +135,7 @@ def pipelines(base: Base, posterior: Posterior, count: int) -> dict[str, Texts]:
 
 
 def recordings_of(count: int) -> list[Recording]:
-    """The first of the test set, read."""
+    """Return the first recordings of the test set."""
     audio = load_split(LANGUAGE, "test").select(range(count))["audio"]
     return [Recording(str(place), read_audio(one)) for place, one in enumerate(audio)]
 
@@ -147,7 +147,7 @@ def draws(
     posterior: Posterior,
     count: int,
 ) -> None:
-    """What K draws take."""
+    """Print what K draws take."""
     numbers = DRAWS[:3] if arguments.quick else DRAWS
     rounds = 2 if arguments.quick else ROUNDS // 4
     recordings = recordings_of(count)

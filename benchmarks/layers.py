@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from common import Results, compared, interleaved, parse, parser, print_table, shown
+from common import Results, parse, parser, print_table, race, shown
 from contestants import PEER
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ FROZEN, OURS, WRITTEN_OUT = "frozen layer", "ours", "written out"
 
 
 def main() -> None:
-    """A row a shape."""
+    """Measure each shape, and print a row for it."""
     arguments = parse(parser(__doc__))
     results = Results(arguments, calls=CALLS)
     cases = [*product(ROWS, SHAPES, RANKS)]
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def measure(rows: int, outputs: int, inputs: int, rank: int, rounds: int) -> dict[str, Any]:
-    """Seconds of `CALLS` calls and their backward passes."""
+    """Return the seconds of `CALLS` calls and their backward passes."""
     torch.manual_seed(0)
     x = torch.randn(4, rows // 4, inputs, requires_grad=True)
     a = (torch.randn(rank, inputs) / inputs).requires_grad_()
@@ -72,11 +72,11 @@ def measure(rows: int, outputs: int, inputs: int, rank: int, rounds: int) -> dic
         x.grad = a.grad = b.grad = None
 
     steps = {name: partial(calls, layer) for name, layer in layers.items()}
-    return compared(interleaved(steps, rounds), PEER)
+    return race(steps, PEER, rounds)
 
 
 def frozen_layer(outputs: int, inputs: int) -> nn.Sequential:
-    """A layer by itself."""
+    """Return a layer by itself."""
     return nn.Sequential(nn.Linear(inputs, outputs)).requires_grad_(False)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from common import RESULTS, about
+from common import RESULTS, commit, machine
 from optuna.trial import FrozenTrial, TrialState
 
 from blora_pyro.data import load_split
@@ -56,8 +56,8 @@ def main() -> None:
         while not all([team.ended() for team in teams]):
             time.sleep(0.2)
         found = {team.command[0]: team.checked() for team in teams}
-    report = about(threads=1)
-    report["command"] = f"python benchmarks/many_machines.py --storage {kind_of(storage)}://..."
+    command = f"python benchmarks/many_machines.py --storage {kind_of(storage)}://..."
+    report = {"command": command, "commit": commit(), "machine": machine(1)}
     database = teams[0].database()
     text = json.dumps({**report, "database": database, **found}, indent=1)
     print(text)

@@ -4,7 +4,7 @@
 
 `depth`: a Whisper of width 16, up to the 32 + 32 layers of large-v3, all 512 linear layers adapted:
 what is left is Python. "Without the net" is our step with the net replaced by a sum over all
-factors: draw, program, KL, their backward pass, Adam and all that the loop looks after. Beside it
+factors: draw, program, KL, their backward pass, Adam and all that the loop does. Beside it
 the same of plain LoRA (a parameter a matrix, Adam), and whole steps.
 
 `width`: factors of real size, without a net. Time per adapter weight, and against copying our
@@ -19,7 +19,7 @@ from typing import Any
 
 import pyro
 import torch
-from common import Results, compared, interleaved, parse, parser, print_table, shown
+from common import Results, parse, parser, print_table, race, shown
 from contestants import (
     BETA,
     CONTESTANTS,
@@ -64,7 +64,7 @@ NOTHING = Batch(torch.zeros(1, 1, 1), torch.zeros(1, 1).long(), torch.zeros(1, 1
 
 
 def main() -> None:
-    """Both tables."""
+    """Print both tables."""
     arguments = parse(parser(__doc__))
     results = Results(arguments, depths=DEPTHS, widths=WIDTHS)
     depth(arguments, results)
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def depth(arguments: argparse.Namespace, results: Results) -> None:
-    """Milliseconds against the number of adapted layers."""
+    """Print milliseconds against the number of adapted layers."""
     rounds, rows = 3 if arguments.quick else 30, []
     for layers in DEPTHS[:2] if arguments.quick else DEPTHS:
         found = results.case(f"depth {layers}", partial(measure_depth, layers, rounds))
@@ -88,7 +88,7 @@ def depth(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def measure_depth(layers: int, rounds: int) -> dict[str, Any]:
-    """Steps on paper-thin layers, without the net and with it."""
+    """Return the time of steps on very thin layers, without the net and with it."""
     config = geometry("tiny", **THIN, encoder_layers=layers, decoder_layers=layers)
     net, batch = random_net(config), random_batch(config, size=1, length=8)
     torch.manual_seed(1)
@@ -111,15 +111,14 @@ def measure_depth(layers: int, rounds: int) -> dict[str, Any]:
 
 
 def timed(steps: dict[str, Callable[[], object]], rounds: int, peer: str) -> dict[str, Any]:
-    """All in turn, each in a parameter store of its own."""
+    """Return the time of all, each in a parameter store of its own."""
     stores: dict[str, Any] = {name: {"params": {}, "constraints": {}} for name in steps}
-    scope = pyro.get_param_store().scope
-    seconds = interleaved(steps, rounds, around=lambda name: scope(stores[name]))
-    return compared(seconds, peer)
+    inside = lambda name: pyro.get_param_store().scope(stores[name])  # noqa: E731
+    return race(steps, peer, rounds, inside=inside)
 
 
 def silent(ours: Any) -> Ours:
-    """The same with a sum over all factors in the place of its net."""
+    """Return the same with a sum over all factors in the place of its net."""
     adapters = ours.model.adapters
 
     def likelihood(batch: Batch) -> Prediction:
@@ -132,7 +131,7 @@ def silent(ours: Any) -> Ours:
 
 
 def plain_lora(shapes: list[tuple[int, int]]) -> Callable[[], object]:
-    """A step of LoRA without its net: a sum over all factors, backward, Adam."""
+    """Return a step of LoRA without its net: a sum over all factors, backward, Adam."""
     factors = [nn.Parameter(torch.randn(shape) / 100) for shape in shapes]
     optimizer = torch.optim.Adam(factors, lr=LR, fused=True)
 
@@ -150,20 +149,20 @@ class Alone(FactorPrior):
     """The latent part of the program, and in place of a net a sum over all factors."""
 
     def __init__(self, groups: tuple[Group, ...]) -> None:
-        """The default prior."""
+        """Set the default prior."""
         device = torch.device("cpu")
         super().__init__(groups, build_prior("normal", scale=PRIOR_SCALE), device)
         self.net = SimpleNamespace(device=device, dtype=torch.float32)
 
     def __call__(self, *batch: object) -> None:
-        """Draw, take apart into layers, and observe."""
+        """Draw, split into layers, and observe."""
         maps: list[Any] = [one for factor in self.draw().values() for one in projections(factor)]
         total = sum((one.weight.sum() for one in maps), torch.zeros(()))
         pyro.factor("tokens", -total)
 
 
 def width(arguments: argparse.Namespace, results: Results) -> None:
-    """Nanoseconds per adapter weight."""
+    """Print nanoseconds per adapter weight."""
     rounds, rows = 3 if arguments.quick else 20, []
     for size, rank in WIDTHS[:1] if arguments.quick else WIDTHS:
         case = f"width {size}, rank {rank}"
@@ -178,7 +177,7 @@ def width(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def measure_width(size: str, rank: int, rounds: int) -> dict[str, Any]:
-    """Steps without a net on factors of real size."""
+    """Return the time of steps without a net on factors of real size."""
     model: Any = Alone(groups_of(size, rank))
     torch.manual_seed(1)
     steps: dict[str, Callable[[], object]] = {}
@@ -195,7 +194,7 @@ def measure_width(size: str, rank: int, rounds: int) -> dict[str, Any]:
 
 
 def groups_of(size: str, rank: int) -> tuple[Group, ...]:
-    """Of all linear layers, whose weights are not made."""
+    """Return the groups of all linear layers, whose weights are not made."""
     with torch.device("meta"):
         net = WhisperForConditionalGeneration(geometry(size))
     shapes: dict[tuple[int, int], list[str]] = {}

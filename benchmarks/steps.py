@@ -3,19 +3,19 @@
     python benchmarks/steps.py
 
 Random weights in the shapes of whisper-tiny, -base and -small; one window of 30 s with 30 tokens,
-the least that hides what a step costs whatever its batch. In every case all contestants take a step
-in every round, in an order drawn anew; a ratio is that of two steps of one round. bf16 is autocast,
-which a processor without such instructions emulates slowly. On base and small the contestants are
-ours and PEFT LoRA.
+the least that hides what a step costs whatever its batch. A ratio is that of two steps of one
+round. bf16 is autocast, which a processor without such instructions emulates slowly. On base and
+small the contestants are ours and PEFT LoRA.
 """
 
 import math
 from collections.abc import Mapping
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
-from common import Results, compared, interleaved, parse, parser, print_table, shown
+from common import Results, parse, parser, print_table, race, shown
 from contestants import CONTESTANTS, PEER, geometry, random_batch, random_net
 
 ROUNDS = {"tiny": 16, "base": 24, "small": 12}
@@ -35,20 +35,17 @@ def main() -> None:
     arguments = parse(found)
     names = arguments.contestants.split(";")
     results = Results(arguments, contestants=names, rounds=arguments.rounds or ROUNDS)
-    cases: list[tuple[str, str, str, int]] = [
-        (size, precision, targets, rank)
-        for size in arguments.geometries.split(",")
-        for precision in arguments.precisions.split(",")
-        for targets in TARGETS
-        for rank in RANKS
-    ]
-    for size, precision, targets, rank in QUICK if arguments.quick else cases:
+    sizes, precisions = arguments.geometries.split(","), arguments.precisions.split(",")
+    cases = QUICK if arguments.quick else [*product(sizes, precisions, TARGETS, RANKS)]
+    for size, precision, targets, rank in cases:
         rounds = 2 if arguments.quick else arguments.rounds or ROUNDS[size]
-        case = f"{size}, {precision}, {targets}, rank {rank}"
+        name = f"{size}, {precision}, {targets}, rank {rank}"
         those = names if size == ALL_ON else [one for one in names if one in (PEER, "ours")]
-        options = those, size, precision == "bf16", targets, rank, rounds
-        found_there = results.case(case, partial(measure, *options))
-        print(f"{case}: {line(found_there)}", flush=True)
+        case = results.case(
+            name, partial(measure, those, size, precision == "bf16", targets, rank, rounds)
+        )
+        ratios = [f"{one} {shown(found['ratio'])}" for one, found in case.items() if one != PEER]
+        print("; ".join([f"{name}: {PEER} {shown(case[PEER]['seconds'])} s", *ratios]), flush=True)
     summary = summarise(results.cases)
     results.write(summary=summary)
     rows = [
@@ -61,41 +58,25 @@ def main() -> None:
 def measure(
     names: list[str], size: str, bf16: bool, targets: str, rank: int, rounds: int
 ) -> dict[str, Any]:
-    """Seconds and ratios of every contestant in one case."""
+    """Return seconds and ratios of every contestant in one case."""
     config = geometry(size)
-    net = random_net(config)
-    batch = random_batch(config, 1)
+    net, batch = random_net(config), random_batch(config, 1)
     torch.manual_seed(1)
     those = {name: CONTESTANTS[name](net, rank, targets, bf16) for name in names}
-    seconds = interleaved(
-        {name: partial(one.step, batch) for name, one in those.items()},
-        rounds,
-        warm_up=1,
-        around=lambda name: those[name].store_in_place(),
-    )
-    return compared(seconds, PEER)
-
-
-def line(case: Mapping[str, Any]) -> str:
-    """Seconds of the peer, ratios of the others."""
-    ratios = [f"{name} {shown(one['ratio'])}" for name, one in case.items() if name != PEER]
-    return "; ".join([f"{PEER} {shown(case[PEER]['seconds'])} s", *ratios])
+    steps = {name: partial(one.step, batch) for name, one in those.items()}
+    inside = lambda name: those[name].store_in_place()  # noqa: E731
+    return race(steps, PEER, rounds, warm_up=1, inside=inside)
 
 
 def summarise(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of every contestant's median ratios: the geometric mean over cases, and the worst."""
-    names = dict.fromkeys(name for case in cases.values() for name in case)
+    """Return the geometric mean over cases, and the worst, of every contestant's median ratio."""
     found = {}
-    for name in names:
+    for name in dict.fromkeys(name for case in cases.values() for name in case):
         ratios = {case: one[name]["ratio"]["median"] for case, one in cases.items() if name in one}
         worst = max(ratios, key=lambda case: ratios[case])
         mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
-        found[name] = {
-            "geometric_mean": mean,
-            "worst": ratios[worst],
-            "worst_case": worst,
-            "cases": len(ratios),
-        }
+        found[name] = {"geometric_mean": mean, "worst": ratios[worst], "worst_case": worst}
+        found[name]["cases"] = len(ratios)
     return found
 
 
