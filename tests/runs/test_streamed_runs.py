@@ -148,7 +148,7 @@ def test_an_object_of_datasets_is_streamed(options, tones_folder):
         ({"distillation": 0.1, "distillation_languages": ("en",)}, r"distillation is 0\.1"),
         ({"cache_encoder": True}, r"cache_encoder is True"),
         ({"streaming": False, "shuffle_buffer": 5}, "shuffle_buffer is 5, but no streaming; give"),
-        ({"shuffle_buffer": 0}, "shuffle_buffer is 0; give a number above 0"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer is 0; give a whole number from 1"),
     ],
 )
 def test_what_a_stream_can_not_do_is_refused(given, message):
