@@ -55,7 +55,7 @@ def add_low_rank_update(
         weight: (out_features, in_features), which gets no gradient.
         a: (rank, in_features).
         b: (out_features, rank).
-        scaling: Of the update.
+        scaling: Factor on the update.
     """
     update: Any = _LowRankUpdate.apply
     return update(output.detach(), x, weight, a, b, scaling)

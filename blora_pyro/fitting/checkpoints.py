@@ -1,8 +1,8 @@
-"""Checkpoints of a fit: one file, replaced as a whole, read without running anything.
+"""Checkpoints of a fit: one file, replaced atomically, read without unpickling.
 
 `checkpoint.safetensors` holds tensors and, in its metadata, JSON and a check sum of both. The next
-one is written beside it and takes its place only when it is whole and on the disk, so that at any
-moment one whole checkpoint is there.
+one replaces it only when it is complete and on the disk, so that there is a complete checkpoint at
+any moment.
 """
 
 import json
@@ -28,17 +28,17 @@ from blora_pyro.fitting.interrupts import Interrupts
 FILE = "checkpoint.safetensors"
 VERSION = 1
 SECONDS = 2.0  # between two checkpoints, at the least
-SHARE = 0.02  # of the time may go into writing them
+SHARE = 0.02  # the largest part of the time that writing them may take
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that the next steps of a fit depend on.
+    """Everything that the next steps of a fit depend on.
 
     Attributes:
-        step: How many steps are behind it.
+        step: Number of steps done.
         tensors: Parameters of the guide, state of the optimiser, states of random generators.
-        about: Whatever else, as JSON has it.
+        about: Everything else, as JSON values.
     """
 
     step: int
@@ -49,7 +49,7 @@ class Checkpoint:
     def copy(
         cls, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
     ) -> "Checkpoint":
-        """A checkpoint whose tensors nothing changes any more."""
+        """Return a checkpoint with copies of the tensors, on the CPU."""
         plain = torch.contiguous_format
         copies = {
             name: value.detach().cpu().clone(memory_format=plain) for name, value in tensors.items()
@@ -58,16 +58,16 @@ class Checkpoint:
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint in the place of the one at `path`.
+    """Replace the checkpoint at `path`.
 
     Raises:
-        OSError: If it can't be written; the one at `path` is still there.
+        OSError: If it can't be written; the one at `path` is kept.
     """
     replace_file(path, to_bytes(checkpoint))  # save_file leaves files behind when it is killed
 
 
 def to_bytes(checkpoint: Checkpoint) -> bytes:
-    """A checkpoint as it is in a file."""
+    """Return the content of a checkpoint file."""
     tensors = dict(checkpoint.tensors)
     about = {"version": VERSION, "step": checkpoint.step, **checkpoint.about}
     text = json.dumps(about, allow_nan=False)
@@ -75,10 +75,10 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
 
 
 def from_bytes(content: bytes) -> Checkpoint:
-    """A checkpoint from what `to_bytes` gave.
+    """Return the checkpoint of a file's content.
 
     Raises:
-        SafetensorError, KeyError, TypeError, ValueError: If it is none, or damaged.
+        SafetensorError, KeyError, TypeError, ValueError: If it is damaged or no checkpoint.
     """
     tensors = load(content)
     header = content[8 : 8 + int.from_bytes(content[:8], "little")]
@@ -108,7 +108,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def stored_step(path: Path) -> int | None:
-    """The step of the checkpoint at `path`, without reading its tensors; None if there is none."""
+    """Return the step of the checkpoint at `path` without reading tensors; None without one."""
     try:
         with safe_open(path, framework="pt") as file:
             return int(json.loads(file.metadata()["blora_pyro"])["step"])
@@ -125,7 +125,7 @@ def _check_sum(text: str, tensors: Mapping[str, Tensor]) -> int:
 
 
 class Checkpoints:
-    """The checkpoint of one fit in its folder: when it is written, and whose it is.
+    """The checkpoint of one fit in its folder: when it is written, and which fit it belongs to.
 
     A checkpoint of L adapter weights takes about 24 L bytes (mean, rho, and two moments of Adam for
     each), and a third more with early stopping: 10 MB for the pocket Whisper, 160 MB for
@@ -141,14 +141,14 @@ class Checkpoints:
         interrupts: Interrupts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """The checkpoints of a folder.
+        """Manage the checkpoint of a folder.
 
         Args:
-            folder: Where the checkpoint lies; None keeps none.
-            fit: What decides the fit, as JSON has it; a checkpoint of another one is refused.
-            every: Steps between two; None is by time, as above.
-            interrupts: Asked before every step whether to write one and stop.
-            clock: Seconds.
+            folder: Folder of the checkpoint; None writes none.
+            fit: Options and data as JSON values; a checkpoint with others is refused.
+            every: Steps between two; None decides by time, as above.
+            interrupts: A caught signal writes a checkpoint and ends the fit.
+            clock: Returns seconds.
         """
         self.path = None if folder is None else folder / FILE
         self.fit = json.loads(json.dumps(fit or {}))
@@ -158,11 +158,11 @@ class Checkpoints:
         self._last, self._written, self._cost = 0, clock(), 0.0
 
     def stored_step(self) -> int | None:
-        """The step of the one that is there, without reading it all; None if there is none."""
+        """Return the step of the stored checkpoint; None if there is none."""
         return None if self.path is None else stored_step(self.path)
 
     def due(self, step: int) -> bool:
-        """Whether one should be written after `step` steps."""
+        """Return whether one should be written after `step` steps."""
         if self.path is None or step == self._last:
             return False
         if self.every is not None:
@@ -170,10 +170,10 @@ class Checkpoints:
         return self._clock() - self._written >= max(SECONDS, self._cost / SHARE)
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write one.
+        """Write a checkpoint.
 
         Raises:
-            OSError: If it can't be written; the one before is still there.
+            OSError: If it can't be written; the earlier one is kept.
         """
         if self.path is None:
             return
@@ -184,7 +184,7 @@ class Checkpoints:
         self._cost = self._written - started
 
     def read(self) -> Checkpoint | None:
-        """The one that is there, or None.
+        """Return the stored checkpoint, or None.
 
         Raises:
             UserError: If it is damaged, of another version, or of another fit.
@@ -206,11 +206,11 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The states of all generators that a program may draw from.
+    """The states of all random generators that a program may draw from.
 
     Attributes:
-        tensors: Those of torch: `random.cpu`, and `random.cuda` where the fit is there.
-        about: Those of Python and NumPy, as JSON has them.
+        tensors: torch's: `random.cpu`, and `random.cuda` of a fit on a GPU.
+        about: Python's and NumPy's, as JSON values.
     """
 
     tensors: dict[str, Tensor]
@@ -218,7 +218,7 @@ class RandomState:
 
     @classmethod
     def now(cls, device: torch.device) -> "RandomState":
-        """As they are."""
+        """Return the current states."""
         tensors = {"random.cpu": torch.get_rng_state()}
         if device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -229,17 +229,17 @@ class RandomState:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "RandomState":
-        """As a checkpoint has them.
+        """Return the states in a checkpoint.
 
         Raises:
-            KeyError: If it lacks them.
+            KeyError: If it has none.
         """
         names = ("random.cpu", "random.cuda")
         tensors = {name: checkpoint.tensors[name] for name in names if name in checkpoint.tensors}
         return cls(tensors, checkpoint.about["random"])
 
     def restore(self, device: torch.device) -> None:
-        """As they were.
+        """Set the generators to these states.
 
         Raises:
             KeyError: If one is lacking; TypeError or ValueError if it is none.
@@ -256,7 +256,7 @@ class RandomState:
     @classmethod
     @contextmanager
     def kept(cls, device: torch.device) -> Iterator[None]:
-        """What is drawn inside a `with` changes nothing for what is drawn after it."""
+        """Restore the states at the end of a `with`."""
         state = cls.now(device)
         try:
             yield

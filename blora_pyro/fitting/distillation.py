@@ -1,4 +1,4 @@
-"""Distillation towards the frozen base: what it would have said, were it told another language."""
+"""Distillation towards the frozen base: its own answers to prompts in other languages."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,8 +15,6 @@ from blora_pyro.models.decoding import decode, encode
 
 MAX_BYTES = 2**30  # of distributions that are kept to be used again
 
-Lesson = tuple[list[int], Tensor]  # prompt and transcript, log-probabilities after the prompt
-
 
 class Distillation:
     """Gives a batch's audio a second prompt, and the base's own answer to it as soft targets.
@@ -24,11 +22,11 @@ class Distillation:
     Learning without forgetting (Li and Hoiem, arXiv 1606.09282) on the new domain's audio: every
     utterance is prompted in one of `languages`, drawn anew each step; the frozen base transcribes
     it greedily; and the adapted model is to give the next tokens of that transcript the base's
-    probabilities (Hinton et al., arXiv 1503.02531, at temperature 1). So what is asked for in the
-    new domain's own prompt may change, and what is asked for in the others should not. No data but
-    the new domain's are needed.
+    probabilities (Hinton et al., arXiv 1503.02531, at temperature 1). So the answer to the new
+    domain's own prompt may change, and the answers to the others should not. Only the new domain's
+    data are needed.
 
-    What the base says does not change: it is computed once for an utterance and language, and its
+    The base's answers do not change: they are computed once an utterance and language, and their
     distributions are kept as long as they fit into `MAX_BYTES`.
     """
 
@@ -45,11 +43,11 @@ class Distillation:
 
         Args:
             base: The frozen Whisper.
-            adapters: On it, cleared whenever the base is asked.
-            languages: By their codes, one token each.
-            weight: Of the mean KL divergence in the loss.
-            seed: Of the languages drawn.
-            task: In the prompts.
+            adapters: Those on the base, cleared whenever it transcribes.
+            languages: Language codes, one token each.
+            weight: Factor on the mean KL divergence in the loss.
+            seed: Seed of the languages drawn.
+            task: Task in the prompts.
 
         Raises:
             UserError: If there is no language, or the base does not know one.
@@ -60,26 +58,28 @@ class Distillation:
             )
         self.base, self.adapters, self.weight, self.seed = base, adapters, weight, seed
         self.prompts = [prompt_ids(base.tokenizer, one, task) for one in languages]
-        self._said: dict[tuple[int, int], list[int]] = {}
+        self._transcripts: dict[tuple[int, int], list[int]] = {}
         self._log_probs: dict[tuple[int, int], Tensor] = {}
         self._bytes = 0
 
     def __call__(self, batch: Batch, indices: Sequence[int], number: int) -> Batch:
-        """The batch with soft targets.
+        """Return the batch with soft targets.
 
         Args:
-            batch: Of the utterances `indices`, on the CPU.
-            indices: Their numbers among the examples.
-            number: Of the batch, which the languages drawn depend on.
+            batch: The utterances `indices`, on the CPU.
+            indices: Numbers of the utterances among the examples.
+            number: Number of the batch, which the languages drawn depend on.
         """
         seeds = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         drawn = torch.randint(len(self.prompts), (len(indices),), generator=seeds).tolist()
         keys = list(zip(indices, drawn, strict=True))
         rows = [row for row, key in enumerate(keys) if key not in self._log_probs]
-        fresh = self._ask(batch.input_features[rows], [keys[row] for row in rows]) if rows else {}
+        fresh = (
+            self._answers(batch.input_features[rows], [keys[row] for row in rows]) if rows else {}
+        )
         tables = [fresh[key] if key in fresh else self._log_probs[key] for key in keys]
         prompt = len(self.prompts[0])
-        inputs = [torch.tensor([*self.prompts[key[1]], *self._said[key]]) for key in keys]
+        inputs = [torch.tensor([*self.prompts[key[1]], *self._transcripts[key]]) for key in keys]
         # An input is followed by its target; before the last token of the prompt none counts.
         length = max(map(len, inputs))
         log_probs = torch.zeros(len(keys), length, tables[0].shape[-1])
@@ -94,19 +94,21 @@ class Distillation:
     def _end(self) -> int:
         return int(self.base.net.config.eos_token_id)
 
-    def _ask(self, features: Tensor, keys: list[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
-        """Log-probabilities (tokens + end, vocabulary) of the base's transcripts, in float16."""
+    def _answers(
+        self, features: Tensor, keys: list[tuple[int, int]]
+    ) -> dict[tuple[int, int], Tensor]:
+        """Return float16 log-probabilities (tokens + end, vocabulary) of the transcripts."""
         self.adapters.clear()
         prompts = [self.prompts[language] for _, language in keys]
-        heard = encode(self.base, features)
-        unknown = [row for row, key in enumerate(keys) if key not in self._said]
+        states = encode(self.base, features)
+        unknown = [row for row, key in enumerate(keys) if key not in self._transcripts]
         if unknown:
-            said = decode(self.base, heard[unknown], [prompts[row] for row in unknown])
+            tokens_of = decode(self.base, states[unknown], [prompts[row] for row in unknown])
             room = self.base.net.config.max_target_positions - len(prompts[0])
-            for row, tokens in zip(unknown, said, strict=True):
-                self._said[keys[row]] = tokens[:room]
+            for row, tokens in zip(unknown, tokens_of, strict=True):
+                self._transcripts[keys[row]] = tokens[:room]
         fresh = {}
-        for key, table in zip(keys, self._log_probs_of(heard, keys, prompts), strict=True):
+        for key, table in zip(keys, self._log_probs_of(states, keys, prompts), strict=True):
             fresh[key] = table
             size = table.numel() * table.element_size()
             if self._bytes + size <= MAX_BYTES:
@@ -116,13 +118,15 @@ class Distillation:
 
     @torch.inference_mode()
     def _log_probs_of(
-        self, heard: Tensor, keys: list[tuple[int, int]], prompts: list[list[int]]
+        self, states: Tensor, keys: list[tuple[int, int]], prompts: list[list[int]]
     ) -> list[Tensor]:
-        device = heard.device
-        rows = [torch.tensor([*p, *self._said[k]]) for p, k in zip(prompts, keys, strict=True)]
+        device = states.device
+        rows = [
+            torch.tensor([*p, *self._transcripts[k]]) for p, k in zip(prompts, keys, strict=True)
+        ]
         inputs = pad_sequence(rows, batch_first=True, padding_value=self._end).to(device)
         logits = self.base.net(
-            encoder_outputs=(heard,), decoder_input_ids=inputs, use_cache=False
+            encoder_outputs=(states,), decoder_input_ids=inputs, use_cache=False
         ).logits
         first = len(prompts[0]) - 1
         return [

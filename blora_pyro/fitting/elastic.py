@@ -1,4 +1,4 @@
-"""EWC: updates are held back where the base's weights matter to what it already knows."""
+"""Elastic weight consolidation: updates are penalised where the base's weights matter."""
 
 from collections.abc import Iterable, Mapping
 
@@ -19,7 +19,7 @@ def fisher_information(
     sets: Iterable[Examples],
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Diagonal of the Fisher information of the target layers' frozen weights, per target token.
+    """Return the diagonal Fisher information of the target layers' frozen weights, per token.
 
     F = E[(d log p(y | x, W) / dW)²] / (tokens an utterance), over the sets' audio and the model's
     own predictions: at every position of the true transcript a token is drawn from what the model
@@ -29,8 +29,8 @@ def fisher_information(
     Args:
         net: The frozen base, without adapters in place.
         groups: Target layers by shape.
-        sets: Of what the base knows; up to 64 utterances of each.
-        seed: Of the tokens drawn.
+        sets: Data that the base should not forget; up to 64 utterances of each.
+        seed: Seed of the tokens drawn.
 
     Returns:
         Group key -> (modules, out_features, in_features), float32.
@@ -60,7 +60,7 @@ def _score(
     batch: Batch,
     generator: torch.Generator,
 ) -> tuple[Tensor, ...]:
-    """Gradient by the weights of the log-likelihood of one utterance with tokens drawn anew."""
+    """Return the gradient by the weights of one utterance's log-likelihood, its tokens drawn."""
     assert batch.labels is not None
     is_target = batch.labels >= 0
     for weight in weights:
@@ -94,7 +94,7 @@ class ElasticPenalty:
         fisher: Mapping[str, Tensor],
         strength: float,
     ) -> None:
-        """A penalty on the factors of `groups`.
+        """Penalise the factors of `groups`.
 
         Args:
             groups: Target layers by shape.
@@ -106,7 +106,7 @@ class ElasticPenalty:
         self.fisher, self.strength = fisher, strength
 
     def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
-        """The penalty of drawn factors, site name -> tensor of the site's shape; nats a token."""
+        """Return the penalty of factors, site name -> tensor of the site's shape; nats a token."""
         total = torch.zeros(())
         for group in self.groups:
             product = factors[group.B.name] @ factors[group.A.name]

@@ -1,4 +1,4 @@
-"""What the encoder makes of every utterance before its first adapted layer, computed once."""
+"""States of the encoder before its first adapted layer, computed once for every utterance."""
 
 import shutil
 import tempfile
@@ -15,28 +15,28 @@ from blora_pyro.errors import UserError
 from blora_pyro.fitting.batches import Teacher
 from blora_pyro.models import BLoRA
 
-_OTHERWISE = "name another folder in BLORA_PYRO_CACHE, or leave cache_encoder out"
+_ALTERNATIVES = "name another folder in BLORA_PYRO_CACHE, or leave cache_encoder out"
 
 
 class EncoderCache:
-    """Gives a batch the encoder's states before the first adapted layer, from a file on disk.
+    """Adds the encoder's states before the first adapted layer to a batch, from a file on disk.
 
     They are the same at every step, as the layers before it are frozen and have no dropout, and no
     gradient goes through them. An utterance's are computed when it comes first. The file has no
     name: it is gone with the fit, however that ends.
 
     Attributes:
-        shape: Of an utterance's states, (positions, width), in the net's dtype.
-        size: Of the file once it is full, bytes.
+        shape: Shape of an utterance's states, (positions, width), in the net's dtype.
+        size: Size of the full file, bytes.
     """
 
     def __init__(self, model: BLoRA, utterances: int, then: Teacher | None = None) -> None:
-        """Nothing is computed yet.
+        """Create the file; states are computed on demand.
 
         Args:
-            model: Whose net is to be spared.
-            utterances: Their number.
-            then: Has the batch after this.
+            model: The program whose encoder layers are skipped.
+            utterances: Number of utterances.
+            then: Teacher that completes the batch afterwards.
 
         Raises:
             UserError: If the first layer is adapted, or there is no room on the disk.
@@ -57,12 +57,12 @@ class EncoderCache:
         self._known: set[int] = set()
 
     def __call__(self, batch: Batch, indices: Sequence[int], number: int) -> Batch:
-        """The batch with the states.
+        """Return the batch with the states.
 
         Args:
-            batch: Of the utterances `indices`, on the CPU, full windows.
-            indices: Their numbers among the examples.
-            number: Of the batch.
+            batch: The utterances `indices`, on the CPU, full windows.
+            indices: Numbers of the utterances among the examples.
+            number: Number of the batch.
 
         Raises:
             UserError: If the disk is full.
@@ -75,7 +75,7 @@ class EncoderCache:
 
     @torch.no_grad()
     def _states(self, features: Tensor) -> Tensor:
-        # One at a time: they are then the same to the bit when a fit goes on in other batches.
+        # One at a time, so that a resumed fit with other batches gets the same bits.
         features = features[None].to(self.likelihood.net.device)
         return self.likelihood.frozen_states(features)[0].cpu()
 
@@ -100,7 +100,7 @@ class EncoderCache:
 
 
 def _open(size: int, utterances: int) -> IO[bytes]:
-    """A file without a name, where there is room for it."""
+    """Return a file without a name where there is room for it."""
     folder = cache_dir()
     try:
         if folder is not None:
@@ -111,9 +111,9 @@ def _open(size: int, utterances: int) -> IO[bytes]:
             return tempfile.TemporaryFile(dir=where)
     except OSError as error:
         raise UserError(
-            f"cache_encoder can't write into {folder} ({error.strerror}); {_OTHERWISE}"
+            f"cache_encoder can't write into {folder} ({error.strerror}); {_ALTERNATIVES}"
         ) from None
     raise UserError(
         f"cache_encoder needs {size / 1e9:.1f} GB for {utterances:,} utterances, and {where} has "
-        f"{free / 1e9:.1f} GB; {_OTHERWISE}"
+        f"{free / 1e9:.1f} GB; {_ALTERNATIVES}"
     )

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, answered after the step that they come in."""
+"""SIGINT and SIGTERM, raised after the step during which they arrive."""
 
 import signal
 import threading
@@ -19,30 +19,30 @@ class Interrupts:
     alone. The handlers that were there come back at the end.
 
     Attributes:
-        caught: Number of the signal that waits for the end of the step, or None.
+        caught: Number of the pending signal, or None.
     """
 
     def __init__(self, active: bool = True) -> None:
-        """Nothing is touched before the `with`."""
+        """Install no handler before the `with`."""
         self.caught: int | None = None
         self._active = active and threading.current_thread() is threading.main_thread()
         self._deferring = False
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
-        """Take the signals."""
+        """Install the handlers."""
         if self._active:
             self._handlers = {one: signal.signal(one, self._handle) for one in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give them back."""
+        """Restore the earlier handlers."""
         for one, handler in self._handlers.items():
             signal.signal(one, signal.SIG_DFL if handler is None else handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """In here a first signal only sets `caught`, and is raised at the end; a second at once."""
+        """Inside a `with` keep a first signal in `caught` until the end; raise a second at once."""
         self._deferring = True
         try:
             yield
@@ -51,7 +51,7 @@ class Interrupts:
         self.answer()
 
     def answer(self) -> None:
-        """Raise the signal that waits, if one does.
+        """Raise the pending signal, if there is one.
 
         Raises:
             Interrupted: By that signal.

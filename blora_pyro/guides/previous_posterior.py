@@ -82,7 +82,7 @@ class Prior:
 
 @torch.no_grad()
 def start_at(guide: normal.Guide, mean: Mapping[str, Tensor], stddev: Mapping[str, Tensor]) -> None:
-    """Have the guide begin there: site name -> tensor of the site's shape.
+    """Set the moments that a guide starts from: site name -> tensor of the site's shape.
 
     rho = log(exp(sigma) - 1), the inverse of softplus; -inf for a deviation of 0.
     """

@@ -141,7 +141,7 @@ def prepare_prior(
     """Run the `prepare` of a `PreparedPrior` and give it the result; any other prior is left alone.
 
     Args:
-        prior: Of a fit that begins or goes on.
+        prior: The prior of a fit that begins or is resumed.
         base: The frozen Whisper.
         batches: See `PreparedPrior.prepare`.
 

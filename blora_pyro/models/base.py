@@ -39,7 +39,7 @@ class Base:
         tokenizer: Its tokenizer.
         feature_extractor: Its log-mels.
         folder: Where it was loaded from, if it was.
-        trim_audio: Whether it hears batches that are cut after their longest utterance.
+        trim_audio: Whether batches are cut after their longest utterance.
     """
 
     name: str

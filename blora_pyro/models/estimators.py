@@ -22,7 +22,7 @@ from blora_pyro.errors import UserError
 
 
 class Shared(Messenger):
-    """One draw of the weights for the whole batch: what the program says, and so nothing to do.
+    """One draw of the weights for the whole batch, as the program is written: no effect.
 
     The noise of all tokens is the same, so that a larger batch does not lessen its variance.
     """
@@ -91,7 +91,7 @@ class Flipout(_Reprojection):
     """
 
     def __init__(self, per: Literal["utterance", "token"] = "utterance") -> None:
-        """Signs for every utterance, or for every token."""
+        """Draw signs for every utterance, or for every token."""
         super().__init__()
         self.per = per
 

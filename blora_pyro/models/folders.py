@@ -1,4 +1,4 @@
-"""Where the files of a base model are, and what they lack: told before anything is loaded."""
+"""The files of a base model: where they are, and whether they are complete before loading."""
 
 import json
 from pathlib import Path

@@ -23,7 +23,7 @@ _DROPOUTS = ("dropout", "activation_dropout")
 
 
 class Prediction(NamedTuple):
-    """What a likelihood says of a batch.
+    """The result of a likelihood for a batch.
 
     Attributes:
         logits: (batch, tokens, vocabulary), float32, of the token after each decoder input.

@@ -93,11 +93,11 @@ class Pooling:
         )
 
     def factors(self, stacked: Tensor, places: Tensor) -> Tensor:
-        """w_d of some domains.
+        """Return w_d of some domains.
 
         Args:
             stacked: A draw, or the mean, of a site: (parts · modules, rows, columns).
-            places: (n,), of the domains.
+            places: (n,), indices of the domains.
 
         Returns:
             (n, modules, rows, columns).
@@ -113,11 +113,11 @@ class Pooling:
         Raises:
             UserError: If nothing is shared.
         """
-        self.place_of(None)
+        self.index_of(None)
         return stacked.unflatten(0, (self.parts, -1))[0]
 
-    def place_of(self, domain: str | None) -> int | None:
-        """The place of a domain; None for the shared part, `domain` None.
+    def index_of(self, domain: str | None) -> int | None:
+        """Return the index of a domain; None for the shared part, `domain` None.
 
         Raises:
             UserError: If there is no such domain, or no shared part.
@@ -138,14 +138,14 @@ class Pooling:
         q has its rows independent, so Var w_d = Var w_0 + tau² Var z_d.
 
         Args:
-            mean: Of a site.
-            stddev: Of it.
+            mean: Posterior mean of a site.
+            stddev: Standard deviation of the site.
             domain: d; None is w_0.
 
         Raises:
-            UserError: See `place_of`.
+            UserError: See `index_of`.
         """
-        place = self.place_of(domain)
+        place = self.index_of(domain)
         if place is None:
             return self.shared(mean), self.shared(stddev)
         variance = replace(self, scale=self.scale**2).factors(stddev**2, torch.tensor([place]))
@@ -153,7 +153,7 @@ class Pooling:
 
     @torch.no_grad()
     def start(self, guide: Any) -> None:
-        """Have a new guide begin with no deviation, E z_d = 0: at first all domains are one."""
+        """Set the deviations of a new guide to E z_d = 0, so that all domains start as one."""
         if self.is_shared:
             for mean in guide.means.values():
                 mean.unflatten(0, (self.parts, -1))[1:] = 0
@@ -174,8 +174,8 @@ class PooledBLoRA(BLoRA):
     gradient of a domain with N_d of the N tokens is N_d/N times that of a fit on it alone with
     beta = T/N_d, at the same temperature.
 
-    The domain of an utterance is its place in `batch.sources`, in the order of `pooling.domains`. A
-    batch without them is of an unknown domain, and gets the shared part.
+    `batch.sources` has the index in `pooling.domains` of every utterance's domain. A batch without
+    it is of an unknown domain, and gets the shared part.
     """
 
     def __init__(
@@ -185,13 +185,13 @@ class PooledBLoRA(BLoRA):
         pooling: Pooling,
         **options: Any,
     ) -> None:
-        """As `BLoRA`.
+        """Freeze `net` and stack the factors of all domains.
 
         Args:
             net: The base Whisper.
-            prior: Of every row; it may know a site's modules, and no row is to depend on another.
-            pooling: Of the domains.
-            **options: Of `BLoRA`.
+            prior: Prior of every row, which must not depend on other rows.
+            pooling: Layout of the domains.
+            **options: Further arguments of `BLoRA`.
         """
         super().__init__(net, prior, **options)
         self.pooling = pooling

@@ -18,7 +18,7 @@ class Temper(Messenger):
     and `T = beta · N` the temperature of the posterior.
 
     `beta = 0` masks the sites: the noise stays, the KL goes. It goes outside `poutine.condition`,
-    so as to see what is data.
+    so that it sees which sites are observed.
 
         temper = Temper(beta=1e-4)
         svi = SVI(temper(model), temper(guide), optimiser, TraceMeanField_ELBO())
