@@ -1,4 +1,4 @@
-"""What a fit is made of, by its configuration: data, program, guide, teacher and penalty."""
+"""The parts of a fit by its configuration: data, program, guide, teacher and penalty."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,10 +26,10 @@ from blora_pyro.sources import describe_source
 def training_set(
     loader: Loader, on_skipped: Callable[[SkippedRow], object]
 ) -> tuple[Examples | Stream, dict[str, int | None]]:
-    """The training data, and the number of their target `tokens` and `utterances`, if it is known.
+    """Return the training data, and their numbers of `tokens` and `utterances`, if known.
 
     Args:
-        loader: Of the fit's configuration.
+        loader: Loader of the fit's configuration.
         on_skipped: See `Loader.stream`.
     """
     config = loader.config
@@ -43,7 +43,7 @@ def training_set(
 def teacher_of(
     base: Base, model: BLoRA, config: FitConfig, utterances: int | None
 ) -> Teacher | None:
-    """What batches get besides audio and text: states of the encoder, what the base says.
+    """Return what completes batches: states of the encoder, answers of the base.
 
     Raises:
         UserError: See `EncoderCache` and `Distillation`.
@@ -61,7 +61,7 @@ def teacher_of(
 def regularise(
     model: BLoRA, loader: Loader, on_stage: Callable[[str], object] = lambda stage: None
 ) -> None:
-    """Give the program the penalty of its configuration, if it has one: EWC.
+    """Give the program the EWC penalty, if its configuration has one.
 
     Raises:
         UserError: If a backward set has no train split: one set for all would be learned from and
