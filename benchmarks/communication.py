@@ -5,7 +5,7 @@
 Counted: adapter weights, the bytes of the one message of a step, and the floating-point operations
 of its forward and backward pass (torch's counter, on the meta device, so large-v3 needs no memory).
 Measured here: two processes with gloo on this machine that add up messages of these sizes, and
-log-mels of a 30-second window. Worked out from these and from published figures of the hardware,
+log-mels of a 30-second window. Derived from these and from published figures of the hardware,
 which are in `HARDWARE` with their sources: lower bounds for 8 and for 64 GPUs.
 """
 
@@ -47,7 +47,7 @@ SETUPS = {8: "nvlink", 64: "network"}  # GPUs -> what the slowest hop of a ring 
 
 
 def main() -> None:
-    """Count, measure, work out."""
+    """Count, measure, derive."""
     options = parser(__doc__)
     options.add_argument("--worker", type=int, nargs=2, metavar=("BYTES", "ROUNDS"))
     arguments = parse(options)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def table_of_counts(arguments: argparse.Namespace, results: Results) -> dict[str, dict[str, Any]]:
-    """Every model, layers and rank."""
+    """Count for every model, layers and rank."""
     found = {}
     for model in MODELS[:1] if arguments.quick else MODELS:
         for targets in TARGETS:
@@ -97,7 +97,7 @@ def table_of_counts(arguments: argparse.Namespace, results: Results) -> dict[str
 
 
 def count(model: str, targets: str, rank: int) -> dict[str, Any]:
-    """Weights, bytes, and operations of a step for one utterance of a 30-second window.
+    """Return weights, bytes, and operations of a step for one utterance of a 30-second window.
 
     A message holds the gradients of mean and rho of every weight.
     """
@@ -177,7 +177,7 @@ def add_up(size: int, rounds: int) -> None:
 
 
 def log_mel() -> dict[str, Any]:
-    """Seconds of a window's features on one core, and their bytes in the cache (float16)."""
+    """Return the seconds of a window's features on one core, and their bytes (float16)."""
     extractor = WhisperFeatureExtractor(feature_size=128)
     audio = np.random.default_rng(0).standard_normal(30 * 16_000).astype(np.float32)
     seconds = []
@@ -188,16 +188,14 @@ def log_mel() -> dict[str, Any]:
     return {"seconds": statistics.median(seconds[2:]), "bytes": 2 * features.size}
 
 
-# ---- worked out
+# ---- derived
 
 
 def bounds(counted: dict[str, dict[str, Any]], mel: dict[str, Any]) -> dict[str, Any]:
-    """Least seconds of a step's products and of its message, and what must be read meanwhile."""
-    found, rows = {}, []
+    """Return lower bounds of a step's products and message, and what must be read meanwhile."""
+    found = {}
     for name, one in counted.items():
-        if not name.startswith(MODELS[-1]):
-            continue
-        for gpus, link in SETUPS.items():
+        for gpus, link in SETUPS.items() if name.startswith(MODELS[-1]) else ():
             products = BATCH * one["flops"] / (HARDWARE["flops"] * REACHED)
             ring = 2 * (gpus - 1) / gpus * one["message_bytes"] / HARDWARE[link]
             rate = gpus * BATCH / (products + ring)
@@ -209,20 +207,9 @@ def bounds(counted: dict[str, dict[str, Any]], mel: dict[str, Any]) -> dict[str,
                 "feature_bytes_a_second": rate * mel["bytes"],
                 "log_mel_cores": rate * mel["seconds"],
             }
-            rows.append(
-                [
-                    name,
-                    gpus,
-                    f"{products * 1e3:.0f}",
-                    f"{ring * 1e3:.2f}",
-                    f"{ring / (products + ring):.2%}",
-                    f"{rate:,.0f}",
-                    f"{rate * mel['bytes'] / 1e9:.1f}",
-                    f"{rate * mel['seconds']:.0f}",
-                ]
-            )
-    heads = ["adapter", "GPUs", "products, ms", "message, ms", "its share", "utterances/s"]
-    print_table([*heads, "features, GB/s", "cores for log-mels"], rows)
+    heads = list(next(iter(found.values()), {}))
+    rows = [(name, *(f"{value:.3g}" for value in one.values())) for name, one in found.items()]
+    print_table(("adapter", *heads), rows)
     return found
 
 

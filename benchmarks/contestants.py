@@ -1,4 +1,4 @@
-"""Who takes a step in `steps.py`, `overhead.py` and `memory.py`: ours, and what it is held against.
+"""The contestants of `steps.py`, `overhead.py` and `memory.py`: ours, and its peers.
 
 All adapt one frozen Whisper, whose weights they share: the same layers, rank, alpha, start, Adam,
 one draw a step, and the mean token NLL of one batch. Adam is torch's fused one for all. None clips,
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import ivon
 import pyro
 import pyro.distributions as dist
 import torch
@@ -46,7 +45,7 @@ FOREVER = 10**9
 
 
 def geometry(name: str, **changes: Any) -> WhisperConfig:
-    """Whisper of a published size, with 30 s windows."""
+    """Return the configuration of a Whisper of a published size, with 30 s windows."""
     width, encoder, decoder, heads, mels = GEOMETRIES[name]
     shape: dict[str, Any] = {
         "d_model": width,
@@ -63,18 +62,18 @@ def geometry(name: str, **changes: Any) -> WhisperConfig:
 
 
 def random_net(config: WhisperConfig) -> WhisperForConditionalGeneration:
-    """Random weights, frozen."""
+    """Return a Whisper with random weights, frozen."""
     torch.manual_seed(0)
     return WhisperForConditionalGeneration(config).requires_grad_(False).eval()
 
 
 def shared_copy(net: WhisperForConditionalGeneration) -> WhisperForConditionalGeneration:
-    """Modules of its own, the same weights."""
+    """Return a net of other modules that share the weights of `net`."""
     return copy.deepcopy(net, {id(one): one for one in net.parameters()})
 
 
 def random_batch(config: WhisperConfig, size: int, length: int = 30, prompt: int = 4) -> Batch:
-    """Noise and tokens: one window each, `length` decoder positions, the prompt no target."""
+    """Return noise and tokens: a window each, `length` positions, the prompt is no target."""
     rng = torch.Generator().manual_seed(0)
     frames = 2 * config.max_source_positions
     features = torch.randn(size, config.num_mel_bins, frames, generator=rng)
@@ -94,15 +93,15 @@ class Contestant:
         self.store: dict[str, Any] = {"params": {}, "constraints": {}}
 
     def store_in_place(self) -> AbstractContextManager[object]:
-        """What a step is taken in; no part of the step."""
+        """Return what a step is taken in; it is no part of the step."""
         return pyro.get_param_store().scope(self.store)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Bfloat16 for the net's products, if asked for."""
+        """Return autocast to bfloat16 for the net's products, if `bf16`."""
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.bf16 else nullcontext()
 
     def nll(self, batch: Batch) -> Tensor:
-        """Mean token NLL, as transformers computes it."""
+        """Return the mean token NLL, as transformers computes it."""
         with self.autocast():
             return self.net(
                 input_features=batch.input_features,
@@ -112,7 +111,7 @@ class Contestant:
             ).loss
 
     def step(self, batch: Batch) -> object:
-        """Forward, backward, optimiser."""
+        """Take a step: forward, backward, optimiser."""
         raise NotImplementedError
 
 
@@ -120,7 +119,7 @@ class Ours(Contestant):
     """A step of `fit_guide`, whole."""
 
     def __init__(self, *arguments: Any, guide: str = "normal", beta: float = BETA, **more: Any):
-        """The loop of a guide."""
+        """Make the trainer of a guide."""
         super().__init__(*arguments, **more)
         prior = build_prior("normal", scale=PRIOR_SCALE)
         targets = ",".join(self.layers)
@@ -131,7 +130,7 @@ class Ours(Contestant):
         self.loop = Trainer(self.model, self.guide, options, Checkpoints(None), None, Processes())
 
     def step(self, batch: Batch) -> object:
-        """Loss, gradients and Adam, with all that the loop looks after."""
+        """Take a step of `Trainer`: loss, gradients, Adam, and all checks."""
         return self.loop.step(batch)
 
 
@@ -139,7 +138,7 @@ class Peft(Contestant):
     """LoRA of PEFT in a plain torch loop."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
-        """Layers of PEFT, which alone are trained."""
+        """Put PEFT's layers in, which alone are trained."""
         super().__init__(*arguments, **more)
         # task_type stays None: PEFT's sequence-to-sequence wrapper does not take Whisper's inputs.
         lora = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=list(self.layers))
@@ -150,11 +149,11 @@ class Peft(Contestant):
         self.optimizer = self.make_optimizer()
 
     def make_optimizer(self) -> Any:
-        """Adam."""
+        """Return Adam."""
         return torch.optim.Adam(self.trained, lr=LR, fused=True)
 
     def step(self, batch: Batch) -> object:
-        """As in any tutorial."""
+        """Take a step as in any tutorial."""
         self.optimizer.zero_grad()
         loss = self.nll(batch)
         loss.backward()
@@ -166,11 +165,13 @@ class Ivon(Peft):
     """LoRA of PEFT, with IVON in place of Adam: a mean-field Gaussian too (arXiv 2402.17641)."""
 
     def make_optimizer(self) -> Any:
-        """Of the package `ivon-opt`."""
+        """Return the optimiser of the package `ivon-opt`, which only this contestant needs."""
+        import ivon
+
         return ivon.IVON(self.trained, lr=LR, ess=1e4, hess_init=1.0)
 
     def step(self, batch: Batch) -> object:
-        """One draw a step."""
+        """Take a step with one draw."""
         with self.optimizer.sampled_params(train=True):
             self.optimizer.zero_grad()
             loss = self.nll(batch)
@@ -180,10 +181,10 @@ class Ivon(Peft):
 
 
 class _Hooked(Contestant):
-    """Factors a layer at a time, added by a hook as anyone would write it."""
+    """Factors of one layer at a time, added by forward hooks."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
-        """Hooks that read `factors`: layer -> (A, B)."""
+        """Add hooks that read `factors`: layer -> (A, B)."""
         super().__init__(*arguments, **more)
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         for name, layer in self.layers.items():
@@ -197,7 +198,7 @@ class _Hooked(Contestant):
         return add
 
     def starts(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer -> A Kaiming-uniform, B zero."""
+        """Return layer -> A Kaiming-uniform, B zero."""
         found = {}
         for name, layer in self.layers.items():
             bound = layer.in_features**-0.5
@@ -210,7 +211,7 @@ class PlainMeanField(_Hooked):
     """Reparameterised LoRA without Pyro: mean and rho a matrix, closed-form KL, Adam."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
-        """Parameters of every matrix of every layer."""
+        """Make the parameters of every matrix of every layer."""
         super().__init__(*arguments, **more)
         self.means = {
             name: [nn.Parameter(one) for one in pair] for name, pair in self.starts().items()
@@ -225,7 +226,7 @@ class PlainMeanField(_Hooked):
         self.optimizer = torch.optim.Adam(trained, lr=LR, fused=True)
 
     def step(self, batch: Batch) -> object:
-        """Draw, forward, KL, backward, Adam."""
+        """Take a step: draw, forward, KL, backward, Adam."""
         self.optimizer.zero_grad()
         kl = torch.zeros(())
         for name, means in self.means.items():
@@ -247,7 +248,7 @@ class PyroPerMatrix(_Hooked):
     """A Pyro site a matrix, `AutoNormal`, `SVI` and Pyro's Adam: the plainest Pyro program."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
-        """The program and its guide."""
+        """Make the program and its guide."""
         super().__init__(*arguments, **more)
         starts = self.starts()
         values = {
@@ -284,12 +285,12 @@ class PyroPerMatrix(_Hooked):
         self.svi = SVI(model, guide, pyro.optim.Adam({"lr": LR, "fused": True}), Trace_ELBO())
 
     def step(self, batch: Batch) -> object:
-        """One call."""
+        """Take a step."""
         return self.svi.step(batch)
 
 
 def point(*arguments: Any, **more: Any) -> Ours:
-    """Our own plain LoRA: the same program with a point as its guide, and no KL."""
+    """Return our own plain LoRA: the same program with a point as its guide, and no KL."""
     return Ours(*arguments, **more, guide="point", beta=0.0)
 
 

@@ -37,24 +37,24 @@ STAGES = ("import", "load and features", "score the base", "first step", "other 
 
 
 class Watch:
-    """When a run was where, and how long it waited for batches."""
+    """The times at which a run passed its marks, and how long it waited for batches."""
 
     def __init__(self, started: float) -> None:
-        """The parent process's clock when it started this one."""
+        """Start with the time at which the parent process started this one."""
         self.marks = {"started": started}
         self.waited = 0.0
 
     def mark(self, name: str) -> None:
-        """Now, if it is the first of its kind."""
+        """Note the time of a mark, if it is the first of its name."""
         self.marks.setdefault(name, time.time())
 
     def step(self) -> None:
-        """A step is done."""
+        """Note that a step is done."""
         self.mark("first step")
         self.marks["last step"] = time.time()
 
     def waiting(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        """`load`, timed."""
+        """Return `load`, timed."""
 
         def timed(*arguments: Any) -> Any:
             started = time.perf_counter()
@@ -65,7 +65,7 @@ class Watch:
         return timed
 
     def report(self, error: float) -> None:
-        """One line of JSON."""
+        """Print one line of JSON."""
         self.mark("done")
         times = [self.marks[name] for name in MARKS]
         stages = dict(zip(STAGES, (b - a for a, b in pairwise(times)), strict=True))
@@ -75,7 +75,7 @@ class Watch:
 
 
 def main() -> None:
-    """All runs, in turn; with `--case` one of them in this process."""
+    """Make all runs, in turn; with `--case` one of them in this process."""
     found = parser(__doc__)
     found.add_argument("--steps", type=int, default=100)
     found.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
@@ -100,31 +100,24 @@ def main() -> None:
     }
     waited = {name: spread([one[name]["waited"] for one in rounds]) for name in CONTESTANTS}
     results.write(summary=table, share_of_steps_spent_on_batches=waited)
-    rows = [
-        (
-            quantity,
-            shown(by[PEER]["seconds"]),
-            *(
-                f"{shown(by[n]['seconds'])} ({by[n]['ratio']['median']:.2f})"
-                for n in CONTESTANTS[1:]
-            ),
-        )
-        for quantity, by in table.items()
-    ]
-    print_table((f"seconds (ratio), {steps} steps", *CONTESTANTS), rows)
+    rows: list[tuple[str, ...]] = []
+    for quantity, by in table.items():
+        ours = [(by[name]["seconds"], by[name]["ratio"]["median"]) for name in CONTESTANTS[1:]]
+        cells = [f"{shown(seconds)} ({ratio:.2f})" for seconds, ratio in ours]
+        rows.append((quantity, shown(by[PEER]["seconds"]), *cells))
     shares = [shown(waited[name], ".1%") for name in CONTESTANTS]
-    print(f"| share of the steps spent on batches | {' | '.join(shares)} |")
-    errors = [f"{rounds[0][name]['error']:.3f}" for name in CONTESTANTS]
-    print(f"| raw WER after | {' | '.join(errors)} |")
+    rows.append(("share of the steps spent on batches", *shares))
+    rows.append(("raw WER after", *(f"{rounds[0][name]['error']:.3f}" for name in CONTESTANTS)))
+    print_table((f"seconds (ratio), {steps} steps", *CONTESTANTS), rows)
 
 
 def value_of(run: dict[str, Any], quantity: str) -> float:
-    """Seconds of a stage, or of the whole."""
+    """Return the seconds of a stage, or of the whole."""
     return {**run, **run["stages"]}[quantity]
 
 
 def one_round(arguments: argparse.Namespace, steps: int, folder: Path, number: int) -> dict:
-    """One run of each; before the first round one that compiles what is imported."""
+    """Return one run of each; before the first round one that compiles what is imported."""
     from blora_pyro.data import MODEL_DIR, corpus_dir
 
     bytecode = folder / "bytecode"
@@ -151,7 +144,7 @@ def one_round(arguments: argparse.Namespace, steps: int, folder: Path, number: i
 
 
 def fit_with_ours(watch: Watch, steps: int) -> None:
-    """The library's one function."""
+    """Call the library's one function."""
     from blora_pyro import FitConfig, fit
     from blora_pyro.data import Examples
     from blora_pyro.runs.listeners import Listener
@@ -159,7 +152,7 @@ def fit_with_ours(watch: Watch, steps: int) -> None:
     watch.mark("imported")
     Examples.batch = watch.waiting(Examples.batch)  # type: ignore[method-assign]
 
-    class Told(Listener):
+    class Marks(Listener):
         def stage(self, name: str) -> None:
             if name.startswith("base on"):
                 watch.mark("loaded")
@@ -173,12 +166,12 @@ def fit_with_ours(watch: Watch, steps: int) -> None:
     config = FitConfig(
         data=LANGUAGE, backward={}, rank=RANK, steps=steps, batch_size=BATCH_SIZE, lr=LR
     )
-    run = fit(config, os.environ["BENCHMARK_OUTPUT"], progress=Told())
+    run = fit(config, os.environ["BENCHMARK_OUTPUT"], progress=Marks())
     watch.report(run.metrics["new_domain"]["adapted"]["wer"]["raw"]["rate"])
 
 
 def fit_with_trainer(watch: Watch, steps: int) -> None:
-    """The same job as transformers' and PEFT's guides have it."""
+    """Do the same job as transformers' and PEFT's guides do it."""
     import jiwer
     import pyarrow.parquet
     import soundfile
@@ -229,7 +222,7 @@ def fit_with_trainer(watch: Watch, steps: int) -> None:
         half = len(texts) // 2
         return {"wer": jiwer.wer(texts[:half], texts[half:])}
 
-    class Told(TrainerCallback):
+    class Marks(TrainerCallback):
         def on_step_end(self, *about: Any, **more: Any) -> None:
             watch.step()
 
@@ -261,7 +254,7 @@ def fit_with_trainer(watch: Watch, steps: int) -> None:
         eval_dataset=test,
         data_collator=watch.waiting(collate),
         compute_metrics=score,
-        callbacks=[Told()],
+        callbacks=[Marks()],
     )
     watch.mark("loaded")
     trainer.evaluate()

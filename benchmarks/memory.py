@@ -1,10 +1,10 @@
-"""Peak memory of a step, ours and PEFT LoRA's, and what lies on the disk for each stored moment.
+"""Peak memory of a step, ours and PEFT LoRA's, and the bytes on the disk for each stored moment.
 
     python benchmarks/memory.py
 
-Every contestant in a process of its own: the most memory of three steps beyond what there was
-before the first, on one window of 30 s. Files are those of whisper-tiny's shape: a posterior,
-a checkpoint to resume from, and what PEFT and `Trainer` keep for the same two purposes; a float32
+Every contestant runs in a process of its own: the most memory of three steps beyond what there was
+before the first, on one window of 30 s. Files are those of whisper-tiny's shape: a posterior, a
+checkpoint to resume from, and what PEFT and `Trainer` keep for the same two purposes; a float32
 number for every adapter weight is one moment.
 """
 
@@ -15,76 +15,61 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import Results, parse, parser, print_table
-from contestants import (
-    CONTESTANTS,
-    PEER,
-    Ours,
-    Peft,
-    geometry,
-    random_batch,
-    random_net,
-)
+from contestants import CONTESTANTS, PEER, Ours, Peft, geometry, random_batch, random_net
 from safetensors.torch import save_file
 
 from blora_pyro.adapters import ALL_LINEAR
 from blora_pyro.fitting.checkpoints import write_checkpoint
 from blora_pyro.posterior import Family, Posterior
 
-SIZES = ("tiny", "base", "small")
-RANKS = (8, 32)
-NAMES = (PEER, "ours")
+SIZES, RANKS, NAMES = ("tiny", "base", "small"), (8, 32), (PEER, "ours")
 REPEATS = 2
-MIB = 2**20
 
 
 def main() -> None:
-    """Both tables; with `--case` one contestant in this process."""
+    """Print both tables; with `--case`, measure one contestant in this process."""
     found = parser(__doc__)
     found.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parse(found)
     if arguments.case:
         size, rank, name = arguments.case.split(";")
-        print(json.dumps(peak(size, int(rank), name)))
+        print(peak(size, int(rank), name))
         return
     results = Results(arguments, sizes=SIZES, ranks=RANKS, contestants=NAMES, repeats=REPEATS)
     rows = []
-    for size in SIZES[:1] if arguments.quick else SIZES:
-        for rank in RANKS[:1] if arguments.quick else RANKS:
-            measure = partial(steps, arguments, size, rank)
-            case = results.case(f"{size}, all-linear, rank {rank}", measure)
-            cells = [
-                f"{one['largest']:,.0f} (least {min(one['mib']):,.0f}) ({one['ratio']:.2f})"
-                for one in case.values()
-            ]
-            rows.append((size, rank, *cells))
-    print("\npeak MiB of a step (ratio to PEFT LoRA)")
+    for size, rank in [*product(SIZES, RANKS)][: 1 if arguments.quick else None]:
+        measure = partial(peaks, arguments, size, rank)
+        case = results.case(f"{size}, all-linear, rank {rank}", measure)
+        cells = [
+            f"{one['largest']:,.0f} (least {min(one['mib']):,.0f}) ({one['ratio']:.2f})"
+            for one in case.values()
+        ]
+        rows.append((size, rank, *cells))
+    print("peak MiB of a step (ratio to PEFT LoRA)")
     print_table(("size", "rank", *NAMES), rows)
     files = results.case("files", files_of_tiny)
-    print(f"\nbytes on the disk, {files['adapter_weights']:,} adapter weights")
-    heads = ("file", "bytes", "moments", "bytes a moment / those of PEFT's adapter")
-    print_table(
-        heads,
-        [
-            (name, f"{one['bytes']:,}", one["moments"], f"{one['ratio_per_moment']:.3f}")
-            for name, one in files["files"].items()
-        ],
-    )
+    print(f"bytes on the disk, {files['adapter_weights']:,} adapter weights")
+    rows = [
+        (name, f"{one['bytes']:,}", one["moments"], f"{one['ratio_per_moment']:.3f}")
+        for name, one in files["files"].items()
+    ]
+    print_table(("file", "bytes", "moments", "bytes a moment / those of PEFT's adapter"), rows)
 
 
-def steps(arguments: argparse.Namespace, size: str, rank: int) -> dict[str, Any]:
-    """Peaks of every contestant, one after the other, again and again."""
+def peaks(arguments: argparse.Namespace, size: str, rank: int) -> dict[str, Any]:
+    """Return the peaks of every contestant, measured in turn."""
     mib: dict[str, list[float]] = {name: [] for name in NAMES}
-    for _ in range(1 if arguments.quick else REPEATS):
-        for name in NAMES:
-            command = [sys.executable, __file__, "--threads", str(arguments.threads)]
-            command += ["--case", f"{size};{rank};{name}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            mib[name].append(json.loads(done.stdout.splitlines()[-1]))
+    for name in NAMES * (1 if arguments.quick else REPEATS):
+        command = [sys.executable, __file__, "--threads", str(arguments.threads)]
+        command += ["--case", f"{size};{rank};{name}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        mib[name].append(json.loads(done.stdout.splitlines()[-1]))
     largest = {name: max(values) for name, values in mib.items()}
     return {
         name: {"mib": values, "largest": largest[name], "ratio": largest[name] / largest[PEER]}
@@ -93,12 +78,12 @@ def steps(arguments: argparse.Namespace, size: str, rank: int) -> dict[str, Any]
 
 
 def peak(size: str, rank: int, name: str) -> float:
-    """MiB that three steps take at most, beyond what is there before them."""
+    """Return the MiB that three steps take at most, beyond what is there before them."""
     config = geometry(size)
     one = CONTESTANTS[name](random_net(config), rank, ALL_LINEAR, False)
     batch = random_batch(config, 1)
     try:
-        # Linux: the peak so far is forgotten, lest that of making the net hides the steps'.
+        # Linux: forget the peak so far, otherwise that of making the net hides the steps'.
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         print("the peak before the steps counts as what was there", file=sys.stderr)
@@ -106,17 +91,17 @@ def peak(size: str, rank: int, name: str) -> float:
     with one.store_in_place():
         for _ in range(3):
             one.step(batch)
-    return (max_rss() - before) / MIB
+    return (max_rss() - before) / 2**20
 
 
 def max_rss() -> int:
-    """Peak resident memory, bytes."""
+    """Return the peak resident memory, bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def files_of_tiny() -> dict[str, Any]:
-    """Sizes of files after one step."""
+    """Return the sizes of files after one step."""
     net, rank = random_net(geometry("tiny")), 8
     batch = random_batch(geometry("tiny"), 1)
     ours, peft = Ours(net, rank, ALL_LINEAR, False), Peft(net, rank, ALL_LINEAR, False)
@@ -136,17 +121,15 @@ def files_of_tiny() -> dict[str, Any]:
         "PEFT: adapter": (lora, 1),
         "PEFT: adapter and Adam, to resume": (lora + size["optimizer.pt"], 3),
         "ours: adapter_model.safetensors": (size["adapter_model.safetensors"], 1),
-        # Two are what a user asks for, a mean and a deviation; the file holds the guide as well.
+        # Two are what a user asks for, a mean and a deviation; the file also holds the guide.
         "ours: posterior.safetensors": (size["posterior.safetensors"], 2),
         "ours: checkpoint.safetensors": (size["checkpoint.safetensors"], 6),
     }
-    return {
-        "adapter_weights": ours.model.num_weights,
-        "files": {
-            name: {"bytes": count, "moments": moments, "ratio_per_moment": count / moments / lora}
-            for name, (count, moments) in found.items()
-        },
+    files = {
+        name: {"bytes": count, "moments": moments, "ratio_per_moment": count / moments / lora}
+        for name, (count, moments) in found.items()
     }
+    return {"adapter_weights": ours.model.num_weights, "files": files}
 
 
 if __name__ == "__main__":
