@@ -51,10 +51,10 @@ def main() -> None:
     recordings = [Recording(str(place), read_audio(one)) for place, one in enumerate(audio)]
     other = replace(base, net=copy.deepcopy(base.net))
     posterior.merge(other.net)
-    heard = features_of(base, count)
+    inputs = features_of(base, count)
     cases = {
-        "merged": (merged(base, other, posterior, heard), "base"),
-        "pipeline": (pipelines(other, recordings, heard), PIPELINE),
+        "merged": (merged(base, other, posterior, inputs), "base"),
+        "pipeline": (pipelines(other, recordings, inputs), PIPELINE),
     }
     for case, (contestants, peer) in cases.items():
         figures = results.case(case, partial(timed, contestants, peer, rounds))
@@ -117,21 +117,21 @@ def timed_draws(contestants: Contestants, rounds: int) -> dict[str, Any]:
     return {name: found[name] for name in contestants}
 
 
-def merged(base: Base, other: Base, posterior: Posterior, heard: tuple) -> Contestants:
+def merged(base: Base, other: Base, posterior: Posterior, inputs: tuple) -> Contestants:
     """Return the base, the same with ΔW merged, and with hooks that add it, as in `evaluate`."""
 
     def hooked() -> list[str]:
         with posterior.applied(base.net):
-            return transcribe_features(base, *heard)
+            return transcribe_features(base, *inputs)
 
     return {
-        "base": partial(transcribe_features, base, *heard),
-        "merged": partial(transcribe_features, other, *heard),
+        "base": partial(transcribe_features, base, *inputs),
+        "merged": partial(transcribe_features, other, *inputs),
         "not merged": hooked,
     }
 
 
-def pipelines(other: Base, recordings: list[Recording], heard: tuple) -> Contestants:
+def pipelines(other: Base, recordings: list[Recording], inputs: tuple) -> Contestants:
     """Return the merged model in transformers' pipeline, in `transcribe` and in `evaluate`."""
     listen = pipeline(
         "automatic-speech-recognition",
@@ -150,7 +150,7 @@ def pipelines(other: Base, recordings: list[Recording], heard: tuple) -> Contest
         transcriber = Transcriber(other, language=LANGUAGE, batch_size=BATCH_SIZE)
         return [one.text for one in transcriber.transcribe(recordings)]
 
-    features = partial(transcribe_features, other, *heard)
+    features = partial(transcribe_features, other, *inputs)
     return {PIPELINE: theirs, "transcribe": ours, "evaluate, from features": features}
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--split", choices=("dev", "test"), default="test")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--output", type=Path, default=TABLE, help="CSV; the figure goes beside it")
+    parser.add_argument("--output", type=Path, default=TABLE, help="CSV, and name of the figure")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = read_table(arguments.output)
