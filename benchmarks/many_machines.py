@@ -24,7 +24,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from blora_pyro.data import load_split
 from blora_pyro.runs.record import FINISHED, state_of
-from blora_pyro.sweeps.storages import kind_of, quiet_optuna
+from blora_pyro.studies.results import ScoredFit
+from blora_pyro.studies.trials import quiet_optuna
 
 TRIALS = 8  # of the sweep
 SEEDS = "0,1,2"  # of the comparison
@@ -56,7 +57,7 @@ def main() -> None:
         while not all([team.ended() for team in teams]):
             time.sleep(0.2)
         found = {team.command[0]: team.checked() for team in teams}
-    command = f"python benchmarks/many_machines.py --storage {kind_of(storage)}://..."
+    command = f"python benchmarks/many_machines.py --storage {storage.partition('://')[0]}://..."
     report = {"command": command, "commit": commit(), "machine": machine(1)}
     database = teams[0].database()
     text = json.dumps({**report, "database": database, **found}, indent=1)
@@ -144,7 +145,8 @@ class Team:
         outputs = [
             json.loads(one.read_bytes() or b"null") for one in sorted(self.folder.glob("*.out"))
         ]
-        count = len(self.trials(TrialState.COMPLETE))
+        what = self.what()
+        count = len(what)
         taken = self.taken_over()
         return {
             "workers": len(self.workers),
@@ -164,7 +166,7 @@ class Team:
                 "a worker was killed in the middle of a fit": self.killed is not None,
                 "the others ended well": codes == [0] * len(codes),
                 "as many finished as were asked for": count == self.asked(outputs[0]),
-                "none done twice": len({*self.what()}) == count,
+                "none done twice": len({*what}) == count,
                 "the killed worker's was taken over once": len(taken) == 1,
                 "all workers say the same": all(one == outputs[0] for one in outputs),
             },
@@ -222,18 +224,19 @@ class CompareTeam(Team):
         return content["rows"]["made"] if not content["rows"]["missing"] else -1
 
     def what(self) -> Sequence[object]:
-        """Keys of rows."""
-        return [one.user_attrs["row"] for one in self.trials(TrialState.COMPLETE)]
+        """Names of the rows."""
+        trials = self.trials(TrialState.COMPLETE)
+        return [ScoredFit.from_row(row).key for one in trials for row in one.user_attrs["scores"]]
 
     def taken_over(self) -> list[FrozenTrial]:
-        """The first row of the killed one's fit."""
-        locks = [one for one in self.trials() if one.user_attrs.get("lock") == self.killed]
-        finished = [one for one in locks if one.state == TrialState.COMPLETE]
-        return finished[:1] if locks[0].state == TrialState.FAIL else []
+        """The killed one's fit."""
+        trials = [one for one in self.trials() if one.user_attrs.get("run") == self.killed]
+        finished = [one for one in trials if one.state == TrialState.COMPLETE]
+        return finished[:1] if trials[0].state == TrialState.FAIL else []
 
     def withdrawn(self) -> int:
-        """Claims, the killed one's aside."""
-        return max(0, len(self.trials(TrialState.FAIL)) - 1)
+        """See `studies`."""
+        return len(self.trials(TrialState.PRUNED))
 
 
 if __name__ == "__main__":

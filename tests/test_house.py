@@ -15,7 +15,7 @@ ORDER = (  # of the rooms and of the files beside them, as CONTRIBUTING.md has i
     *("plotting", "declarations", "options"),
     *("data", "metrics", "low_rank", "adapters", "models", "guides", "fitting"),
     *("posterior", "diagnostics", "transcription", "evaluation"),
-    *("runs", "studies", "sweeps", "comparison", "publishing", "cli"),
+    *("runs", "studies", "publishing", "cli"),
 )
 FILES = sorted(path for path in HOUSE.rglob("*.py") if not path.stem.startswith("__"))
 # Tests of what no single module does.

@@ -5,7 +5,6 @@ from typing import Annotated
 import typer
 
 from blora_pyro import __version__
-from blora_pyro.cli.compare import compare
 from blora_pyro.cli.data import data
 from blora_pyro.cli.fit import fit
 from blora_pyro.cli.runs import (
@@ -18,7 +17,7 @@ from blora_pyro.cli.runs import (
     prune,
     push_to_hub,
 )
-from blora_pyro.cli.sweep import sweep
+from blora_pyro.cli.study import compare, study, sweep
 from blora_pyro.cli.transcribe import transcribe
 
 app = typer.Typer(
@@ -29,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
-    *(fit, sweep, compare, evaluate, errors, diagnose, prune, combine, priors),
+    *(fit, study, sweep, compare, evaluate, errors, diagnose, prune, combine, priors),
     *(transcribe, merge, push_to_hub),
 )
 for command in COMMANDS:

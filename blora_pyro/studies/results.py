@@ -13,6 +13,7 @@ same data and split, so that they stand in the table about once.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ COLUMNS = (
     *("base", "setting", "method", "candidate", "data", "seed", "split", "failed"),
     *("new_domain", "pier", "backward", "sparsity_A", "sparsity_B", "sparsity_delta_w"),
     *("weights", "bytes", "seconds", "run", "after", "command", "commit", "machine"),
+    "base_hash",
 )
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -67,6 +69,7 @@ class ScoredFit:
         command: The `blora-pyro fit` that makes the fit.
         commit: Of the code.
         machine: Processor, threads and versions.
+        base_hash: Of the weights of the base model; "" if unknown.
     """
 
     base: str
@@ -88,6 +91,7 @@ class ScoredFit:
     command: str = ""
     commit: str = ""
     machine: str = ""
+    base_hash: str = ""
 
     @property
     def key(self) -> Key:
@@ -160,6 +164,7 @@ class ScoredFit:
                 *("run", "after", "command", "commit", "machine"),
             )
         }
+        texts["base_hash"] = row.get("base_hash", "")
         metrics, counts = _counts_of(row)
         shares = {part: row[f"sparsity_{part}"] for part in ("A", "B", "delta_w")}
         scored = cls(
@@ -239,8 +244,15 @@ def results_frame(scored: Iterable[ScoredFit]) -> pandas.DataFrame:
 
 
 def _order(one: ScoredFit) -> tuple[Any, ...]:
-    values = [float(text) for text in one.candidate.split(":")[1:]]
+    values = [_as_number(text) for text in one.candidate.split(":")[1:]]
     return one.base, one.setting, one.method, values, one.split, one.data, one.seed
+
+
+def _as_number(text: str) -> tuple[float, str]:
+    try:
+        return float(text), ""
+    except ValueError:
+        return math.inf, text
 
 
 def write_results(path: Path, scored: Iterable[ScoredFit]) -> None:

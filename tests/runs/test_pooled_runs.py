@@ -19,7 +19,7 @@ from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import Run, fit
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.report import fit_tables
-from blora_pyro.sweeps.sweeping import sweep
+from blora_pyro.studies.searching import sweep
 
 
 class Crash(Exception):
@@ -321,4 +321,4 @@ def test_the_command_of_a_fit_names_its_domains():
 
 def test_a_sweep_is_of_one_domain(tmp_path):
     with pytest.raises(UserError, match="a sweep looks at the error of one domain"):
-        sweep(tmp_path, data=("de-en", "es-en"), pooling="none")
+        sweep({"data": ("de-en", "es-en"), "pooling": "none"}, tmp_path)
