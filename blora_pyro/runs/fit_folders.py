@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from blora_pyro.files import replace_file, write_json
 from blora_pyro.fitting.checkpoints import stored_step
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
+from blora_pyro.guides import with_prior_arguments
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.chains import Previous, previous_of
@@ -80,6 +82,7 @@ class FitFolder:
                 raise UserError(f"output and prior_from are both {path}; give another output")
             record.chain = previous.link(config.prior_inflation)
         folder = cls(path, config, record, previous)
+        _ = folder.with_prior  # a prior that can't be is refused before anything is written
         if path is not None:
             claim(path, overwrite)
             folder._occupied = any((path / name).exists() for name in (RUN, *RESULTS))
@@ -145,6 +148,15 @@ class FitFolder:
         config = FitConfig(**{**content["options"], **config.given_options})
         record = RunRecord(**content)
         return cls(None, config, record, previous_of(config, record.chain or []))
+
+    @cached_property
+    def with_prior(self) -> FitConfig:
+        """The options with every argument of the prior, and the guide's name.
+
+        Raises:
+            UserError: If the prior can't be loaded, or takes no such argument.
+        """
+        return with_prior_arguments(self.config)
 
     @property
     def state(self) -> str:

@@ -19,7 +19,7 @@ from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
-from blora_pyro.guides import Guide, with_prior_arguments
+from blora_pyro.guides import Guide
 from blora_pyro.models import Base, BLoRA, base_of, check_device
 from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.posterior import Family, Posterior
@@ -121,12 +121,15 @@ def fit(
         Interrupted: By a signal.
     """
     check_value(OutputOptions, "checkpoint_every", checkpoint_every)
-    keywords = {
+    keywords: dict[str, Any] = {
         **{"base": base, "data": data, "prior": prior, "beta": beta},
         **{"rank": rank, "lr": lr, "steps": steps, "seed": seed},
     }
     given = {name: value for name, value in keywords.items() if value is not None}
-    config = (config or FitConfig()).with_options(**given)
+    if config is None:
+        config = FitConfig(**given)
+    elif given:
+        config = config.with_options(**given)
     processes = Processes.join(_device(output, config))
     progress = (processes.is_main and progress) or Listener()
     try:
@@ -206,7 +209,6 @@ def _open(output: str | Path | None, config: FitConfig, overwrite: bool, resume:
             raise UserError(f"{path} holds no fit to go on with; start it without --resume")
     config, previous = continued(config)
     check_device(config.device)
-    with_prior_arguments(config)  # refuses what can't be
     check_trackers(config.track, path)
     return FitFolder.create(path, config, overwrite, previous)
 
@@ -266,7 +268,7 @@ class _Parts:
 def _load(folder: FitFolder, evaluate: bool, progress: Listener, processes: Processes) -> _Parts:
     """Load base and data; for a fit that is to be done build program and guide, too."""
     progress.stage("loading")
-    config = with_prior_arguments(folder.config)
+    config = folder.with_prior
     pyro.set_rng_seed(config.seed)
     base = base_of(config)
     loader = Loader(base, config, progress.features, progress.note)
