@@ -40,7 +40,7 @@ from blora_pyro.models import Base
 from blora_pyro.posterior.combining import combine
 from blora_pyro.posterior.strength import at_strength
 from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.outcomes import NEW_DOMAIN, evaluation_sets, measure
+from blora_pyro.runs.scoring import NEW_DOMAIN, evaluation_sets, measure
 
 FOLDER = ROOT / "experiments" / "domains"
 NEAR = 0.01  # what is a point worse than the best in one order is not tried in its reverse

@@ -16,7 +16,7 @@ import numpy as np
 from records import ROOT
 
 from blora_pyro.metrics.bootstrap import FloatArray, paired_rates, percentile_interval
-from blora_pyro.runs.outcomes import NEW_DOMAIN
+from blora_pyro.runs.scoring import NEW_DOMAIN
 from blora_pyro.studies.results import TEST, ScoredFit, read_results
 from blora_pyro.tables import Percent
 

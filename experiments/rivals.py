@@ -39,8 +39,8 @@ from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.folders import METRICS, UTTERANCES, claim, save_posterior
 from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.outcomes import compare, evaluation_sets, measure
 from blora_pyro.runs.record import FINISHED, FITTING, RUN
+from blora_pyro.runs.scoring import compare, evaluation_sets, measure
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
 
 FULL, PEFT = "full", "peft"

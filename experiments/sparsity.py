@@ -22,10 +22,9 @@ from records import ROOT, origin
 from blora_pyro import prune
 from blora_pyro.options import FitConfig
 from blora_pyro.plotting import BLACK, BLUE, GREEN, GREY, ORANGE, SMALL, label_axes, new_figure
-from blora_pyro.runs.finished import Scoring
 from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.outcomes import NEW_DOMAIN
+from blora_pyro.runs.scoring import NEW_DOMAIN, Scoring
 
 TABLE = ROOT / "experiments" / "pocket" / "sparsity.csv"
 SHARES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.997)

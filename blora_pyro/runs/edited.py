@@ -10,11 +10,10 @@ from blora_pyro.files import write_json
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.combining import MEAN, PRODUCT, check_alike, combine
 from blora_pyro.posterior.pruning import prune
-from blora_pyro.runs.finished import Scoring
 from blora_pyro.runs.folders import METRICS, claim, read_run
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.outcomes import compare
 from blora_pyro.runs.record import FINISHED, RunRecord
+from blora_pyro.runs.scoring import Scoring, compare
 
 
 def prune_run(

@@ -1,22 +1,18 @@
 """What is done with a finished run: score it again, merge it, transcribe with it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blora_pyro.data import Examples
 from blora_pyro.errors import UserError
-from blora_pyro.evaluation import Evaluation
 from blora_pyro.languages import language_code
-from blora_pyro.models import DTYPES, Base, base_of, check_dtype
+from blora_pyro.models import DTYPES, base_of, check_dtype
 from blora_pyro.options import FitConfig
-from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.folders import claim, claim_file, read_run
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.outcomes import check_split, compare, evaluation_sets, measure, measure_adapted
+from blora_pyro.runs.scoring import Scoring, compare
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
 from blora_pyro.sources import Source
 from blora_pyro.transcription import Transcriber, transcribe_files
@@ -84,53 +80,6 @@ def evaluate_run(
     if strength != 1:
         metrics |= {"strength": strength, "strength_by": strength_by}
     return metrics
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """A base and the sets that runs on it are scored on.
-
-    Attributes:
-        base: The base model.
-        sets: By name, see `evaluation_sets`.
-        normalizer: Of texts before scoring.
-        progress: Listener of stages.
-    """
-
-    base: Base
-    sets: dict[str, Examples]
-    normalizer: str
-    progress: Listener
-
-    @classmethod
-    def of(cls, config: FitConfig, split: str, progress: Listener) -> "Scoring":
-        """Load the base of a configuration, and a split of its sets.
-
-        Raises:
-            UserError: See `evaluation_sets`.
-        """
-        check_split(split)
-        base = base_of(config)
-        loader = Loader(base, config, progress.features, progress.note)
-        sets = evaluation_sets(base, config, loader, split)
-        loader.tell()
-        return cls(base, sets, config.normalizer, progress)
-
-    def score(self, posterior: Posterior | None, what: str | None = None) -> dict[str, Evaluation]:
-        """Score the base adapted by a posterior mean, or as it is, on every set.
-
-        Args:
-            posterior: None is the base.
-            what: It is called in the stages, one a set; None tells none.
-        """
-
-        def stage(name: str) -> None:
-            if what is not None:
-                self.progress.stage(f"{what} on {name}")
-
-        if posterior is None:
-            return measure(self.base, self.sets, stage, normalizer=self.normalizer)
-        return measure_adapted(self.base, posterior, self.sets, stage, normalizer=self.normalizer)
 
 
 def of_domain(config: FitConfig, domain: str | None) -> FitConfig:

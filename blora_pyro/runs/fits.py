@@ -25,18 +25,17 @@ from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.chains import continued
 from blora_pyro.runs.fit_folders import FitFolder, explained_ends
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Listener, check_trackers, tracked
 from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.outcomes import (
+from blora_pyro.runs.parts import build, regularise, teacher_of, training_set
+from blora_pyro.runs.record import FINISHED, FITTING, RUN
+from blora_pyro.runs.scoring import (
     compare,
     early_stopping,
     evaluation_sets,
     measure,
     measure_adapted,
 )
-from blora_pyro.runs.parts import build, regularise, teacher_of, training_set
-from blora_pyro.runs.record import FINISHED, FITTING, RUN
-from blora_pyro.runs.tracking import check_trackers, tracked
 from blora_pyro.runs.utterances import utterance_rows
 from blora_pyro.sources import Source
 

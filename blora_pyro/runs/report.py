@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from blora_pyro.errors import printable
-from blora_pyro.runs.outcomes import NEW_DOMAIN
+from blora_pyro.runs.scoring import NEW_DOMAIN
 from blora_pyro.runs.utterances import worst
 from blora_pyro.tables import Part, Percent, Table, figure_columns, number, text_columns
 

@@ -13,10 +13,10 @@ from blora_pyro.files import replace_file
 from blora_pyro.metrics import forgetting_removed
 from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, VERMILLION, label_axes, new_figure
 from blora_pyro.posterior.strength import SCALE, at_strength, check_strength
-from blora_pyro.runs.finished import Scoring, scoring_config
+from blora_pyro.runs.finished import scoring_config
 from blora_pyro.runs.folders import STRENGTH_PLOT, beside, claim_file, read_run
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.outcomes import NEW_DOMAIN, domain_name
+from blora_pyro.runs.scoring import NEW_DOMAIN, Scoring, domain_name
 
 SUFFIXES = (".png", ".pdf", ".svg")
 ENDS = {0.0: ("the base (strength 0)", BLACK, "*"), 1.0: ("the fit (strength 1)", VERMILLION, "D")}

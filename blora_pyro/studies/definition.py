@@ -41,7 +41,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.families import is_code
 from blora_pyro.guides import with_prior_arguments
 from blora_pyro.options import POCKET, FitConfig, fit_command
-from blora_pyro.runs.outcomes import DEV_SPLITS
+from blora_pyro.runs.scoring import DEV_SPLITS
 from blora_pyro.sources import Source, describe_source, named_sources
 from blora_pyro.studies.methods import (
     AFTER,

@@ -16,7 +16,7 @@ import numpy as np
 
 from blora_pyro.metrics import backward_gain, forgetting, forgetting_removed, new_domain_drop
 from blora_pyro.metrics.bootstrap import FloatArray, paired_rates, percentile_interval
-from blora_pyro.runs.outcomes import NEW_DOMAIN
+from blora_pyro.runs.scoring import NEW_DOMAIN
 from blora_pyro.studies.methods import Candidate
 from blora_pyro.studies.results import BASE, PIER, ScoredFit
 

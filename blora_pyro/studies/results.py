@@ -27,8 +27,8 @@ from blora_pyro.files import replace_file
 from blora_pyro.metrics import Counts
 from blora_pyro.metrics.bootstrap import macro_rate
 from blora_pyro.runs.folders import METRICS, UTTERANCES
-from blora_pyro.runs.outcomes import NEW_DOMAIN
 from blora_pyro.runs.record import RUN
+from blora_pyro.runs.scoring import NEW_DOMAIN
 from blora_pyro.runs.utterances import read_utterances
 
 BASE, PIER = "base", "pier"

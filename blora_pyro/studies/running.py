@@ -31,8 +31,8 @@ from blora_pyro.runs import fits
 from blora_pyro.runs.folders import ADAPTER, TRANSCRIPTS
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.outcomes import DEV_SPLITS, NEW_DOMAIN, compare, measure, measure_adapted
 from blora_pyro.runs.record import FINISHED, state_of
+from blora_pyro.runs.scoring import DEV_SPLITS, NEW_DOMAIN, compare, measure, measure_adapted
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
 from blora_pyro.sources import Source
 from blora_pyro.studies.definition import (

@@ -7,7 +7,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from blora_pyro.plotting import BLACK, GREY, SMALL, TEXT, VERMILLION, label_axes, new_figure
-from blora_pyro.runs.outcomes import NEW_DOMAIN
+from blora_pyro.runs.scoring import NEW_DOMAIN
 from blora_pyro.studies.search import PLOT, Search
 from blora_pyro.studies.trials import DATABASE
 from blora_pyro.tables import Part, Percent, Table, figure_columns

@@ -27,8 +27,8 @@ from blora_pyro.runs.chains import continued
 from blora_pyro.runs.folders import TRANSCRIPTS
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.outcomes import NEW_DOMAIN, compare, evaluation_sets, measure
 from blora_pyro.runs.record import RUN
+from blora_pyro.runs.scoring import NEW_DOMAIN, compare, evaluation_sets, measure
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
 from blora_pyro.studies.results import BASE, DEV, score_files
 from blora_pyro.studies.search import (

@@ -8,14 +8,14 @@ from blora_pyro.diagnostics.data_check import check_data
 from blora_pyro.errors import UserError
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior.inference_data import MIN_RATIOS
-from blora_pyro.runs import finished, outcomes
+from blora_pyro.runs import finished, scoring
 from blora_pyro.runs.diagnosis import measure_khat
 from blora_pyro.runs.finished import evaluate_run
 from blora_pyro.runs.fits import fit
 from blora_pyro.runs.folders import SKIPPED
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader, load_examples, without_bad_tags
-from blora_pyro.runs.outcomes import evaluation_sets
+from blora_pyro.runs.scoring import evaluation_sets
 
 
 class Notes(Listener):
@@ -189,7 +189,7 @@ def test_the_task_is_in_every_prompt(fluent_base, options, fit_options, monkeypa
         prompts.extend(given)
         return ["x"] * len(given)
 
-    monkeypatch.setattr(outcomes, "transcribe_features", transcribe)
+    monkeypatch.setattr(scoring, "transcribe_features", transcribe)
     run = fit(FitConfig(**{**fit_options, "steps": 1, "task": "translate"}))
     assert run.config.task == "translate"
     assert len(prompts) == 12 and all(prompt[-2] == translate for prompt in prompts)

@@ -24,7 +24,7 @@ from blora_pyro.fitting import checkpoints as checkpoints_module
 from blora_pyro.fitting.checkpoints import FILE, read_checkpoint, stored_step
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
-from blora_pyro.runs import fits, outcomes
+from blora_pyro.runs import fits, scoring
 from blora_pyro.runs.finished import evaluate_run
 from blora_pyro.runs.fits import Run, fit
 from blora_pyro.runs.listeners import Listener
@@ -157,14 +157,14 @@ def test_a_run_that_died_in_its_evaluation_is_not_fitted_again(
     assert not (folder / FILE).exists()
     assert evaluate_run(folder) == straight.metrics  # it can be used already
     transcribed = []
-    features = outcomes.transcribe_features
+    features = scoring.transcribe_features
 
     def transcribe(base, *args):
         transcribed.append(args)
         return features(base, *args)
 
     monkeypatch.setattr(fits, "fit_guide", None)
-    monkeypatch.setattr(outcomes, "transcribe_features", transcribe)
+    monkeypatch.setattr(scoring, "transcribe_features", transcribe)
     run = fit(output=folder, resume=True)
     assert len(transcribed) == 1  # of four: the backward set, adapted
     assert run.history == straight.history

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from blora_pyro.evaluation import (
 from blora_pyro.files import write_json
 from blora_pyro.fitting.stopping import DevError, EarlyStopping
 from blora_pyro.languages import is_language
-from blora_pyro.models import Base
+from blora_pyro.models import Base, base_of
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
+from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
 from blora_pyro.sources import Source, describe_source
 from blora_pyro.transcription import transcribe_features
@@ -283,3 +285,50 @@ def compare(
             "change": change_summary(*sets),  # this is the forgetting
         }
     return metrics
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A base and the sets that runs on it are scored on.
+
+    Attributes:
+        base: The base model.
+        sets: By name, see `evaluation_sets`.
+        normalizer: Of texts before scoring.
+        progress: Listener of stages.
+    """
+
+    base: Base
+    sets: dict[str, Examples]
+    normalizer: str
+    progress: Listener
+
+    @classmethod
+    def of(cls, config: FitConfig, split: str, progress: Listener) -> "Scoring":
+        """Load the base of a configuration, and a split of its sets.
+
+        Raises:
+            UserError: See `evaluation_sets`.
+        """
+        check_split(split)
+        base = base_of(config)
+        loader = Loader(base, config, progress.features, progress.note)
+        sets = evaluation_sets(base, config, loader, split)
+        loader.tell()
+        return cls(base, sets, config.normalizer, progress)
+
+    def score(self, posterior: Posterior | None, what: str | None = None) -> dict[str, Evaluation]:
+        """Score the base adapted by a posterior mean, or as it is, on every set.
+
+        Args:
+            posterior: None is the base.
+            what: It is called in the stages, one a set; None tells none.
+        """
+
+        def stage(name: str) -> None:
+            if what is not None:
+                self.progress.stage(f"{what} on {name}")
+
+        if posterior is None:
+            return measure(self.base, self.sets, stage, normalizer=self.normalizer)
+        return measure_adapted(self.base, posterior, self.sets, stage, normalizer=self.normalizer)

@@ -3,7 +3,7 @@ import pytest
 from blora_pyro.errors import UserError
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.outcomes import evaluation_sets
+from blora_pyro.runs.scoring import evaluation_sets
 
 
 def test_no_training_data_are_scored_as_a_dev_set(fluent_base, tones_folder):

@@ -13,7 +13,7 @@ from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
-from blora_pyro.runs import tracking
+from blora_pyro.runs import listeners
 from blora_pyro.runs.fits import fit
 from blora_pyro.runs.folders import claim
 from blora_pyro.runs.listeners import Listener
@@ -87,7 +87,7 @@ def told(monkeypatch):
     monkeypatch.setattr(Recorder, "told", [])
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "failing", Failing)
-    monkeypatch.setattr(tracking, "EVERY", 2)
+    monkeypatch.setattr(listeners, "EVERY", 2)
     return Recorder.told
 
 
@@ -216,7 +216,7 @@ def test_the_command_ends_in_one_line_without_the_package(tmp_path, monkeypatch)
 def test_figures_are_those_of_diagnose_at_any_moment_and_draw_nothing(net, family):
     model = BLoRA(net, build_prior(family), rank=2, target_modules="q_proj")
     guide = build_guide(family, model)
-    figures = tracking.PosteriorFigures(model, guide)
+    figures = listeners.PosteriorFigures(model, guide)
     for shift in (0.0, 0.5):
         with torch.no_grad():
             for parameter in guide.parameters():
