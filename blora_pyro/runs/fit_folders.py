@@ -111,13 +111,14 @@ class FitFolder:
         try:
             content = json.loads((path / RUN).read_text(encoding="utf-8"))
             stored = content.get("options") or content["config"]
-            # objects of Python, which are texts in the file, are given again
-            config = FitConfig(**{**stored, **given})
+            FitConfig(**stored)
             record = RunRecord.from_json(content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
             raise UserError(
                 f"{path / RUN} is damaged ({error}); start again with --overwrite"
             ) from None
+        # objects of Python, which are texts in the file, are given again
+        config = FitConfig(**{**stored, **given})
         wanted, resolved = json.loads(json.dumps(config.to_json())), content.get("config", {})
         for name in given:
             if wanted[name] not in (stored.get(name), resolved.get(name)):

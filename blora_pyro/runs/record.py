@@ -74,6 +74,7 @@ class RunRecord:
         record = cls(**{"state": FINISHED, **values}, other=other)
         if record.config is not None:
             record.config = FitConfig(**values["config"])
+            record.language = values["language"]  # may be null, but not missing
         if record.history is not None:
             record.history = [Step(**step) for step in values["history"]]
         return record

@@ -228,7 +228,7 @@ def test_a_run_that_was_fitted_to_trimmed_audio_is_used_on_it(
         return embed(net, features)
 
     monkeypatch.setattr("blora_pyro.data.features.MARGIN", 10)  # of windows of a second
-    for where in ("encoder", "whisper"):
+    for where in ("encoder", "likelihood"):
         monkeypatch.setattr(f"blora_pyro.models.{where}.embed", seen)
     distilled = {"distillation": 0.1, "distillation_languages": ("en",)}
     run = fit(FitConfig(**short, **distilled, trim_audio=True), tmp_path / "run")
@@ -536,7 +536,7 @@ def test_a_base_is_loaded_as_the_run_has_it_unless_told(monkeypatch, finished_ru
         seen.append((name, *rest))
         raise UserError("seen")
 
-    monkeypatch.setattr("blora_pyro.config.fit_config.load_base", load)
+    monkeypatch.setattr("blora_pyro.models.base.load_base", load)
     run = tmp_path / "run"
     for use in (
         lambda: evaluate_run(run),
