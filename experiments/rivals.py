@@ -3,6 +3,8 @@
     python experiments/rivals.py full --output runs/full --options data=zh-en lr=3e-4 steps=200
     python experiments/rivals.py peft --output runs/peft --options data=zh-en lr=2e-3 steps=200
 
+    python experiments/rivals.py --study experiments/pocket/study.toml
+
 Both are Whisper's likelihood without latent sites, and a guide that samples nothing and holds the
 weights to be trained: Pyro's ELBO is then the mean token NLL, and learning-rate schedule, batches
 and Adam are those of `blora-pyro fit`. So is the folder: `run.json`, `metrics.json` and
@@ -12,9 +14,12 @@ full fine-tuning `net.safetensors` with all trained weights.
 
 import argparse
 import copy
+import shlex
 import time
 import warnings
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +42,18 @@ from blora_pyro.metrics import sparsity
 from blora_pyro.models import Base, WhisperLikelihood, WhisperProgram, base_of
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
-from blora_pyro.runs.folders import METRICS, UTTERANCES, claim, save_posterior
+from blora_pyro.runs.folders import ADAPTER, claim, save_posterior
 from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.record import FINISHED, FITTING, RUN
+from blora_pyro.runs.record import FINISHED, RunRecord
 from blora_pyro.runs.scoring import compare, evaluation_sets, measure
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
+from blora_pyro.studies.definition import ScoreSpec, open_study, study_of
+from blora_pyro.studies.results import TEST, score_files, scored_run
+from blora_pyro.studies.running import StudyRun, commit, machine, run_study
 
 FULL, PEFT = "full", "peft"
 WEIGHTS = "net.safetensors"
-POINT = {"guide": "point", "beta": 0.0}
+POINT: dict[str, Any] = {"guide": "point", "beta": 0.0}
 # Whisper's encoder has fixed sines for positions.
 _FIXED = ("model.encoder.embed_positions.weight",)
 
@@ -158,78 +166,132 @@ class WholeUpdate:
         return {"A": None, "B": None, "delta_w": sparsity(self.deltas)}
 
 
-def fit_rival(kind: str, folder: Path, config: FitConfig, overwrite: bool = False) -> None:
+def fit_rival(
+    kind: str, folder: Path, config: FitConfig, splits: Sequence[str] = (TEST,)
+) -> RunRecord:
     """Fit a rival, score it as `fit` does, and write its folder.
 
     Args:
         kind: `FULL` or `PEFT`.
-        folder: For the run.
+        folder: For the run; an earlier one in it is removed.
         config: Its options; what concerns prior and guide does not count.
-        overwrite: Write into a folder that holds an earlier run.
+        splits: `dev` or `test`, that are scored; see `score_files` for where.
+
+    Returns:
+        What `run.json` holds.
 
     Raises:
         UserError: On bad options or data, or a folder that can't be written.
         FloatingPointError: See `fit_guide`.
     """
-    claim(folder, overwrite)
+    claim(folder, overwrite=True)
     started = time.monotonic()
     pyro.set_rng_seed(config.seed)
     base = base_of(config)
     loader = Loader(base, config)
     train = loader.load(config.sources, "train", limit=config.max_utterances)
-    sets = evaluation_sets(base, config, loader)
-    options, config = config, config.resolved(train.num_tokens, len(train))
-    net = full_net(base) if kind == FULL else peft_net(base, config)
-    about: dict[str, Any] = {
-        "state": FITTING,
-        "kind": kind,
-        "options": options.to_json(),
-        "config": config.to_json(),
-        "language": train.main_language,
-        "training_utterances": len(train),
-        "training_tokens": train.num_tokens,
-        "adapter_weights": sum(one.numel() for one in TrainedWeights(net).parameters()),
-    }
-    write_json(folder / RUN, about)
-    before = measure(base, sets, lambda name: None, normalizer=config.normalizer)
+    sets = {split: evaluation_sets(base, config, loader, split) for split in splits}
+    resolved = config.resolved(train.num_tokens, len(train))
+    net = full_net(base) if kind == FULL else peft_net(base, resolved)
+    trained = TrainedWeights(net).named
+    record = RunRecord(
+        options=config.to_json(),
+        config=resolved,
+        language=train.main_language,
+        training_utterances=len(train),
+        training_tokens=train.num_tokens,
+        adapter_weights=sum(one.numel() for one in trained.values()),
+        other={"kind": kind},
+    )
+    record.write(folder)
     fit_started = time.monotonic()
-    about["history"] = [asdict(step) for step in train_net(net, train, config)]
-    about["seconds"] = {"fit": round(time.monotonic() - fit_started, 3)}
+    record.history = train_net(net, train, resolved)
+    record.seconds = {"fit": round(time.monotonic() - fit_started, 3)}
     update: Any
     if kind == FULL:
-        update, trained = WholeUpdate(base, net), TrainedWeights(net).named
+        update, adapted = WholeUpdate(base, net), replace(base, net=net)
         save_file({name: one.contiguous() for name, one in trained.items()}, folder / WEIGHTS)
-        base = replace(base, net=net)
-        after = measure(base, sets, lambda name: None, normalizer=config.normalizer)
     else:
-        update = peft_posterior(base, config, net)
+        update, adapted = peft_posterior(base, resolved, net), base
         save_posterior(folder, update)
-        with update.applied(base.net):
-            after = measure(base, sets, lambda name: None, normalizer=config.normalizer)
-    rows = utterance_rows(sets, {"base": before, "adapted": after})
-    write_utterances(folder / UTTERANCES, rows)
-    write_json(folder / METRICS, compare(update, before, after, config))
-    about["seconds"]["total"] = round(time.monotonic() - started, 3)
-    write_json(folder / RUN, {**about, "state": FINISHED})
+    for split, own in sets.items():
+        before = measure(base, own, lambda name: None, normalizer=config.normalizer)
+        with nullcontext() if kind == FULL else update.applied(base.net):
+            after = measure(adapted, own, lambda name: None, normalizer=config.normalizer)
+        metrics, utterances = score_files(folder, split)
+        write_utterances(utterances, utterance_rows(own, {"base": before, "adapted": after}))
+        write_json(metrics, compare(update, before, after, resolved, split))
+    record.state = FINISHED
+    record.seconds["total"] = round(time.monotonic() - started, 3)
+    record.write(folder)
+    return record
+
+
+def fit_external(path: Path) -> None:
+    """Make the rows of a study's external methods that are missing, and put them into its table.
+
+    Raises:
+        UserError: If the study file, its table or a fit can't be.
+    """
+    content, output, results = open_study(path)
+    run = run_study(study_of(content, str(path)), output, results=results, work=False)
+    while missing := [one for one in run.plan.wanted() if is_missing(run, one)]:
+        spec, folder = missing[0], output / "fits" / missing[0].run
+        print(f"{spec.title}; {len(missing)} rows to do are known", flush=True)
+        kind = FULL if spec.candidate.method.name == FULL else PEFT
+        splits = list(dict.fromkeys((TEST, spec.split)))
+        record = fit_rival(kind, folder, spec.config, splits)
+        weights = folder / (WEIGHTS if kind == FULL else ADAPTER[1])
+        for one in (replace(spec, split=split) for split in splits):
+            about = replace(
+                one.scored,
+                weights=record.adapter_weights or 0,
+                bytes=weights.stat().st_size,
+                run=one.run,
+                command=command_of(kind, spec.config),
+                commit=commit(),
+                machine=machine(torch.device("cpu")),
+            )
+            scored = scored_run(about, folder)
+            run.scores[scored.key] = scored
+        run.save()
+
+
+def command_of(kind: str, config: FitConfig) -> str:
+    """Return the command that makes a fit, with the options that differ from the defaults."""
+    defaults, options = FitConfig(**POINT).to_json(), config.to_json()
+    options["data"] = config.sources[0]
+    texts = [f"{name}={value}" for name, value in options.items() if value != defaults[name]]
+    return shlex.join(["python", "experiments/rivals.py", kind, "--options", *texts])
+
+
+def is_missing(run: StudyRun, spec: ScoreSpec) -> bool:
+    """Return whether an external method makes this score, and has not yet."""
+    return spec.candidate.method.external and spec.key not in run.scores
 
 
 def main() -> None:
-    """Fit one rival."""
+    """Fit one rival, or those of a study."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("kind", choices=(FULL, PEFT))
-    parser.add_argument("--output", type=Path, required=True, help="folder for the run")
-    parser.add_argument("--overwrite", action="store_true", help="remove an earlier run in it")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("kind", nargs="?", choices=(FULL, PEFT))
+    parser.add_argument("--output", type=Path, help="folder for the run")
     parser.add_argument(
         "--options", nargs="*", default=[], metavar="NAME=VALUE", help="options of blora-pyro fit"
     )
+    parser.add_argument("--study", type=Path, help="make the external rows of this study file")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     try:
-        given = key_values("options", arguments.options)
-        options = {name: parse_value(FitConfig, name, value) for name, value in given.items()}
-        config = with_prior_arguments(FitConfig(**{**options, **POINT}))
-        fit_rival(arguments.kind, arguments.output, config, arguments.overwrite)
+        if arguments.study:
+            fit_external(arguments.study)
+        elif arguments.kind and arguments.output:
+            given = key_values("options", arguments.options)
+            options = {name: parse_value(FitConfig, name, value) for name, value in given.items()}
+            config = with_prior_arguments(FitConfig(**{**options, **POINT}))
+            fit_rival(arguments.kind, arguments.output, config)
+        else:
+            parser.error("give a kind and --output, or --study")
     except UserError as error:
         parser.error(str(error))
 
