@@ -79,7 +79,17 @@ def study(
             )
             return
         defined = study_of(content, str(file), code or [])
-        _run(defined, output, results, None, dry_run, report, threads, as_json, **where)
+        _run(
+            defined,
+            output,
+            results,
+            content.get("report"),
+            dry_run,
+            report,
+            threads,
+            as_json,
+            **where,
+        )
 
 
 @with_options(FitConfig, leave_out=SET_BY_COMPARE)

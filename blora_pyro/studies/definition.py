@@ -2,6 +2,7 @@
 
     output = "runs/priors"          # where fits are kept; runs/NAME-OF-THE-FILE by default
     results = "priors.csv"          # beside this file; OUTPUT/results.csv by default
+    report = "priors"               # name of the .md, .json and .png beside it
     bases = ["pocket"]              # or a table: NAME = "BASE", or NAME = { base = ..., ... }
     data = ["zh-en", "de-en"]       # new domains, with splits train, dev and test; or a table
     backward = ["de", "en"]         # held-out sets, with dev and test; as the base's by default
@@ -56,7 +57,17 @@ from blora_pyro.studies.methods import (
 from blora_pyro.studies.results import BASE, DEV, TEST, Key, ScoredFit
 
 SETTING = re.compile(r"(all|[1-9]\d*)x([1-9]\d*)")
-KEYS = ("output", "results", "bases", "data", "backward", "seeds", "methods", "neighbours")
+KEYS = (
+    "output",
+    "results",
+    "report",
+    "bases",
+    "data",
+    "backward",
+    "seeds",
+    "methods",
+    "neighbours",
+)
 TABLES = ("options", "settings", "method", "search")
 
 

@@ -18,6 +18,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import IntegrityError
 
 from blora_pyro.errors import UserError
@@ -40,6 +41,21 @@ class _Storage(RDBStorage):
         """Record a heartbeat, if the database is there."""
         with suppress(StorageInternalError):
             super().record_heartbeat(trial_id)
+
+
+def _lock_before_reading(engine: Engine) -> None:
+    """Have SQLite begin every transaction as the only one.
+
+    Optuna reads a trial's state and then sets it, under a row lock that SQLite does not have: two
+    processes that read at once would both begin the trial.
+    """
+    engine.dispose()  # connections that were opened otherwise
+    event.listen(engine, "connect", lambda connection, _: _begin_by_hand(connection))
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+
+
+def _begin_by_hand(connection: Any) -> None:
+    connection.isolation_level = None  # otherwise the driver begins, at the first write
 
 
 @contextmanager
@@ -111,13 +127,16 @@ class Trials:
         tries = 10
         while True:
             try:
-                return _Storage(
+                storage = _Storage(
                     url,
                     engine,
                     heartbeat_interval=heartbeat,
                     grace_period=MISSED * heartbeat,
                     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
                 )
+                if is_sqlite:
+                    _lock_before_reading(storage.engine)
+                return storage
             except Exception as error:  # whatever a database and its driver raise
                 tries -= 1
                 raced = isinstance(error, IntegrityError) or "already exists" in str(error)
@@ -144,6 +163,11 @@ class Trials:
         return study
 
     def _unusable(self, error: Exception) -> UserError:
+        if isinstance(error, ImportError) and self._kind.endswith("psycopg"):
+            return UserError(
+                f"storage '{self._kind}' needs psycopg, which is not installed; pip install "
+                "'blora-pyro[studies,postgresql]'"
+            )
         return UserError(
             f"storage '{self._kind}' can't be opened ({reason(error)}); give sqlite:///FILE or "
             "postgresql+psycopg://..., or leave it out for a file in the output"
@@ -225,8 +249,10 @@ class Trials:
             self.study.enqueue_trial({}, user_attrs=dict(about))
         try:
             self.study.optimize(attempt, n_trials=1, catch=(FloatingPointError,))
+        except UpdateFinishedTrialError:  # it was taken for dead meanwhile
+            return
         except ValueError as error:
-            if "Cannot tell a" not in str(error):  # of a trial that was taken for dead
+            if "Cannot tell a" not in str(error):  # likewise
                 raise
 
     def wait(self) -> None:

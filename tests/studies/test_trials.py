@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 
 import optuna
@@ -135,6 +137,47 @@ def test_a_process_that_was_taken_for_dead_loses_its_trial_and_nothing_else(open
 
     slow.run_next(sleeps, {RUN_FOLDER: "a"})
     assert states(slow) == [TrialState.FAIL, TrialState.WAITING]
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from blora_pyro.studies.trials import Trials, quiet_optuna
+
+folder, name = Path(sys.argv[1]), sys.argv[2]
+(folder / f"ready-{name}").touch()
+while len(list(folder.glob("ready-*"))) < 3:
+    time.sleep(0.01)
+
+def objective(trial):
+    if not trials.is_first(trial) and trial.user_attrs:
+        raise AssertionError
+    with open(folder / "done", "a") as file:
+        file.write(trial.user_attrs.get("run", "none") + " ")
+    return 1.0
+
+with quiet_optuna():
+    trials = Trials(folder / "out", ("error",))
+    for number in range(5):
+        trials.run_next(objective, {"run": f"{name}-{number}"})
+"""
+
+
+def test_processes_that_start_at_once_share_the_trials_and_do_none_twice(tmp_path, opened):
+    command = [sys.executable, "-c", WORKER, str(tmp_path)]
+    workers = [subprocess.Popen([*command, name], stderr=subprocess.PIPE) for name in "abc"]
+    assert [worker.communicate()[1] for worker in workers] == [b""] * 3
+    done = (tmp_path / "done").read_text().split()
+    wanted = {f"{name}-{number}" for name in "abc" for number in range(5)}
+    assert len([one for one in done if one != "none"]) == len({*done} - {"none"})
+    left = {one.user_attrs[RUN_FOLDER] for one in opened().of(TrialState.WAITING)}
+    assert {*done} - {"none"} | left == wanted
+
+
+def test_postgresql_without_its_driver_names_the_extra(opened, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(UserError, match=r"needs psycopg, .*'blora-pyro\[studies,postgresql\]'"):
+        opened(storage="postgresql+psycopg://localhost/nothing")
 
 
 @pytest.mark.parametrize("url", ["nowhere", "oracel://here", "sqlite:////nowhere/at/all.db"])
