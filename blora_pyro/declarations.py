@@ -6,10 +6,11 @@ made from that. Nothing here knows which options there are.
 """
 
 import difflib
+import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -25,7 +26,7 @@ class Option:
 
     Attributes:
         help: What it does.
-        panel: Heading under which the help and the reference list it.
+        panel: Heading under which the help and the reference list it; "" is its group's `PANEL`.
         choices: The allowed texts; () takes them from the annotation, which may allow any.
         at_least: Lowest value of a number; None has none.
         above: Bound that a number must exceed; None has none.
@@ -37,7 +38,7 @@ class Option:
     """
 
     help: str
-    panel: str
+    panel: str = ""
     choices: tuple[str, ...] = ()
     at_least: float | None = None
     above: float | None = None
@@ -50,14 +51,13 @@ class Option:
 
 def option(
     help: str,
-    panel: str,
     default: Any = None,
     *,
     default_factory: Callable[[], Any] | None = None,
     **declared: Any,
 ) -> Any:
     """Declare a field of a group; `declared` are further attributes of `Option`."""
-    metadata = {"option": Option(help, panel, **declared)}
+    metadata = {"option": Option(help, **declared)}
     if default_factory is not None:
         return field(default_factory=default_factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -68,8 +68,17 @@ def option(
 
 @cache
 def declarations(group: type) -> dict[str, Option]:
-    """Return the declaration of every option of a group, by name."""
-    return {one.name: one.metadata["option"] for one in fields(group) if one.metadata}
+    """Return the declaration of every option of a group and of those that it inherits, by name."""
+    panels = {
+        name: one.__dict__.get("PANEL", "")
+        for one in reversed(group.__mro__)
+        for name in inspect.get_annotations(one)
+    }
+    found = {one.name: one.metadata["option"] for one in fields(group) if one.metadata}
+    return {
+        name: replace(declared, panel=declared.panel or panels[name])
+        for name, declared in found.items()
+    }
 
 
 @cache

@@ -18,7 +18,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from blora_pyro.declarations import (
     check_names,
@@ -84,29 +84,26 @@ POSITIVE: dict[str, Any] = {"above": 0}
 class BaseOptions:
     """The frozen base model, and where it computes."""
 
+    PANEL: ClassVar[str] = BASE
+
     base: str = option(
         "'pocket', a folder with a Whisper checkpoint or with an adapter, which is merged into its "
         "base, or a Hub id of either.",
-        BASE,
         POCKET,
     )
     dtype: str = option(
         "Data type of the base's weights; factors stay in float32.",
-        BASE,
         "float32",
         choices=("float32", "bfloat16", "float16"),
     )
     revision: str | None = option(
-        "Branch, tag or commit of a base on the Hub.", BASE, unset="the main branch"
+        "Branch, tag or commit of a base on the Hub.", unset="the main branch"
     )
-    local_files_only: bool = option(
-        "Look for a Hub id in the Hub's local cache alone.", BASE, False
-    )
-    device: str = option("A torch device: cpu, cuda, cuda:1, ...", BASE, "cpu")
+    local_files_only: bool = option("Look for a Hub id in the Hub's local cache alone.", False)
+    device: str = option("A torch device: cpu, cuda, cuda:1, ...", "cpu")
     trim_audio: bool = option(
         "Cut every batch after its longest utterance, in the fit and wherever the run is used; "
         "faster, not exact.",
-        BASE,
         False,
     )
 
@@ -115,27 +112,26 @@ class BaseOptions:
 class DataOptions:
     """Training data, and the sets that are scored."""
 
+    PANEL: ClassVar[str] = DATA
+
     data: Source | Sequence[Source] | Mapping[str, Source] = option(
         "Training data, the new domain: de-en, es-en, zh-en, a folder, a manifest (JSONL, CSV, "
         "TSV) or a Hub data set. Several are mixed, and the first is scored (but see --pooling).",
-        DATA,
         "de-en",
         metavar="[NAME=]SOURCE",
         listed="repeated",
     )
     test: Source | None = option(
-        "The new domain's test set.", DATA, metavar="SOURCE", unset="the test split of --data"
+        "The new domain's test set.", metavar="SOURCE", unset="the test split of --data"
     )
     dev: Source | None = option(
         "The new domain's dev set, for --eval-every or a study.",
-        DATA,
         metavar="SOURCE",
         unset="the dev split of --data",
     )
     backward: Mapping[str, Source] | Sequence[str] | None = option(
         "A held-out set of what the base already knows; several may be given, or with commas "
         "between ('none': no set).",
-        DATA,
         metavar="[NAME=]SOURCE",
         unset="the six pocket languages for the pocket base, none for another",
         listed="repeated",
@@ -143,41 +139,36 @@ class DataOptions:
     language: str | None = option(
         "Language of rows that name none: de, German, or de-en for code-switched speech. A "
         "backward set called by a language has that one instead.",
-        DATA,
         unset="none",
     )
-    task: str = option("Task in every prompt.", DATA, "transcribe", choices=TASKS)
+    task: str = option("Task in every prompt.", "transcribe", choices=TASKS)
     on_bad_row: Literal["stop", "skip"] = option(
-        "Stop at a row that can't be used, or skip and list it.", DATA, "stop"
+        "Stop at a row that can't be used, or skip and list it.", "stop"
     )
     max_utterances: int | None = option(
         "Use at most this many utterances of the first --data, drawn at random by --seed.",
-        DATA,
         unset="all",
         **COUNT,
     )
     streaming: bool = option(
-        "Read the training data as they are needed, for more than memory or disk hold.", DATA, False
+        "Read the training data as they are needed, for more than memory or disk hold.", False
     )
     shuffle_buffer: int | None = option(
-        "Rows that a stream is shuffled in at a time.", DATA, unset=f"{SHUFFLE_BUFFER}", **COUNT
+        "Rows that a stream is shuffled in at a time.", unset=f"{SHUFFLE_BUFFER}", **COUNT
     )
     cache_encoder: bool = option(
         "Compute the encoder's states before its first adapted layer once for every utterance, and "
         "keep them on disk during the fit; exact.",
-        DATA,
         False,
     )
     pooling: PoolingKind | None = option(
         "What several --data share: one adapter for all (complete); one for each around a shared "
         "one (hierarchical); or nothing (none).",
-        DATA,
         metavar="POOLING",
         unset="complete",
     )
     pooling_scale: float | None = option(
         "Width of the domains' deviations from the shared adapter, over the prior's own width.",
-        DATA,
         unset=f"{POOLING_SCALE}, if --pooling hierarchical",
         **POSITIVE,
     )
@@ -187,18 +178,18 @@ class DataOptions:
 class PriorOptions:
     """Prior, guide, and the adapter that they are of."""
 
+    PANEL: ClassVar[str] = PRIOR
+
     prior: str = option(
         "Prior family (see 'blora-pyro priors'), or the path of a .py file with one.",
-        PRIOR,
         "normal",
         metavar="NAME|FILE",
     )
     prior_scale: float | None = option(
-        "The prior's argument 'scale'.", PRIOR, unset="the family's", **POSITIVE
+        "The prior's argument 'scale'.", unset="the family's", **POSITIVE
     )
     prior_args: Mapping[str, Any] = option(
         "Further argument of the prior family (see 'blora-pyro priors').",
-        PRIOR,
         default_factory=dict,
         metavar="KEY=VALUE",
         listed="repeated",
@@ -207,29 +198,25 @@ class PriorOptions:
     prior_from: str | None = option(
         "Continue an earlier fit: its posterior is the prior, and where the guide starts; its "
         "base, rank, alpha and target modules are taken over.",
-        PRIOR,
         metavar="RUN",
         unset="a prior family",
     )
     prior_inflation: float | None = option(
         "Factor on the deviations of --prior-from, 1 or more: forget some of it.",
-        PRIOR,
         unset="1",
         at_least=1,
     )
     guide: str | None = option(
         "Guide: point (MAP; LoRA with --beta 0), auto-normal, a family's, or a .py file.",
-        PRIOR,
         metavar="NAME|FILE",
         unset="the family's own",
     )
-    rank: int = option("Rank of every update.", PRIOR, 16, **COUNT)
+    rank: int = option("Rank of every update.", 16, **COUNT)
     alpha: float | None = option(
-        "Updates are scaled by alpha / rank.", PRIOR, unset="2 * rank", **POSITIVE
+        "Updates are scaled by alpha / rank.", unset="2 * rank", **POSITIVE
     )
     target_modules: str = option(
         "Layers to adapt, as in PEFT: all-linear, suffixes such as q_proj,v_proj, or a regex.",
-        PRIOR,
         "all-linear",
         metavar="MODULES",
     )
@@ -239,57 +226,50 @@ class PriorOptions:
 class FittingOptions:
     """What `fit_guide` takes: how a guide is fitted to a model and its data."""
 
+    PANEL: ClassVar[str] = FIT
+
     beta: float | Literal["auto", "elbo"] = option(
         "Weight of the KL, summed over all adapter weights; with N target tokens in the training "
         "data 'elbo' is 1/N, the exact negative ELBO per token, and 'auto' 0.03/N.",
-        FIT,
         1e-4,
         at_least=0,
     )
-    lr: float = option("Peak learning rate of Adam.", FIT, 5e-3, **POSITIVE)
-    steps: int = option("Steps of SVI.", FIT, 400, **COUNT)
-    schedule: Schedule = option("Learning rate after its peak.", FIT, "cosine")
+    lr: float = option("Peak learning rate of Adam.", 5e-3, **POSITIVE)
+    steps: int = option("Steps of SVI.", 400, **COUNT)
+    schedule: Schedule = option("Learning rate after its peak.", "cosine")
     warmup_steps: int | None = option(
-        "Steps of the linear warm-up to the peak rate.",
-        FIT,
-        unset="a tenth of the steps",
-        at_least=0,
+        "Steps of the linear warm-up to the peak rate.", unset="a tenth of the steps", at_least=0
     )
-    batch_size: int = option("Utterances a step.", FIT, 16, **COUNT)
+    batch_size: int = option("Utterances a step.", 16, **COUNT)
     data_weights: Sequence[float] | None = option(
         "How often each --data is drawn from, in proportion.",
-        DATA,
         metavar="W,W,...",
         unset="every utterance once an epoch",
         listed="commas",
+        panel=DATA,
     )
     gradient_accumulation: int = option(
         "Parts to take a batch in, under one weight draw: less memory, the same gradient.",
-        FIT,
         1,
         **COUNT,
     )
     max_grad_norm: float | None = option(
-        "Clip the gradient to this norm, all parameters together.",
-        FIT,
-        unset="no clipping",
-        **POSITIVE,
+        "Clip the gradient to this norm, all parameters together.", unset="no clipping", **POSITIVE
     )
-    spec_augment: bool = option("Mask features of the training data (SpecAugment).", FIT, False)
+    spec_augment: bool = option("Mask features of the training data (SpecAugment).", False)
     estimator: str = option(
         "How the noise of a weight draw reaches a batch.",
-        FIT,
         "shared",
         choices=("shared", "flipout", "flipout-token", "local"),
     )
     average_from: float | None = option(
         "Average the posterior over the steps after this share of them.",
-        EARLY_STOPPING,
         unset="no averaging",
         at_least=0,
         below=1,
+        panel=EARLY_STOPPING,
     )
-    seed: int = option("Seed of start, data order and noise.", FIT, 0, at_least=0, below=2**32)
+    seed: int = option("Seed of start, data order and noise.", 0, at_least=0, below=2**32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,63 +284,63 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
             the rest from an earlier run.
     """
 
+    PANEL: ClassVar[str] = FIT
+
     epochs: float | None = option(
-        "Passes over the training data, instead of --steps.", FIT, unset="--steps", **POSITIVE
+        "Passes over the training data, instead of --steps.", unset="--steps", **POSITIVE
     )
     precision: Literal["fp32", "bf16"] = option(
-        "fp32, or bf16: Whisper under autocast, factors in float32.", FIT, "fp32"
+        "fp32, or bf16: Whisper under autocast, factors in float32.", "fp32"
     )
     gradient_checkpointing: bool = option(
-        "Compute Whisper's activations twice: less memory, the same gradient, a slower step.",
-        FIT,
-        False,
+        "Compute Whisper's activations twice: less memory, the same gradient, a slower step.", False
     )
     distillation: float = option(
         "Weight of staying near the frozen base where the new domain's audio is prompted in other "
         "languages; 0 is none.",
-        REGULARISERS,
         0.0,
         at_least=0,
+        panel=REGULARISERS,
     )
     distillation_languages: Sequence[str] | None = option(
         "Those languages.",
-        REGULARISERS,
         metavar="L,L,...",
         unset="those that --backward sets are called by",
         listed="commas",
+        panel=REGULARISERS,
     )
     ewc: float = option(
         "Strength of elastic weight consolidation, with the Fisher information of the backward "
         "sets' train splits; 0 is none.",
-        REGULARISERS,
         0.0,
         at_least=0,
+        panel=REGULARISERS,
     )
     eval_every: int | None = option(
         "Steps between two measurements of the dev error; the best posterior is kept.",
-        EARLY_STOPPING,
         unset="never; the last posterior is kept",
         **COUNT,
+        panel=EARLY_STOPPING,
     )
     patience: int | None = option(
         "Stop after this many measurements without a new best.",
-        EARLY_STOPPING,
         unset="never",
         **COUNT,
+        panel=EARLY_STOPPING,
     )
     normalizer: str = option(
         "Of texts before scoring: Whisper's own by language (English, or basic for everything "
         "else), its basic one for all, or none.",
-        SCORING,
         "whisper",
         choices=("whisper", "basic", "none"),
+        panel=SCORING,
     )
     track: str | Sequence[str] | None = option(
         "Report every step to tensorboard, wandb, trackio or mlflow.",
-        OUTPUT,
         metavar="TRACKER,...",
         unset="none",
         listed="commas",
+        panel=OUTPUT,
     )
     given: frozenset[str] = field(init=False, repr=False, compare=False)
 
@@ -495,13 +475,13 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
 class OutputOptions:
     """Where a fit is kept, and how it goes on; these decide nothing of what it finds."""
 
-    output: Path | None = option("Run folder.", OUTPUT, unset="runs/DATA-PRIOR-seedSEED")
-    overwrite: bool = option("Write over what is there.", OUTPUT, False)
-    resume: bool = option(
-        "Go on with the fit in --output; no other option need be given.", OUTPUT, False
-    )
+    PANEL: ClassVar[str] = OUTPUT
+
+    output: Path | None = option("Run folder.", unset="runs/DATA-PRIOR-seedSEED")
+    overwrite: bool = option("Write over what is there.", False)
+    resume: bool = option("Go on with the fit in --output; no other option need be given.", False)
     checkpoint_every: int | None = option(
-        "Steps between checkpoints.", OUTPUT, unset="every two seconds or more", **COUNT
+        "Steps between checkpoints.", unset="every two seconds or more", **COUNT
     )
 
     def __post_init__(self) -> None:
@@ -660,10 +640,7 @@ def _check_data(config: FitConfig) -> None:
 def _check_prior(config: FitConfig) -> None:
     """Refuse what is no family or guide, and two priors at once."""
     families = (*FAMILIES, PREVIOUS_POSTERIOR)
-    for name, value, known in (
-        ("prior", config.prior, families),
-        ("guide", config.guide, GUIDES),
-    ):
+    for name, value, known in (("prior", config.prior, families), ("guide", config.guide, GUIDES)):
         if value is not None and value not in known and not is_code(value):
             listed = ", ".join(one for one in known if one != PREVIOUS_POSTERIOR)
             raise UserError(
