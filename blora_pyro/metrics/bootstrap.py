@@ -20,45 +20,22 @@ def macro_rate(sets: Sequence[Counts]) -> float:
     return sum(counts.rate for counts in sets) / len(sets) if sets else float("nan")
 
 
-def bootstrap_interval(
-    counts: Counts, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile-bootstrap interval of the pooled rate, resampling utterances.
-
-    Draws without reference tokens are dropped; (nan, nan) if none is left.
-
-    Raises:
-        ValueError: if `level` is not between 0 and 1, or `draws` is below 1.
-    """
-    return macro_bootstrap_interval([counts], level, draws, seed)
-
-
 def macro_bootstrap_interval(
     sets: Sequence[Counts], level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the interval of `macro_rate`, each set's utterances resampled separately.
+    """Return the percentile-bootstrap interval of `macro_rate` over one or more sets.
 
-    As `bootstrap_interval`; also raises ValueError if there is no set.
+    Each set's utterances are resampled separately. Draws without reference tokens are dropped;
+    (nan, nan) if none is left.
+
+    Raises:
+        ValueError: if there is no set, `level` is not between 0 and 1, or `draws` is below 1.
     """
     if not sets:
         raise ValueError("got no set of counts; give at least one to average over")
     rng = np.random.default_rng(seed)
     rates = [_resampled_rates([counts], draws, rng)[0] for counts in sets]
     return percentile_interval(np.mean(rates, axis=0), level)
-
-
-def paired_bootstrap(
-    counts_a: Counts, counts_b: Counts, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Compare two systems on the same utterances.
-
-    Returns (difference, low, high): rate(b) - rate(a), and its percentile interval over draws of
-    utterances that both systems share.
-
-    Raises:
-        ValueError: if the numbers of utterances differ, and as `bootstrap_interval` does.
-    """
-    return paired_macro_bootstrap([counts_a], [counts_b], level, draws, seed)
 
 
 def paired_macro_bootstrap(
@@ -74,7 +51,7 @@ def paired_macro_bootstrap(
     set's utterances resampled separately, shared by both systems. With a = base it is forgetting.
 
     Raises:
-        ValueError: as `paired_bootstrap`, or if there is no set.
+        ValueError: if the numbers of utterances differ, and as `macro_bootstrap_interval`.
     """
     sizes_a, sizes_b = ([len(counts.edits) for counts in sets] for sets in (sets_a, sets_b))
     if sizes_a != sizes_b or not sizes_a:

@@ -6,6 +6,7 @@ and bootstrapped over utterances. All alignments are jiwer's. Rates are fraction
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jiwer
@@ -45,19 +46,13 @@ class Counts:
 
 
 class Aligned(NamedTuple):
-    """A step of an alignment: tokens of reference and hypothesis side by side.
+    """A step of an alignment: tokens of reference and hypothesis, "" where one has none."""
 
-    Attributes:
-        operation: `=`, or an edit: `S` (substitution), `D` (deletion) or `I` (insertion).
-        reference: The token, empty for an insertion.
-        hypothesis: The token, empty for a deletion.
-        position: Index of the reference token that an edit counts for; for an insertion the token
-            after it, or the last one (-1 if there is none).
-    """
-
-    operation: str
+    operation: str  # "=", or an edit: "S" (substitution), "D" (deletion), "I" (insertion)
     reference: str
     hypothesis: str
+    # Index of the reference token that an edit counts for; for an insertion the token after it, or
+    # the last one (-1 if there is none).
     position: int
 
 
@@ -113,22 +108,20 @@ def cer_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
 
 def align(measure: str, reference: str, hypothesis: str) -> list[Aligned]:
     """The alignment of two texts by which `wer`, `mer` or `cer` counts edits."""
-    output = _output(measure, [reference], [hypothesis])
-    wanted, got = list(output.references[0]), list(output.hypotheses[0])
+    return _steps(_output(measure, [reference], [hypothesis]), 0)
+
+
+def _steps(output: jiwer.WordOutput | jiwer.CharacterOutput, index: int) -> list[Aligned]:
+    wanted, got = list(output.references[index]), list(output.hypotheses[index])
     steps = []
-    for chunk in output.alignments[0]:
+    for chunk in output.alignments[index]:
+        kind, last = _OPERATIONS[chunk.type], min(chunk.ref_start_idx, len(wanted) - 1)
         places = range(chunk.ref_start_idx, chunk.ref_end_idx)
         others = range(chunk.hyp_start_idx, chunk.hyp_end_idx)
-        for step in range(max(len(places), len(others))):
-            place = places[step] if places else min(chunk.ref_start_idx, len(wanted) - 1)
-            steps.append(
-                Aligned(
-                    _OPERATIONS[chunk.type],
-                    wanted[place] if places else "",
-                    got[others[step]] if others else "",
-                    place,
-                )
-            )
+        for place, other in zip_longest(places, others):
+            token = "" if place is None else wanted[place]
+            guess = "" if other is None else got[other]
+            steps.append(Aligned(kind, token, guess, last if place is None else place))
     return steps
 
 
@@ -188,9 +181,8 @@ def pier_counts(
                 "give one language code for each token of words(reference)"
             )
         if points := points_of_interest(codes, languages[index]):
-            charged = _charge(output.alignments[index], length)
-            charged[-2] += charged[-1]  # trailing insertions count for the last word
-            rows.append((charged[:-1][points].sum(), sum(points)))
+            edits = [one.position for one in _steps(output, index) if one.operation != "="]
+            rows.append((sum(points[position] for position in edits), sum(points)))
     table = np.array(rows, dtype=np.int64).reshape(-1, 2)
     return Counts(table[:, 0], table[:, 1])
 
@@ -225,19 +217,13 @@ def _count(measure: str, references: Sequence[str], hypotheses: Sequence[str]) -
     output = _output(measure, references, hypotheses)
     # Only the first n, since jiwer makes one empty utterance out of none.
     lengths = [len(reference) for reference in output.references[: len(references)]]
-    edits = [_charge(output.alignments[i], length).sum() for i, length in enumerate(lengths)]
+    edits = [sum(map(_edits, chunks)) for chunks in output.alignments[: len(references)]]
     return Counts(np.array(edits, dtype=np.int64), np.array(lengths, dtype=np.int64))
 
 
-def _charge(chunks: list[jiwer.AlignmentChunk], length: int) -> IntArray:
-    """Return edits by reference word, shape (length + 1,); the last are trailing insertions."""
-    charged = np.zeros(length + 1, dtype=np.int64)
-    for chunk in chunks:
-        if chunk.type == "insert":
-            charged[chunk.ref_start_idx] += chunk.hyp_end_idx - chunk.hyp_start_idx
-        elif chunk.type != "equal":
-            charged[chunk.ref_start_idx : chunk.ref_end_idx] += 1
-    return charged
+def _edits(chunk: jiwer.AlignmentChunk) -> int:
+    spans = chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx
+    return 0 if chunk.type == "equal" else max(spans)
 
 
 def backward_gain(lora: float, blora: float) -> float:
