@@ -83,7 +83,7 @@ def study(
             defined,
             output,
             results,
-            content.get("report"),
+            None,
             dry_run,
             report,
             threads,

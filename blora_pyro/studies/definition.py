@@ -2,7 +2,6 @@
 
     output = "runs/priors"          # where fits are kept; runs/NAME-OF-THE-FILE by default
     results = "priors.csv"          # beside this file; OUTPUT/results.csv by default
-    report = "priors"               # name of the .md, .json and .png beside it
     bases = ["pocket"]              # or a table: NAME = "BASE", or NAME = { base = ..., ... }
     data = ["zh-en", "de-en"]       # new domains, with splits train, dev and test; or a table
     backward = ["de", "en"]         # held-out sets, with dev and test; as the base's by default
@@ -42,6 +41,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.families import is_code
 from blora_pyro.guides import with_prior_arguments
 from blora_pyro.options import POCKET, FitConfig, fit_command
+from blora_pyro.runs.record import RUN
 from blora_pyro.runs.scoring import DEV_SPLITS
 from blora_pyro.sources import Source, describe_source, named_sources
 from blora_pyro.studies.methods import (
@@ -57,18 +57,9 @@ from blora_pyro.studies.methods import (
 from blora_pyro.studies.results import BASE, DEV, TEST, Key, ScoredFit
 
 SETTING = re.compile(r"(all|[1-9]\d*)x([1-9]\d*)")
-KEYS = (
-    "output",
-    "results",
-    "report",
-    "bases",
-    "data",
-    "backward",
-    "seeds",
-    "methods",
-    "neighbours",
-)
+KEYS = ("output", "results", "bases", "data", "backward", "seeds", "methods", "neighbours")
 TABLES = ("options", "settings", "method", "search")
+MACHINE_OPTIONS = ("device", "local_files_only", "track")  # they decide nothing of what is found
 
 
 @dataclass(frozen=True)
@@ -225,6 +216,14 @@ def _file_name(*parts: str) -> str:
 
 def _digits(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def to_go_on(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return options of a fit; of one that was begun without those in which machines differ."""
+    begun = (folder / RUN).exists()
+    return {
+        name: value for name, value in options.items() if not (begun and name in MACHINE_OPTIONS)
+    }
 
 
 def deciding_words(command: str) -> list[str]:

@@ -41,6 +41,7 @@ from blora_pyro.studies.definition import (
     Study,
     check_study,
     deciding_words,
+    to_go_on,
 )
 from blora_pyro.studies.methods import Candidate
 from blora_pyro.studies.plan import Plan
@@ -247,7 +248,8 @@ class StudyRun:
         if folder.exists() and state_of(folder) is None:  # killed before it had begun, or damaged
             shutil.rmtree(folder)
         try:
-            config, steps = spec.config, _Steps(self.progress)
+            config = FitConfig(**to_go_on(spec.config.given_options, folder))
+            steps = _Steps(self.progress)
             run = fits.fit(config, folder, evaluate=False, resume=True, progress=steps)
         except FloatingPointError as error:
             self.progress.note(f"{spec.title}: {error}")

@@ -15,6 +15,7 @@ from blora_pyro.guides import describe_prior, with_prior_arguments
 from blora_pyro.metrics.pareto import knee, pareto_front
 from blora_pyro.options import FitConfig, fit_command
 from blora_pyro.runs.scoring import NEW_DOMAIN
+from blora_pyro.studies.definition import MACHINE_OPTIONS
 from blora_pyro.studies.trials import RUN_FOLDER
 
 Ranges = dict[str, tuple[float, float]]  # name -> lowest and highest value
@@ -22,7 +23,6 @@ Ranges = dict[str, tuple[float, float]]  # name -> lowest and highest value
 SEARCH: Ranges = {"beta": (1e-6, 1e-3), "prior_scale": (0.01, 0.3)}
 RESULT, PLOT = "sweep.json", "sweep.png"
 BACKWARD, FORGETTING = "backward", "forgetting"
-MACHINE_OPTIONS = ("device", "local_files_only", "track")  # processes of one search may differ
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.record import RUN
 from blora_pyro.runs.scoring import NEW_DOMAIN, compare, evaluation_sets, measure
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
+from blora_pyro.studies.definition import to_go_on
 from blora_pyro.studies.results import BASE, DEV, score_files
 from blora_pyro.studies.search import (
     BACKWARD,
     FORGETTING,
-    MACHINE_OPTIONS,
     PLOT,
     RESULT,
     SEARCH,
@@ -165,10 +165,7 @@ class _Searcher:
         before: dict[str, Evaluation],
     ) -> dict[str, Any]:
         """Return errors, sparsity and seconds of a fit, which is made or goes on in its folder."""
-        given = with_values(self.options, values)
-        if (folder / RUN).exists():  # a dead process began it, perhaps on another device
-            given = {name: value for name, value in given.items() if name not in MACHINE_OPTIONS}
-        config = FitConfig(**given)
+        config = FitConfig(**to_go_on(with_values(self.options, values), folder))
         run = fits.fit(config, folder, evaluate=False, resume=True, progress=self.progress)
         with run.posterior.applied(self.base.net):
             after = self._measure(f"trial {number}")
