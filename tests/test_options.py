@@ -9,7 +9,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blora_pyro.declarations import declarations, flag_of, parse_value
+from blora_pyro.declarations import declarations, flag_of
 from blora_pyro.errors import UserError
 from blora_pyro.metrics.normalizers import NORMALIZERS
 from blora_pyro.models import DTYPES, ESTIMATORS
@@ -279,11 +279,3 @@ def test_a_command_leaves_defaults_out():
     assert fit_command(FitConfig(rank=16, data="de-en", seed=0)) == "blora-pyro fit"
     command = fit_command(FitConfig(steps=200, data="zh-en"))
     assert sorted(command.split(" --")) == ["blora-pyro fit", "data zh-en", "steps 200"]
-
-
-def test_a_text_becomes_the_number_that_it_spells():
-    assert parse_value(FitConfig, "steps", "40") == 40
-    assert parse_value(FitConfig, "lr", "1e-3") == 1e-3
-    assert parse_value(FitConfig, "beta", "auto") == "auto"
-    assert parse_value(FitConfig, "beta", "1e-5") == 1e-5
-    assert parse_value(FitConfig, "base", "3") == "3"

@@ -48,4 +48,4 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Nothing to do before a command."""
+    """Take options that come before a command."""

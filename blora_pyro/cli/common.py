@@ -1,4 +1,4 @@
-"""What the commands share: options, errors in one line, JSON."""
+"""What the commands share: options, errors in one line, and JSON."""
 
 import json
 import sys
@@ -14,9 +14,11 @@ from blora_pyro.errors import Interrupted, OtherProcessFailed, UserError
 from blora_pyro.launched import is_main
 from blora_pyro.options import FitConfig, OutputOptions
 
+# no square brackets, which rich takes as markup
+RUN_HELP = "Folder of a run, or its id on the Hub: OWNER/NAME or OWNER/NAME@REVISION."
 RunFolder = Annotated[
     Path,
-    typer.Argument(metavar="RUN", help="Folder of a fit, or OWNER/NAME[@REVISION] on the Hub."),
+    typer.Argument(metavar="RUN", help=RUN_HELP),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -35,21 +37,22 @@ LocalFilesOnly = Annotated[
     bool, typer.Option("--local-files-only", help=help_of("local_files_only"))
 ]
 Device = Annotated[str, typer.Option(help=help_of("device"))]
-STRENGTH_HELP = "Of the update: 0 is the base, 1 the fit"
+STRENGTH_HELP = "Strength of the update: 0 is the base, 1 the fit"
 Strength = Annotated[float, typer.Option(help=f"{STRENGTH_HELP}.")]
 StrengthBy = Annotated[
     str,
     typer.Option(
         metavar="scale|signal-to-noise",
-        help="What it does: scale multiplies the update ΔW; signal-to-noise keeps the directions "
-        "of ΔW that the posterior is surest of, that share of its squared norm.",
+        help="How the strength is applied: scale multiplies the update ΔW by it; signal-to-noise "
+        "keeps that share of ΔW's squared norm, in the directions that the posterior is surest "
+        "of.",
     ),
 ]
 Domain = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Of a fit with --pooling hierarchical or none: use this domain's adapter.",
+        help="Use the adapter of this domain, after a fit with --pooling hierarchical or none.",
         show_default="what the domains share",
     ),
 ]
@@ -57,12 +60,12 @@ Domain = Annotated[
 
 @contextmanager
 def one_line_errors(only_main: bool = False) -> Iterator[None]:
-    """Whatever ends a command early is one line on stderr, never a traceback.
+    """Print whatever ends a command early as one line on stderr, never as a traceback.
 
     Exit codes: 2 for bad input, 1 for a loss that is not finite, 130 for Ctrl-C, 143 for SIGTERM.
 
     Args:
-        only_main: Of several processes, which all make the same mistake, one says so.
+        only_main: Of several processes, which all have the same error, only the main one prints it.
     """
     try:
         yield
@@ -70,7 +73,7 @@ def one_line_errors(only_main: bool = False) -> Iterator[None]:
         raise typer.Exit(2) from None
     except UserError as error:
         if is_main() or not only_main:
-            tell(error)
+            print_error(error)
         raise typer.Exit(2) from None
     except FloatingPointError as error:
         if is_main():  # the loss is that of all
@@ -85,8 +88,8 @@ def one_line_errors(only_main: bool = False) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def tell(error: UserError) -> None:
-    """One line on stderr."""
+def print_error(error: UserError) -> None:
+    """Print an error as one line on stderr."""
     typer.echo(f"blora-pyro: {' '.join(str(error).split())}", err=True)
 
 
@@ -99,6 +102,6 @@ def quiet_libraries() -> None:
 
 
 def print_json(content: Any) -> None:
-    """Print to stdout, two spaces a level, letters as they are."""
+    """Print JSON to stdout, indented by two spaces, without escapes of letters."""
     json.dump(content, sys.stdout, indent=2, ensure_ascii=False)
     sys.stdout.write("\n")

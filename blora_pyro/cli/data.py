@@ -13,36 +13,34 @@ from blora_pyro.cli.common import (
     quiet_libraries,
 )
 
-data = typer.Typer(help="Look at data.", no_args_is_help=True)
+data = typer.Typer(help="Check data.", no_args_is_help=True)
 
 
 @data.callback()
 def main() -> None:
-    """Look at data."""
+    """Check data."""
 
 
 @data.command()
 def check(
     sources: Annotated[
         list[str],
-        typer.Argument(
-            metavar="SOURCE", help="What fit takes as --data: a folder, a manifest, de-en, ..."
-        ),
+        typer.Argument(metavar="SOURCE", help="As --data of fit: a folder, a manifest, de-en, ..."),
     ],
     base: Annotated[
-        str, typer.Option(help="The base model to fit; its tokenizer and window count.")
+        str, typer.Option(help="Base model, whose tokenizer and window are used.")
     ] = "pocket",
     split: Annotated[
-        str | None, typer.Option(help="One split.", show_default="all that there are")
+        str | None, typer.Option(help="Check this split only.", show_default="all splits")
     ] = None,
     language: Annotated[
-        str | None, typer.Option(help="Of rows that name none.", show_default="none")
+        str | None, typer.Option(help="Language of rows that name none.", show_default="none")
     ] = None,
     revision: Revision = None,
     local_files_only: LocalFilesOnly = False,
     as_json: Json = False,
 ) -> None:
-    """Look through data before a fit: lengths, languages, bad rows, duplicates.
+    """Check data before a fit: lengths, languages, bad rows, duplicates.
 
     Exit code 1 if a fit would refuse a row, 2 if a source can't be read at all.
     """

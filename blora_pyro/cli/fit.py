@@ -48,7 +48,7 @@ def fit(
             chosen = configuration(given, config)
             folder = how.output or default_folder(chosen)
             if how.resume:
-                chosen = below(chosen, folder)
+                chosen = with_stored(chosen, folder)
         quiet_libraries()
         if dry_run:
             show_resolved(chosen, as_json)
@@ -78,7 +78,7 @@ def fit(
 
 
 def configuration(given: dict[str, Any], file: Path | None) -> FitConfig:
-    """Return the options of the command line, before those of a file.
+    """Return the options of the command line and of a file; those of the command line win.
 
     Raises:
         UserError: If an option is not possible, or the file names code that the command line does
@@ -96,8 +96,8 @@ def configuration(given: dict[str, Any], file: Path | None) -> FitConfig:
     return FitConfig.with_given({**stored, **given}, {*changed, *given})
 
 
-def below(config: FitConfig, folder: Path) -> FitConfig:
-    """Return the options of the fit in a folder with those that are given in their place."""
+def with_stored(config: FitConfig, folder: Path) -> FitConfig:
+    """Return the options of the fit in a folder, with the given ones in their place."""
     if not (folder / "run.json").is_file():
         return config
     stored = read_options(folder / "run.json")
@@ -114,7 +114,7 @@ def default_folder(config: FitConfig) -> Path:
 
 
 def show_resolved(config: FitConfig, as_json: bool) -> None:
-    """Print every option, as far as it is known before the data are read."""
+    """Print every option, as far as it is known without the data."""
     from blora_pyro.guides import with_prior_arguments
     from blora_pyro.runs.chains import continued
 

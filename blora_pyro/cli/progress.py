@@ -1,4 +1,4 @@
-"""What a run does, shown on a terminal as it goes."""
+"""Progress of a run on the terminal."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -9,14 +9,14 @@ from blora_pyro.fitting.svi import Step
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.listeners import Listener
 
-SMOOTHING = 0.9  # of the figures beside the bar
+SMOOTHING = 0.9  # of the figures next to the bar
 
 
 class TerminalProgress(Listener):
-    """Stages and steps on stderr, for the time of a `with`."""
+    """Shows stages and steps on stderr, as a context manager."""
 
     def __init__(self) -> None:
-        """Nothing is shown before the first stage."""
+        """Show nothing before the first stage."""
         self.console = Console(stderr=True, highlight=False)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -32,29 +32,29 @@ class TerminalProgress(Listener):
         self.smooth: dict[str, float] = {}
 
     def __enter__(self) -> "TerminalProgress":
-        """Nothing is drawn before `ready`."""
+        """Show no bar before `ready`."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop drawing; what was drawn stays."""
+        """Stop all bars; what they show stays."""
         self.fitted()
         if self.counting:
             self.counting.stop()
 
     def stage(self, name: str) -> None:
-        """One line a stage."""
+        """Print a line for each stage."""
         self.console.print(f"{name} ...", style="dim", markup=False)
 
     def features(self, name: str, done: int, total: int) -> None:
-        """A bar for every set that is featurised."""
+        """Show a bar for each set that is featurised."""
         self._count(f"features of {name}", done, total)
 
     def heard(self, name: str, done: int, total: int) -> None:
-        """A bar for every set that is listened to."""
+        """Show a bar for each set whose audio is read."""
         self._count(f"listening to {name}", done, total)
 
     def _count(self, what: str, done: int, total: int) -> None:
-        """A bar that goes when all is done; in a terminal only."""
+        """Show a bar until all is done, in a terminal only."""
         if not self.console.is_terminal:
             return
         if self.counting is None:
@@ -69,11 +69,11 @@ class TerminalProgress(Listener):
             self.counting = None
 
     def note(self, text: str) -> None:
-        """One line, in another colour."""
+        """Print a line in another colour."""
         self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def ready(self, config: FitConfig, num_tokens: int | None, num_weights: int) -> None:
-        """Say what is fitted, and at which temperature."""
+        """Print what is fitted, and at which temperature."""
         self.beta = float(config.beta)
         size = temperature = ""
         if num_tokens is not None:
@@ -90,7 +90,7 @@ class TerminalProgress(Listener):
         self.bar.start()
 
     def fitted(self) -> None:
-        """Leave the bar behind."""
+        """Stop the bar."""
         if self.task is not None:
             self.bar.stop()
 
@@ -110,6 +110,6 @@ class TerminalProgress(Listener):
         self.bar.update(self.task, completed=step.step, figures=f"{figures}  {pace}")
 
     def evaluated(self, error: DevError, best: DevError) -> None:
-        """One line a measurement."""
+        """Print a line for each dev error."""
         text = "the best so far" if error == best else f"{best.error:.1%} at step {best.step}"
         self.console.print(f"step {error.step}: dev error {error.error:.1%} ({text})")

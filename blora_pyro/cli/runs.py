@@ -10,7 +10,6 @@ from blora_pyro.cli.common import (
     STRENGTH_HELP,
     Device,
     Domain,
-    Dtype,
     Json,
     Overwrite,
     RunFolder,
@@ -29,7 +28,7 @@ from blora_pyro.options import FitConfig
 def evaluate(
     run: RunFolder,
     data: Annotated[
-        str | None, typer.Option(help="Set to score.", show_default="the fit's test sets")
+        str | None, typer.Option(help="Data set to score.", show_default="the fit's test sets")
     ] = None,
     normalizer: Annotated[
         str | None,
@@ -47,32 +46,35 @@ def evaluate(
         str,
         typer.Option(
             metavar="S|S,S,...|START:STOP:STEP",
-            help=f"{STRENGTH_HELP}. Several, such as 0:1:0.1, draw the curve.",
+            help=f"{STRENGTH_HELP}. Several, such as 0:1:0.1, give a curve.",
         ),
     ] = "1",
     strength_by: StrengthBy = "scale",
     split: Annotated[
-        str, typer.Option(metavar="test|dev", help="Of the sets; dev to choose a strength by.")
+        str, typer.Option(metavar="test|dev", help="Split of the sets; dev to choose strengths by.")
     ] = "test",
     domain: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Of a fit with --pooling hierarchical or none: score this domain's adapter.",
-            show_default="as after the fit: each domain's on its set, the shared one on the others",
+            help="Score the adapter of this domain, after a fit with --pooling hierarchical or "
+            "none.",
+            show_default="each domain's on its own set, the shared one on the others",
         ),
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Of a curve: png, pdf or svg.", show_default="RUN/strength.png"
+            metavar="FILE",
+            help="Plot of a curve: png, pdf or svg.",
+            show_default="RUN/strength.png",
         ),
     ] = None,
     overwrite: Overwrite = False,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Score a run again, base and adapted, on its own sets or on another; or at many strengths."""
+    """Score a run, base and adapted, on its own sets or on another; or at several strengths."""
     with one_line_errors():
         quiet_libraries()
         from blora_pyro.cli.progress import TerminalProgress
@@ -122,7 +124,7 @@ def evaluate(
 
 
 def _draw_curve(run: Path, strengths: tuple[float, ...], as_json: bool, **options: Any) -> None:
-    """What `evaluate` does with several strengths."""
+    """Score a run at several strengths."""
     from blora_pyro.cli.progress import TerminalProgress
     from blora_pyro.runs.report import strength_tables
     from blora_pyro.runs.strength_curves import strength_curve
@@ -139,16 +141,16 @@ def _draw_curve(run: Path, strengths: tuple[float, ...], as_json: bool, **option
 def errors(
     results: Annotated[
         Path,
-        typer.Argument(
-            metavar="RUN", help="Folder of a fit, or what 'evaluate --output' has written."
-        ),
+        typer.Argument(metavar="RUN", help="Folder of a fit, or a file of evaluate --output."),
     ],
-    top: Annotated[int, typer.Option(help="How many utterances.")] = 10,
+    top: Annotated[int, typer.Option(help="Number of utterances.")] = 10,
     test_set: Annotated[
         str | None,
-        typer.Option("--set", help="new_domain or a backward set.", show_default="all"),
+        typer.Option("--set", help="Test set: new_domain or a backward set.", show_default="all"),
     ] = None,
-    state: Annotated[str, typer.Option(help="Of the model: base or adapted.")] = "adapted",
+    state: Annotated[
+        str, typer.Option(metavar="base|adapted", help="State of the model.")
+    ] = "adapted",
     as_json: Json = False,
 ) -> None:
     """Show the utterances with the most errors, word by word."""
@@ -173,7 +175,7 @@ def diagnose(
     ] = None,
     prior: Annotated[
         str | None,
-        typer.Option(help="The .py file of the prior, if the run has one: its code is run."),
+        typer.Option(help="The .py file of the run's own prior, if it has one: its code is run."),
     ] = None,
     khat: Annotated[
         bool, typer.Option(help="Compute k-hat, on up to 64 training utterances.")
@@ -218,10 +220,10 @@ def prune(
     ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Set this share of A and B to zero: what changes ΔW least."),
+        typer.Option(help="Set this share of A and B to zero: the weights that change ΔW least."),
     ] = None,
     evaluation: Annotated[
-        bool, typer.Option("--evaluate/--no-evaluate", help="Measure what it costs.")
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure the errors of both adapters.")
     ] = True,
     overwrite: Overwrite = False,
     device: Device = "cpu",
@@ -262,14 +264,14 @@ def combine(
         str,
         typer.Option(
             metavar="mean|weighted|product",
-            help="Of ΔW: mean; weighted, by --weights; product of the posteriors, every element as "
-            "heavy as its run is sure of it, the prior counted once.",
+            help="mean of the updates ΔW; their sum weighted by --weights; or product of the "
+            "posteriors: every element is weighted by its precision, the prior counted once.",
         ),
     ] = "mean",
     weights: Annotated[
         str | None,
         typer.Option(
-            metavar="W,W,...", help="Of the runs' ΔW, taken as they are.", show_default="none"
+            metavar="W,W,...", help="Weights of the runs' ΔW; not normalised.", show_default="none"
         ),
     ] = None,
     rank: Annotated[
@@ -282,7 +284,7 @@ def combine(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write one adapter of several that were fitted separately, on one base and the same layers."""
+    """Combine the adapters of several fits, of one base and the same layers, into one."""
     with one_line_errors():
         quiet_libraries()
         from blora_pyro.runs.edited import combine_runs
@@ -307,7 +309,12 @@ def combine(
 def merge(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.")],
-    dtype: Dtype = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="Data type of the checkpoint: float32, bfloat16 or float16."
+        ),
+    ] = "float32",
     strength: Strength = 1.0,
     strength_by: StrengthBy = "scale",
     domain: Domain = None,
@@ -333,17 +340,17 @@ def merge(
 def push_to_hub(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a fit.")],
     repo_id: Annotated[
-        str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME; made if it is not there.")
+        str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME; created if it does not exist.")
     ],
     private: Annotated[
-        bool, typer.Option("--private", help="Make it a private repository.")
+        bool, typer.Option("--private", help="Create a private repository.")
     ] = False,
     revision: Annotated[
         str | None,
         typer.Option(metavar="BRANCH", help="Branch to write to.", show_default="the main one"),
     ] = None,
     commit_message: Annotated[
-        str | None, typer.Option(help="Of the commit.", show_default="a plain one")
+        str | None, typer.Option(help="Message of the commit.", show_default="a plain one")
     ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request instead.")
@@ -359,18 +366,20 @@ def push_to_hub(
     license: Annotated[
         str | None,
         typer.Option(
-            metavar="ID", help="Of the adapter, for its card: apache-2.0, ...", show_default="none"
+            metavar="ID",
+            help="License of the adapter, for its card: apache-2.0, ...",
+            show_default="none",
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder to write to what would be uploaded; nothing is uploaded then."),
+        typer.Option(help="Write what would be uploaded to this folder, and upload nothing."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Upload a run to the Hugging Face Hub: PEFT adapter, posterior and model card.
 
-    The token is that of `hf auth login`, or HF_TOKEN. Of local paths only the last part goes up.
+    The token is that of `hf auth login`, or HF_TOKEN. Of local paths only the last part is shown.
     """
     with one_line_errors():
         quiet_libraries()
@@ -400,7 +409,8 @@ def priors(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Check a family instead: a name, or a .py file, whose code is run.",
+            help="Check a family: a name, or a .py file, whose code is run. Exit code 1 if a check "
+            "fails.",
         ),
     ] = None,
     as_json: Json = False,

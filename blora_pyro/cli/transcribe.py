@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from blora_pyro.cli.common import (
+    RUN_HELP,
     Device,
     Domain,
     LocalFilesOnly,
@@ -15,9 +16,9 @@ from blora_pyro.cli.common import (
     Strength,
     StrengthBy,
     one_line_errors,
+    print_error,
     print_json,
     quiet_libraries,
-    tell,
 )
 from blora_pyro.errors import UserError
 
@@ -33,7 +34,7 @@ def transcribe(
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="Folder of a fit, or OWNER/NAME[@REVISION] on the Hub.",
+            help=RUN_HELP,
             show_default="the base model alone",
         ),
     ] = None,
@@ -43,41 +44,50 @@ def transcribe(
     language: Annotated[
         str | None,
         typer.Option(
-            help="en, de-en for code-switched speech, or auto: as detected in each file.",
+            help="en, ...; de-en for code-switched speech; auto detects it in each file.",
             show_default="the adapter's data; without adapter, auto",
         ),
     ] = None,
     task: Annotated[
         str | None,
         typer.Option(
-            help="transcribe, or translate to English.", show_default="the adapter's, or transcribe"
+            metavar="transcribe|translate",
+            help="Transcribe, or translate to English.",
+            show_default="the adapter's, or transcribe",
         ),
     ] = None,
     strength: Strength = 1.0,
     strength_by: StrengthBy = "scale",
     domain: Domain = None,
-    form: Annotated[str, typer.Option("--format", help="text, json, srt or vtt.")] = "text",
+    form: Annotated[
+        str,
+        typer.Option("--format", metavar="text|json|srt|vtt", help="Format of the transcripts."),
+    ] = "text",
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for a file an input.", show_default="standard output"),
+        typer.Option(help="Folder for one file for each input.", show_default="standard output"),
     ] = None,
     samples: Annotated[
         int,
-        typer.Option(metavar="K", help="Posterior draws for word confidences, in JSON; 0: none."),
+        typer.Option(
+            metavar="K",
+            help="Posterior draws for word confidences, which are in the JSON; 0 is none.",
+        ),
     ] = 0,
-    batch_size: Annotated[int, typer.Option(help="Windows heard at once.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Windows that are transcribed at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     prior: Annotated[
         str | None,
         typer.Option(help="The .py file of the prior, if --samples needs one: its code is run."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Leave out what is in --output already.")
+        bool, typer.Option("--resume", help="Skip inputs whose file is in --output already.")
     ] = False,
     overwrite: Overwrite = False,
     device: Device = "cpu",
     dtype: Annotated[
-        str | None, typer.Option(help="Of the base's weights.", show_default="the adapter's")
+        str | None,
+        typer.Option(help="Data type of the base.", show_default="the adapter's"),
     ] = None,
     revision: Revision = None,
     local_files_only: LocalFilesOnly = False,
@@ -85,7 +95,7 @@ def transcribe(
 ) -> None:
     """Transcribe audio files of any length.
 
-    A file that can't be read is told, the others are transcribed: exit code 2.
+    A file that can't be read is reported and left out; the exit code is then 2.
     """
     with one_line_errors():
         quiet_libraries()
@@ -107,10 +117,10 @@ def transcribe(
         elif form in ("srt", "vtt") and len(files) > 1:
             raise UserError(f"{form} is a file an input, and there are {len(files)}; give --output")
 
-        def show(place: int, transcript: "Transcript") -> None:
+        def show(index: int, transcript: "Transcript") -> None:
             bar.step()
             if written is not None:
-                written.write(place, transcript)
+                written.write(index, transcript)
             elif form == "text" and len(files) > 1:
                 typer.echo(f"{transcript.audio}: {transcript.text}")
             elif form != "json":
@@ -147,7 +157,7 @@ def transcribe(
 
 
 class _Bar:
-    """Files done, on a terminal's stderr where nothing else is printed; and those that failed."""
+    """A progress bar of files, on a terminal's stderr, and a count of those that failed."""
 
     def __init__(self, total: int, shown: bool) -> None:
         from rich.console import Console
@@ -167,11 +177,11 @@ class _Bar:
         self._progress.stop()
 
     def step(self) -> None:
-        """A file is done with."""
+        """Count a file."""
         self._progress.advance(self._task)
 
     def fail(self, _: int, error: UserError) -> None:
-        """A file could not be read: told above the bar."""
+        """Count a file that can't be read, and print why."""
         self.failed += 1
         self.step()
-        tell(error)
+        print_error(error)

@@ -1,12 +1,12 @@
-"""A run, from base model to table, and its folder.
+"""Runs: from base model and data to a fitted, scored and stored posterior, and its use.
 
-- `fits`: one fit from start to end; `parts`: what it is made of; `loading`: the sets it reads;
-- `chains`: an earlier run's posterior as its prior;
+- `fits`: one fit from start to end; `parts`: what it works with; `loading`: its sets;
+- `chains`: an earlier run's posterior as the prior of the next fit;
 - `scoring`: what it gained and forgot; `utterances`: the same, utterance by utterance;
-- `folders`: how any run is kept and read; `fit_folders`: how a fit keeps what it has; `early_ends`:
-  what it says when it ends before its time; `skipped_rows`: of its data;
-- `listeners`, `tracking`: who is told how it goes;
-- `finished`: a run scored again, merged, used; `diagnosis`: its figures and plots;
-  `strength_curves`: at every strength; `pruned`: made smaller; `combined`: several made one;
-- `report`: tables of its metrics, and its errors word by word.
+- `record`: the content of `run.json`; `folders`: writing and reading run folders;
+  `fit_folders`: the folder of a fit that may be interrupted;
+- `listeners`: progress and experiment trackers;
+- `finished`: scoring, merging and using a finished run; `edited`: pruned and combined runs;
+  `diagnosis`: figures and plots; `strength_curves`: errors at several strengths;
+- `report`: tables for the terminal.
 """

@@ -1,9 +1,9 @@
-"""Knowledge carried on: an earlier run's posterior is the prior of the next fit, and its start.
+"""Continued runs: an earlier run's posterior is the prior of the next fit, and its start.
 
 Bayes' rule in two steps: with p(w | D1) as the prior of D2 comes p(w | D1, D2), without D1 at hand.
 Where posteriors are approximated it is variational continual learning (Nguyen et al.,
-arXiv 1710.10628). The parametrisation is carried on, too, so A and B mean the same in both fits;
-base, layers, rank and alpha must be the same.
+arXiv 1710.10628). A and B must mean the same in both fits, so base, layers, rank and alpha are the
+same.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ from blora_pyro.runs.folders import read_run
 
 @dataclass(frozen=True)
 class Previous:
-    """A run that is carried on.
+    """A run that is continued.
 
     Attributes:
-        folder: Of the run, as given.
+        folder: Folder of the run, as given.
         posterior: Its posterior.
-        target_modules: Of its fit.
-        chain: What `run.json` holds of the runs before it, see `link`.
+        target_modules: Target modules of its fit.
+        chain: The runs before it, from its `run.json`; see `link`.
     """
 
     folder: str
@@ -43,7 +43,7 @@ class Previous:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Previous":
-        """A run that can be carried on.
+        """Read a run that can be continued.
 
         Raises:
             UserError: If it can't be read, is unfinished, pruned or combined, or has no spread.
@@ -64,7 +64,7 @@ class Previous:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """`{site}.mean` and `{site}.stddev` -> tensor of the site's shape."""
+        """Mapping of `{site}.mean` and `{site}.stddev` to tensors of the site's shape."""
         mean = {f"{name}.mean": value.cpu() for name, value in self.posterior.mean.items()}
         return mean | {
             f"{name}.stddev": value.cpu() for name, value in self.posterior.stddev.items()
@@ -72,7 +72,7 @@ class Previous:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that is carried on: SHA-256 of layers, alpha, means and deviations."""
+        """SHA-256 of layers, alpha, means and deviations."""
         groups = [asdict(group) for group in self.posterior.groups]
         total = hashlib.sha256(json.dumps([groups, self.posterior.alpha]).encode())
         for name, value in sorted(self.tensors.items()):
@@ -81,7 +81,7 @@ class Previous:
         return total.hexdigest()
 
     def link(self, inflation: float | None) -> list[dict[str, Any]]:
-        """What `run.json` of the next fit holds as `chain`: all runs before it, oldest first."""
+        """Return the `chain` in `run.json` of the next fit: all runs before it, oldest first."""
         own = {"run": self.folder, "fingerprint": self.fingerprint, "inflation": inflation or 1.0}
         return [*self.chain, own]
 
@@ -116,8 +116,8 @@ class Previous:
         """Refuse a base or layers that are not the run's.
 
         Args:
-            groups: Of the next fit's target layers.
-            target_modules: Which named them.
+            groups: Groups of the next fit's target layers.
+            target_modules: The option that named them.
 
         Raises:
             UserError: Naming what differs.
@@ -142,11 +142,11 @@ class Previous:
                     )
 
     def prior(self, inflation: float | None) -> previous_posterior.Prior:
-        """The next fit's prior."""
+        """Return the next fit's prior."""
         return previous_posterior.Prior(self.posterior.groups, self.tensors, inflation or 1.0)
 
     def start(self, guide: Any) -> None:
-        """Have the next fit's guide, a mean-field Normal, begin at the posterior."""
+        """Set the next fit's guide, a mean-field Normal, to the posterior."""
         previous_posterior.start_at(guide, self.posterior.mean, self.posterior.stddev)
 
 
@@ -154,7 +154,7 @@ def continued(config: FitConfig) -> tuple[FitConfig, Previous | None]:
     """Return a configuration completed by the run that `prior_from` names, and that run, if any.
 
     Raises:
-        UserError: If that run can't be continued, a prior is given beside it, or see
+        UserError: If that run can't be continued, a prior is given, too, or see
             `Previous.complete`.
     """
     if config.prior_from is None:
@@ -168,14 +168,14 @@ def continued(config: FitConfig) -> tuple[FitConfig, Previous | None]:
 
 
 def previous_of(config: FitConfig, chain: list[dict[str, Any]] | None = None) -> Previous | None:
-    """The run that a fit carries on; None without `prior_from`.
+    """Return the run that a fit continues; None without `prior_from`.
 
     Args:
-        config: Of the fit.
-        chain: That it was started with, if it was.
+        config: Options of the fit.
+        chain: The chain that the fit was started with, if it was.
 
     Raises:
-        UserError: If that run can't be carried on, or has changed since.
+        UserError: If that run can't be continued, or has changed since.
     """
     if config.prior_from is None:
         return None

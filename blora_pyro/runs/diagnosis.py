@@ -17,7 +17,7 @@ from blora_pyro.models import base_of
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.inference_data import MIN_RATIOS
-from blora_pyro.runs.folders import beside, claim, read_run
+from blora_pyro.runs.folders import claim, default_output, read_run
 from blora_pyro.runs.record import RUN
 
 KHAT_DRAWS = 30
@@ -38,8 +38,8 @@ def diagnose(
 
     Args:
         run: Folder of a fit, or its Hub id.
-        output: Folder for the plots; None is `diagnostics` in the run's.
-        prior: File of the prior, for a run that was fitted with a user's own: its code is run.
+        output: Folder for the plots; None is `diagnostics` in the run's folder.
+        prior: File of the prior, if the run was fitted with a user's own: its code is run.
         khat: Compute k-hat, on up to 64 utterances of the run's training set.
         draws: Draws for k-hat, 30 or more.
         device: A torch device, for k-hat.
@@ -61,7 +61,7 @@ def diagnose(
     beta = float(config.beta)
     on_stage("figures")
     summary = summarise(posterior)
-    folder = claim(Path(output or beside(run, "diagnostics", "output")), overwrite=True)
+    folder = claim(Path(output or default_output(run, "diagnostics", "output")), overwrite=True)
     shrinkage = Shrinkage.of(posterior, summary)
     found = Khat(None, "not asked for")
     if khat:

@@ -1,4 +1,4 @@
-"""Runs made of other runs: pruned, or combined of several; folders for all commands."""
+"""Runs made from other runs: one pruned, or several combined. Every command takes their folders."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,10 +39,10 @@ def prune_run(
         evaluate: Measure error with the full and with the pruned adapter.
         overwrite: Write into a folder that holds something.
         device: A torch device.
-        progress: Told of stages.
+        progress: Listener to the stages.
 
     Returns:
-        What `metrics.json` of the pruned run holds: `size`, and rates where "base" is the full
+        The content of the pruned run's `metrics.json`: `size`, and rates where "base" is the full
         adapter and "adapted" the pruned one.
 
     Raises:
@@ -86,13 +86,12 @@ def combine_runs(
     rank: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write one adapter of several runs: a folder as `prune` writes one, for all commands.
+    """Write one adapter made from several runs, in a run folder.
 
-    Its test sets are those of the first run; its language is that of the runs, or, where they have
-    several, to be given or detected.
+    Its test sets are those of the first run; its language is that of the runs, if they have one.
 
     Args:
-        folders: Of the runs.
+        folders: Folders of the runs, or their Hub ids.
         out: Folder for the adapter.
         method: See `combine`.
         weights: See `combine`.
@@ -100,8 +99,8 @@ def combine_runs(
         overwrite: Write into a folder that holds something.
 
     Returns:
-        What `run.json` holds as `combined`: `from`, `method`, `weights`, `rank`, `adapter_weights`,
-        and `kept_norm`, the share of the Frobenius norm of ΔW that is kept.
+        The content of `combined` in `run.json`: `from`, `method`, `weights`, `rank`,
+        `adapter_weights`, and `kept_norm`, the share of the Frobenius norm of ΔW that is kept.
 
     Raises:
         UserError: If a run can't be read, the runs do not match, `out` can't be written, or see

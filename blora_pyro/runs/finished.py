@@ -1,4 +1,4 @@
-"""What is done with a finished run: score it again, merge it, transcribe with it."""
+"""Using a finished run: score it again, merge it, transcribe with it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,24 +36,24 @@ def evaluate_run(
     """Score a run, base and adapted, on its own test sets or on the test split of `data`.
 
     A run of several domains with factors of their own is scored as it was after the fit (see
-    `measure_adapted`); one `domain` on its own test set and the backward sets, all with its own
+    `Scoring.score`); one `domain` on its own test set and the backward sets, all with its own
     factors. `data` is scored with the factors of `domain`, or else those that are shared.
 
     Args:
-        folder: Of the run, or its Hub id.
+        folder: Folder of the run, or its Hub id.
         data: None is the run's own test sets.
-        progress: Told of stages.
+        progress: Listener to the stages.
         device: A torch device.
         normalizer: None is that of the fit; see `FitConfig`.
         output: File for the results of every utterance, see `utterance_rows`; None keeps none.
-        overwrite: Write over what is there.
+        overwrite: Replace a file that is there.
         split: `test`, or `dev` to choose by.
-        strength: Of the update, see `at_strength`.
+        strength: Strength of the update, see `at_strength`.
         strength_by: See `at_strength`.
-        domain: One of the run's.
+        domain: One of the run's domains.
 
     Returns:
-        What `metrics.json` holds; at another strength than 1 also `strength` and `strength_by`.
+        The content of `metrics.json`; at another strength than 1 also `strength` and `strength_by`.
 
     Raises:
         UserError: If the run or the data can't be read, the file can't be written, or there is no
@@ -83,7 +83,7 @@ def evaluate_run(
 
 
 def of_domain(config: FitConfig, domain: str | None) -> FitConfig:
-    """A run's configuration as if it had been fitted to one of its domains; None to all, pooled."""
+    """Return a configuration as of a fit to one of its domains; None: to all of them as one."""
     if config.pooling is None:
         return config
     data = config.data if domain is None else config.domains[domain]
@@ -92,7 +92,7 @@ def of_domain(config: FitConfig, domain: str | None) -> FitConfig:
 
 
 def scoring_config(config: FitConfig, data: Source | None, normalizer: str | None) -> FitConfig:
-    """A run's configuration with other data, or another normaliser, to score with; None keeps."""
+    """Return a configuration with other data or another normaliser to score with; None keeps."""
     if data is not None:
         # all the sets of its new domain come from `data`, which are no training data here
         config = replace(config, data=data, data_weights=None, test=data, dev=None, backward={})
@@ -115,13 +115,13 @@ def merge_run(
     and the sum is rounded to `dtype` once.
 
     Args:
-        folder: A run folder, or its Hub id.
+        folder: Folder of the run, or its Hub id.
         out: Folder for the checkpoint.
         overwrite: Write into a folder that holds something.
-        dtype: Of the checkpoint. An update below the rounding step of a short one is lost.
-        strength: Of the update, see `at_strength`.
+        dtype: Dtype of the checkpoint. An update below the rounding step of a short one is lost.
+        strength: Strength of the update, see `at_strength`.
         strength_by: See `at_strength`.
-        domain: Of a run whose domains have factors of their own; None is what they share.
+        domain: For a run whose domains have factors of their own; None is what they share.
 
     Raises:
         UserError: If the run can't be read or `out` can't be written, or there is no such strength
@@ -158,7 +158,7 @@ def transcribe(
     samples: int = 0,
     seed: int = 0,
 ) -> list[Transcript]:
-    """Transcripts of audio files, by a base model alone or adapted by a run's posterior mean.
+    """Return transcripts of audio files, by a base model alone or adapted by a posterior mean.
 
     Args:
         audio: wav, flac, ogg/opus or mp3 files, of any length.
@@ -168,21 +168,21 @@ def transcribe(
             detects in each file. None is that of the adapter's training data, and without an
             adapter "auto".
         device: A torch device.
-        dtype: Of the base's weights; None is that of the fit, or `float32`.
-        revision: Of the base, if it is a Hub id; None is that of the fit, unless a base is given.
+        dtype: Dtype of the base's weights; None is that of the fit, or `float32`.
+        revision: Revision of a base on the Hub; None is that of the fit, unless a base is given.
         local_files_only: Look for Hub ids in the Hub's local cache alone.
-        prior: The file of the prior, if draws are asked for and the run has one: its code is run.
+        prior: File of the prior, if draws are asked for and the run has one: its code is run.
         task: `transcribe` or `translate`; None is that of the fit, or `transcribe`.
-        strength: Of the adapter's update, see `at_strength`.
+        strength: Strength of the adapter's update, see `at_strength`.
         strength_by: See `at_strength`.
-        domain: Of a run whose domains have factors of their own; None is what they share.
-        on_transcript: Told each file's place and transcript, in order, as they come.
-        on_error: Told the place of a file that can't be read, and why, which is then left out; None
-            raises.
+        domain: For a run whose domains have factors of their own; None is what they share.
+        on_transcript: Called with each file's index and transcript, in order.
+        on_error: Called with the index of a file that can't be read and the error; the file is left
+            out. None raises.
         timestamps: See `Transcriber`, as the three that follow.
         batch_size: Windows transcribed at once.
         samples: Posterior draws for word confidences; 0 is none.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Raises:
         UserError: If a file or the run can't be read, the language is unknown to the model, draws

@@ -1,17 +1,14 @@
-"""The folder of a fit: what it keeps on the way, what is safe at an early end, how it reopens."""
+"""The folder of a fit: what it keeps on the way, what is safe at an early end, reopening."""
 
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from blora_pyro.errors import Interrupted, ProcessLost, UserError
+from blora_pyro.errors import UserError
 from blora_pyro.families import is_code
 from blora_pyro.files import replace_file, write_json
 from blora_pyro.fitting.checkpoints import stored_step
@@ -42,7 +39,7 @@ class FitFolder:
     """The folder of a fit, from its first second to its end.
 
     `run.json` is there from the start, with the options, so that the fit can go on after a kill at
-    any moment; its `state` says how far it has come. Without a path nothing is kept.
+    any moment; its `state` says how far it is. Without a path nothing is kept.
 
     Attributes:
         path: The folder, or None.
@@ -137,11 +134,11 @@ class FitFolder:
 
     @classmethod
     def follow(cls, content: Mapping[str, Any], config: FitConfig) -> "FitFolder":
-        """Return what a process that writes nothing needs of the folder that the main one has open.
+        """Return the view that a process which writes nothing has of the main process's folder.
 
         Args:
-            content: `state`, `options` and `chain` of what `run.json` holds.
-            config: Its given options take the place of those that are texts in `run.json`.
+            content: `state`, `options` and `chain` of `run.json`.
+            config: Its given options replace those that are texts in `run.json`.
 
         Raises:
             UserError: If the run that is continued can't be read here.
@@ -173,15 +170,15 @@ class FitFolder:
         weights: int,
         domain_languages: Sequence[str] = (),
     ) -> None:
-        """All is loaded: keep the resolved configuration, and remove an earlier run's results.
+        """Keep the resolved configuration, and remove an earlier run's results.
 
         Args:
             config: The resolved configuration.
-            language: Of the training data.
+            language: Language of the training data.
             utterances: Number of training utterances; None if unknown, of a stream.
             tokens: Number of their target tokens, likewise.
             weights: Number of adapter weights.
-            domain_languages: Of the training data of each domain, if each has an adapter.
+            domain_languages: Language of each domain's training data, if each has an adapter.
         """
         if self.state != FITTING:
             return
@@ -200,7 +197,7 @@ class FitFolder:
         self._occupied = False
 
     def list_skipped(self, rows: Sequence[SkippedRow]) -> str:
-        """Add the rows that were left out to a list of them; return where, "" if nowhere."""
+        """Add rows to the list of those left out; return its path, "" if there is none."""
         if self.path is None or not rows:
             return ""
         if self.state == FITTING and not self._occupied:
@@ -215,7 +212,7 @@ class FitFolder:
         stopping: EarlyStopping | None,
         seconds: float,
     ) -> None:
-        """The fit is done: keep the posterior, before anything else can go wrong."""
+        """Keep the posterior of the fit, which is done now."""
         if self.path is not None:
             save_posterior(self.path, fitted)
         record = self.record
@@ -230,7 +227,7 @@ class FitFolder:
     def finish(
         self, metrics: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], seconds: float
     ) -> None:
-        """All is measured: keep the figures and the rows of all utterances, and `tidy`."""
+        """Keep the metrics and the rows of all utterances, and `tidy`."""
         if self.path is None:
             return
         write_utterances(self.path / UTTERANCES, rows)
@@ -241,20 +238,20 @@ class FitFolder:
         self.tidy()
 
     def tidy(self) -> None:
-        """Remove what was there to go on with."""
+        """Remove the files that an unfinished fit goes on with."""
         if self.path is not None:
             remove_files(self.path, *UNFINISHED)
 
     def transcripts(self, state: str) -> Path | None:
-        """Where transcripts of the test sets are kept until the run is finished.
+        """Return the file that keeps transcripts of the test sets until the run is finished.
 
         Args:
-            state: Of the model, `base` or `adapted`.
+            state: State of the model, `base` or `adapted`.
         """
         return None if self.path is None else self.path / TRANSCRIPTS[state]
 
     def safe(self) -> str:
-        """What is safe on disk now."""
+        """Return what is safe on disk now, in words."""
         if self.path is None:
             return "nothing was to be kept on disk"
         if self._occupied:
@@ -267,7 +264,7 @@ class FitFolder:
         return f"the checkpoint of step {step} is safe in {self.path}"
 
     def way_on(self) -> str:
-        """How to go on."""
+        """Return how to go on, in words."""
         if self.path is None or self._occupied:
             return "start again"
         files = [(name, str(getattr(self.config, name))) for name in ("prior", "guide")]
@@ -310,63 +307,16 @@ class FitFolder:
             ) from None
 
 
-@contextmanager
-def explained_ends(folder: FitFolder) -> Iterator[None]:
-    """Have whatever ends a fit early say in one line what happened, what is safe and what to do.
-
-    Raises:
-        Interrupted: By a signal.
-        FloatingPointError: If the loss is not finite.
-        UserError: If the folder can't be written any more, memory is full, or one of several
-            processes is gone.
-    """
-    try:
-        yield
-    except ProcessLost as error:
-        raise UserError(f"{error}; {folder.safe()}; {folder.way_on()}") from None
-    except Interrupted as error:
-        message = f"interrupted; {folder.safe()}; {folder.way_on()}"
-        raise Interrupted(error.signum, message) from None
-    except FloatingPointError as error:
-        again = "" if folder.path is None else f"; {folder.safe()}, but leads to the same"
-        raise FloatingPointError(f"{error}{again}") from None
-    except OSError as error:
-        if folder.path not in Path(str(error.filename)).parents:
-            raise
-        raise UserError(
-            f"{error.filename} can't be written ({error.strerror}); {folder.safe()}; put that "
-            f"right, then {folder.way_on()}"
-        ) from None
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory; {folder.safe()}; free some and {folder.way_on()} (or start another "
-            "fit with gradient_accumulation, gradient_checkpointing or a smaller batch_size)"
-        ) from None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory is full, that of a GPU or the machine's."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
-    return isinstance(error, kinds) or any(word in str(error) for word in words)
-
-
 class SkippedRows:
-    """The list of rows that were left out, JSON lines; a row is in it once, also after a kill.
-
-    Attributes:
-        path: Of the file.
-    """
+    """The list of rows that were left out, JSON lines; a row is in it once, also after a kill."""
 
     def __init__(self, path: Path) -> None:
-        """Nothing is read or written yet."""
+        """Read and write nothing yet."""
         self.path = path
         self._listed: dict[str, None] | None = None
 
     def add(self, rows: Iterable[SkippedRow]) -> None:
-        """Add those that are not there."""
+        """Add the rows that are not in the list."""
         if self._listed is None:
             self._listed = _whole_lines(self.path)
             replace_file(self.path, "".join(self._listed).encode())
@@ -377,7 +327,7 @@ class SkippedRows:
 
 
 def _whole_lines(path: Path) -> dict[str, None]:
-    """Those of a file, but half a line of a process that was killed; none if it is not there."""
+    """Return a file's lines without the half one of a killed process; none if there is no file."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:

@@ -2,40 +2,30 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import pyro
+import torch
 
-from blora_pyro.data import Examples, Stream
 from blora_pyro.declarations import check_value
-from blora_pyro.errors import UserError
-from blora_pyro.evaluation import Evaluation
-from blora_pyro.fitting import Teacher, fit_guide
+from blora_pyro.errors import Interrupted, ProcessLost, UserError
+from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.processes import Processes
-from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
-from blora_pyro.guides import Guide
-from blora_pyro.models import Base, BLoRA, base_of, check_device
+from blora_pyro.models import check_device
 from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.chains import continued
-from blora_pyro.runs.fit_folders import FitFolder, explained_ends
+from blora_pyro.runs.fit_folders import FitFolder
 from blora_pyro.runs.listeners import Listener, check_trackers, tracked
-from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.parts import build, regularise, teacher_of, training_set
+from blora_pyro.runs.parts import Parts
 from blora_pyro.runs.record import FINISHED, FITTING, RUN
-from blora_pyro.runs.scoring import (
-    compare,
-    early_stopping,
-    evaluation_sets,
-    measure,
-    measure_adapted,
-)
+from blora_pyro.runs.scoring import compare
 from blora_pyro.runs.utterances import utterance_rows
 from blora_pyro.sources import Source
 
@@ -45,12 +35,12 @@ class Run:
     """A finished fit.
 
     Attributes:
-        config: As resolved.
+        config: Its resolved options.
         posterior: The fitted posterior.
-        history: One `Step` a step of SVI.
-        metrics: What `metrics.json` holds.
+        history: One `Step` for each step of SVI.
+        metrics: The content of `metrics.json`.
         output: Its folder, or None.
-        dev: What `run.json` holds of the dev error: every one, the best step, and what ended the
+        dev: The content of `dev` in `run.json`: all dev errors, the best step, and what ended the
             fit; None without `eval_every`.
     """
 
@@ -96,7 +86,7 @@ def fit(
             same.
         output: Folder for the run: the PEFT adapter of the posterior mean, `posterior.safetensors`,
             `run.json` and `metrics.json`. None keeps nothing on disk.
-        base: This option, and those that follow, in place of the configuration's.
+        base: This option and those that follow replace those of the configuration; see `FitConfig`.
         data: See `FitConfig`.
         prior: See `FitConfig`.
         beta: See `FitConfig`.
@@ -222,10 +212,9 @@ def _fit(
 ) -> Run:
     """Go from wherever the folder is to the end: load, score the base, fit, score, keep."""
     started = time.monotonic()
-    evaluate = evaluate and processes.is_main
     with processes.main_first():  # which leaves features in the cache
-        parts = _load(folder, evaluate, progress, processes)
-    before = _score_base(folder, parts, progress)
+        parts = Parts.load(folder, evaluate and processes.is_main, progress, processes)
+    before = parts.scoring.score(None, "base", folder.transcripts("base"))
     if folder.state == FITTING:
         with interrupts.deferred():  # what is fitted is kept before they are answered
             checkpoints = _checkpoints(folder, parts, checkpoint_every, interrupts)
@@ -233,82 +222,16 @@ def _fit(
         progress.fitted()
     else:
         posterior, history = folder.fitted()
-    after = _score_adapted(folder, parts, posterior, progress)
+    after = parts.scoring.score(posterior, "adapted", folder.transcripts("adapted"))
     metrics = compare(posterior, before, after, parts.config)
-    rows = utterance_rows(parts.sets, {"base": before, "adapted": after})
+    rows = utterance_rows(parts.scoring.sets, {"base": before, "adapted": after})
     folder.finish(metrics, rows, time.monotonic() - started)
     progress.measured(metrics, history[-1].step if history else 0)
     return Run(parts.config, posterior, history, metrics, folder.path, folder.record.dev)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What a fit works with.
-
-    Attributes:
-        config: As resolved.
-        base: The base model.
-        loader: Of all sets.
-        train: Training data.
-        size: Their target `tokens` and `utterances`, None if unknown.
-        sets: Test sets; none where nothing is to be scored.
-        fit: Program, guide, teacher and early stopping; None once the fit is done.
-    """
-
-    config: FitConfig
-    base: Base
-    loader: Loader
-    train: Examples | Stream
-    size: dict[str, int | None]
-    sets: dict[str, Examples]
-    fit: tuple[BLoRA, Guide, Teacher | None, EarlyStopping | None] | None = None
-
-
-def _load(folder: FitFolder, evaluate: bool, progress: Listener, processes: Processes) -> _Parts:
-    """Load base and data; for a fit that is to be done build program and guide, too."""
-    progress.stage("loading")
-    config = folder.with_prior
-    pyro.set_rng_seed(config.seed)
-    base = base_of(config)
-    loader = Loader(base, config, progress.features, progress.note)
-    train, size = training_set(loader, lambda row: folder.list_skipped([row]))
-    config = config.resolved(size["tokens"], size["utterances"])
-    sets = evaluation_sets(base, config, loader) if evaluate else {}
-    parts = _Parts(config, base, loader, train, size, sets)
-    if folder.state == FITTING:
-        stopping = early_stopping(loader, config, progress.evaluated, processes.once)
-        model, guide = build(base, config, folder.previous, train)
-        regularise(model, loader, progress.stage)
-        teacher = teacher_of(base, model, config, size["utterances"])
-        languages = train.source_languages if isinstance(train, Examples) and config.pooling else ()
-        counts = size["utterances"], size["tokens"], model.num_weights
-        folder.begin(config, train.main_language, *counts, languages)
-        progress.built(model, guide)
-        parts = replace(parts, fit=(model, guide, teacher, stopping))
-    loader.tell(folder.list_skipped(loader.skipped))
-    return parts
-
-
-def _score_base(folder: FitFolder, parts: _Parts, progress: Listener) -> dict[str, Evaluation]:
-    def stage(name: str) -> None:
-        progress.stage(f"base on {name}")
-
-    kept = folder.transcripts("base")
-    return measure(parts.base, parts.sets, stage, kept, parts.config.normalizer)
-
-
-def _score_adapted(
-    folder: FitFolder, parts: _Parts, posterior: Posterior, progress: Listener
-) -> dict[str, Evaluation]:
-    def stage(name: str) -> None:
-        progress.stage(f"adapted on {name}")
-
-    kept = folder.transcripts("adapted")
-    return measure_adapted(parts.base, posterior, parts.sets, stage, kept, parts.config.normalizer)
-
-
 def _checkpoints(
-    folder: FitFolder, parts: _Parts, every: int | None, interrupts: Interrupts
+    folder: FitFolder, parts: Parts, every: int | None, interrupts: Interrupts
 ) -> Checkpoints:
     """Return the checkpoints of this very fit, on these very data."""
     about = {**parts.config.to_json(), **parts.size, "training_data": parts.train.fingerprint}
@@ -317,7 +240,7 @@ def _checkpoints(
 
 def _fit_and_keep(
     folder: FitFolder,
-    parts: _Parts,
+    parts: Parts,
     checkpoints: Checkpoints,
     progress: Listener,
     processes: Processes,
@@ -340,8 +263,54 @@ def _fit_and_keep(
         teacher=teacher,
         processes=processes,
     )
-    parts.loader.tell(folder.list_skipped(parts.loader.skipped))  # of a stream
+    parts.loader.report_skipped(folder.list_skipped(parts.loader.skipped))  # of a stream
     family = Family(config.prior, config.prior_args, str(config.guide))
-    posterior = Posterior.from_guide(parts.base.name, model, guide, family, config.revision)
+    posterior = Posterior.from_guide(parts.scoring.base.name, model, guide, family, config.revision)
     folder.save(posterior, history, stopping, time.monotonic() - started)
     return posterior, history
+
+
+# ---- early ends
+
+
+@contextmanager
+def explained_ends(folder: FitFolder) -> Iterator[None]:
+    """Have whatever ends a fit early say in one line what happened, what is safe and what to do.
+
+    Raises:
+        Interrupted: By a signal.
+        FloatingPointError: If the loss is not finite.
+        UserError: If the folder can't be written any more, memory is full, or one of several
+            processes is gone.
+    """
+    try:
+        yield
+    except ProcessLost as error:
+        raise UserError(f"{error}; {folder.safe()}; {folder.way_on()}") from None
+    except Interrupted as error:
+        message = f"interrupted; {folder.safe()}; {folder.way_on()}"
+        raise Interrupted(error.signum, message) from None
+    except FloatingPointError as error:
+        again = "" if folder.path is None else f"; {folder.safe()}, but leads to the same"
+        raise FloatingPointError(f"{error}{again}") from None
+    except OSError as error:
+        if folder.path not in Path(str(error.filename)).parents:
+            raise
+        raise UserError(
+            f"{error.filename} can't be written ({error.strerror}); {folder.safe()}; put that "
+            f"right, then {folder.way_on()}"
+        ) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory; {folder.safe()}; free some and {folder.way_on()} (or start another "
+            "fit with gradient_accumulation, gradient_checkpointing or a smaller batch_size)"
+        ) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory is full, a GPU's or the machine's."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)

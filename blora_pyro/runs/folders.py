@@ -1,4 +1,4 @@
-"""Run folders: how one is taken, written and read."""
+"""Run folders: claiming, writing and reading them."""
 
 import os
 import shlex
@@ -18,7 +18,7 @@ from blora_pyro.runs.record import EVALUATING, FITTING, RUN, RunRecord, state_of
 
 METRICS, CHECKPOINT, SKIPPED = "metrics.json", checkpoints.FILE, "skipped_rows.jsonl"
 UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
-TRACKING = "tracking"  # folder of what trackers write
+TRACKING = "tracking"  # folder that trackers write to
 TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
 ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 RESULTS = (
@@ -33,11 +33,11 @@ RESULTS = (
 )
 HALF_WRITTEN = "posterior.new"
 UNFINISHED = (CHECKPOINT, *TRANSCRIPTS.values())
-WITHOUT_STEP = {RUN, SKIPPED, TRACKING, *TRANSCRIPTS.values()}  # of a fit before its checkpoints
+WITHOUT_STEP = {RUN, SKIPPED, TRACKING, *TRANSCRIPTS.values()}  # files of a fit without checkpoint
 
 
 def save_posterior(folder: Path, fitted: Posterior) -> None:
-    """Write posterior and PEFT adapter; each file takes its place when it is whole.
+    """Write posterior and PEFT adapter; each file replaces the old one when it is complete.
 
     Raises:
         OSError: If they can't be written.
@@ -70,7 +70,7 @@ def remove_files(folder: Path, *names: str) -> None:
 
 
 def claim(folder: Path, overwrite: bool) -> Path:
-    """Make a folder for a run; what a fit left that came to no checkpoint is removed.
+    """Make a folder for a run; files of a fit that has no checkpoint yet are removed.
 
     Raises:
         UserError: If it can't be made or written, or holds something and `overwrite` is off.
@@ -108,13 +108,13 @@ def claim_file(file: Path, overwrite: bool) -> None:
         raise UserError(f"output '{file}' is there already; give another, or --overwrite")
 
 
-def beside(run: str | Path, name: str, option: str) -> Path:
-    """Where in a run's own folder something new goes that was given no place.
+def default_output(run: str | Path, name: str, option: str) -> Path:
+    """Return the path of an output in the run's own folder.
 
     Args:
-        run: As the user gave it.
-        name: Of what goes there.
-        option: By which a place is given.
+        run: The run as the user gave it.
+        name: Name of the output.
+        option: The option that gives another path.
 
     Raises:
         UserError: If the run is on the Hub.
@@ -135,10 +135,10 @@ def read_run(
     """Return the posterior of a run folder, and what its `run.json` says.
 
     Args:
-        folder: Where they are, or `OWNER/NAME[@REVISION]` on the Hub, see `find_run`.
+        folder: Folder of the run, or `OWNER/NAME[@REVISION]` on the Hub, see `find_run`.
         device: A torch device, for the configuration.
-        prior: The file of the prior, if it is a user's own and its code is to be run.
-        pooled: Whether a run of several domains with factors of their own will do.
+        prior: File of the prior, if it is a user's own and its code is to be run.
+        pooled: Allow a run of several domains with factors of their own.
         local_files_only: Look for a Hub id in the Hub's local cache alone.
 
     Raises:

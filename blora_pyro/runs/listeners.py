@@ -1,4 +1,4 @@
-"""A fit in experiment trackers (TensorBoard, Weights & Biases, ...), by those of Accelerate."""
+"""What a fit reports as it goes: listeners, among them experiment trackers by Accelerate's own."""
 
 import json
 import re
@@ -25,28 +25,31 @@ from blora_pyro.posterior.draws import point_scales, prior_variances
 from blora_pyro.runs.folders import TRACKING
 
 PROJECT = "blora-pyro"
-EVERY = 20  # steps between two looks at the posterior
+EVERY = 20  # steps between two logs of the posterior's figures
 
 
 class Listener:
-    """What `fit` tells its caller as it goes; this one keeps silent."""
+    """What `fit` calls as it goes; this one does nothing."""
 
     def stage(self, name: str) -> None:
         """A stage begins."""
 
     def features(self, name: str, done: int, total: int) -> None:
-        """So many utterances of a set are featurised, or were found in the cache."""
+        """`done` utterances of a set are featurised, or were found in the cache."""
 
     def note(self, text: str) -> None:
-        """Something worth knowing, in one line."""
+        """A note of one line."""
 
     def built(self, model: BLoRA, guide: Guide) -> None:
-        """Program and guide are made."""
+        """Program and guide are built."""
 
     def ready(self, config: FitConfig, num_tokens: int | None, num_weights: int) -> None:
-        """SVI begins: the resolved configuration, N target tokens, number of adapter weights.
+        """SVI begins.
 
-        N is not known of a stream, and None.
+        Args:
+            config: The resolved configuration.
+            num_tokens: N, the number of target tokens; None of a stream.
+            num_weights: Number of adapter weights.
         """
 
     def step(self, step: Step) -> None:
@@ -63,28 +66,28 @@ class Listener:
 
 
 class Listeners(Listener):
-    """Several, each told in turn of whatever there is to tell."""
+    """Several listeners, called in turn."""
 
     def __init__(self, *listeners: Listener) -> None:
-        """In the order that they are told."""
+        """Call these, in their order."""
         for name in (one for one in vars(Listener) if not one.startswith("_")):
-            setattr(self, name, partial(_tell, [getattr(one, name) for one in listeners]))
+            setattr(self, name, partial(_call, [getattr(one, name) for one in listeners]))
 
 
-def _tell(methods: Iterable[Callable[..., None]], *what: object) -> None:
+def _call(methods: Iterable[Callable[..., None]], *arguments: object) -> None:
     for method in methods:
-        method(*what)
+        method(*arguments)
 
 
 # ---- experiment trackers
 
 
 def check_trackers(names: Sequence[str] | None, folder: Path | None) -> None:
-    """Refuse trackers that could not be told of a fit.
+    """Refuse trackers that can't be used.
 
     Args:
-        names: Of trackers of Accelerate, those registered with it among them.
-        folder: Of the run, if it has one.
+        names: Trackers of Accelerate, or registered with it.
+        folder: Folder of the run, if it has one.
 
     Raises:
         UserError: If there is no such tracker, its package is not installed, or it needs a folder.
@@ -112,12 +115,12 @@ def check_trackers(names: Sequence[str] | None, folder: Path | None) -> None:
 def tracked(
     progress: Listener, names: Sequence[str] | None, folder: Path | None
 ) -> Iterator[Listener]:
-    """A listener that tells `progress` and the trackers, which are finished with the `with`.
+    """Give a listener that calls `progress` and the trackers, which end with the context.
 
     Args:
-        progress: Whoever else is told.
-        names: See `check_trackers`; None or none leave it at `progress`.
-        folder: Of the run, if it has one.
+        progress: Another listener.
+        names: See `check_trackers`; None or none gives `progress` alone.
+        folder: Folder of the run, if it has one.
     """
     if not names:
         yield progress
@@ -130,31 +133,29 @@ def tracked(
 
 
 class Tracking(Listener):
-    """Tells trackers of every step's figures, of the posterior now and then, and of error rates.
+    """Logs figures of every step, of the posterior now and then, and error rates to trackers.
 
-    They are started when there is first something to tell, which is when an earlier run is gone
-    from the folder. One that fails later is told no more, and the fit goes on without it.
+    The trackers start with the first figure, when an earlier run is gone from the folder. One that
+    fails later gets no more figures, and the fit goes on without it.
     """
 
     def __init__(
         self, names: Sequence[str], folder: Path | None, note: Callable[[str], None]
     ) -> None:
-        """Nothing is started.
+        """Nothing is started yet.
 
         Args:
             names: See `check_trackers`.
-            folder: Of the run, if it has one.
-            note: Told of a tracker that fails.
+            folder: Folder of the run, if it has one.
+            note: Called with a line about a tracker that fails.
         """
-        self.names, self.folder, self.note_on = names, folder, note
+        self.names, self.folder, self.on_note = names, folder, note
         self.trackers: list[Any] | None = None
         self.figures: Callable[[], dict[str, float]] = dict
         self.steps = self.last = 0
 
-    # ---- what a fit tells
-
     def built(self, model: BLoRA, guide: Guide) -> None:
-        """Keep what is looked at."""
+        """Keep what the posterior's figures are computed from."""
         self.figures = PosteriorFigures(model, guide)
 
     def ready(self, config: FitConfig, num_tokens: int | None, num_weights: int) -> None:
@@ -163,55 +164,55 @@ class Tracking(Listener):
         counts = {"training_tokens": num_tokens, "adapter_weights": num_weights}
         content = {**config.to_json(), **counts}
         plain = {name: _plain(value) for name, value in content.items()}
-        self._tell(lambda tracker: tracker.store_init_configuration(plain))
+        self._call(lambda tracker: tracker.store_init_configuration(plain))
 
     def step(self, step: Step) -> None:
-        """Figures of a step, every `EVERY` steps with those of the posterior."""
+        """Log a step, every `EVERY` steps with the posterior's figures."""
         self.last = step.step
         names = ("loss", "nll", "kl", "lr", "regularizer", "tokens")
         values = {name: getattr(step, name) for name in names}
-        if step.step % EVERY == 0 and step.step < self.steps:  # the last is `fitted`'s
+        if step.step % EVERY == 0 and step.step < self.steps:  # the last is logged by `fitted`
             values |= self.figures()
         self._log(values, step.step)
 
     def evaluated(self, error: DevError, best: DevError) -> None:
-        """The dev error, a fraction."""
+        """Log the dev error, a fraction."""
         self._log({"dev_error": error.error}, error.step)
 
     def fitted(self) -> None:
-        """Figures of the posterior that is kept."""
+        """Log figures of the posterior that is kept."""
         self._log(self.figures(), self.last)
 
     def measured(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Error rates, fractions, by their place in `metrics.json`, and the sparsity of ΔW."""
+        """Log error rates, fractions, by their path in `metrics.json`, and the sparsity of ΔW."""
         sparsity = {"sparsity/delta_w": metrics["sparsity"]["delta_w"]}
         self._log({**dict(_rates(metrics)), **sparsity}, step)
 
-    # ---- what trackers are told
-
     def finish(self) -> None:
-        """Close those that were started."""
+        """Close the trackers that were started."""
         if self.trackers is not None:
-            self._tell(lambda tracker: tracker.finish())
+            self._call(lambda tracker: tracker.finish())
 
     def _log(self, values: Mapping[str, float | None], step: int) -> None:
         known = {name: value for name, value in values.items() if value is not None}
-        self._tell(lambda tracker: tracker.log(known, step=step))
+        self._call(lambda tracker: tracker.log(known, step=step))
 
-    def _tell(self, tell: Callable[[Any], object]) -> None:
+    def _call(self, call: Callable[[Any], object]) -> None:
         with redirect_stdout(sys.stderr):  # stdout is the command's own, for --json
             if self.trackers is None:
                 self.trackers = start_trackers(self.names, self.folder)
             for tracker in tuple(self.trackers):
                 try:
-                    tell(tracker)
-                except Exception as error:  # of whatever package; hours of a fit are worth more
+                    call(tracker)
+                except Exception as error:  # of any package; hours of a fit are worth more
                     self.trackers.remove(tracker)
-                    self.note_on(f"{tracker.name} is told no more of this fit ({_in_words(error)})")
+                    self.on_note(f"{tracker.name} gets no more of this fit ({_in_words(error)})")
 
 
 def start_trackers(names: Sequence[str], folder: Path | None) -> list[Any]:
-    """Trackers of Accelerate, started: one run each, in the project `PROJECT`.
+    """Start trackers of Accelerate: one run each, in the project `PROJECT`.
+
+    A resumed fit goes on in the run of its folder.
 
     Raises:
         UserError: If one does not start.
@@ -220,15 +221,25 @@ def start_trackers(names: Sequence[str], folder: Path | None) -> list[Any]:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState()  # trackers ask it whether this is the main process
-    logs = None if folder is None else folder / TRACKING
-    if logs is not None:
+    options: dict[str, dict[str, Any]] = {}
+    if folder is not None:
+        logs = folder / TRACKING
         logs.mkdir(exist_ok=True)
-    options, started = _run_options(folder, logs), []
+        kept, name = logs / "id", folder.resolve().name
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(4), encoding="utf-8")
+        own = kept.read_text(encoding="utf-8")
+        options = {
+            "wandb": {"name": name, "id": own, "resume": "allow", "dir": str(logs)},
+            "trackio": {"name": f"{name}-{own}", "resume": "allow"},
+            "mlflow": {"run_name": name},
+        }
+    started = []
     for name in names:
         kind = LOGGER_TYPE_TO_CLASS[name]
-        place = (str(logs),) if kind.requires_logging_directory else ()
+        directory = (str(folder / TRACKING),) if folder and kind.requires_logging_directory else ()
         try:
-            tracker = kind(PROJECT, *place, **options.get(name, {}))
+            tracker = kind(PROJECT, *directory, **options.get(name, {}))
             tracker.start()
         except Exception as error:
             raise UserError(
@@ -238,34 +249,19 @@ def start_trackers(names: Sequence[str], folder: Path | None) -> list[Any]:
     return started
 
 
-def _run_options(folder: Path | None, logs: Path | None) -> dict[str, dict[str, Any]]:
-    """What trackers call their run, and what has a resumed fit go on with it."""
-    if folder is None or logs is None:
-        return {}
-    kept, name = logs / "id", folder.resolve().name
-    if not kept.exists():
-        kept.write_text(secrets.token_hex(4), encoding="utf-8")
-    own = kept.read_text(encoding="utf-8")
-    return {
-        "wandb": {"name": name, "id": own, "resume": "allow", "dir": str(logs)},
-        "trackio": {"name": f"{name}-{own}", "resume": "allow"},
-        "mlflow": {"run_name": name},
-    }
-
-
 class PosteriorFigures:
     """Contraction and sparsity of A and B as the guide has them now, with no draw of the fit's.
 
-    They cost a pass over means and deviations. The prior's variances are worked out once, unless
-    the guide has scales of a hierarchical prior as points, which move: then it is a draw each time.
+    They cost a pass over means and deviations. The prior's variances are computed once, unless the
+    guide has scales of a hierarchical prior as points, which move: then it is a draw each time.
     """
 
     def __init__(self, model: BLoRA, guide: Guide) -> None:
-        """Nothing is looked at yet: Pyro's own guides have no parameters before their first call.
+        """Compute nothing yet: Pyro's own guides have no parameters before their first call.
 
         Args:
             model: The Pyro program.
-            guide: That is being fitted to it.
+            guide: The guide that is being fitted to it.
         """
         self.prior = FactorPrior(model.groups, model.prior, model.device)
         self.guide = guide
@@ -273,7 +269,7 @@ class PosteriorFigures:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """`contraction`, the mean of 1 - Var_q / Var_p, and shares of |mean| < 1e-3."""
+        """Return `contraction`, the mean of 1 - Var_q / Var_p, and shares of |mean| < 1e-3."""
         means, stddevs = self.guide.mean(), self.guide.stddev()
         variances = self._prior_variances(tuple(means))
         ratio, small, count = 0.0, {"A": 0, "B": 0}, {"A": 0, "B": 0}
@@ -296,13 +292,13 @@ class PosteriorFigures:
 
 
 def _plain(value: Any) -> Any:
-    """What every tracker takes as a hyperparameter."""
+    """Return a hyperparameter as a type that every tracker takes."""
     is_plain = value is None or isinstance(value, bool | int | float | str)
     return value if is_plain else json.dumps(value, ensure_ascii=False)
 
 
 def _rates(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float | None]]:
-    """Rates and their changes, by keys with slashes between; a key keeps what all trackers take."""
+    """Yield rates and changes by slashed keys, with the characters that all trackers take."""
     for key, value in content.items():
         if isinstance(value, Mapping):
             name = above + re.sub(r"[^\w. -]+", "_", key).strip("_.")

@@ -1,4 +1,4 @@
-"""The sets of a fit as it reads them: in which language, for which task, without which rows."""
+"""Reading the sets of a fit: language and task of every row, and the bad rows left out."""
 
 import functools
 from collections import Counter
@@ -25,7 +25,7 @@ from blora_pyro.models import Base
 from blora_pyro.options import SHUFFLE_BUFFER, FitConfig
 from blora_pyro.sources import Source, as_sources, describe_source
 
-OnSetProgress = Callable[[str, int, int], object]  # told a set's name, utterances done, of how many
+OnSetProgress = Callable[[str, int, int], object]  # a set's name, utterances done, of how many
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class SkippedRow:
     """A bad row that was left out.
 
     Attributes:
-        source: What it was read from, as `FitConfig` names it.
-        split: Of the source.
-        origin: Where in it, such as "train.csv, line 3".
+        source: Its source, as `FitConfig` names it.
+        split: Split of the source.
+        origin: Where in the split it is, such as "train.csv, line 3".
         reason: What is wrong with it.
     """
 
@@ -46,7 +46,7 @@ class SkippedRow:
 
 
 class Loader:
-    """Reads the sets of one fit for its base, and keeps account of the rows that it leaves out.
+    """Reads the sets of one fit for its base, and collects the rows that it leaves out.
 
     Attributes:
         skipped: The rows that were left out so far.
@@ -59,13 +59,13 @@ class Loader:
         on_progress: OnSetProgress = lambda name, done, total: None,
         on_note: OnNote = lambda note: None,
     ) -> None:
-        """Nothing is read yet.
+        """Check the language; nothing is read yet.
 
         Args:
-            base: Whose tokenizer and feature extractor are to be used.
-            config: Its language, its task, and what it does at a bad row.
-            on_progress: Told of the utterances that are featurised.
-            on_note: Told what is worth knowing.
+            base: Model whose tokenizer and feature extractor are used.
+            config: Options with language, task and what to do at a bad row.
+            on_progress: Called as utterances are featurised.
+            on_note: Called with notes, in one line each.
 
         Raises:
             UserError: If the base does not know the configuration's language.
@@ -76,7 +76,7 @@ class Loader:
         self.on_progress = on_progress
         self.on_note = functools.cache(on_note)  # every set says the same of the cache
         self.skipped: list[SkippedRow] = []
-        self._told = 0
+        self._reported = 0
 
     def load(
         self,
@@ -85,13 +85,14 @@ class Loader:
         language: str | None = None,
         limit: int | None = None,
     ) -> Examples:
-        """A split of one or more sources, featurised and tokenised.
+        """Return a split of one or more sources, featurised and tokenised.
 
         Args:
             source: One or more, mixed.
-            split: Of all of them.
-            language: Of rows that name none, before that of the configuration.
-            limit: Rows of the first source, drawn by the configuration's seed; None is all.
+            split: Split of all of them.
+            language: Language of rows that name none; None is that of the configuration.
+            limit: Number of rows of the first source, drawn by the configuration's seed; None is
+                all.
 
         Raises:
             UserError: See `load_mixture` and `Examples`.
@@ -115,11 +116,11 @@ class Loader:
         )
 
     def stream(self, source: Source, on_skipped: Callable[[SkippedRow], object]) -> Stream:
-        """The train split of a source, to be read, featurised and tokenised as it is drawn.
+        """Return the train split of a source, read, featurised and tokenised as it is drawn.
 
         Args:
             source: See `data.splits.stream_split`.
-            on_skipped: Told of every row that is left out, once, and from another thread.
+            on_skipped: Called once with every row that is left out, from another thread.
 
         Raises:
             UserError: See `stream_split` and `Stream`.
@@ -156,15 +157,15 @@ class Loader:
 
         return on_bad
 
-    def tell(self, where: str = "") -> None:
-        """Say in one line what was left out, if anything was since it was told last.
+    def report_skipped(self, where: str = "") -> None:
+        """Note in one line which rows were left out, if there are new ones since the last report.
 
         Args:
-            where: The list of it is.
+            where: File that lists them.
         """
-        if len(self.skipped) == self._told:
+        if len(self.skipped) == self._reported:
             return
-        self._told = len(self.skipped)
+        self._reported = len(self.skipped)
         counts = Counter(f"{row.source} {row.split}" for row in self.skipped)
         sets = ", ".join(f"{count} of {name}" for name, count in counts.items())
         first = self.skipped[0]
@@ -175,7 +176,7 @@ class Loader:
 
 
 def without_bad_tags(dataset: Dataset, on_bad: OnBadRow) -> Dataset:
-    """The rows whose words can be scored by their languages, known before anything is fitted.
+    """Return the rows whose words match their languages in number, as their scoring needs.
 
     Raises:
         UserError: By `on_bad`, or if none is left.
@@ -207,9 +208,9 @@ def load_examples(
     """Return a split of one or more sources, featurised and tokenised for `base`.
 
     Args:
-        base: Whose tokenizer and feature extractor are to be used.
+        base: Model whose tokenizer and feature extractor are used.
         source: One or more, mixed.
-        split: Of all of them.
+        split: Split of all of them.
         language: See `FitConfig`.
         task: See `FitConfig`.
         on_bad_row: See `FitConfig`.

@@ -1,6 +1,7 @@
-"""The parts of a fit by its configuration: data, program, guide, teacher and penalty."""
+"""What a fit works with: data, program, guide, teacher and penalty of its configuration."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,13 +15,80 @@ from blora_pyro.fitting.checkpoints import RandomState
 from blora_pyro.fitting.distillation import Distillation
 from blora_pyro.fitting.elastic import ElasticPenalty, fisher_information
 from blora_pyro.fitting.encoder_cache import EncoderCache
-from blora_pyro.guides import build_guide, build_prior, prepare_prior
+from blora_pyro.fitting.processes import Processes
+from blora_pyro.fitting.stopping import EarlyStopping
+from blora_pyro.guides import Guide, build_guide, build_prior, prepare_prior
 from blora_pyro.languages import is_language
-from blora_pyro.models import Base, BLoRA, PooledBLoRA, pooling_of
+from blora_pyro.models import Base, BLoRA, PooledBLoRA, base_of, pooling_of
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.chains import Previous, previous_of
+from blora_pyro.runs.fit_folders import FitFolder
+from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader, SkippedRow
+from blora_pyro.runs.record import FITTING
+from blora_pyro.runs.scoring import Scoring, early_stopping, evaluation_sets
 from blora_pyro.sources import describe_source
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a fit works with.
+
+    Attributes:
+        config: Its resolved configuration.
+        loader: Loader of all sets.
+        train: Training data.
+        size: Their numbers of target `tokens` and `utterances`; None if unknown.
+        scoring: The base and the test sets; no sets if nothing is to be scored.
+        fit: Program, guide, teacher and early stopping; None once the fit is done.
+    """
+
+    config: FitConfig
+    loader: Loader
+    train: Examples | Stream
+    size: dict[str, int | None]
+    scoring: Scoring
+    fit: tuple[BLoRA, Guide, Teacher | None, EarlyStopping | None] | None = None
+
+    @classmethod
+    def load(
+        cls, folder: FitFolder, evaluate: bool, progress: Listener, processes: Processes
+    ) -> "Parts":
+        """Load base and data; for a fit that is not done yet build program and guide, too.
+
+        Args:
+            folder: Folder of the fit.
+            evaluate: Load the test sets.
+            progress: Listener to the loading.
+            processes: See `fit_guide`.
+
+        Raises:
+            UserError: If something can't be loaded or built.
+        """
+        progress.stage("loading")
+        config = folder.with_prior
+        pyro.set_rng_seed(config.seed)
+        base = base_of(config)
+        loader = Loader(base, config, progress.features, progress.note)
+        train, size = training_set(loader, lambda row: folder.list_skipped([row]))
+        config = config.resolved(size["tokens"], size["utterances"])
+        sets = evaluation_sets(base, config, loader) if evaluate else {}
+        scoring = Scoring(base, sets, config.normalizer, progress)
+        parts = cls(config, loader, train, size, scoring)
+        if folder.state == FITTING:
+            stopping = early_stopping(loader, config, progress.evaluated, processes.once)
+            model, guide = build(base, config, folder.previous, train)
+            regularise(model, loader, progress.stage)
+            teacher = teacher_of(base, model, config, size["utterances"])
+            languages = (
+                train.source_languages if isinstance(train, Examples) and config.pooling else ()
+            )
+            counts = size["utterances"], size["tokens"], model.num_weights
+            folder.begin(config, train.main_language, *counts, languages)
+            progress.built(model, guide)
+            parts = replace(parts, fit=(model, guide, teacher, stopping))
+        loader.report_skipped(folder.list_skipped(loader.skipped))
+        return parts
 
 
 def training_set(
@@ -97,7 +165,7 @@ def build(
     Args:
         base: The base model.
         config: As resolved.
-        previous: The run that is carried on; None reads it, if the configuration names one.
+        previous: The run that is continued; None reads it, if the configuration names one.
         train: Training data, for a prior that prepares itself on them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`run.json`: what a run folder says about its run, as a typed record."""
+"""The content of `run.json`, as a typed record."""
 
 import importlib.metadata
 import json
@@ -19,27 +19,27 @@ PACKAGES = ("blora-pyro", "torch", "pyro-ppl", "transformers", "datasets", "peft
 
 @dataclass
 class RunRecord:
-    """What `run.json` holds. A field that is None is not in the file.
+    """The content of `run.json`. A field that is None is not in the file.
 
     Attributes:
         state: `fitting`, `evaluating` or `finished`.
-        options: Of the fit, as given; see `FitConfig.to_json`.
-        config: The same, resolved; None until the data are loaded.
+        options: Options of the fit, as given; see `FitConfig.to_json`.
+        config: The resolved options; None until the data are loaded.
         chain: The runs that this one continues, oldest first; see `Previous.link`.
-        language: Of the training data; None where it is to be given, or detected.
+        language: Language of the training data; None if it is to be given or detected.
         domain_languages: The same for each domain, if each has an adapter of its own.
-        training_utterances: Number of utterances; None of a stream.
+        training_utterances: Number of utterances; None if they are streamed.
         training_tokens: N, their number of target tokens, likewise.
         temperature: T = beta · N.
         adapter_weights: Number of elements of A and B.
-        versions: Of Python and the packages that the fit depends on.
-        seconds: `fit` and `total`.
+        versions: Versions of Python and of the packages that the fit depends on.
+        seconds: Duration of the `fit`, and in `total`.
         skipped_steps: Steps whose loss or gradient was not finite.
-        history: One `Step` a step of SVI.
+        history: One `Step` for each step of SVI.
         dev: Errors on the dev set, the best step, and what ended the fit, with `eval_every`.
         pruned: How the run was made of another by pruning, see `prune_run`.
         combined: How the run was made of several, see `combine_runs`.
-        other: What the file holds beside that.
+        other: Further content of the file.
     """
 
     state: str = FITTING
@@ -134,7 +134,7 @@ class RunRecord:
 
 
 def state_of(folder: Path) -> str | None:
-    """Return how far the run in a folder has come; None if there is none, or it can't be read."""
+    """Return the state of the run in a folder; None if there is none, or it can't be read."""
     try:
         content = json.loads((folder / RUN).read_text(encoding="utf-8"))
         return str(content.get("state", FINISHED))

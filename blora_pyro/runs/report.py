@@ -1,4 +1,4 @@
-"""What the terminal and the model card show of runs: tables of metrics, and errors word by word."""
+"""Tables of a run's metrics, for terminal and model card, and its errors word by word."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ def fit_tables(metrics: Mapping[str, Any]) -> list[Part]:
 
 
 def dev_line(dev: Mapping[str, Any]) -> str:
-    """Return which step a fit with a dev set ended with, and how far the fit went."""
+    """Return a line on the best step of a fit with a dev set, and how far the fit went."""
     errors = {one["step"]: one["error"] for one in dev["errors"]}
     best, last = dev["best_step"], max(errors)
     end = "stopped early, after" if dev["ended_by"] == "patience" else "of"
@@ -61,7 +61,7 @@ def prune_tables(metrics: Mapping[str, Any]) -> list[Part]:
 
 
 def combine_line(found: Mapping[str, Any]) -> str:
-    """Return what `combine_runs` made, and how much of the updates it keeps."""
+    """Return a line on the adapter of `combine_runs`, and how much of the updates it keeps."""
     how = found["method"]
     if found["weights"] is not None:
         how += " by " + ", ".join(f"{one:g}" for one in found["weights"])
@@ -73,7 +73,7 @@ def combine_line(found: Mapping[str, Any]) -> str:
 
 
 def strength_tables(curve: Mapping[str, Any]) -> list[Part]:
-    """Return what `strength_curve` found, a row a strength."""
+    """Return a table of a strength curve, with a row for each strength."""
     domain = f"new domain {curve['new_domain']}\n{curve['metric'].upper()}"
     heads = ("strength", domain, "backward average", "forgetting", "forgetting\nremoved")
     title = f"error in % [95% interval] on the {curve['split']} sets, by {curve['strength_by']}"
@@ -138,10 +138,10 @@ def _rate_cells(rates: Mapping[str, Any]) -> list[Percent]:
 
 
 class AlignedText:
-    """A row's alignment as wide as the terminal, in as many blocks of lines as that takes."""
+    """A row's alignment, in blocks of lines that fit the terminal's width."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
-        """Takes a row of `utterance_rows`."""
+        """Take a row of `utterance_rows`."""
         self.words = [_aligned_word(*step) for step in row["alignment"]]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:

@@ -1,4 +1,4 @@
-"""Errors of one fit at several strengths, a curve from the base to the fit, and its plot."""
+"""Errors of one fit at several strengths: a curve from the base to the fit, and its plot."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from blora_pyro.metrics import forgetting_removed
 from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, VERMILLION, label_axes, new_figure
 from blora_pyro.posterior.strength import SCALE, at_strength, check_strength
 from blora_pyro.runs.finished import scoring_config
-from blora_pyro.runs.folders import STRENGTH_PLOT, beside, claim_file, read_run
+from blora_pyro.runs.folders import STRENGTH_PLOT, claim_file, default_output, read_run
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.scoring import NEW_DOMAIN, Scoring, domain_name
 
@@ -37,15 +37,15 @@ def strength_curve(
     """Score a run at several strengths, and plot new-domain error against backward error.
 
     Args:
-        folder: Of the run, or its Hub id.
+        folder: Folder of the run, or its Hub id.
         strengths: See `at_strength`. 0 (the base) and 1 (the fit) are scored in any case.
-        progress: Listener of stages.
+        progress: Listener to the stages.
         device: A torch device.
         by: See `at_strength`.
-        split: Of the run's sets: `test`, or `dev` to choose a strength by.
+        split: Split of the run's sets: `test`, or `dev` to choose a strength by.
         normalizer: None is that of the fit; see `FitConfig`.
-        plot: A png, pdf or svg file; None is `strength.png` in the folder, which is written over.
-        overwrite: Write over `plot`.
+        plot: A png, pdf or svg file; None is `strength.png` in the folder, which is replaced.
+        overwrite: Replace `plot`.
 
     Returns:
         Names of what was scored, and `points` by rising strength: the rates of the new domain,
@@ -88,15 +88,15 @@ def strength_curve(
 
 
 def _claim_plot(folder: str | Path, plot: str | Path | None, overwrite: bool) -> Path:
-    """Return the plot's file, which can be written."""
-    file = beside(folder, STRENGTH_PLOT, "plot") if plot is None else Path(plot)
+    """Return the file of the plot, once it is known that it can be written."""
+    file = default_output(folder, STRENGTH_PLOT, "plot") if plot is None else Path(plot)
     check_plot_file(file)
     claim_file(file, overwrite or plot is None)
     return file
 
 
 def _points(results: dict[float, dict[str, Evaluation]]) -> list[dict[str, Any]]:
-    """Return the figures of every strength, rising; the first is the base, and 1 is among them."""
+    """Return the figures of every strength, of which the first is 0 and one is 1."""
     points = []
     base = _backward(results[0.0])
     for strength, sets in results.items():
@@ -128,7 +128,7 @@ def _removed(errors: dict[float, float | None], strength: float) -> float | None
 
 
 def strength_plot(curve: Mapping[str, Any]) -> Figure:
-    """Plot new-domain error against backward error, in %, with a point a strength.
+    """Plot new-domain error against backward error, in %, with a point for each strength.
 
     Base and fit are marked. Bars are the paired 95% intervals of forgetting, added to the backward
     error of the base.
@@ -167,17 +167,13 @@ def strength_plot(curve: Mapping[str, Any]) -> Figure:
 
 
 def check_plot_file(file: Path) -> None:
-    """Refuse a plot's file by its suffix.
-
-    Raises:
-        UserError: If it is none of `SUFFIXES`.
-    """
+    """Refuse a file for the plot whose suffix is none of `SUFFIXES`."""
     if file.suffix not in SUFFIXES:
         raise UserError(f"plot is '{file}'; give a file that ends in {' or '.join(SUFFIXES)}")
 
 
 def save_strength_plot(file: Path, curve: Mapping[str, Any]) -> None:
-    """Write the plot, over what is at `file`.
+    """Write the plot; a file that is there is replaced.
 
     Raises:
         UserError: If it can't be written.

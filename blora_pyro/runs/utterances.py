@@ -1,4 +1,4 @@
-"""Results utterance by utterance, as JSON lines: what was said, what was heard, how they differ."""
+"""Results of every utterance, as JSON lines: reference, hypothesis, and how they differ."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,8 +23,8 @@ def utterance_rows(
     can be counted from it.
 
     Args:
-        sets: By name.
-        states: By name of the state, such as "base" and "adapted": results by name of the set.
+        sets: Examples by name of the set.
+        states: Results by name of the set, by name of the state, such as "base" and "adapted".
     """
     for name, examples in sets.items():
         for state, results in states.items():
@@ -73,7 +73,7 @@ def _step(step: Aligned, is_point: bool) -> list[str]:
 
 
 def write_utterances(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows so that a reader sees the old file or the new one, never half of it.
+    """Write rows; a reader sees the old file or the new one, never a part.
 
     Raises:
         OSError: If it can't be written.
@@ -83,7 +83,7 @@ def write_utterances(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_utterances(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file, or of a run folder.
+    """Return the rows of a file, or of a run folder.
 
     Raises:
         UserError: If there is no such file, or it is damaged.
@@ -112,7 +112,7 @@ def read_utterances(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether a row has what `report.error_view` shows."""
+    """Return whether a row has all that `report.error_view` shows."""
     return (
         isinstance(row, dict)
         and all(isinstance(row.get(name), str) for name in ("set", "state", "metric", "origin"))
@@ -137,7 +137,7 @@ def _is_step(value: Any) -> bool:
 def choose(
     rows: Iterable[dict[str, Any]], test_set: str | None = None, state: str = "adapted"
 ) -> list[dict[str, Any]]:
-    """The rows of one set (None: of all) in one state of the model.
+    """Return the rows of one set (None: of all) in one state of the model.
 
     Raises:
         UserError: If there are none.
@@ -152,7 +152,7 @@ def choose(
 
 
 def worst(rows: Iterable[dict[str, Any]], top: int) -> list[dict[str, Any]]:
-    """The `top` rows with the most edits, those with the higher rate first among equals."""
+    """Return the `top` rows with the most edits; among equals the higher rate comes first."""
     check_positive(top=top)
     wrong = [row for row in rows if row["edits"]]
     return sorted(wrong, key=lambda row: (-row["edits"], row["length"]))[:top]

@@ -32,7 +32,7 @@ from blora_pyro.runs.folders import ADAPTER, TRANSCRIPTS
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.record import FINISHED, state_of
-from blora_pyro.runs.scoring import DEV_SPLITS, NEW_DOMAIN, compare, measure, measure_adapted
+from blora_pyro.runs.scoring import DEV_SPLITS, NEW_DOMAIN, Scoring, compare, measure
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
 from blora_pyro.sources import Source
 from blora_pyro.studies.definition import (
@@ -263,9 +263,8 @@ class StudyRun:
             base_run = replace(spec, candidate=Candidate(self.study.methods[BASE])).run
             before = bench.before(sets, self.output / RUNS / base_run, spec.split)
             posterior = edited(run.posterior, spec.after)
-            after = measure_adapted(
-                bench.base, posterior, sets, lambda name: None, normalizer=config.normalizer
-            )
+            scoring = Scoring(bench.base, sets, config.normalizer, self.progress)
+            after = scoring.score(posterior)
             write_json(metrics_file, compare(posterior, before, after, config, spec.split))
             write_utterances(
                 utterances_file, utterance_rows(sets, {BASE: before, "adapted": after})

@@ -210,7 +210,7 @@ def dev_sets(base: Base, config: FitConfig, progress: Listener) -> dict[str, Exa
     progress.stage("loading the dev sets")
     loader = Loader(base, config, progress.features, progress.note)
     sets = evaluation_sets(base, config, loader, split=DEV)
-    loader.tell()
+    loader.report_skipped()
     return sets
 
 

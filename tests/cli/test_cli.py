@@ -4,7 +4,6 @@ import sys
 import pytest
 
 import blora_pyro
-from blora_pyro.runs import finished, fits
 
 from .conftest import complaint, run, well
 
@@ -77,32 +76,6 @@ def test_usage_errors_exit_with_2_and_no_traceback(arguments):
     result = run(*arguments)
     assert result.exit_code == 2
     assert "Traceback" not in result.output
-
-
-@pytest.mark.parametrize(
-    ("module", "function", "arguments"),
-    [
-        (fits, "fit", ["fit"]),
-        (finished, "evaluate_run", ["evaluate", "run"]),
-        (finished, "transcribe", ["transcribe", "a.wav"]),
-        (finished, "merge_run", ["merge", "run", "out"]),
-    ],
-)
-def test_ctrl_c_ends_a_command_with_130(monkeypatch, module, function, arguments):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, function, interrupt)
-    assert complaint(run(*arguments), exit_code=130) == "blora-pyro: interrupted"
-
-
-def test_an_error_of_ours_is_not_hidden(monkeypatch):
-    def fail(*args, **kwargs):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(fits, "fit", fail)
-    result = run("fit")
-    assert isinstance(result.exception, ZeroDivisionError)
 
 
 def test_help_and_version_load_no_heavy_library():

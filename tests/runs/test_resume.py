@@ -331,11 +331,6 @@ def test_an_earlier_run_is_kept_until_the_new_one_is_loaded(straight, options, t
     assert {path.name for path in folder.iterdir()} == {"run.json"}
 
 
-def test_an_unfinished_fit_is_no_run(half_done):
-    with pytest.raises(UserError, match=r"not finished; go on with: blora-pyro fit --resume"):
-        evaluate_run(half_done)
-
-
 def test_a_damaged_checkpoint_is_refused_and_can_be_deleted(half_done, straight):
     content = (half_done / FILE).read_bytes()
     (half_done / FILE).write_bytes(content[:-1])

@@ -1,0 +1,69 @@
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from blora_pyro.cli.parameters import parameters, with_options
+from blora_pyro.declarations import option
+
+
+@dataclass
+class Bread:
+    """A group of declared options."""
+
+    flour: str = option("Kind of flour.", "Dough", "rye")
+    minutes: int | None = option("Time.", "Oven", above=0)
+    steam: bool = option("With steam.", "Oven", False)
+    seeds: tuple[str, ...] = option("On top.", "Dough", (), listed="repeated", flag="seed")
+
+
+@dataclass
+class Shop:
+    """Another group."""
+
+    shelf: Path | None = option("Where it goes.", "Shop", unset="the window")
+
+
+@pytest.fixture
+def bake():
+    """Runs a command with the options of both groups; returns what it was called with."""
+    app, seen = typer.Typer(), []
+
+    @app.command()
+    @with_options(Bread, Shop)
+    def command(
+        dough: dict[str, Any], shop: dict[str, Any], loud: Annotated[bool, typer.Option()] = False
+    ) -> None:
+        """Bake."""
+        seen.append((dough, shop, loud))
+
+    def run(*words):
+        result = CliRunner().invoke(app, [*words], env={"TERMINAL_WIDTH": "80", "COLUMNS": "80"})
+        assert result.exit_code == 0, result.output
+        return seen.pop() if seen else result.stdout
+
+    return run
+
+
+def test_a_command_gets_what_was_given_of_each_group_as_texts(bake):
+    assert bake() == ({}, {}, False)
+    words = ["--minutes", "3", "--steam", "--seed", "a", "--seed", "b", "--shelf", "x", "--loud"]
+    assert bake(*words) == (
+        {"minutes": "3", "steam": True, "seeds": ["a", "b"]},
+        {"shelf": "x"},
+        True,
+    )
+
+
+def test_the_help_is_that_of_the_declarations_in_their_panels(bake):
+    text = " ".join(bake("--help").split())
+    for words in ("Dough", "Oven", "Kind of flour. [default: (rye)]", "[default: (the window)]"):
+        assert words in text
+    assert "--no-steam" not in text and "INTEGER" in text
+
+
+def test_options_can_be_left_out():
+    assert [one.name for one in parameters(Bread, ("steam", "seeds"))] == ["flour", "minutes"]
