@@ -1,6 +1,6 @@
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 
@@ -31,18 +31,26 @@ from blora_pyro.errors import UserError
 
 
 @dataclass
-class Oven:
-    """A group of options of every kind."""
+class Dish:
+    """What is baked."""
 
-    dish: str = option("What is baked.", "Dish", "bread")
-    heat: float | Literal["low"] = option("Of the oven.", "Heat", 180.0, at_least=50, below=300)
-    minutes: int | None = option("Time.", "Heat", above=0, unset="until it is brown")
-    mode: Literal["top", "bottom", "circulating air"] = option("Where from.", "Heat", "top")
-    steam: bool = option("With steam.", "Heat", False)
-    spices: tuple[str, ...] = option("More.", "Dish", (), listed="commas", flag="spice")
-    fillings: tuple[str, ...] = option("Inside.", "Dish", (), listed="repeated")
-    sizes: dict[str, Any] = option("By name.", "Dish", default_factory=dict, listed="repeated")
-    tray: Path | None = option("The tray.", "Dish")
+    PANEL: ClassVar[str] = "Dish"
+    dish: str = option("What is baked.", "bread")
+    spices: tuple[str, ...] = option("More.", (), listed="commas", flag="spice")
+    fillings: tuple[str, ...] = option("Inside.", (), listed="repeated")
+    sizes: dict[str, Any] = option("By name.", default_factory=dict, listed="repeated")
+    tray: Path | None = option("The tray.")
+
+
+@dataclass
+class Oven(Dish):
+    """A group of options of every kind, some of which are inherited."""
+
+    PANEL: ClassVar[str] = "Heat"
+    heat: float | Literal["low"] = option("Of the oven.", 180.0, at_least=50, below=300)
+    minutes: int | None = option("Time.", above=0, unset="until it is brown")
+    mode: Literal["top", "bottom", "circulating air"] = option("Where from.", "top")
+    steam: bool = option("With steam.", False, panel="Extras")
     note: str = ""  # is no option
 
 
@@ -50,9 +58,13 @@ class Oven:
 
 
 def test_a_group_declares_the_fields_that_are_options():
-    assert [*declarations(Oven)][:3] == ["dish", "heat", "minutes"]
-    assert "note" not in declarations(Oven)
-    assert declarations(Oven)["heat"].panel == "Heat"
+    inherited, own = ["dish", "spices", "fillings", "sizes", "tray"], ["heat", "minutes", "mode"]
+    assert [*declarations(Oven)] == [*inherited, *own, "steam"]
+
+
+def test_a_panel_is_that_of_the_group_that_an_option_was_declared_in():
+    panels = {name: declarations(Oven)[name].panel for name in ("dish", "heat", "steam")}
+    assert panels == {"dish": "Dish", "heat": "Heat", "steam": "Extras"}
 
 
 def test_types_and_choices_are_those_of_the_annotation():
@@ -106,7 +118,7 @@ def test_a_value_becomes_the_texts_of_a_command():
 
 def test_the_reference_has_a_table_for_each_panel():
     text = reference([Oven])
-    assert text.count("## ") == 2 and text.index("## Dish") < text.index("## Heat")
+    assert text.count("## ") == 3 and text.index("## Dish") < text.index("## Heat")
     assert "| `--heat low\\|NUMBER` | Of the oven. | 180 |" in text
     assert "| `--steam` | With steam. | |" in text
 

@@ -1,6 +1,6 @@
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pytest
 import typer
@@ -14,17 +14,19 @@ from blora_pyro.declarations import option
 class Bread:
     """A group of declared options."""
 
-    flour: str = option("Kind of flour.", "Dough", "rye")
-    minutes: int | None = option("Time.", "Oven", above=0)
-    steam: bool = option("With steam.", "Oven", False)
-    seeds: tuple[str, ...] = option("On top.", "Dough", (), listed="repeated", flag="seed")
+    PANEL: ClassVar[str] = "Dough"
+    flour: str = option("Kind of flour.", "rye")
+    minutes: int | None = option("Time.", above=0, panel="Oven")
+    steam: bool = option("With steam.", False, panel="Oven")
+    seeds: tuple[str, ...] = option("On top.", (), listed="repeated", flag="seed")
 
 
 @dataclass
 class Shop:
     """Another group."""
 
-    shelf: Path | None = option("Where it goes.", "Shop", unset="the window")
+    PANEL: ClassVar[str] = "Shop"
+    shelf: Path | None = option("Where it goes.", unset="the window")
 
 
 @pytest.fixture
