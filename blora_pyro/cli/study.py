@@ -67,7 +67,7 @@ def study(
     or with --storage on another machine, the processes share the fits.
     """
     with one_line_errors():
-        from blora_pyro.studies.definition import open_study, study_of
+        from blora_pyro.studies.study_file import open_study, study_of
 
         content, output, results = open_study(file, output)
         if device is not None:
@@ -147,7 +147,7 @@ def compare(
     """
     with one_line_errors():
         options = FitConfig.with_given(given, given).given_options
-        from blora_pyro.studies.definition import short_study
+        from blora_pyro.studies.study_file import short_study
 
         defined = short_study(
             methods=None if methods is None else _parts(methods),
@@ -245,7 +245,7 @@ def _search(
     **where: Any,
 ) -> None:
     """Run the search of a study file."""
-    from blora_pyro.studies.definition import search_of
+    from blora_pyro.studies.study_file import search_of
 
     _set_threads(threads)
     options, ranges, about = search_of(content, file, code)

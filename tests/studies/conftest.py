@@ -59,9 +59,9 @@ def world(spec) -> tuple[float, dict[str, float]]:
 @pytest.fixture
 def made_up_run(tmp_path, sets_folder):
     """A function that makes a study whose scores are there already, all made up."""
-    from blora_pyro.studies.definition import short_study
     from blora_pyro.studies.results import write_results
     from blora_pyro.studies.running import StudyRun
+    from blora_pyro.studies.study_file import short_study
 
     def make(methods=None, settings=("allx600", "allx400"), fill=True, **options: Any):
         data = {name: str(sets_folder / "mix") for name in ("de-en", "es-en")}
@@ -151,7 +151,7 @@ def study_file(fluent_folder, sets_folder, tmp_path) -> Path:
 @pytest.fixture
 def study(study_file):
     """The study of the file."""
-    from blora_pyro.studies.definition import read_study_file, study_of
+    from blora_pyro.studies.study_file import read_study_file, study_of
 
     return study_of(read_study_file(study_file), "small.toml")
 

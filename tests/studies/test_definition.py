@@ -3,161 +3,16 @@ import re
 import pytest
 
 from blora_pyro.errors import UserError
-from blora_pyro.studies.definition import (
-    ScoreSpec,
-    Setting,
-    check_study,
-    deciding_words,
-    open_study,
-    read_study_file,
-    search_of,
-    short_settings,
-    short_study,
-    study_of,
-)
+from blora_pyro.studies.definition import ScoreSpec, check_study, deciding_words, to_go_on
 from blora_pyro.studies.methods import Candidate, read_candidate
 from blora_pyro.studies.results import TEST
-
-
-def read(tmp_path, text):
-    path = tmp_path / "mine.toml"
-    path.write_text(text, encoding="utf-8")
-    return study_of(read_study_file(path), "mine.toml")
+from blora_pyro.studies.study_file import short_study
 
 
 def spec(study, text, setting=0, data=None, seed=0):
     candidate = read_candidate(text, study.methods)
     name = data or next(iter(study.data))
     return ScoreSpec(study, study.settings[setting], candidate, name, seed, TEST)
-
-
-# ---- the file
-
-
-def test_a_study_file_names_all_that_is_fitted(tmp_path):
-    study = read(
-        tmp_path,
-        """
-        bases = { pocket = "pocket", tiny = { base = "openai/whisper-tiny", dtype = "bfloat16" } }
-        data = ["zh-en", "calls=data/calls"]
-        backward = { de = "de" }
-        seeds = [3, 4]
-        methods = ["scaled-lora", "mine"]
-        neighbours = false
-        [options]
-        target_modules = "q_proj,v_proj"
-        cache_encoder = true
-        [settings.short]
-        steps = 100
-        [settings.long]
-        steps = 200
-        rank = 4
-        [method.mine]
-        family = "priors"
-        knob = "beta"
-        values = [1e-6, 1e-5]
-        options = { prior = "student-t", prior_args = { df = 4 } }
-        """,
-    )
-    assert [(one.base, one.name) for one in study.settings] == [
-        *(("pocket", "pocket short"), ("pocket", "pocket long")),
-        *(("tiny", "tiny short"), ("tiny", "tiny long")),
-    ]
-    assert dict(study.data) == {"zh-en": "zh-en", "calls": "data/calls"}
-    assert (study.seeds, study.neighbours) == ([3, 4], False)
-    assert [*study.methods] == ["base", "lora", "scaled-lora", "mine"]
-    config = spec(study, "mine:1e-05", setting=3, data="calls", seed=4).config
-    assert (config.base, config.dtype, config.steps) == ("openai/whisper-tiny", "bfloat16", 200)
-    assert (config.rank, config.prior, dict(config.prior_args)["df"]) == (4, "student-t", 4)
-    assert (config.target_modules, config.cache_encoder) == ("q_proj,v_proj", True)
-    assert (config.sources, config.seed, config.backward_sets) == (("data/calls",), 4, {"de": "de"})
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("data = [", "mine.toml is no study file (", ),
-        ("dat = []", "has no 'dat'; did you mean 'data'?"),
-        ("seeds = 3", "seeds is 3; give whole numbers, such as [0, 1, 2]"),
-        ("methods = 'lora'", "methods is 'lora'; give a list of names"),
-        ("methods = ['dorra']", "method is 'dorra'; give one of base, lora"),
-        ("options = 3", "options is 3; give a table [options]"),
-        ("[options]\nrnk = 2", "mine.toml, options has no option 'rnk'; did you mean 'rank'?"),
-        ("[settings.a]\nrnk = 2", "mine.toml, a has no option 'rnk'; did you mean 'rank'?"),
-        ("[options]\nseed = 2", "options sets seed; give data and seeds at the top"),
-        ("bases = 3", 'bases is 3; give a list, such as ["pocket"], or a table'),
-        ("[search]\nbeta = [1, 2]\n[method.a]\n", "both methods and a search"),
-        ("[options]\nprior = 'mine.py'", "names mine.py, a file of code; give --code mine.py"),
-    ],
-)  # fmt: skip
-def test_a_file_that_cannot_be_is_one_line(tmp_path, text, words):
-    with pytest.raises(UserError, match=re.escape(words)) as error:
-        read(tmp_path, text)
-    assert "\n" not in str(error.value)
-
-
-def test_a_file_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"nothing.toml is no study file"):
-        read_study_file(tmp_path / "nothing.toml")
-
-
-def test_code_that_the_caller_names_may_run(tmp_path):
-    content = {"data": ["de-en"], "options": {"prior": "mine.py"}}
-    assert study_of(content, "mine.toml", ["mine.py"]).options["prior"] == "mine.py"
-
-
-def test_the_table_lies_beside_the_file_or_in_the_output(tmp_path):
-    path = tmp_path / "mine.toml"
-    path.write_text("")
-    output = open_study(path)[1]
-    assert (output.as_posix(), open_study(path)[2].as_posix()) == (
-        *("runs/mine", "runs/mine/results.csv"),
-    )
-    path.write_text('output = "runs/other"\nresults = "mine.csv"')
-    assert open_study(path)[1].as_posix() == "runs/other"
-    assert open_study(path, tmp_path)[1:] == (tmp_path, tmp_path / "mine.csv")
-
-
-def test_a_search_is_read_from_a_file():
-    content = {
-        "data": ["de-en"],
-        "seeds": [3],
-        "options": {"rank": 4},
-        "search": {"trials": 5, "beta": [1e-6, 1e-3]},
-    }
-    options, ranges, about = search_of(content, "mine.toml")
-    assert options == {"base": "pocket", "data": ["de-en"], "seed": 3, "rank": 4}
-    assert (ranges, about) == ({"beta": (1e-6, 1e-3)}, {"trials": 5})
-    with pytest.raises(UserError, match=r"search of beta is 3; give \[LOW, HIGH\]"):
-        search_of({**content, "search": {"beta": 3}}, "mine.toml")
-
-
-# ---- the short form
-
-
-def test_settings_are_read_and_written_alike():
-    (first, second) = short_settings(["150x600", "allx400"], "pocket")
-    assert first == Setting("pocket", "150x600", {"max_utterances": 150, "steps": 600})
-    assert second.options == {"steps": 400}
-    assert [one.title for one in (first, second)] == [
-        *("150 utterances, 600 steps", "all utterances, 400 steps")
-    ]
-
-
-@pytest.mark.parametrize("text", ["600", "150x", "0x600", "150x-1", "fewx600"])
-def test_a_setting_that_is_none_is_refused(text):
-    with pytest.raises(UserError, match="give UTTERANCESxSTEPS"):
-        short_settings([text], "pocket")
-
-
-def test_base_lora_and_parents_are_always_compared():
-    study = short_study(methods=["scaled-blora"], data=["de-en"])
-    assert [*study.methods] == ["base", "lora", "blora", "scaled-blora"]
-    alone = short_study(methods=["blora"], data=["de-en"], row="scaled-lora:0.5:0.003")
-    assert [*alone.methods] == ["base", "lora", "scaled-lora"]
-
-
-# ---- the options of a fit
 
 
 @pytest.fixture
@@ -229,13 +84,15 @@ def test_every_built_in_method_can_be_fitted():
     check_study(short_study(data=["de-en", "zh-en"], settings=["150x200"]))
 
 
-def test_a_method_without_a_parent_in_the_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="method is 'nobody'"):
-        read(tmp_path, "[method.a]\nof = 'nobody'\nknob = 'lr'\nvalues = [1.0]")
-
-
 def test_the_command_of_a_fit_is_in_its_row(short):
     scored = spec(short, "lora:0.003").scored
     assert scored.command.startswith("blora-pyro fit --backward de --backward en --guide point")
     base = ScoreSpec(short, short.settings[0], Candidate(short.methods["base"]), "de-en", 0, TEST)
     assert base.scored.command == ""
+
+
+def test_a_fit_that_was_begun_goes_on_without_what_differs_between_machines(tmp_path):
+    options = {"rank": 2, "device": "cuda"}
+    assert to_go_on(options, tmp_path) == options
+    (tmp_path / "run.json").touch()
+    assert to_go_on(options, tmp_path) == {"rank": 2}

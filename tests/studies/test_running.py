@@ -63,7 +63,7 @@ def spec_of(study, name, value=None, parent=None, **more):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, fluent_folder, sets_folder):
     """The study of the file, finished, and its stages. Read it, and leave it as it is."""
-    from blora_pyro.studies.definition import read_study_file, study_of
+    from blora_pyro.studies.study_file import read_study_file, study_of
 
     from .conftest import STUDY
 
@@ -239,7 +239,7 @@ WORKER = """
 import os, signal, sys
 from pathlib import Path
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.studies.definition import read_study_file, study_of
+from blora_pyro.studies.study_file import read_study_file, study_of
 from blora_pyro.studies.running import run_study
 
 class Told(Listener):
