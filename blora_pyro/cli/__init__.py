@@ -1,5 +1,6 @@
 """The command line: each command is a thin call of one library function."""
 
+import inspect
 from typing import Annotated
 
 import typer
@@ -32,7 +33,9 @@ COMMANDS = (
     *(transcribe, merge, push_to_hub),
 )
 for command in COMMANDS:
-    app.command()(command)
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    # Typer would keep the docstring's line breaks.
+    app.command(help="\n\n".join(" ".join(one.split()) for one in paragraphs))(command)
 app.add_typer(data, name="data")
 
 

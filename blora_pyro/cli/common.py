@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,6 +99,16 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def print_result(content: Any, as_json: bool, parts: Callable[[], Sequence[Any]]) -> None:
+    """Print a result as JSON, or the tables and lines that `parts` makes of it."""
+    from blora_pyro.tables import print_report
+
+    if as_json:
+        print_json(content)
+    else:
+        print_report(parts())
 
 
 def print_json(content: Any) -> None:

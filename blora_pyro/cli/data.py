@@ -9,7 +9,7 @@ from blora_pyro.cli.common import (
     LocalFilesOnly,
     Revision,
     one_line_errors,
-    print_json,
+    print_result,
     quiet_libraries,
 )
 
@@ -49,15 +49,11 @@ def check(
         from blora_pyro.cli.progress import TerminalProgress
         from blora_pyro.diagnostics.data_check import check_data
         from blora_pyro.diagnostics.report import data_check_tables
-        from blora_pyro.tables import print_report
 
         with TerminalProgress() as progress:
             found = check_data(
                 sources, base, split, language, progress.heard, revision, local_files_only
             )
-        if as_json:
-            print_json(found.to_json())
-        else:
-            print_report(data_check_tables(found))
+        print_result(found.to_json(), as_json, lambda: data_check_tables(found))
         if found.refused:
             raise typer.Exit(1)

@@ -6,7 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from blora_pyro.cli.common import Json, one_line_errors, print_json, quiet_libraries
+from blora_pyro.cli.common import (
+    Json,
+    one_line_errors,
+    print_json,
+    print_result,
+    quiet_libraries,
+)
 from blora_pyro.cli.parameters import with_options
 from blora_pyro.errors import UserError
 from blora_pyro.families import is_code
@@ -57,7 +63,6 @@ def fit(
         from blora_pyro.cli.progress import TerminalProgress
         from blora_pyro.runs import fits
         from blora_pyro.runs.report import dev_line, fit_tables
-        from blora_pyro.tables import print_report
 
         with TerminalProgress() if is_main() else nullcontext() as progress:
             run = fits.fit(
@@ -70,11 +75,9 @@ def fit(
             )
         if not is_main():
             return
-        if as_json:
-            print_json(run.metrics)
-        else:
-            more = [dev_line(run.dev)] if run.dev else []
-            print_report([*fit_tables(run.metrics), *more, f"run folder: {folder}"])
+        more = [dev_line(run.dev)] if run.dev else []
+        more.append(f"run folder: {folder}")
+        print_result(run.metrics, as_json, lambda: [*fit_tables(run.metrics), *more])
 
 
 def configuration(given: dict[str, Any], file: Path | None) -> FitConfig:

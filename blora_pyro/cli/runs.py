@@ -17,7 +17,7 @@ from blora_pyro.cli.common import (
     StrengthBy,
     help_of,
     one_line_errors,
-    print_json,
+    print_result,
     quiet_libraries,
 )
 from blora_pyro.declarations import metavar_of, numbers
@@ -81,7 +81,6 @@ def evaluate(
         from blora_pyro.posterior.strength import parse_strengths
         from blora_pyro.runs import finished
         from blora_pyro.runs.report import fit_tables
-        from blora_pyro.tables import print_report
 
         strengths = parse_strengths(strength)
         if len(strengths) > 1:
@@ -117,10 +116,8 @@ def evaluate(
                 strength_by=strength_by,
                 domain=domain,
             )
-        if as_json:
-            print_json(metrics)
-        else:
-            print_report([*fit_tables(metrics), *([f"utterances: {output}"] if output else [])])
+        more = [f"utterances: {output}"] if output else []
+        print_result(metrics, as_json, lambda: [*fit_tables(metrics), *more])
 
 
 def _draw_curve(run: Path, strengths: tuple[float, ...], as_json: bool, **options: Any) -> None:
@@ -128,14 +125,10 @@ def _draw_curve(run: Path, strengths: tuple[float, ...], as_json: bool, **option
     from blora_pyro.cli.progress import TerminalProgress
     from blora_pyro.runs.report import strength_tables
     from blora_pyro.runs.strength_curves import strength_curve
-    from blora_pyro.tables import print_report
 
     with TerminalProgress() as progress:
         curve = strength_curve(run, strengths, progress, **options)
-    if as_json:
-        print_json(curve)
-    else:
-        print_report(strength_tables(curve))
+    print_result(curve, as_json, lambda: strength_tables(curve))
 
 
 def errors(
@@ -160,12 +153,7 @@ def errors(
         from blora_pyro.runs.utterances import choose, read_utterances, worst
 
         rows = choose(read_utterances(results), test_set, state)
-        if as_json:
-            print_json(worst(rows, top))
-        else:
-            from blora_pyro.tables import print_report
-
-            print_report(error_view(rows, top))
+        print_result(worst(rows, top), as_json, lambda: error_view(rows, top))
 
 
 def diagnose(
@@ -190,7 +178,6 @@ def diagnose(
         from blora_pyro.cli.progress import TerminalProgress
         from blora_pyro.diagnostics.report import diagnosis_tables
         from blora_pyro.runs import diagnosis
-        from blora_pyro.tables import print_report
 
         with TerminalProgress() as progress:
             found = diagnosis.diagnose(
@@ -202,10 +189,7 @@ def diagnose(
                 device=device,
                 on_stage=progress.stage,
             )
-        if as_json:
-            print_json(found.to_json())
-        else:
-            print_report(diagnosis_tables(found))
+        print_result(found.to_json(), as_json, lambda: diagnosis_tables(found))
 
 
 def prune(
@@ -235,7 +219,6 @@ def prune(
         from blora_pyro.cli.progress import TerminalProgress
         from blora_pyro.runs.edited import prune_run
         from blora_pyro.runs.report import prune_tables
-        from blora_pyro.tables import print_report
 
         with TerminalProgress() as progress:
             metrics = prune_run(
@@ -249,10 +232,7 @@ def prune(
                 device=device,
                 progress=progress,
             )
-        if as_json:
-            print_json(metrics)
-        else:
-            print_report([*prune_tables(metrics), f"run folder: {out}"])
+        print_result(metrics, as_json, lambda: [*prune_tables(metrics), f"run folder: {out}"])
 
 
 def combine(
@@ -288,6 +268,7 @@ def combine(
     with one_line_errors():
         quiet_libraries()
         from blora_pyro.runs.edited import combine_runs
+        from blora_pyro.runs.report import combine_line
 
         found = combine_runs(
             folders,
@@ -297,13 +278,7 @@ def combine(
             rank=rank,
             overwrite=overwrite,
         )
-        if as_json:
-            print_json(found)
-        else:
-            from blora_pyro.runs.report import combine_line
-            from blora_pyro.tables import print_report
-
-            print_report([combine_line(found), f"run folder: {output}"])
+        print_result(found, as_json, lambda: [combine_line(found), f"run folder: {output}"])
 
 
 def merge(
@@ -420,34 +395,24 @@ def priors(
         quiet_libraries()
         if check is not None:
             return _check_prior(check, as_json)
+        from blora_pyro.diagnostics.report import prior_tables
         from blora_pyro.families import FAMILIES
         from blora_pyro.guides import describe_prior
 
         families = {name: describe_prior(name) for name in FAMILIES}
-        if as_json:
-            print_json(
-                [
-                    {"name": name, "summary": text, "arguments": [asdict(one) for one in arguments]}
-                    for name, (text, arguments) in families.items()
-                ]
-            )
-        else:
-            from blora_pyro.diagnostics.report import prior_tables
-            from blora_pyro.tables import print_report
-
-            print_report(prior_tables(families))
+        content = [
+            {"name": name, "summary": text, "arguments": [asdict(one) for one in arguments]}
+            for name, (text, arguments) in families.items()
+        ]
+        print_result(content, as_json, lambda: prior_tables(families))
 
 
 def _check_prior(name: str, as_json: bool) -> None:
     """Print the checks of a family; exit code 1 if one failed."""
     from blora_pyro.diagnostics.report import family_tables
     from blora_pyro.guides import check_family
-    from blora_pyro.tables import print_report
 
     report = check_family(name)
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_report(family_tables(report))
+    print_result(asdict(report), as_json, lambda: family_tables(report))
     if not report.passed:
         raise typer.Exit(1)

@@ -217,7 +217,9 @@ def _fit(
     before = parts.scoring.score(None, "base", folder.transcripts("base"))
     if folder.state == FITTING:
         with interrupts.deferred():  # what is fitted is kept before they are answered
-            checkpoints = _checkpoints(folder, parts, checkpoint_every, interrupts)
+            data = {**parts.size, "training_data": parts.train.fingerprint}
+            identity = {**parts.config.to_json(), **data}
+            checkpoints = Checkpoints(folder.path, identity, checkpoint_every, interrupts)
             posterior, history = _fit_and_keep(folder, parts, checkpoints, progress, processes)
         progress.fitted()
     else:
@@ -228,14 +230,6 @@ def _fit(
     folder.finish(metrics, rows, time.monotonic() - started)
     progress.measured(metrics, history[-1].step if history else 0)
     return Run(parts.config, posterior, history, metrics, folder.path, folder.record.dev)
-
-
-def _checkpoints(
-    folder: FitFolder, parts: Parts, every: int | None, interrupts: Interrupts
-) -> Checkpoints:
-    """Return the checkpoints of this very fit, on these very data."""
-    about = {**parts.config.to_json(), **parts.size, "training_data": parts.train.fingerprint}
-    return Checkpoints(folder.path, about, every, interrupts)
 
 
 def _fit_and_keep(

@@ -16,6 +16,7 @@ from blora_pyro.tables import Part, Percent, Table, figure_columns, number, text
 FREQUENT = 8  # kinds of errors that are counted in the last line
 LABELS = ("REF", "HYP", "")
 GAP = "  "
+STATES = ("base", "adapted", "change")  # of the rates in `metrics.json`
 
 AlignedWord = tuple[str, str, str]  # reference, hypothesis, and the kind of error, one above other
 
@@ -106,21 +107,18 @@ def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Pa
     )
     for name, domain in domains.items():
         for index, measure in enumerate(domain["change"]):
-            _add_rates(table, "" if index else name, measure, _rates_of(domain, measure))
+            rates = {state: domain[state][measure] for state in STATES}
+            _add_rates(table, "" if index else name, measure, rates)
         table.add_section()
     for name, both in metrics["backward"].items():
         measure = both["base"]["metric"]
-        _add_rates(table, f"backward {name}", measure, _rates_of(both, measure))
+        rates = {state: both[state][measure] for state in STATES}
+        _add_rates(table, f"backward {name}", measure, rates)
     if average := metrics.get("backward_error"):
         _add_rates(table, "backward average", "", average)
     if not (normalizer := metrics.get("normalizer")):  # runs of old versions had no choice
         return [table]
     return [table, f"normalizer: {normalizer}; raw is without it, shown where that differs"]
-
-
-def _rates_of(both: Mapping[str, Any], measure: str) -> dict[str, Any]:
-    """Return one measure's rates by state, and their change."""
-    return {state: both[state][measure] for state in ("base", "adapted", "change")}
 
 
 def _add_rates(table: Table, name: str, measure: str, rates: Mapping[str, Any]) -> None:
@@ -134,7 +132,7 @@ def _add_rates(table: Table, name: str, measure: str, rates: Mapping[str, Any]) 
 
 
 def _rate_cells(rates: Mapping[str, Any]) -> list[Percent]:
-    return [Percent.of(rates[state]) for state in ("base", "adapted", "change")]
+    return [Percent.of(rates[state]) for state in STATES]
 
 
 class AlignedText:

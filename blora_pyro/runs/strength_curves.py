@@ -59,7 +59,9 @@ def strength_curve(
     """
     progress = progress or Listener()
     posterior, record = read_run(folder, device)
-    file = _claim_plot(folder, plot, overwrite)
+    file = default_output(folder, STRENGTH_PLOT, "plot") if plot is None else Path(plot)
+    check_plot_file(file)
+    claim_file(file, overwrite or plot is None)
     strengths = sorted({0.0, 1.0, *strengths})
     for strength in strengths:
         check_strength(posterior, strength, by)
@@ -87,28 +89,21 @@ def strength_curve(
     return curve | {"plot": str(file)}
 
 
-def _claim_plot(folder: str | Path, plot: str | Path | None, overwrite: bool) -> Path:
-    """Return the file of the plot, once it is known that it can be written."""
-    file = default_output(folder, STRENGTH_PLOT, "plot") if plot is None else Path(plot)
-    check_plot_file(file)
-    claim_file(file, overwrite or plot is None)
-    return file
-
-
 def _points(results: dict[float, dict[str, Evaluation]]) -> list[dict[str, Any]]:
     """Return the figures of every strength, of which the first is 0 and one is 1."""
-    points = []
+    points: list[dict[str, Any]] = []
     base = _backward(results[0.0])
     for strength, sets in results.items():
         rates = {name: rate_summary([one]) for name, one in sets.items()}
-        point: dict[str, Any] = {
-            "strength": strength,
-            "new_domain": rates.pop(NEW_DOMAIN),
-            "backward": rates,
-            "backward_error": rate_summary(_backward(sets)),
-            "forgetting": change_summary(base, _backward(sets)),
-        }
-        points.append(point)
+        points.append(
+            {
+                "strength": strength,
+                "new_domain": rates.pop(NEW_DOMAIN),
+                "backward": rates,
+                "backward_error": rate_summary(_backward(sets)),
+                "forgetting": change_summary(base, _backward(sets)),
+            }
+        )
     errors = {point["strength"]: point["backward_error"]["rate"] for point in points}
     for point in points:
         point["forgetting_removed"] = _removed(errors, point["strength"])

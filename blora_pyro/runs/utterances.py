@@ -9,7 +9,7 @@ from blora_pyro.data import Examples
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.evaluation import Evaluation
 from blora_pyro.files import replace_file
-from blora_pyro.metrics import Aligned, align
+from blora_pyro.metrics import align
 from blora_pyro.runs.folders import UTTERANCES
 
 
@@ -50,7 +50,11 @@ def _row(result: Evaluation, index: int) -> dict[str, Any]:
     if points:
         edits = sum(step.operation != "=" and points[step.position] for step in steps)
         row["pier"] = {"edits": edits, "length": sum(points)}
-    row["alignment"] = [_step(step, bool(points) and points[step.position]) for step in steps]
+    row["alignment"] = [
+        [step.operation, step.reference, step.hypothesis]
+        + (["pier"] if points and points[step.position] else [])
+        for step in steps
+    ]
     if result.raw is not None:
         row["raw"] = _figures(result.raw, index)
     return row
@@ -65,11 +69,6 @@ def _figures(result: Evaluation, index: int) -> dict[str, Any]:
         "length": length,
         "rate": edits / length if length else None,
     }
-
-
-def _step(step: Aligned, is_point: bool) -> list[str]:
-    shown = [step.operation, step.reference, step.hypothesis]
-    return [*shown, "pier"] if is_point else shown
 
 
 def write_utterances(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from .conftest import complaint, run, well
 
 COMMANDS = (
     "fit",
+    "study",
     "sweep",
     "compare",
     "evaluate",
@@ -59,12 +60,19 @@ def test_an_unknown_device_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("command", [[], ["data", "check"], *([name] for name in COMMANDS)])
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_every_command_has_help(command, flag):
-    out = well(*command, flag)
-    assert "Usage:" in out
+def test_every_command_has_help_that_is_whole_in_80_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    out = well(*command, "-h")
+    assert "Usage:" in out and "…" not in out
+    assert max(map(len, out.splitlines())) <= 80
     if not command:
         assert all(name in out for name in COMMANDS)
+        assert well("--help") == out
+
+
+def test_the_help_of_a_run_shows_how_its_revision_is_given():
+    assert "OWNER/NAME@REVISION" in "".join(well("evaluate", "--help").split())
 
 
 def test_version():

@@ -3,7 +3,7 @@ import json
 import pytest
 import typer
 
-from blora_pyro.cli.common import help_of, one_line_errors, print_json
+from blora_pyro.cli.common import help_of, one_line_errors, print_json, print_result
 from blora_pyro.declarations import declarations
 from blora_pyro.errors import Interrupted, OtherProcessFailed, UserError
 from blora_pyro.options import FitConfig
@@ -43,6 +43,13 @@ def test_json_is_printed_with_its_letters_as_they_are(capsys):
     print_json({"word": "你好"})
     text = capsys.readouterr().out
     assert "你好" in text and json.loads(text) == {"word": "你好"}
+
+
+def test_a_result_is_printed_as_json_or_as_tables(capsys):
+    print_result({"a": 1}, True, lambda: 1 / 0)
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+    print_result({"a": 1}, False, lambda: ["one line"])
+    assert capsys.readouterr().out == "one line\n"
 
 
 def test_shared_options_have_the_help_of_their_declaration():

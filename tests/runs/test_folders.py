@@ -93,9 +93,7 @@ def test_the_posterior_of_a_run_can_be_read_again(finished_run):
     assert record.resolved.backward_sets == finished_run.config.backward
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"config": 3}', '{"config": {"rank": 0}}', "\xff"]
-)
+@pytest.mark.parametrize("content", ["", "{}", '{"config": {"rank": 0}}', "\xff"])
 def test_a_damaged_run_json_is_refused(finished_run, tmp_path, content):
     shutil.copytree(finished_run.output, tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text(content, encoding="latin-1")
