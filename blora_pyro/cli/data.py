@@ -52,7 +52,7 @@ def check(
 
         with TerminalProgress() as progress:
             found = check_data(
-                sources, base, split, language, progress.heard, revision, local_files_only
+                sources, base, split, language, progress.audio, revision, local_files_only
             )
         print_result(found.to_json(), as_json, lambda: data_check_tables(found))
         if found.refused:

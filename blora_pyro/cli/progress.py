@@ -49,9 +49,9 @@ class TerminalProgress(Listener):
         """Show a bar for each set that is featurised."""
         self._count(f"features of {name}", done, total)
 
-    def heard(self, name: str, done: int, total: int) -> None:
+    def audio(self, name: str, done: int, total: int) -> None:
         """Show a bar for each set whose audio is read."""
-        self._count(f"listening to {name}", done, total)
+        self._count(f"audio of {name}", done, total)
 
     def _count(self, what: str, done: int, total: int) -> None:
         """Show a bar until all is done, in a terminal only."""

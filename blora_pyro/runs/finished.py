@@ -111,7 +111,7 @@ def merge_run(
 ) -> None:
     """Write the base model with the posterior mean merged in: a plain Whisper checkpoint.
 
-    The update is added to the checkpoint's own weights in float32, whatever dtype the fit ran in,
+    The update is added to the checkpoint's own weights in float32, whatever the dtype of the fit,
     and the sum is rounded to `dtype` once.
 
     Args:

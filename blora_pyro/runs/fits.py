@@ -141,7 +141,7 @@ def fit(
 
 
 def _device(output: str | Path | None, config: FitConfig) -> str:
-    """Return the device of the options, or of the fit that goes on."""
+    """Return the device of the options, or of the fit that is resumed."""
     if "device" in config.given or output is None:
         return config.device
     try:
@@ -210,7 +210,7 @@ def _fit(
     interrupts: Interrupts,
     processes: Processes,
 ) -> Run:
-    """Go from wherever the folder is to the end: load, score the base, fit, score, keep."""
+    """Do what the folder does not have yet: load, score the base, fit, score, keep."""
     started = time.monotonic()
     with processes.main_first():  # which leaves features in the cache
         parts = Parts.load(folder, evaluate and processes.is_main, progress, processes)
@@ -269,7 +269,7 @@ def _fit_and_keep(
 
 @contextmanager
 def explained_ends(folder: FitFolder) -> Iterator[None]:
-    """Have whatever ends a fit early say in one line what happened, what is safe and what to do.
+    """Make the error that ends a fit early say in one line what happened, what is safe, what to do.
 
     Raises:
         Interrupted: By a signal.

@@ -172,13 +172,15 @@ def measure(
     """
     normalize = normalizer_for(base, normalizer)
     known = _read_transcripts(keep)
-    results, heard = {}, {}
+    results, transcribed = {}, {}
     for name, examples in sets.items():
         if len(known.get(name, ())) != len(examples):
-            if examples not in heard:
+            if examples not in transcribed:
                 on_set("the new domain" if name == NEW_DOMAIN else name)
-                heard[examples] = transcribe_features(base, examples.features, examples.prompts)
-            known[name] = heard[examples]
+                transcribed[examples] = transcribe_features(
+                    base, examples.features, examples.prompts
+                )
+            known[name] = transcribed[examples]
             if keep:
                 write_json(keep, known)
         results[name] = score(examples, known[name], normalize)

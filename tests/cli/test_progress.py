@@ -73,10 +73,10 @@ def test_sets_are_counted_in_a_terminal_only(terminal):
         progress.console = Console(file=text, force_terminal=terminal, width=80)
         progress.features("[red] train", 0, 9)
         progress.features("[red] train", 9, 9)
-        progress.heard("mine test", 1, 2)
+        progress.audio("mine test", 1, 2)
         assert (progress.counting is not None) == terminal
     shown = text.getvalue()
-    for part in ("features of [red] train", "9/9", "listening to mine test", "1/2"):
+    for part in ("features of [red] train", "9/9", "audio of mine test", "1/2"):
         assert (part in shown) == terminal
 
 
