@@ -201,11 +201,12 @@ def test_a_posterior_that_was_half_written_is_written_again(
     assert_same_run(half_done, straight.output)
 
 
-def test_a_straight_is_returned(straight, tmp_path, monkeypatch):
+def test_a_finished_run_is_returned(straight, tmp_path):
     shutil.copytree(straight.output, tmp_path / "run")
     (tmp_path / "run" / FILE).write_bytes(b"left by a process that was killed at the very end")
-    monkeypatch.setattr(fits, "base_of", None)
-    run = fit(output=tmp_path / "run", resume=True)
+    listener = Crashing()
+    run = fit(output=tmp_path / "run", resume=True, progress=listener)
+    assert listener.stages == ["finished already: reading"]
     assert (run.config, run.history) == (straight.config, straight.history)
     assert run.metrics == straight.metrics
     assert_same_run(tmp_path / "run", straight.output)
