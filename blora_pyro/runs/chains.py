@@ -115,10 +115,6 @@ class Previous:
     def check(self, groups: tuple[Group, ...], target_modules: str) -> None:
         """Refuse a base or layers that are not the run's.
 
-        Args:
-            groups: Groups of the next fit's target layers.
-            target_modules: The option that named them.
-
         Raises:
             UserError: Naming what differs.
         """
@@ -169,10 +165,6 @@ def continued(config: FitConfig) -> tuple[FitConfig, Previous | None]:
 
 def previous_of(config: FitConfig, chain: list[dict[str, Any]] | None = None) -> Previous | None:
     """Return the run that a fit continues; None without `prior_from`.
-
-    Args:
-        config: Options of the fit.
-        chain: The chain that the fit was started with, if it was.
 
     Raises:
         UserError: If that run can't be continued, or has changed since.

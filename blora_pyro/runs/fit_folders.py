@@ -136,10 +136,6 @@ class FitFolder:
     def follow(cls, content: Mapping[str, Any], config: FitConfig) -> "FitFolder":
         """Return the view that a process which writes nothing has of the main process's folder.
 
-        Args:
-            content: `state`, `options` and `chain` of `run.json`.
-            config: Its given options replace those that are texts in `run.json`.
-
         Raises:
             UserError: If the run that is continued can't be read here.
         """
@@ -243,11 +239,7 @@ class FitFolder:
             remove_files(self.path, *UNFINISHED)
 
     def transcripts(self, state: str) -> Path | None:
-        """Return the file that keeps transcripts of the test sets until the run is finished.
-
-        Args:
-            state: State of the model, `base` or `adapted`.
-        """
+        """Return the file that keeps transcripts of the test sets until the run is finished."""
         return None if self.path is None else self.path / TRANSCRIPTS[state]
 
     def safe(self) -> str:

@@ -115,13 +115,7 @@ def check_trackers(names: Sequence[str] | None, folder: Path | None) -> None:
 def tracked(
     progress: Listener, names: Sequence[str] | None, folder: Path | None
 ) -> Iterator[Listener]:
-    """Give a listener that calls `progress` and the trackers, which end with the context.
-
-    Args:
-        progress: Another listener.
-        names: See `check_trackers`; None or none gives `progress` alone.
-        folder: Folder of the run, if it has one.
-    """
+    """Give a listener that calls `progress` and the trackers, which end with the context."""
     if not names:
         yield progress
         return
@@ -142,13 +136,7 @@ class Tracking(Listener):
     def __init__(
         self, names: Sequence[str], folder: Path | None, note: Callable[[str], None]
     ) -> None:
-        """Nothing is started yet.
-
-        Args:
-            names: See `check_trackers`.
-            folder: Folder of the run, if it has one.
-            note: Called with a line about a tracker that fails.
-        """
+        """Nothing is started yet."""
         self.names, self.folder, self.on_note = names, folder, note
         self.trackers: list[Any] | None = None
         self.figures: Callable[[], dict[str, float]] = dict
@@ -257,12 +245,7 @@ class PosteriorFigures:
     """
 
     def __init__(self, model: BLoRA, guide: Guide) -> None:
-        """Compute nothing yet: Pyro's own guides have no parameters before their first call.
-
-        Args:
-            model: The Pyro program.
-            guide: The guide that is being fitted to it.
-        """
+        """Compute nothing yet: Pyro's own guides have no parameters before their first call."""
         self.prior = FactorPrior(model.groups, model.prior, model.device)
         self.guide = guide
         self.variances: dict[str, Tensor] | None = None

@@ -158,11 +158,7 @@ class Loader:
         return on_bad
 
     def report_skipped(self, where: str = "") -> None:
-        """Note in one line which rows were left out, if there are new ones since the last report.
-
-        Args:
-            where: File that lists them.
-        """
+        """Note in one line which rows were left out, if there are new ones, listed in `where`."""
         if len(self.skipped) == self._reported:
             return
         self._reported = len(self.skipped)

@@ -56,12 +56,6 @@ class Parts:
     ) -> "Parts":
         """Load base and data; for a fit that is not done yet build program and guide, too.
 
-        Args:
-            folder: Folder of the fit.
-            evaluate: Load the test sets.
-            progress: Listener to the loading.
-            processes: See `fit_guide`.
-
         Raises:
             UserError: If something can't be loaded or built.
         """
@@ -94,12 +88,7 @@ class Parts:
 def training_set(
     loader: Loader, on_skipped: Callable[[SkippedRow], object]
 ) -> tuple[Examples | Stream, dict[str, int | None]]:
-    """Return the training data, and their numbers of `tokens` and `utterances`, if known.
-
-    Args:
-        loader: Loader of the fit's configuration.
-        on_skipped: See `Loader.stream`.
-    """
+    """Return the training data, and their numbers of `tokens` and `utterances`, if known."""
     config = loader.config
     if config.streaming:
         stream = loader.stream(config.sources[0], on_skipped)

@@ -97,12 +97,7 @@ def _new_domain(config: FitConfig, split: str) -> Source:
 
 
 def _dev_split(names: Sequence[str], is_held_out: bool) -> str | None:
-    """Return the name of a source's dev split; None if it has none.
-
-    Args:
-        names: Names of its splits.
-        is_held_out: If it has no splits: whether it may serve as dev set whole.
-    """
+    """Return which of a source's splits is dev; a source without splits is, if it `is_held_out`."""
     if not names:
         return "dev" if is_held_out else None
     return next((split for split in DEV_SPLITS if split in names), None)

@@ -1,9 +1,12 @@
+import json
+
 import pytest
 
 from blora_pyro.errors import UserError
 from blora_pyro.options import FitConfig
-from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.scoring import evaluation_sets
+from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.loading import Loader, load_examples
+from blora_pyro.runs.scoring import Scoring, compare, evaluation_sets, measure
 
 
 def test_no_training_data_are_scored_as_a_dev_set(fluent_base, tones_folder):
@@ -24,3 +27,47 @@ def test_no_training_data_are_scored_as_a_dev_set(fluent_base, tones_folder):
     ]
     with pytest.raises(UserError, match="split is 'train'; give test or dev"):
         evaluation_sets(fluent_base, config, split="train")
+
+
+def test_a_split_that_is_none_is_refused_before_the_base_is_loaded():
+    with pytest.raises(UserError, match="split is 'train'; give test or dev"):
+        Scoring.of(FitConfig(base="/nowhere"), "train", Listener())
+
+
+def test_examples_under_two_names_are_transcribed_once(fluent_base, tones_folder):
+    examples = load_examples(fluent_base, str(tones_folder / "de.jsonl"), "test")
+    transcribed = []
+    found = measure(fluent_base, {"a": examples, "b": examples}, transcribed.append)
+    assert transcribed == ["a"] and found["a"].main.rate == found["b"].main.rate == 0
+
+
+def test_transcripts_that_are_kept_are_only_scored(fluent_base, tones_folder, tmp_path):
+    examples = load_examples(fluent_base, str(tones_folder / "de.jsonl"), "test")
+    file, stages = tmp_path / "transcripts.json", []
+    measure(fluent_base, {"de": examples}, stages.append, file)
+    file.write_text(json.dumps({"de": ["das rote", "falsch"]}), encoding="utf-8")
+    found = measure(fluent_base, {"de": examples}, stages.append, file)["de"]
+    assert stages == ["de"] and found.hypotheses == ["das rote", "falsch"]
+
+
+def test_scores_before_and_after_are_compared_by_set(fluent_base, tones_folder, random_posterior):
+    sets = {
+        name: load_examples(fluent_base, str(tones_folder / f"{file}.jsonl"), "test")
+        for name, file in {"new_domain": "test", "German": "de"}.items()
+    }
+
+    class Stages(Listener):
+        def stage(self, name):
+            names.append(name)
+
+    names: list[str] = []
+    scoring = Scoring(fluent_base, sets, "whisper", Stages())
+    before = scoring.score(None, "base")
+    after = scoring.score(random_posterior(0, spread=0.0), "adapted")
+    assert names == [
+        f"{s} on {one}" for s in ("base", "adapted") for one in ("the new domain", "German")
+    ]
+    metrics = compare(random_posterior(0), before, after, FitConfig(data="mine"))
+    assert metrics["new_domain"]["name"] == "mine" and list(metrics["backward"]) == ["German"]
+    change = metrics["backward_error"]["change"]["difference"]
+    assert change == pytest.approx(after["German"].main.rate - before["German"].main.rate)
