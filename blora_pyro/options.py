@@ -15,10 +15,11 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, TypeVar
 
 from blora_pyro.declarations import (
     check_names,
@@ -78,6 +79,9 @@ BASE, DATA, PRIOR, FIT, REGULARISERS, EARLY_STOPPING, SCORING, OUTPUT = PANELS =
 # Bounds of the many options that are a count, or a positive number.
 COUNT: dict[str, Any] = {"at_least": 1}
 POSITIVE: dict[str, Any] = {"above": 0}
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +276,20 @@ class FittingOptions:
     seed: int = option("Seed of start, data order and noise.", 0, at_least=0, below=2**32)
 
 
+def _remember_given(config: type[T]) -> type[T]:
+    """Have the instances of a dataclass know which options they were made with, in `given`."""
+    init: Callable[..., None] = config.__init__
+
+    @wraps(init)
+    def remembering(self: T, **options: Any) -> None:
+        object.__setattr__(self, "given", frozenset(options))
+        init(self, **options)
+
+    config.__init__ = remembering  # type: ignore[method-assign,assignment]
+    return config
+
+
+@_remember_given
 @dataclass(frozen=True, kw_only=True)
 class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fields in reverse order
     """Everything that decides a fit; `run.json` holds it, as given and resolved.
@@ -343,12 +361,6 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         panel=OUTPUT,
     )
     given: frozenset[str] = field(init=False, repr=False, compare=False)
-
-    def __new__(cls, **options: Any) -> Self:
-        """Remember which options are passed; `__init__` sets them."""
-        self = super().__new__(cls)
-        object.__setattr__(self, "given", frozenset(options))
-        return self
 
     def __post_init__(self) -> None:
         """Normalise and check.
