@@ -54,10 +54,9 @@ def as_sources(value: Any) -> tuple[Source, ...]:
 
 
 def as_domains(value: Any) -> tuple[Source, ...] | dict[str, Source]:
-    """Return sources by name, if a text among them is "NAME=SOURCE" or they have names.
+    """Return sources by name if they have names, or a text among them is "NAME=SOURCE".
 
-    Returns:
-        Else the sources as a tuple.
+    Others are returned as a tuple.
 
     Raises:
         UserError: If there is none, or two have one name.

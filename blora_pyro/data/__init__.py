@@ -3,7 +3,7 @@
 from blora_pyro.data.audio import SAMPLING_RATE, AudioHeader, read_audio, read_header
 from blora_pyro.data.collation import IGNORED, Batch, Examples, SoftTargets, batch_indices
 from blora_pyro.data.feature_cache import Digests
-from blora_pyro.data.features import Features, OnNote, OnProgress, featurise, trim, usable_cores
+from blora_pyro.data.features import Features, OnNote, featurise, trim, usable_cores
 from blora_pyro.data.manifest import read_manifest
 from blora_pyro.data.prompts import Encoder, language_codes, prompt_ids, text_ids
 from blora_pyro.data.rows import BadRow, OnBadRow, all_bad, stop
@@ -12,7 +12,6 @@ from blora_pyro.data.splits import (
     LANGUAGES,
     MODEL_DIR,
     POCKET_DIR,
-    cache_dir,
     corpus_dir,
     is_hub_id,
     load_mixture,
@@ -38,13 +37,11 @@ __all__ = [
     "Features",
     "OnBadRow",
     "OnNote",
-    "OnProgress",
     "SoftTargets",
     "Stream",
     "StreamPosition",
     "all_bad",
     "batch_indices",
-    "cache_dir",
     "corpus_dir",
     "featurise",
     "is_hub_id",

@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,22 @@ def read_audio(
             the segment.
     """
     name = audio_name(audio)
+    segment = partial(_segment, name, start=start, end=end, max_seconds=max_seconds)
     if audio.get("array") is not None:
         wave, rate = check_array(audio)
-        first, count = _segment(name, len(wave) / rate, rate, start, end, max_seconds)
+        seconds = len(wave) / rate
+        first, count = segment(seconds, rate)
         wave = wave[first : first + count]
     else:
-        wave, rate = _decode(audio, name, start, end, max_seconds)
+        with _opened(audio) as sound:
+            rate, seconds = sound.samplerate, sound.frames / sound.samplerate
+            first, count = segment(seconds, rate)
+            wave = _read_frames(sound, first, count)
+    if len(wave) < count - CUT_OFF * rate:
+        raise UserError(
+            f"{name} is cut off {(count - len(wave)) / rate:.2f} s before the end of the "
+            f"{seconds:.2f} s that it should last; write it anew"
+        )
     if not np.isfinite(wave).all():
         raise UserError(f"{name} has samples that are not finite numbers; write it anew")
     if rate != sampling_rate:
@@ -77,26 +88,18 @@ class AudioHeader:
 
 
 def read_header(audio: Mapping[str, Any]) -> AudioHeader:
-    """Read the header of a file, {"path", "bytes"}; nothing of it is decoded.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
+    """Read the header of a file, {"path", "bytes"}, or raise `UserError`; nothing is decoded."""
     with _opened(audio) as sound:
         return AudioHeader(sound.samplerate, sound.channels, sound.frames / sound.samplerate)
 
 
 def audio_name(audio: Mapping[str, Any]) -> str:
-    """Return the name of audio in messages: its path, else "audio without a path"."""
+    """Return the name of audio in messages."""
     return printable(audio.get("path") or "audio without a path")
 
 
 def check_array(audio: Mapping[str, Any]) -> tuple[Wave, int]:
-    """Return the samples, (samples,), and the rate in Hz of {"array", "sampling_rate"}.
-
-    Raises:
-        UserError: if the array is not (samples,) floats, or the rate no rate.
-    """
+    """Return samples, (samples,), and rate in Hz of {"array", "sampling_rate"}, or `UserError`."""
     name = audio_name(audio)
     try:
         wave = np.asarray(audio["array"])
@@ -125,27 +128,6 @@ class _SoundFile(soundfile.SoundFile):
         """Tell whether seeking is possible and exact."""
         inexact = self.format == "MP3" or self.subtype == "VORBIS"
         return not inexact and super().seekable()
-
-
-def _decode(
-    audio: Mapping[str, Any],
-    name: str,
-    start: float | None,
-    end: float | None,
-    max_seconds: float | None,
-) -> tuple[Wave, int]:
-    """Return a segment's samples, the channels averaged, and their rate in Hz."""
-    with _opened(audio) as sound:
-        rate = sound.samplerate
-        seconds = sound.frames / rate
-        first, count = _segment(name, seconds, rate, start, end, max_seconds)
-        wave = _read_frames(sound, first, count)
-    if len(wave) < count - CUT_OFF * rate:
-        raise UserError(
-            f"{name} is cut off {(count - len(wave)) / rate:.2f} s before the end of the "
-            f"{seconds:.2f} s that it should last; write it anew"
-        )
-    return wave, rate
 
 
 @contextmanager
@@ -199,8 +181,7 @@ def _read_frames(sound: soundfile.SoundFile, first: int, count: int) -> Wave:
     if first and sound.seekable():
         sound.seek(first)
         first = 0
-    blocks = []
-    position = 0
+    blocks, position = [], 0
     while position < first + count:
         block = sound.read(min(BLOCK, first + count - position), dtype="float32", always_2d=True)
         if not len(block):

@@ -1,10 +1,10 @@
 """Examples, featurised and tokenised once, their batches, and the order in which they are drawn."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Self
 
 import torch
 from datasets import Dataset
@@ -20,28 +20,24 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that is no target, as cross-entropy's ignore_index
 
-T = TypeVar("T", "SoftTargets", "Batch")
+
+@dataclass(frozen=True, eq=False)
+class _Tensors:
+    def to(self, device: torch.device | str) -> Self:
+        """Return all of it on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: one.to(device) for name, one in values.items() if hasattr(one, "to")}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, eq=False)
-class SoftTargets:
-    """A teacher's distributions of the next token, for the student to stay near.
+class SoftTargets(_Tensors):
+    """A teacher's distributions of the next token, for the student to stay near."""
 
-    Attributes:
-        decoder_input_ids: (batch, tokens), int64.
-        log_probs: of the teacher's next token, (batch, tokens, vocabulary).
-        is_target: which positions count, (batch, tokens), bool.
-        weight: of the mean Kullback-Leibler divergence over these positions in the loss.
-    """
-
-    decoder_input_ids: Tensor
-    log_probs: Tensor
-    is_target: Tensor
-    weight: float
-
-    def to(self, device: torch.device | str) -> "SoftTargets":
-        """Return them on a device."""
-        return _on_device(self, device)
+    decoder_input_ids: Tensor  # (batch, tokens), int64
+    log_probs: Tensor  # of the teacher's next token, (batch, tokens, vocabulary)
+    is_target: Tensor  # which positions count, (batch, tokens), bool
+    weight: float  # of the mean Kullback-Leibler divergence over these positions in the loss
 
     @property
     def num_tokens(self) -> int:
@@ -50,7 +46,7 @@ class SoftTargets:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class Batch(_Tensors):
     """The model's input for one step.
 
     `labels[i, t]` is the token that follows `decoder_input_ids[i, t]`, or -100 where that is no
@@ -72,16 +68,6 @@ class Batch:
         if self.labels is None:
             return self.decoder_input_ids.numel()
         return int((self.labels != IGNORED).sum())
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch on a device."""
-        return _on_device(self, device)
-
-
-def _on_device(parts: T, device: torch.device | str) -> T:
-    values = {field.name: getattr(parts, field.name) for field in fields(parts)}
-    moved = {name: one.to(device) for name, one in values.items() if hasattr(one, "to")}
-    return replace(parts, **moved)
 
 
 class Examples:
@@ -111,7 +97,6 @@ class Examples:
         *,
         language: str | None = None,
         on_bad: OnBadRow = stop,
-        cache: bool = True,
         trim: bool = False,
         on_progress: OnProgress = lambda done, total: None,
         on_note: OnNote = lambda note: None,
@@ -128,7 +113,6 @@ class Examples:
             on_bad: called with the error of every bad row: one whose audio cannot be read or is
                 longer than the window, whose language is unknown to the tokenizer, or whose
                 transcript is longer than the decoder. Where it does not raise, the row is left out.
-            cache: keep the features on disk, see `load_features`.
             trim: cut every batch after its longest utterance, see `trim`.
             on_progress: called with the number of utterances featurised, and of all.
             on_note: called with one line if the cache cannot be written.
@@ -138,21 +122,19 @@ class Examples:
         """
         bad = BadRows(on_bad)
         encoder = Encoder(tokenizer, language, task, max_tokens)
-        self._trim = trim
         encoded = _encode(dataset, encoder, bad)
         numbers = list(encoded)
-        self.features, contents = load_features(
+        features, contents = load_features(
             dataset if len(numbers) == len(dataset) else dataset.select(numbers),
             feature_extractor,
-            cache=cache,
             on_bad=bad,
             on_progress=on_progress,
             on_note=on_note,
         )
-        self._keep([encoded[numbers[number]] for number in contents], encoder.end)
+        rows = [encoded[numbers[number]] for number in contents]
+        self._keep(rows, features, list(contents.values()), encoder.end, trim)
         for source in sorted({error.source for error in bad} - set(self.sources)):
             raise UserError(all_bad([error for error in bad if error.source == source]))
-        self.fingerprint = _fingerprint(contents.values(), self.languages, self.texts)
 
     @classmethod
     def of_rows(
@@ -160,30 +142,37 @@ class Examples:
     ) -> "Examples":
         """Return rows, one or more, that are tokenised and featurised already; see `Stream`.
 
-        Args:
-            rows: tokenised rows and their log-mels, (mels, frames), float16.
-            end: the tokenizer's end token.
-            trim: cut every batch after its longest utterance.
+        `end` is the tokenizer's end token; the fingerprint is that of texts and languages alone.
         """
         examples = cls.__new__(cls)
-        examples._trim = trim
         mels, frames = rows[0][1].shape
-        examples.features = Features([(one[None], 0) for _, one in rows], (mels, frames))
-        examples._keep([row for row, _ in rows], end)
-        examples.fingerprint = _fingerprint(examples.languages, examples.texts)
+        features = Features([(one[None], 0) for _, one in rows], (mels, frames))
+        examples._keep([row for row, _ in rows], features, None, end, trim)
         return examples
 
-    def _keep(self, rows: Sequence[EncodedRow], end: int) -> None:
-        self._end = end
-        self.texts: list[str] = [row.text for row in rows]
-        self.languages: list[str] = [row.language for row in rows]
-        self.word_languages: list[list[str]] = [row.word_languages for row in rows]
-        self.origins: list[str] = [row.origin for row in rows]
-        self.audio_paths: list[str | None] = [row.audio_path for row in rows]
-        self.segments: list[tuple[float | None, float | None]] = [row.segment for row in rows]
-        self.sources: list[int] = [row.source for row in rows]
-        self.prompts: list[list[int]] = [row.prompt for row in rows]
-        self.targets: list[list[int]] = [row.target for row in rows]
+    def _keep(
+        self,
+        rows: Sequence[EncodedRow],
+        features: Features,
+        contents: list[str] | None,
+        end: int,
+        trim: bool,
+    ) -> None:
+        self.features, self._end, self._trim = features, end, trim
+        self.texts = [row.text for row in rows]
+        self.languages = [row.language for row in rows]
+        self.word_languages = [row.word_languages for row in rows]
+        self.origins = [row.origin for row in rows]
+        self.audio_paths = [row.audio_path for row in rows]
+        self.segments = [row.segment for row in rows]
+        self.sources = [row.source for row in rows]
+        self.prompts = [row.prompt for row in rows]
+        self.targets = [row.target for row in rows]
+        total = sha256()
+        columns = [] if contents is None else [contents]
+        for values in zip(*columns, self.languages, self.texts, strict=True):
+            total.update(json.dumps(values).encode())
+        self.fingerprint = total.hexdigest()
 
     def __len__(self) -> int:
         """The number of utterances."""
@@ -197,7 +186,7 @@ class Examples:
     @property
     def main_language(self) -> str:
         """The most frequent language, "de" or "de-en"."""
-        return max(sorted(set(self.languages)), key=self.languages.count)
+        return _most_frequent(self.languages)
 
     @property
     def source_languages(self) -> list[str]:
@@ -205,7 +194,7 @@ class Examples:
         rows: list[list[str]] = [[] for _ in range(max(self.sources) + 1)]
         for source, language in zip(self.sources, self.languages, strict=True):
             rows[source].append(language)
-        return [max(sorted(set(one)), key=one.count) for one in rows]
+        return [_most_frequent(one) for one in rows]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return the utterances of these indices, tokens padded to the longest of them."""
@@ -232,14 +221,9 @@ def batch_indices(
     """Yield endless batches of row numbers; their order depends on the arguments alone.
 
     Without weights: a fresh permutation of all rows every epoch, the last batch of an epoch kept
-    short. With weights every row of a batch is drawn from a source in proportion to its weight,
-    and each source is gone through in fresh permutations of its own.
-
-    Args:
-        sources: (n,), the source of every row, from 0.
-        batch_size: rows in a batch.
-        seed: of the order.
-        weights: one for each source, to any scale.
+    short. With weights, one for each source and to any scale, every row of a batch is drawn from a
+    source in proportion to its weight, and each source is gone through in fresh permutations of its
+    own. `sources` holds the source of every row, from 0.
 
     Raises:
         UserError: if a source with a weight has no rows.
@@ -279,8 +263,5 @@ def _encode(dataset: Dataset, encoder: Encoder, on_bad: OnBadRow) -> dict[int, E
     return encoded
 
 
-def _fingerprint(*columns: Iterable[str]) -> str:
-    total = sha256()
-    for row in zip(*columns, strict=True):
-        total.update(json.dumps(row).encode())
-    return total.hexdigest()
+def _most_frequent(languages: Sequence[str]) -> str:
+    return max(sorted(set(languages)), key=languages.count)

@@ -54,17 +54,29 @@ class FeatureCache:
         self._on_note = on_note
         self._index: dict[str, tuple[Path, int, int]] = {}  # shard, row and checksum of a key
         self._blocks: dict[Path, Tensor] = {}
-        root = cache_dir()
-        self.folder: Path | None = None
-        if settings is not None and root is not None:
-            self.folder = root / "features" / sha256(settings.encode()).hexdigest()[:16]
-            self._writable = True
-            for shard in self._shards():
-                self._read_keys(shard)
+        self._folder: Path | None = None  # to write to
+        if settings is not None and (root := cache_dir()) is not None:
+            self._folder = root / "features" / sha256(settings.encode()).hexdigest()[:16]
+            for shard in _shards(self._folder):
+                with self._dropped_if_damaged(shard), safe_open(shard, framework="pt") as file:
+                    rows = enumerate(json.loads(file.metadata()[_ROWS]))
+                    self._index |= {str(key): (shard, row, total) for row, (key, total) in rows}
 
     def find(self, keys: Iterable[str]) -> dict[str, CachedRow]:
         """Return those log-mels that are cached and whole."""
-        return {key: row for key in keys if (row := self._find(key)) is not None}
+        found = {}
+        for key in self._index.keys() & keys:
+            if key not in self._index:  # another key's shard was damaged, and had this one
+                continue
+            shard, row, total = self._index[key]
+            with self._dropped_if_damaged(shard):
+                if shard not in self._blocks:
+                    self._blocks[shard] = _map(shard)
+                block = self._blocks[shard]
+                if checksum(key, block[row]) != total:
+                    raise ValueError(f"the checksum of {shard} is wrong")
+                found[key] = block, row
+        return found
 
     def store(self, features: Mapping[str, Tensor]) -> dict[str, CachedRow]:
         """Store log-mels by key, (mels, frames) each; return them, in memory or mapped."""
@@ -72,50 +84,18 @@ class FeatureCache:
             return {}
         keys = sorted(features)  # whoever computes them writes the same shard
         block = torch.stack([features[key] for key in keys])
-        if self.folder is not None and self._writable:
-            name = sha256(" ".join(keys).encode()).hexdigest()[:32] + SUFFIX
+        if self._folder is not None:
+            shard = self._folder / (sha256(" ".join(keys).encode()).hexdigest()[:32] + SUFFIX)
             try:
-                self._write(self.folder / name, keys, block)
-                block = _map(self.folder / name)
+                _write(shard, keys, block)
+                block = _map(shard)
             except (OSError, SafetensorError) as error:
-                self._writable = False
                 self._on_note(
-                    f"the feature cache {printable(self.folder)} can't be written "
+                    f"the feature cache {printable(self._folder)} can't be written "
                     f"({reason(error)}); going on without it"
                 )
+                self._folder = None
         return {key: (block, row) for row, key in enumerate(keys)}
-
-    def _shards(self) -> list[Path]:
-        """List the shards; remove what killed processes have left half-written."""
-        assert self.folder is not None
-        try:
-            entries = sorted(self.folder.iterdir())
-        except OSError:  # there are none yet
-            return []
-        for path in entries:
-            if path.suffix == HALF_WRITTEN:
-                with suppress(OSError):
-                    if time.time() - path.stat().st_mtime > _HOUR:
-                        path.unlink()
-        return [path for path in entries if path.suffix == SUFFIX]
-
-    def _read_keys(self, shard: Path) -> None:
-        with self._dropped_if_damaged(shard), safe_open(shard, framework="pt") as file:
-            rows = enumerate(json.loads(file.metadata()[_ROWS]))
-            self._index |= {str(key): (shard, row, total) for row, (key, total) in rows}
-
-    def _find(self, key: str) -> CachedRow | None:
-        if key not in self._index:
-            return None
-        shard, row, total = self._index[key]
-        with self._dropped_if_damaged(shard):
-            if shard not in self._blocks:
-                self._blocks[shard] = _map(shard)
-            block = self._blocks[shard]
-            if checksum(key, block[row]) != total:
-                raise ValueError(f"the checksum of {shard} is wrong")
-            return block, row
-        return None
 
     @contextmanager
     def _dropped_if_damaged(self, shard: Path) -> Iterator[None]:
@@ -129,17 +109,31 @@ class FeatureCache:
                 with suppress(OSError):
                     shard.unlink(missing_ok=True)
 
-    def _write(self, path: Path, keys: list[str], block: Tensor) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [(key, checksum(key, row)) for key, row in zip(keys, block, strict=True)]
-        content = save({_TENSOR: block}, {_ROWS: json.dumps(rows)})
-        fresh = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{HALF_WRITTEN}")
-        try:
-            fresh.write_bytes(content)
-            os.replace(fresh, path)
-        except BaseException:
-            fresh.unlink(missing_ok=True)  # it may be what fills the disk
-            raise
+
+def _shards(folder: Path) -> list[Path]:
+    """List the shards; remove what killed processes have left half-written."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:  # there are none yet
+        return []
+    for path in entries:
+        with suppress(OSError):
+            if path.suffix == HALF_WRITTEN and time.time() - path.stat().st_mtime > _HOUR:
+                path.unlink()
+    return [path for path in entries if path.suffix == SUFFIX]
+
+
+def _write(path: Path, keys: list[str], block: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [(key, checksum(key, row)) for key, row in zip(keys, block, strict=True)]
+    content = save({_TENSOR: block}, {_ROWS: json.dumps(rows)})
+    fresh = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{HALF_WRITTEN}")
+    try:
+        fresh.write_bytes(content)
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)  # it may be what fills the disk
+        raise
 
 
 def checksum(key: str, features: Tensor) -> int:

@@ -81,14 +81,10 @@ def featurise(
     waves: Iterable[tuple[str, npt.NDArray[np.float32]]],
     feature_extractor: "WhisperFeatureExtractor",
 ) -> Tensor:
-    """Return the log-mels of audio, (n, mels, frames), float16.
-
-    Args:
-        waves: names (for messages) and samples, (samples,) at 16 kHz.
-        feature_extractor: the model's; its window is the longest audio allowed.
+    """Return the log-mels of n waves at 16 kHz with names, (n, mels, frames), float16.
 
     Raises:
-        UserError: if audio is longer than the window.
+        UserError: if audio is longer than the feature extractor's window.
     """
     features = []
     for name, wave in waves:
@@ -111,16 +107,11 @@ def trim(features: Tensor) -> Tensor:
     Whisper itself was trained on full windows, and its encoder attends to the filling, so that its
     output changes.
 
-    Args:
-        features: (batch, mels, frames), all frames of a window.
-
-    Returns:
-        (batch, mels, fewer frames), an even number; a view.
+    Takes (batch, mels, frames), all frames of a window; returns a view of an even number of them.
     """
     frames = features.shape[-1]
     is_sound = (features > features.amin((1, 2), keepdim=True)).any(1).any(0)
-    last = int(is_sound.nonzero().max()) + 1 if is_sound.any() else 0
-    end = last + MARGIN
+    end = MARGIN + (int(is_sound.nonzero().max()) + 1 if is_sound.any() else 0)
     return features[..., : min(end + end % 2, frames)]
 
 
@@ -129,20 +120,18 @@ def load_features(
     feature_extractor: "WhisperFeatureExtractor",
     *,
     cache: bool = True,
-    workers: int | None = None,
     on_bad: OnBadRow = stop,
     on_progress: OnProgress = lambda done, total: None,
     on_note: OnNote = lambda note: None,
 ) -> tuple[Features, dict[int, str]]:
-    """Return the features of audio, from the cache where they are in it.
+    """Return the features of n rows, from the cache where they are in it.
 
-    They are bit by bit the same with and without cache, and whatever the number of workers.
+    They are bit by bit the same with and without cache, and whatever the number of cores.
 
     Args:
         dataset: n rows, with the columns of `read_manifest`.
         feature_extractor: the model's; its window is the longest audio allowed.
         cache: keep the features on disk and use what is there, see `feature_cache`.
-        workers: threads; None is one a core.
         on_bad: called with the error of every row whose audio cannot be read or is longer than the
             window; where it does not raise, the row is left out.
         on_progress: called with the number of rows that are done, and of all.
@@ -150,19 +139,16 @@ def load_features(
 
     Returns:
         The features, and the contents of their audio by the number of the row.
-
-    Raises:
-        BadRow: by `on_bad`.
     """
     settings = feature_settings(feature_extractor)
     store = FeatureCache(settings if cache else None, on_note)
-    mixed = [name for name in ("source",) if name in dataset.column_names]
-    rows = dataset.select_columns(["audio", "start", "end", "origin", *mixed])
+    wanted = ["audio", "start", "end", "origin", "source"]
+    rows = dataset.select_columns([name for name in wanted if name in dataset.column_names])
     digests = Digests()
     keys: dict[int, str] = {}  # by the number of the row
     contents: dict[int, str] = {}
     found: dict[str, CachedRow] = {}  # each is found or computed once, however many rows have it
-    with _single_threaded(workers or usable_cores()) as pool:
+    with _single_threaded(usable_cores()) as pool:
         for first in range(0, len(rows), SHARD):
             chunk = {n: rows[n] for n in range(first, min(first + SHARD, len(rows)))}
             digested = pool.map(digests.of, [row["audio"] or {} for row in chunk.values()])
@@ -185,17 +171,26 @@ def load_features(
     return Features([found[keys[number]] for number in contents], shape), contents
 
 
+def row_log_mels(row: Mapping[str, Any], feature_extractor: "WhisperFeatureExtractor") -> Tensor:
+    """Return the log-mels of a row with the columns of `read_manifest`, (mels, frames), float16.
+
+    Raises:
+        UserError: if its audio cannot be read, or is longer than the feature extractor's window.
+    """
+    window = feature_extractor.chunk_length
+    wave = read_audio(row["audio"] or {}, start=row["start"], end=row["end"], max_seconds=window)
+    return log_mels(wave, feature_extractor)
+
+
 def _compute(
     row: Mapping[str, Any], feature_extractor: "WhisperFeatureExtractor", digests: Digests
 ) -> Tensor | UserError:
-    """Return the log-mels of a row, (mels, frames), or what is wrong with its audio."""
-    audio, window = row["audio"] or {}, feature_extractor.chunk_length
     try:
-        wave = read_audio(audio, start=row["start"], end=row["end"], max_seconds=window)
-        digests.check(audio)
+        mels = row_log_mels(row, feature_extractor)
+        digests.check(row["audio"])
     except UserError as error:
         return error
-    return log_mels(wave, feature_extractor)
+    return mels
 
 
 def feature_settings(feature_extractor: "WhisperFeatureExtractor") -> str | None:
@@ -204,20 +199,16 @@ def feature_settings(feature_extractor: "WhisperFeatureExtractor") -> str | None
     That is the feature extractor's settings and filters, the code that computes, and the libraries
     and the kind of processor that it runs on.
     """
-    if type(feature_extractor) is not transformers.WhisperFeatureExtractor:
-        return None  # a user's class may do anything
-    if feature_extractor.dither:
+    own_class = type(feature_extractor) is not transformers.WhisperFeatureExtractor
+    if own_class or feature_extractor.dither:  # a user's class may do anything
         return None
-    settings = feature_extractor.to_dict()
-    for name in ("processor_class", "feature_extractor_type"):
-        settings.pop(name, None)
+    names = ("processor_class", "feature_extractor_type")
     filters = np.asarray(feature_extractor.mel_filters)
-    code = [sha256(Path(file).read_bytes()).hexdigest() for file in _CODE]
     libraries = (np, soundfile, soxr, torch, transformers)
     about = {
-        "settings": settings,
+        "settings": {k: v for k, v in feature_extractor.to_dict().items() if k not in names},
         "filters": [str(filters.dtype), filters.shape, sha256(filters.tobytes()).hexdigest()],
-        "code": code,
+        "code": [sha256(Path(file).read_bytes()).hexdigest() for file in _CODE],
         "libraries": [f"{one.__name__} {one.__version__}" for one in libraries],
         "decoder": soundfile.__libsndfile_version__,
         "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],

@@ -26,18 +26,16 @@ from blora_pyro.data.rows import (
     DETAILS,
     KNOWN,
     BadRow,
+    LocatedRecord,
     OnBadRow,
     Record,
     Row,
     RowStream,
     Unreadable,
     check_columns,
-    column,
     good_rows,
-    located,
     parse_details,
-    parse_row,
-    parse_rows,
+    parse_located,
     stop,
     to_dataset,
 )
@@ -53,25 +51,17 @@ CHUNK = 200  # streamed rows that become one table: Arrow's binary columns hold 
 def dataset_split(
     data: HfDataset, split: str, name: str = "the data set", on_bad: OnBadRow = stop
 ) -> Dataset:
-    """Return a split of a `datasets` object, with the columns of `read_manifest`.
+    """Return a split of a `datasets` object for `load_split`; `name` is the data's in messages.
 
     Audio may be a path (relative to the working folder), encoded bytes, {"path", "bytes"} or
     {"array", "sampling_rate"}; torchcodec is not needed. A stream, and arrays, are gathered row by
     row in memory; any other audio stays where it is.
-
-    Args:
-        data: a single set serves every split.
-        split: of a dictionary of sets.
-        name: of the data in messages.
-        on_bad: called with the error of every bad row; where it does not raise, the row is left
-            out.
-
-    Raises:
-        UserError: if the split or the columns are missing, there are no rows, or `on_bad` raises.
     """
     data, name = _select_split(data, split, name)
-    if isinstance(data, Dataset) and len(data) and not _has_arrays(data):
-        return _checked(data, name, on_bad)
+    if isinstance(data, Dataset) and len(data):
+        feature = data.features[check_columns(data.column_names)["audio"]]
+        if not (isinstance(feature, dict) and "array" in feature):
+            return _checked(data, name, on_bad)
     return _gathered(data, name, on_bad)
 
 
@@ -96,9 +86,8 @@ def _streamed_row(record: Record, name: str) -> Row:
         for names in ALIASES.values()
     )
     path = audio.get("path") if isinstance(audio, Mapping) else audio
-    origin = f"{name}, the row with {printable(path if isinstance(path, str) else text, 80)!r}"
-    with located(origin):
-        return {**parse_row(record), "origin": origin}
+    said = printable(path if isinstance(path, str) else text, 80)
+    return parse_located(f"{name}, the row with {said!r}", record)
 
 
 def _select_split(data: HfDataset, split: str, name: str) -> tuple[Dataset | IterableDataset, str]:
@@ -118,7 +107,7 @@ def _select_split(data: HfDataset, split: str, name: str) -> tuple[Dataset | Ite
 
 
 def split_keys(data: HfDataset) -> list[str]:
-    """Return the names of the splits of a `datasets` object; [] if it is a single set."""
+    """Return the names of its splits; [] if it is a single set."""
     return [str(name) for name in data] if isinstance(data, dict) else []
 
 
@@ -128,11 +117,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def load_saved(folder: Path) -> Dataset | DatasetDict:
-    """Load what `save_to_disk` saved: Arrow files and JSON, nothing pickled.
-
-    Raises:
-        UserError: if it cannot be loaded.
-    """
+    """Load what `save_to_disk` saved: Arrow files and JSON, nothing pickled."""
     with _loading(f"the saved data set {printable(folder)}"):
         return load_from_disk(str(folder))
 
@@ -149,16 +134,12 @@ def parquet_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def load_parquet(
-    files: Iterable[Path], split: str, streaming: bool = False
+    files: list[Path], split: str, streaming: bool = False
 ) -> Dataset | IterableDataset:
     """Load the parquet files of a split, or stream them.
 
     Small ones are read into memory; the others are mapped from the cache of `datasets`.
-
-    Raises:
-        UserError: if they cannot be loaded.
     """
-    files = list(files)
     names = [glob.escape(str(path)) for path in files]
     with _loading(printable(names[0])):
         if not streaming and sum(path.stat().st_size for path in files) <= IN_MEMORY:
@@ -177,15 +158,10 @@ def _loading(what: str) -> Iterator[None]:
 
 
 def load_hub(name: str, split: str, streaming: bool = False) -> Dataset | IterableDataset:
-    """Load a split of a data set of the Hub, through the cache of `datasets`; runs no code of it.
+    """Load a split of "owner/name" or "owner/name:config" of the Hub; runs no code of it.
 
-    Args:
-        name: "owner/name" or "owner/name:config".
-        split: of the data set.
-        streaming: its files are read when they are needed, and not kept.
-
-    Raises:
-        UserError: if it cannot be reached or loaded, or has no such split.
+    It goes through the cache of `datasets`; streamed files are read when they are needed, and not
+    kept.
     """
     repository, _, config = name.partition(":")
     with _hub_errors(name):
@@ -193,11 +169,7 @@ def load_hub(name: str, split: str, streaming: bool = False) -> Dataset | Iterab
 
 
 def hub_splits(name: str) -> list[str]:
-    """Return the splits of a data set of the Hub.
-
-    Raises:
-        UserError: if it cannot be reached.
-    """
+    """Return the splits of a data set of the Hub, named as in `load_hub`."""
     repository, _, config = name.partition(":")
     with _hub_errors(name):
         return list(get_dataset_split_names(repository, config or None))
@@ -217,11 +189,6 @@ def _hub_errors(name: str) -> Iterator[None]:
             f"no data at {name!r}: there is no such path, and from the Hub it cannot be loaded "
             f"({reason(error)}); give a path, or load it where there is a network"
         ) from error
-
-
-def _has_arrays(data: Dataset) -> bool:
-    feature = data.features[column(data.column_names, "audio")]
-    return isinstance(feature, dict) and "array" in feature
 
 
 def _undecoded(data: Any, name: str) -> Any:
@@ -244,40 +211,43 @@ def _cast_audio(data: Any, name: str, audio: str) -> Any:
 
 def _checked(data: Dataset, name: str, on_bad: OnBadRow) -> Dataset:
     """Check everything but the audio, which is not copied."""
-    given = column(data.column_names, "audio")
+    given, text = check_columns(data.column_names).values()
     audio = _cast_audio(data.select_columns([given]), name, given)
     audio = audio if given == "audio" else audio.rename_column(given, "audio")
     others = data.select_columns(sorted(KNOWN & set(data.column_names) - {given}))
-    rows = list(parse_rows(_records(others, name), parse_details))
-    good = [number for number, row in enumerate(rows) if not isinstance(row, BadRow)]
-    details = to_dataset(list(good_rows(rows, on_bad)), DETAILS)
-    audio = audio if len(good) == len(rows) else audio.select(good)
-    return concatenate_datasets([audio, details], axis=1)
+    rows, good = [], []
+    for number, (origin, record) in enumerate(_records(others, name)):
+        try:
+            rows.append(parse_located(origin, record, partial(parse_details, text=text)))
+        except BadRow as error:
+            on_bad(error)
+        else:
+            good.append(number)
+    audio = audio if len(good) == len(data) else audio.select(good)
+    return concatenate_datasets([audio, to_dataset(rows, DETAILS)], axis=1)
 
 
 def _gathered(data: Dataset | IterableDataset, name: str, on_bad: OnBadRow) -> Dataset:
     """Read every row, audio too, into memory."""
-    rows = parse_rows(_records(_undecoded(data, name), name), parse_row)
-    parts = []
-    while chunk := list(itertools.islice(rows, CHUNK)):
-        parts.append(to_dataset(list(good_rows(chunk, on_bad))))
-    if not parts:
+    records = _records(_undecoded(data, name), name)
+    if (first := next(records, None)) is None:
         raise UserError(f"{name} has no rows; give data with rows")
+    rows = good_rows(itertools.chain([first], records), on_bad=on_bad)
+    parts = [to_dataset([])]
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        parts.append(to_dataset(chunk))
     return concatenate_datasets(parts)
 
 
-def _records(data: Iterable[Record], name: str) -> Iterator[tuple[str, Record | UserError]]:
+def _records(data: Iterable[Record], name: str) -> Iterator[LocatedRecord]:
     """Yield origins, counted from 0 as in Python, and records."""
-    rows = iter(data)
-    for number in itertools.count():
-        origin = f"{name}, row {number}"
-        try:
-            yield origin, next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # of a generator, a network or a decoder
-            if "torchcodec" in str(error):
-                advice = "the column's type is Audio, so that `datasets` asks for torchcodec"
-                error = ImportError(f"{advice}; yield the same without that type")
-            yield origin, Unreadable(f"cannot be read: {reason(error)}")
-            return
+    number = 0
+    try:
+        for record in data:
+            yield f"{name}, row {number}", record
+            number += 1
+    except Exception as error:  # of a generator, a network or a decoder
+        if "torchcodec" in str(error):
+            advice = "the column's type is Audio, so that `datasets` asks for torchcodec"
+            error = ImportError(f"{advice}; yield the same without that type")
+        yield f"{name}, row {number}", Unreadable(f"cannot be read: {reason(error)}")

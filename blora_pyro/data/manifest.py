@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 
 from blora_pyro.data.rows import (
-    BadRow,
+    LocatedRecord,
     OnBadRow,
     Record,
     Row,
@@ -18,8 +18,8 @@ from blora_pyro.data.rows import (
     Unreadable,
     check_columns,
     good_rows,
+    parse_located,
     parse_row,
-    parse_rows,
     shown,
     stop,
     to_dataset,
@@ -53,54 +53,41 @@ def read_manifest(path: str | Path, split: str | None = None, on_bad: OnBadRow =
     Raises:
         UserError: if the file cannot be read or has no rows, or `on_bad` raises.
     """
-    rows = manifest_rows(path, split)
-    if (first := next(rows, None)) is None:
+    records = manifest_records(path, split)
+    if (first := next(records, None)) is None:
         names = ", ".join(manifest_splits(path))
         lacks = f"no rows of split {split!r}, but of {names}" if names else "no rows"
         raise UserError(f"{printable(path)} has {lacks}; a row needs audio and text")
-    return to_dataset(list(good_rows(chain([first], rows), on_bad)))
+    parse = partial(parse_row, folder=Path(path).parent)
+    return to_dataset(list(good_rows(chain([first], records), parse, on_bad)))
 
 
-def manifest_rows(path: str | Path, split: str | None = None) -> Iterator[Row | BadRow]:
-    """Yield the rows of a manifest, and for each bad one the error; see `read_manifest`.
-
-    Raises:
-        UserError: if the file cannot be read.
-    """
-    records = (
-        (f"{printable(path)}, line {line}", record)
-        for line, record in _records(Path(path))
-        if split is None
-        or isinstance(record, UserError)
-        or record.get("split") in (None, "", split)
-    )
-    return parse_rows(records, partial(parse_row, folder=Path(path).parent))
+def manifest_records(path: str | Path, split: str | None = None) -> Iterator[LocatedRecord]:
+    """Yield origins, and records or why there is none; see `read_manifest`."""
+    for line, record in _records(Path(path)):
+        known = (None, "", split)
+        if split is None or isinstance(record, UserError) or record.get("split") in known:
+            yield f"{printable(path)}, line {line}", record
 
 
 def manifest_stream(path: str | Path, split: str | None = None) -> RowStream:
     """Return the rows of `read_manifest` as a stream of one shard."""
     arguments = {"path": str(path), "split": split}
     records = IterableDataset.from_generator(_stream_records, gen_kwargs=arguments)
-    return RowStream(records, _streamed_row, printable(path))
+    return RowStream(records, partial(_streamed_row, folder=Path(path).parent), printable(path))
 
 
-def _stream_records(path: str, split: str | None) -> Iterator[dict[str, Row | BadRow]]:
-    for row in manifest_rows(path, split):
-        yield {"row": row}
+def _stream_records(path: str, split: str | None) -> Iterator[Record]:
+    for origin, record in manifest_records(path, split):
+        yield {"origin": origin, "record": record}
 
 
-def _streamed_row(record: Record) -> Row:
-    if isinstance(row := record["row"], BadRow):
-        raise row
-    return row
+def _streamed_row(streamed: Record, folder: Path) -> Row:
+    return parse_located(**streamed, parse=partial(parse_row, folder=folder))
 
 
 def manifest_splits(path: str | Path) -> list[str]:
-    """Return the names in a manifest's column `split`, sorted; [] without one.
-
-    Raises:
-        UserError: if the file cannot be read.
-    """
+    """Return the names in a manifest's column `split`, sorted; [] without one."""
     records = (record for _, record in _records(Path(path)) if not isinstance(record, UserError))
     names = {record.get("split") for record in records if isinstance(record.get("split"), str)}
     return sorted(printable(name) for name in names if name)
@@ -134,20 +121,19 @@ def _check_decoded(text: str) -> None:
 def _json_records(lines: Iterable[str]) -> NumberedRecords:
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            try:
-                yield number, _parse_json(line)
-            except UserError as error:
-                yield number, error
+            yield number, _parse_json(line)
 
 
-def _parse_json(line: str) -> Record:
-    _check_decoded(line)
+def _parse_json(line: str) -> Record | UserError:
     try:
+        _check_decoded(line)
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON: {line.strip()[:40]!r}") from error
+    except UserError as error:
+        return error
+    except (ValueError, RecursionError):
+        return UserError(f"not JSON: {line.strip()[:40]!r}")
     if not isinstance(record, dict):
-        raise UserError(f"not a JSON object: {line.strip()[:40]!r}")
+        return UserError(f"not a JSON object: {line.strip()[:40]!r}")
     return record
 
 
@@ -192,20 +178,18 @@ def _parse_cells(header: list[str], cells: list[str]) -> Record:
     _check_decoded("".join(cells))
     if len(cells) != len(header):
         raise UserError(f"{len(cells)} cells, but the header has {len(header)}")
-    record: dict[str, object] = dict(zip(header, cells, strict=True))
-    for name in ("duration", "start", "end"):
-        if name in record:
-            record[name] = _parse_number(name, str(record[name]))
-    return record
+    return {
+        name: _parse_number(cell) if name in ("duration", "start", "end") else cell
+        for name, cell in zip(header, cells, strict=True)
+    }
 
 
-def _parse_number(name: str, cell: str) -> float | None:
-    if not cell.strip():
-        return None
+def _parse_number(cell: str) -> float | str | None:
+    """Return a cell's number; what is none stays as it is, and is refused with the row."""
     try:
-        return float(cell)
-    except ValueError as error:
-        raise UserError(f"{name} must be a number of seconds, got {shown(cell)}") from error
+        return float(cell) if cell.strip() else None
+    except ValueError:
+        return cell
 
 
 # What reads a file's lines, and what ends them: JSON may hold U+2028 and a carriage return as they

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from blora_pyro.data.rows import BadRow, located
+from blora_pyro.data.rows import located
 from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.options import TASKS
@@ -68,11 +68,6 @@ def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return tokenizer.encode(" " + text, add_special_tokens=False, split_special_tokens=True)
 
 
-def end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the end token's id."""
-    return tokenizer.get_vocab()[END]
-
-
 @dataclass(frozen=True)
 class EncodedRow:
     """A row of `collation.Examples`, all but its features."""
@@ -98,17 +93,10 @@ class Encoder:
         task: str = "transcribe",
         max_tokens: int = 448,
     ) -> None:
-        """Keep what all rows have in common.
-
-        Args:
-            tokenizer: the model's.
-            language: of rows that name none.
-            task: "transcribe" or "translate".
-            max_tokens: the decoder's length.
-        """
+        """Keep what all rows have in common; `language` is that of rows that name none."""
         self.tokenizer, self.language, self.task = tokenizer, language, task
         self.max_tokens = max_tokens
-        self.end = end_id(tokenizer)
+        self.end = tokenizer.get_vocab()[END]
         self._prompts: dict[str, list[int]] = {}
 
     def encode(self, text: str, language: str = "") -> tuple[str, list[int], list[int]]:
@@ -121,38 +109,27 @@ class Encoder:
         if code not in self._prompts:
             self._prompts[code] = prompt_ids(self.tokenizer, code, self.task)
         prompt = self._prompts[code]
-        return code, prompt, self._target(text, self.max_tokens - len(prompt))
-
-    def encode_row(self, row: Mapping[str, Any], path: str | None) -> EncodedRow:
-        """Return a row with the columns of `read_manifest`, tokenised.
-
-        Args:
-            row: its audio is not looked at.
-            path: of the audio, if it has one.
-
-        Raises:
-            BadRow: if the language is unknown, or the text too long.
-        """
-        source, origin, segment = row.get("source", 0), row["origin"], (row["start"], row["end"])
-        try:
-            with located(origin):
-                language, prompt, target = self.encode(row["text"], row["language"])
-                tags = [language_code(tag) for tag in row["word_languages"]]
-        except BadRow as error:
-            error.source = source
-            raise
-        text = row["text"]
-        return EncodedRow(text, language, tags, origin, path, segment, source, prompt, target)
-
-    def _target(self, text: str, room: int) -> list[int]:
-        """Return the tokens of a text and its end, no more than fit behind the prompt."""
+        room = self.max_tokens - len(prompt)
         size = f"{len(text):,} characters"
         if len(text) <= _MAX_CHARACTERS * max(room, 1):
             target = [*text_ids(self.tokenizer, text), self.end]
             if len(target) - 1 <= room:  # the end is never an input
-                return target
+                return code, prompt, target
             size = f"{len(target) - 1} tokens"
         raise UserError(
             f"the text ({text[:30]!r}...) has {size}, but behind its prompt the decoder has room "
             f"for {room} tokens; shorten the text or split the audio"
         )
+
+    def encode_row(self, row: Mapping[str, Any], path: str | None) -> EncodedRow:
+        """Return a row with the columns of `read_manifest`, tokenised; `path` is its audio's.
+
+        Raises:
+            BadRow: if the language is unknown, or the text too long.
+        """
+        origin, text, source = row["origin"], row["text"], row.get("source", 0)
+        with located(origin, source):
+            language, prompt, target = self.encode(text, row["language"])
+            tags = [language_code(tag) for tag in row["word_languages"]]
+        segment = row["start"], row["end"]
+        return EncodedRow(text, language, tags, origin, path, segment, source, prompt, target)

@@ -39,19 +39,17 @@ FEATURES = Features({"audio": {"bytes": Value("binary"), "path": Value("string")
 
 Row = dict[str, Any]  # of `FEATURES`
 Record = Mapping[str, Any]  # a value by column name, as a file or a table has it
+LocatedRecord = tuple[str, Record | UserError]  # an origin, and a record or why there is none
 
 
 class BadRow(UserError):
-    """A row that cannot be used.
+    """A row that cannot be used: where it is ("train.csv, line 3"), and what is wrong with it.
 
-    Attributes:
-        origin: where it is, such as "train.csv, line 3".
-        reason: what is wrong with it.
-        source: the index of its source in a mixture.
+    `source` is the index of its source in a mixture.
     """
 
     def __init__(self, origin: str, reason: str, source: int = 0) -> None:
-        """See the attributes."""
+        """Compose the message of origin and reason."""
         super().__init__(f"{origin}: {reason}")
         self.origin, self.reason, self.source = origin, reason, source
 
@@ -69,10 +67,10 @@ def stop(error: BadRow) -> NoReturn:
 
 
 class BadRows(list[BadRow]):
-    """An `OnBadRow` that keeps the errors of one source and calls another `OnBadRow` with them."""
+    """An `OnBadRow` that keeps the errors, notes their source, and calls another `OnBadRow`."""
 
     def __init__(self, on_bad: OnBadRow, source: int | None = None) -> None:
-        """Start empty; a source is noted in every error."""
+        """Start empty; None leaves the source in an error as it is."""
         super().__init__()
         self.on_bad, self.source = on_bad, source
 
@@ -85,21 +83,14 @@ class BadRows(list[BadRow]):
 
 
 @contextmanager
-def located(origin: str) -> Iterator[None]:
-    """Put "origin: " before the message of a `UserError` that is raised inside.
-
-    Args:
-        origin: where a row is, such as "train.csv, line 3".
-
-    Raises:
-        BadRow: the error from inside, located; `Unreadable` stays what it is.
-    """
+def located(origin: str, source: int = 0) -> Iterator[None]:
+    """Turn a `UserError` inside into a `BadRow` of this origin; `Unreadable` stays what it is."""
     try:
         yield
     except Unreadable as error:
         raise Unreadable(f"{origin}: {error}") from error.__cause__
     except UserError as error:
-        raise BadRow(origin, str(error)) from error.__cause__
+        raise BadRow(origin, str(error), source) from error.__cause__
 
 
 def all_bad(errors: Sequence[BadRow]) -> str:
@@ -109,25 +100,15 @@ def all_bad(errors: Sequence[BadRow]) -> str:
 
 @dataclass(frozen=True)
 class RowStream:
-    """Rows that are read when they are needed.
+    """Rows that are read when they are needed."""
 
-    Attributes:
-        records: raw records, in shards.
-        parse: returns a record as a row, its audio not decoded, or raises a `BadRow`.
-        name: of the data in messages.
-    """
-
-    records: IterableDataset
-    parse: Callable[[Record], Row]
-    name: str
+    records: IterableDataset  # raw, in shards
+    parse: Callable[[Record], Row]  # leaves the audio undecoded; raises `BadRow`
+    name: str  # in messages
 
 
-def check_columns(names: Iterable[str]) -> None:
-    """Refuse the columns of a header, a table or an object that make no row.
-
-    Raises:
-        UserError: if audio or text is missing, or there twice under different names.
-    """
+def check_columns(names: Iterable[str]) -> dict[str, str]:
+    """Return by which name "audio" and "text" go; refuse none, or two for one of them."""
     names = set(names)
     found = {wanted: [name for name in ALIASES[wanted] if name in names] for wanted in ALIASES}
     if missing := [wanted for wanted in ALIASES if not found[wanted]]:
@@ -136,41 +117,24 @@ def check_columns(names: Iterable[str]) -> None:
     for wanted, given in found.items():
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} both say what the {wanted} is; keep one")
-
-
-def column(names: Iterable[str], wanted: str) -> str:
-    """Return the name under which checked columns have "audio" or "text"."""
-    names = set(names)
-    return next(name for name in ALIASES[wanted] if name in names)
+    return {wanted: given[0] for wanted, given in found.items()}
 
 
 def parse_row(record: Record, folder: Path | None = None) -> Row:
     """Return a record as a row of `FEATURES`, all but its origin; further columns are dropped.
 
-    Args:
-        record: of a manifest or a table.
-        folder: of the manifest; None for a table. See `parse_audio`.
-
-    Raises:
-        UserError: if the record is no such row, or a manifest's audio file does not exist.
+    `folder` is that of a manifest, None for a table; see `parse_audio`.
     """
-    given = {name for names in ALIASES.values() for name in names if record.get(name) is not None}
     for names in ALIASES.values():  # a null is no value where another name has one
-        if given.intersection(names):
-            record = {
-                name: one for name, one in record.items() if name in given or name not in names
-            }
-    check_columns(record)
-    audio = parse_audio(record[column(record, "audio")], folder)
-    return {"audio": audio, **parse_details(record)}
+        given = {name for name in names if record.get(name) is not None}
+        nulls = set(names) - given if given else set()
+        record = {name: one for name, one in record.items() if name not in nulls}
+    audio, text = check_columns(record).values()
+    return {"audio": parse_audio(record[audio], folder), **parse_details(record, text)}
 
 
-def parse_details(record: Record) -> Row:
-    """Return a record as a row of `DETAILS`, all but its origin: `parse_row` without the audio.
-
-    Raises:
-        UserError: if a value is not what its column holds.
-    """
+def parse_details(record: Record, text: str) -> Row:
+    """Return what `parse_row` does without the audio; `text` is the name of that column."""
     codes = record.get("word_languages")
     if isinstance(codes, str):
         codes = codes.split()
@@ -178,7 +142,7 @@ def parse_details(record: Record) -> Row:
         raise UserError(f"word_languages must be a list of texts, got {shown(codes)}")
     language = record.get("language")
     row: Row = {
-        "text": _text("text", record[column(record, "text")]),
+        "text": _text("text", record[text]),
         "language": "" if language is None else _text("language", language),
         "word_languages": [_text("word_languages", code) for code in codes or []],
         **{name: _seconds(name, record.get(name)) for name in ("duration", "start", "end")},
@@ -192,13 +156,8 @@ def parse_details(record: Record) -> Row:
 def parse_audio(value: object, folder: Path | None = None) -> dict[str, Any]:
     """Return audio as {"path", "bytes"}, not decoded; arrays become wav, 32-bit floats.
 
-    Args:
-        value: with a folder, the path of a file that exists, relative to it; without one a path,
-            encoded bytes, {"path", "bytes"}, or {"array", "sampling_rate"}.
-        folder: of the manifest.
-
-    Raises:
-        UserError: if the value is none of these.
+    With a folder, the value is the path of a file that exists, relative to it; without one a path,
+    encoded bytes, {"path", "bytes"}, or {"array", "sampling_rate"}.
     """
     if folder is not None:
         path = _text("audio", value)
@@ -226,35 +185,30 @@ def parse_audio(value: object, folder: Path | None = None) -> dict[str, Any]:
     raise UserError(f"audio must be a path, bytes, or an array with its rate, got {shown(value)}")
 
 
-def parse_rows(
-    records: Iterable[tuple[str, Record | UserError]], parse: Callable[[Record], Row]
-) -> Iterator[Row | BadRow]:
-    """Yield each record as a row, or the error, with its origin, if it is none.
+def parse_located(
+    origin: str, record: Record | UserError, parse: Callable[[Record], Row] = parse_row
+) -> Row:
+    """Return a record as a row with its origin, or raise `BadRow` or `Unreadable`.
 
-    Args:
-        records: origins and records; an error stands for a record that could not be read.
-        parse: returns a record as a row, or raises a `UserError`.
-
-    Raises:
-        Unreadable: if a record is one.
+    An error stands for a record that could not be read.
     """
+    with located(origin):
+        if isinstance(record, UserError):
+            raise record
+        return {**parse(record), "origin": origin}
+
+
+def good_rows(
+    records: Iterable[LocatedRecord],
+    parse: Callable[[Record], Row] = parse_row,
+    on_bad: OnBadRow = stop,
+) -> Iterator[Row]:
+    """Yield the good rows of origins and records; `on_bad` is called with the other errors."""
     for origin, record in records:
         try:
-            with located(origin):
-                if isinstance(record, UserError):
-                    raise record
-                row = {**parse(record), "origin": origin}
+            row = parse_located(origin, record, parse)
         except BadRow as error:
-            yield error
-        else:
-            yield row
-
-
-def good_rows(rows: Iterable[Row | BadRow], on_bad: OnBadRow = stop) -> Iterator[Row]:
-    """Yield the good rows; `on_bad` is called with the errors of the others."""
-    for row in rows:
-        if isinstance(row, BadRow):
-            on_bad(row)
+            on_bad(error)
         else:
             yield row
 
@@ -287,7 +241,7 @@ def _text(name: str, value: object) -> str:
 def _seconds(name: str, value: object) -> float | None:
     if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
         return None
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not 0 <= value < 1e9:  # type: ignore[operator]
-        raise UserError(f"{name} must be a number of seconds, got {shown(value)}")
-    return float(value)  # type: ignore[arg-type]
+    if isinstance(value, int | float | np.number) and not isinstance(value, bool):
+        if 0 <= value < 1e9:
+            return float(value)
+    raise UserError(f"{name} must be a number of seconds, got {shown(value)}")

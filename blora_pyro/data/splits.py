@@ -26,12 +26,13 @@ from blora_pyro.data.manifest import FORMATS, manifest_splits, manifest_stream, 
 from blora_pyro.data.rows import BadRows, OnBadRow, RowStream, all_bad, stop
 from blora_pyro.errors import UserError, printable
 from blora_pyro.files import cache_dir
-from blora_pyro.options import POCKET_DOMAINS, POCKET_LANGUAGES
+from blora_pyro.options import POCKET_DOMAINS as DOMAINS
+from blora_pyro.options import POCKET_LANGUAGES as LANGUAGES
 from blora_pyro.sources import Source, as_sources, describe_source, is_table
 
 POCKET_DIR = Path(__file__).parent / "pocket"  # the shipped assets, a folder without code
 MODEL_DIR = POCKET_DIR / "model"
-DOMAINS, LANGUAGES = POCKET_DOMAINS, POCKET_LANGUAGES
+_CORPORA = (*DOMAINS, *LANGUAGES)
 
 _OBJECT = "<"  # how `describe_source` describes an object, and no source is named
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
@@ -59,8 +60,8 @@ def load_split(source: Source, split: str, on_bad: OnBadRow = stop) -> Dataset:
         UserError: if the source is none of these, lacks the split, or `read_manifest` raises.
     """
     found = _find(source, split)
-    if isinstance(found, _ManifestSplit):
-        return read_manifest(found.path, found.split, on_bad)
+    if found.load is None:
+        return read_manifest(found.name, found.pick, on_bad)
     return dataset_split(found.load(False), split, found.name, on_bad)
 
 
@@ -74,8 +75,8 @@ def stream_split(source: Source, split: str) -> RowStream:
         UserError: if the source is none of these, or lacks the split or columns.
     """
     found = _find(source, split)
-    if isinstance(found, _ManifestSplit):
-        return manifest_stream(found.path, found.split)
+    if found.load is None:
+        return manifest_stream(found.name, found.pick)
     return dataset_stream(found.load(True), split, found.name)
 
 
@@ -88,15 +89,8 @@ def load_mixture(
 ) -> Dataset:
     """Read a split of one or more sources, one after the other, as `load_split` reads it.
 
-    A single source that is a manifest serves any split. The rows have one column more, `source`:
-    the index of theirs.
-
-    Args:
-        sources: one or more.
-        split: of all of them.
-        on_bad: called with the error of every bad row.
-        limit: rows of the first source, drawn at random, their order kept; None is all.
-        seed: of that draw.
+    The rows have one column more, `source`: the index of theirs. With a `limit`, that many rows of
+    the first source are drawn at random, by `seed`, their order kept.
 
     Raises:
         UserError: as `load_split`, or if a source has nothing but bad rows.
@@ -154,11 +148,11 @@ def corpus_dir(name: str) -> Path:
     Raises:
         UserError: if no corpus has this name, or it is neither shipped nor built.
     """
-    if name not in (*DOMAINS, *LANGUAGES):
-        allowed = ", ".join((*DOMAINS, *LANGUAGES))
-        raise UserError(f"no built-in corpus is called {name!r}; choose from {allowed}")
-    cache = cache_dir()
-    folders = [POCKET_DIR, *([cache / "pocket"] if cache else [])]
+    if name not in _CORPORA:
+        raise UserError(f"no built-in corpus is called {name!r}; choose from {', '.join(_CORPORA)}")
+    folders = [POCKET_DIR]
+    if cache := cache_dir():
+        folders.append(cache / "pocket")
     for folder in folders:
         if (folder / name).is_dir():
             return folder / name
@@ -169,40 +163,33 @@ def corpus_dir(name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class _ManifestSplit:
-    """A manifest, and the split to be picked from it; None is all of it."""
+class _Found:
+    """Where a split is: in a manifest, or in a data set."""
 
-    path: str | Path
-    split: str | None
-
-
-@dataclass(frozen=True)
-class _DatasetSplit:
-    """What loads a data set, as a stream or not, and its name in messages."""
-
-    load: Callable[[bool], HfDataset]
-    name: str
+    name: str  # the manifest's path, or the data set's name in messages
+    pick: str | None = None  # the split to be picked from the rows of a manifest; None is all
+    load: Callable[[bool], HfDataset] | None = None  # a data set, as a stream or not
 
 
-def _find(source: Source, split: str) -> _ManifestSplit | _DatasetSplit:
+def _find(source: Source, split: str) -> _Found:
     if is_table(source):
-        return _DatasetSplit(lambda streaming: source, "the data set")
+        return _Found("the data set", load=lambda streaming: source)
     name = str(source)
     if os.path.isfile(name):
         if _is_parquet(name):
-            return _DatasetSplit(partial(load_parquet, [Path(name)], split), printable(name))
-        return _ManifestSplit(name, split)
+            return _Found(printable(name), load=partial(load_parquet, [Path(name)], split))
+        return _Found(name, split)
     if is_hub_id(name):
-        return _DatasetSplit(partial(load_hub, name, split), f"{name}, {split}")
+        return _Found(f"{name}, {split}", load=partial(load_hub, name, split))
     folder = _folder(name)
     if is_saved(folder):
-        return _DatasetSplit(lambda streaming: load_saved(folder), printable(folder))
+        return _Found(printable(folder), load=lambda streaming: load_saved(folder))
     if manifest := _only(folder, split) or _only(folder / split, "metadata"):
-        return _ManifestSplit(manifest, None)
+        return _Found(str(manifest))
     if manifest := _only(folder, "metadata"):
-        return _ManifestSplit(manifest, split)
+        return _Found(str(manifest), split)
     if files := parquet_files(folder).get(split):
-        return _DatasetSplit(partial(load_parquet, files, split), f"{printable(folder)}, {split}")
+        return _Found(f"{printable(folder)}, {split}", load=partial(load_parquet, files, split))
     splits = ", ".join(split_names(folder)) or "none"
     raise UserError(
         f"{printable(folder)} has no {split}.jsonl (.csv, .tsv, or {split}/metadata.csv); "
@@ -215,7 +202,7 @@ def _is_parquet(name: str) -> bool:
 
 
 def _folder(name: str) -> Path:
-    if not os.path.exists(name) and name in (*DOMAINS, *LANGUAGES):
+    if not os.path.exists(name) and name in _CORPORA:
         return corpus_dir(name)
     if name.startswith(_OBJECT):
         raise UserError(f"the data were an object from Python, {name}; give it again")
@@ -223,7 +210,7 @@ def _folder(name: str) -> Path:
         raise UserError(
             f"no data at '{printable(name)}'; give a manifest ({', '.join(FORMATS)}), a folder of "
             "manifests (train.jsonl, ...), a Hub data set (owner/name), or a built-in corpus: "
-            f"{', '.join((*DOMAINS, *LANGUAGES))}"
+            f"{', '.join(_CORPORA)}"
         )
     return Path(name)
 

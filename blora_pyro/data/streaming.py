@@ -1,7 +1,7 @@
 """Training data as a stream: rows are read, decoded and featurised as a fit draws them."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,8 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
-from blora_pyro.data.audio import read_audio
 from blora_pyro.data.collation import Batch, Examples
-from blora_pyro.data.features import log_mels
+from blora_pyro.data.features import row_log_mels
 from blora_pyro.data.prompts import EncodedRow, Encoder
 from blora_pyro.data.rows import (
     BadRow,
@@ -67,18 +66,9 @@ class Stream:
     ) -> None:
         """Read the sample.
 
-        Args:
-            rows: see `stream_split`.
-            feature_extractor: the model's; its window is the longest audio allowed.
-            tokenizer: the model's.
-            task: "transcribe" or "translate".
-            max_tokens: the decoder's length, the model's `max_target_positions`.
-            language: of rows that name none, see `language_code`.
-            buffer: rows that are shuffled at a time; 1 keeps their order within a shard.
-            seed: of the order.
-            trim: cut every batch after its longest utterance, see `features.trim`.
-            on_bad: called with the error of every bad row, again in every epoch and from another
-                thread; see `Examples`. Where it does not raise, the row is left out.
+        The arguments are those of `Examples`, but that `rows` are those of `stream_split`, and
+        `on_bad` is called again in every epoch, from another thread. `buffer` rows are shuffled at
+        a time, by the `seed`; 1 keeps their order within a shard.
 
         Raises:
             UserError: if there is no good row, or by `on_bad`.
@@ -112,15 +102,11 @@ class Stream:
     ) -> Iterator[tuple[Batch, StreamPosition]]:
         """Yield endless batches, each with the position before it; the next is made meanwhile.
 
-        Of several processes each has its own shards, or where their number is no multiple of that
-        of the processes every `count`-th row, and draws its part of every batch from them. A batch
-        may reach into the next epoch. Close the iterator when it is not needed any more.
-
-        Args:
-            batch_size: of all processes together.
-            position: of a batch, to start with it; None is the beginning.
-            rank: of this process.
-            count: of processes.
+        Of `count` processes each has its own shards, or where their number is no multiple of that
+        of the processes every `count`-th row, and draws its part of every batch from them: the one
+        of number `rank`. A batch of `batch_size` is that of all processes together, and may reach
+        into the next epoch. A position is where a batch begins; None is the beginning. Close the
+        iterator when it is not needed any more.
 
         Raises:
             UserError: if the data can't be read, a process has no good rows, or by `on_bad`.
@@ -155,12 +141,12 @@ class Stream:
             while len(rows) < size:
                 drawn = list(islice(records, size - len(rows)))
                 position = drawn[-1][1]
-                rows += self._good_rows([record for record, _ in drawn], readers, self._on_bad)
+                rows += self._good_rows([record for record, _ in drawn], readers.map, self._on_bad)
                 if rows:
                     good_epoch = position["epoch"]
                 elif position["epoch"] > good_epoch + 1:
                     raise UserError(f"{self._name(rank, count)} has nothing but bad rows")
-            yield self._examples(rows).batch(range(size)), start
+            yield Examples.of_rows(rows, self._encoder.end, self._trim).batch(range(size)), start
 
     def _records(
         self, position: StreamPosition, rank: int, count: int
@@ -200,7 +186,7 @@ class Stream:
             raise UserError(f"{self.rows.name} cannot be read on: {reason(error)}") from error
 
     def _good_rows(
-        self, records: list[Record], readers: ThreadPoolExecutor, on_bad: OnBadRow
+        self, records: list[Record], apply: Callable[..., Iterator[Any]], on_bad: OnBadRow
     ) -> list[_Good]:
         """Parse, tokenise and featurise records; return the good ones in their order."""
         rows: list[tuple[Row, EncodedRow]] = []
@@ -211,7 +197,7 @@ class Stream:
             except BadRow as error:
                 on_bad(error)
         good = []
-        features = readers.map(self._featurise, [row for row, _ in rows])
+        features = apply(self._featurise, [row for row, _ in rows])
         for (_, encoded), found in zip(rows, features, strict=True):
             if isinstance(found, BadRow):
                 on_bad(found)
@@ -221,30 +207,22 @@ class Stream:
 
     def _featurise(self, row: Row) -> Tensor | BadRow:
         """Return log-mels, (mels, frames), float16, or what is wrong with the audio."""
-        window = self.feature_extractor.chunk_length
         try:
             with located(row["origin"]):
-                wave = read_audio(
-                    row["audio"], start=row["start"], end=row["end"], max_seconds=window
-                )
+                return row_log_mels(row, self.feature_extractor)
         except BadRow as error:
             return error
-        return log_mels(wave, self.feature_extractor)
 
     def _sample(self, bad: BadRows) -> Examples:
         """Return the good ones of the first rows; if there are none, the first that is good."""
         good: list[_Good] = []
-        with ThreadPoolExecutor(1) as reader:
-            for number, record in enumerate(self._read(self.rows.records)):
-                if good and number >= SAMPLE:
-                    break
-                good += self._good_rows([record], reader, bad)
+        for number, record in enumerate(self._read(self.rows.records)):
+            if good and number >= SAMPLE:
+                break
+            good += self._good_rows([record], map, bad)
         if good:
-            return self._examples(good)
+            return Examples.of_rows(good, self._encoder.end, self._trim)
         raise UserError(all_bad(bad) if bad else f"{self.rows.name} has no rows; give some")
-
-    def _examples(self, rows: list[_Good]) -> Examples:
-        return Examples.of_rows(rows, self._encoder.end, self._trim)
 
     def _name(self, rank: int, count: int) -> str:
         name = self.rows.name

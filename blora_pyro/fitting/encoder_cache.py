@@ -10,8 +10,9 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from blora_pyro.data import Batch, cache_dir
+from blora_pyro.data import Batch
 from blora_pyro.errors import UserError
+from blora_pyro.files import cache_dir
 from blora_pyro.fitting.batches import Teacher
 from blora_pyro.models import BLoRA
 

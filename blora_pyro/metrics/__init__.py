@@ -1,10 +1,4 @@
-"""Error rates and their intervals, from texts and counts alone.
-
-- `error_rates`: WER, CER, MER, PIER, their alignments, and forgetting;
-- `normalizers`: text normalisation;
-- `bootstrap`: macro-averages and intervals over utterances;
-- `pareto`: the front of two errors, and its knee.
-"""
+"""Error rates and their intervals, from texts and counts alone."""
 
 from blora_pyro.metrics.error_rates import (
     WITHOUT_SPACES,

@@ -29,10 +29,9 @@ class Normalizer:
     def __init__(self, name: str = "whisper", spellings: Mapping[str, str] | None = None) -> None:
         """Create a normaliser.
 
-        Args:
-            name: `whisper` (English by Whisper's English normaliser, all other languages by its
-                basic one), `basic` (all by the basic one) or `none` (white space alone).
-            spellings: British -> American spellings, for English; None leaves spellings alone.
+        The name is `whisper` (English by Whisper's English normaliser, all other languages by its
+        basic one), `basic` (all by the basic one) or `none` (white space alone). `spellings` maps
+        British to American ones, for English; None leaves them alone.
 
         Raises:
             UserError: If the name is unknown, or `spellings` does not map strings to strings.

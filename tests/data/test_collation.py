@@ -3,7 +3,6 @@ from itertools import chain, islice
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,12 +105,6 @@ def test_an_english_only_model_has_neither_language_nor_task(dataset, extractor,
     assert [len(prompt) for prompt in examples.prompts] == [2]
 
 
-def test_audio_longer_than_the_window_is_refused(dataset, extractor, tokenizer):
-    assert len(Examples(dataset(ROWS[:1], seconds=3.0), extractor, tokenizer)) == 1
-    with pytest.raises(UserError, match=r"line 2: .*1\.wav lasts 3\.10 s, but the model hears 3 s"):
-        Examples(dataset(ROWS, seconds=3.0), extractor, tokenizer)
-
-
 def test_text_longer_than_the_decoder_is_refused(dataset, extractor, tokenizer):
     length = 4 + len(text_ids(tokenizer, ROWS[0]["text"]))
     rows = [ROWS[2], ROWS[0]]
@@ -149,11 +142,7 @@ def test_a_segment_has_the_features_of_its_part(speak, manifest, extractor, toke
     ("row", "gist"),
     [
         ({}, "lasts 10.00 s, but the model hears 3 s at a time; split it, or give start and end"),
-        ({"end": 4.0}, "lasts 4.00 s, but the model hears 3 s at a time; shorten the segment"),
-        ({"start": 9.0, "end": 11.0}, "lasts 10.00 s, so it has no segment from 9 s to 11 s"),
         ({"audio": "noise.wav"}, "noise.wav as wav, flac, ogg or mp3"),
-        ({"audio": "empty.wav"}, "empty.wav is empty; drop it"),
-        ({"audio": "nan.wav"}, "nan.wav has samples that are not finite"),
     ],
 )
 def test_bad_audio_is_named_by_file_and_row(
@@ -161,9 +150,7 @@ def test_bad_audio_is_named_by_file_and_row(
 ):
     good = {"audio": speak("a.wav").name, "text": "x", "language": "de"}
     speak("long.wav", 10.0)
-    speak("empty.wav", 0.0)
     (tmp_path / "noise.wav").write_bytes(bytes(range(256)))
-    soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), 16_000, subtype="FLOAT")
     path = manifest(good, {**good, "audio": "long.wav", **row})
     with pytest.raises(UserError) as caught:
         Examples(read_manifest(path), extractor, tokenizer)
@@ -230,7 +217,7 @@ def test_the_fingerprint_changes_with_the_data_alone(dataset, extractor, tokeniz
         return Examples(dataset(rows), extractor, tokenizer, **options).fingerprint
 
     known = fingerprint()
-    assert fingerprint() == fingerprint(cache=False) == known
+    assert fingerprint() == known
     assert fingerprint(ROWS[::-1]) != known
     assert fingerprint([{**ROWS[0], "text": "das haus"}, *ROWS[1:]]) != known
     assert fingerprint([{**ROWS[0], "language": "en"}, *ROWS[1:]]) != known

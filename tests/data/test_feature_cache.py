@@ -59,7 +59,7 @@ def test_a_shard_that_goes_between_look_up_and_reading_is_forgotten(shard):
 
 fuzz = settings(
     deadline=None,
-    max_examples=150,
+    max_examples=100,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 from datasets import Audio, Dataset, DatasetDict, Features, IterableDataset, Value
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blora_pyro.data import Examples, hf_datasets, read_audio
@@ -50,6 +50,10 @@ def saved(forms):
     return Dataset.from_list(rows).cast_column("audio", Audio())
 
 
+def as_table(rows, stream):
+    return IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
+
+
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
@@ -71,9 +75,7 @@ FORMS = ["path", "bytes", "path and bytes", "path of two", "array", "array and p
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_form_of_audio_is_read(forms, form, stream):
     rows = [{"audio": forms[form], "text": text, **EXTRAS} for text in "xy"]
-    table = (
-        IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
-    )
+    table = as_table(rows, stream)
     dataset = load_split(table, "train")
     check(dataset)
     assert dataset["origin"][:] == ["the data set, row 0", "the data set, row 1"]
@@ -85,11 +87,6 @@ def test_a_stream_may_have_paths_and_bytearrays(forms, speak):
     audio = [speak("a.wav"), bytearray(forms["bytes"])]
     rows = [{"audio": one, "text": "x", **EXTRAS} for one in audio]
     check(load_split(IterableDataset.from_generator(lambda: iter(rows)), "train"), "xx")
-
-
-def test_a_data_set_makes_examples(saved, extractor, tokenizer):
-    examples = Examples(load_split(saved, "train"), extractor, tokenizer)
-    assert examples.texts == ["x", "y"] and examples.features.shape == (2, 80, 300)
 
 
 def test_a_dictionary_has_its_splits_stored_or_streamed(saved):
@@ -141,9 +138,7 @@ def test_audio_of_a_data_set_is_not_copied_and_chunks_of_a_stream_are_joined(sav
     ],
 )
 def test_a_bad_row_is_named_by_its_number(rows, gist, stream):
-    table = (
-        IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
-    )
+    table = as_table(rows, stream)
     with pytest.raises(UserError) as caught:
         load_split(table, "train")
     assert gist in str(caught.value) and str(caught.value).isprintable()
@@ -153,23 +148,12 @@ def test_a_bad_row_is_named_by_its_number(rows, gist, stream):
 def test_bad_rows_are_left_out(forms, stream):
     texts = ["x", None, "y", None]
     rows = [{"audio": forms["bytes"], "text": text, **EXTRAS} for text in texts]
-    table = (
-        IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
-    )
+    table = as_table(rows, stream)
     bad: list[BadRow] = []
     check(load_split(table, "train", bad.append))
     assert [error.origin for error in bad] == ["the data set, row 1", "the data set, row 3"]
     table = table.filter(lambda row: row["text"] is None)
     assert len(load_split(table, "train", bad.append)) == 0
-
-
-def test_a_stream_that_breaks_is_not_cut_short(forms):
-    def rows():
-        yield {"audio": forms["bytes"], "text": "x"}
-        raise ConnectionError("gone")
-
-    with pytest.raises(Unreadable, match="row 1: cannot be read: gone"):
-        load_split(IterableDataset.from_generator(rows), "train", [].append)
 
 
 @pytest.mark.parametrize("audio", [None, {"path": None, "bytes": None}, {"path": "gone.wav"}])
@@ -191,8 +175,8 @@ def test_no_rows_and_a_generator_that_fails_are_refused(saved):
         yield {"audio": b"", "text": "x"}
         raise OSError("the disk\nis gone")
 
-    with pytest.raises(UserError, match="row 1: cannot be read: the disk is gone"):
-        load_split(IterableDataset.from_generator(rows), "train")
+    with pytest.raises(Unreadable, match="row 1: cannot be read: the disk is gone"):
+        load_split(IterableDataset.from_generator(rows), "train", [].append)
 
 
 def test_a_stream_that_needs_torchcodec_is_refused_with_advice(forms):
@@ -372,7 +356,12 @@ names = ["text", "language", "word_languages", "duration", "start", "end", "file
 rows = st.fixed_dictionaries({"audio": sounds | values}, optional={name: values for name in names})
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(
+    deadline=None,
+    max_examples=40,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],  # the machine may be busy
+)
 @given(rows=st.lists(rows, max_size=3))
 def test_any_stream_is_a_data_set_or_an_error_of_one_line(rows):
     try:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blora_pyro.data.audio import read_audio
-from blora_pyro.data.manifest import manifest_rows, manifest_splits, read_manifest
+from blora_pyro.data.manifest import manifest_splits, read_manifest
 from blora_pyro.data.rows import BadRow, Unreadable, stop
 from blora_pyro.errors import UserError
 
@@ -197,18 +197,6 @@ def test_a_column_split_picks_the_rows(speak, table):
         read_manifest(path, "dev")
 
 
-def test_bad_rows_stand_between_good_ones_as_errors(speak, manifest):
-    good = {"audio": speak("a.wav").name, "text": "x"}
-    path = manifest(good, "?", {"text": "y"}, good)
-    rows = list(manifest_rows(path))
-    assert [row["text"] for row in (rows[0], rows[3])] == ["x", "x"]
-    assert [str(row) for row in rows[1:3]] == [
-        f"{path}, line 2: not JSON: '?'",
-        f"{path}, line 3: no audio; a row needs audio (or audio_filepath, file_name) and text (or "
-        "sentence, transcription)",
-    ]
-
-
 def test_bad_rows_are_left_out_and_reported_in_order(speak, manifest):
     good = {"audio": speak("a.wav").name, "text": "x"}
     path = manifest(good, "?", {"text": "y"}, {**good, "text": "z"})
@@ -255,7 +243,7 @@ json_rows = st.fixed_dictionaries(
 cells = st.sampled_from(["a.wav", "", "1", "0.5", "nan", "de en", '"', "\r"]) | st.text(max_size=5)
 headers = st.lists(st.sampled_from([*GIVEN, "sentence", "split"]) | st.text(max_size=3), max_size=6)
 csv_rows = st.lists(cells, max_size=6)
-anything = settings(deadline=None, max_examples=50, derandomize=True)
+anything = settings(deadline=None, max_examples=25, derandomize=True)
 
 
 @pytest.fixture(scope="session")

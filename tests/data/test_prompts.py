@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from blora_pyro.data.prompts import end_id, prompt_ids, text_ids
+from blora_pyro.data.prompts import END, prompt_ids, text_ids
 from blora_pyro.errors import UserError
 
 
@@ -52,7 +52,7 @@ def test_text_is_tokenised_as_in_whisper_s_transcripts(tokenizer, text):
     assert tokenizer.decode(ids) == " " + text
     whole = f"<|startoftranscript|><|de|><|transcribe|><|notimestamps|> {text}<|endoftext|>"
     expected = tokenizer(whole, add_special_tokens=False).input_ids
-    assert [*prompt_ids(tokenizer, "de"), *ids, end_id(tokenizer)] == expected
+    assert [*prompt_ids(tokenizer, "de"), *ids, tokenizer.get_vocab()[END]] == expected
 
 
 def test_special_tokens_in_a_text_are_text(tokenizer):

@@ -14,7 +14,7 @@ from blora_pyro.metrics.bootstrap import (
     percentile_interval,
 )
 
-quick = settings(deadline=None, max_examples=60)  # no deadline: the machine may be busy
+quick = settings(deadline=None, max_examples=30)  # no deadline: the machine may be busy
 
 
 def counts(edits, lengths):

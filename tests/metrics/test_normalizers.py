@@ -18,7 +18,7 @@ from blora_pyro.metrics.normalizers import NORMALIZERS, Normalizer
 from blora_pyro.models import Base
 from blora_pyro.options import FitConfig
 
-quick = settings(deadline=None, max_examples=60)
+quick = settings(deadline=None, max_examples=30)
 spoken = st.lists(
     st.sampled_from(
         "I can't won't Mr. Smith's colour twenty five point hundred and a half $ € 5% 3.5 "
