@@ -251,7 +251,7 @@ class Told(Listener):
 
 file, output, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 study = study_of(read_study_file(file), file.name)
-run_study(study, output, heartbeat=1, progress=Told())
+run_study(study, output, heartbeat=5, progress=Told())
 """
 
 

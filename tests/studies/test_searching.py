@@ -153,7 +153,7 @@ class Told(Listener):
             os.kill(os.getpid(), signal.SIGKILL)
 
 options, output, how = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
-found = sweep(options, output, trials=3, heartbeat=1, progress=Told())
+found = sweep(options, output, trials=3, heartbeat=5, progress=Told())
 print(json.dumps(found.to_json()["trials"]))
 """
 
