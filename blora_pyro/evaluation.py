@@ -67,9 +67,7 @@ class Evaluation:
 def rate_summary(sets: Sequence[Evaluation], measure: str | None = None) -> dict[str, Any]:
     """Macro-averaged rate of the sets with its 95% interval, and under `raw` that of raw texts.
 
-    Args:
-        sets: One or more.
-        measure: A measure; None for the main measure of each set.
+    None as the measure is the main one of each set.
     """
     counts = [one.counts[measure or one.metric] for one in sets]
     rate, (low, high) = macro_rate(counts), macro_bootstrap_interval(counts)
@@ -117,12 +115,9 @@ def main_measure(texts: Sequence[str], languages: Sequence[str]) -> str:
 def score(
     examples: Examples, hypotheses: list[str], normalizer: Normalizer | None = None
 ) -> Evaluation:
-    """Count edits of `hypotheses`, raw and normalised.
+    """Count edits of `hypotheses`, one per example, raw and normalised.
 
-    Args:
-        examples: The data set.
-        hypotheses: One per example, in order.
-        normalizer: None for Whisper's normalisers.
+    None as the normalizer is Whisper's.
 
     Raises:
         UserError: If an utterance's words and word_languages differ in number.
@@ -152,32 +147,22 @@ def _score(
         references[row], tags[row] = _normalize_tagged(metric, *given, normalize)
     counts = {name: COUNTERS[name](references, guesses) for name in dict.fromkeys((metric, "cer"))}
     embedded = {row: examples.languages[row].split("-")[1] for row in tags}
-    pier = pier_counts(
-        [references[row] for row in tags],
-        [guesses[row] for row in tags],
-        [*tags.values()],
-        [*embedded.values()],
-        metric,
-    )
+    texts = [references[row] for row in tags], [guesses[row] for row in tags]
+    pier = pier_counts(*texts, [*tags.values()], [*embedded.values()], metric)
     if len(pier.lengths):  # else no utterance mixes the languages
         counts["pier"] = pier
-    points = [
-        points_of_interest(tags[row], embedded[row]) if row in tags else []
-        for row in range(len(references))
-    ]
+    points: list[list[bool]] = [[] for _ in references]
+    for row, languages in tags.items():
+        points[row] = points_of_interest(languages, embedded[row])
     return Evaluation(metric, counts, references, guesses, points, raw)
 
 
 def _normalize_tagged(
     measure: str, text: str, languages: Sequence[str], normalize: Callable[[str], str]
 ) -> tuple[str, list[str]]:
-    """The normalised transcript and the language of each of its tokens.
+    """The normalised transcript and the language of each of its tokens, of those of the raw one.
 
-    Args:
-        measure: Decides what a token is, see `metrics.spans`.
-        text: The raw transcript.
-        languages: Language of each of its tokens.
-        normalize: The normaliser.
+    The measure decides what a token is, see `metrics.spans`.
 
     A normaliser may split a word, drop it, or drop several at once (text in brackets). So each word
     is preceded by a marker, a character that normalisers keep, and text between two markers has the
@@ -195,9 +180,8 @@ def _normalize_tagged(
     codes = {mark: code for code, mark in marks.items()}
     spelled, owners, owner = "", [], ""
     for char in normalize(marked):
-        if char in codes:
-            owner = codes[char]
-        else:
+        owner = codes.get(char, owner)
+        if char not in codes:
             spelled += char
             owners.append(owner)
     found = [owners[start] for start, _ in spans(measure, spelled)]
@@ -205,11 +189,7 @@ def _normalize_tagged(
 
 
 def normalizer_for(base: Base, name: str) -> Normalizer:
-    """A normaliser with the spellings of the base's checkpoint.
-
-    Raises:
-        UserError: See `Normalizer`.
-    """
+    """A normaliser with the spellings of the base's checkpoint."""
     return Normalizer(name, base.tokenizer.english_spelling_normalizer)
 
 

@@ -5,8 +5,9 @@ element by element; ΔW = alpha/rank · B A can.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -59,86 +60,57 @@ class LayerFactors:
         variance = second @ self.var_a + self.var_b @ self.a**2
         return mean, self.scaling**2 * variance
 
-    def times(self, weight: float, scaling: float) -> "LayerFactors":
-        """The factors of weight · ΔW, expressed at another scaling."""
-        c = math.sqrt(abs(weight) * self.scaling / scaling)
-        sign = math.copysign(1.0, weight)
-        return replace(
-            self,
-            a=c * self.a,
-            b=sign * c * self.b,
-            var_a=c**2 * self.var_a,
-            var_b=c**2 * self.var_b,
-            scaling=scaling,
-        )
-
 
 def _factors(
     posterior: Posterior, mean: Mapping[str, Tensor], variance: Mapping[str, Tensor]
-) -> Iterator[tuple[str, LayerFactors]]:
-    """Yield (layer name, factors) from mean and variance by site name."""
+) -> dict[str, LayerFactors]:
+    """Layer name -> factors, from mean and variance by site name."""
+    found = {}
     for group in posterior.groups:
         a, b, var_a, var_b = (
             moment[site.name].cpu().double() for moment in (mean, variance) for site in group.sites
         )
-        for i, name in enumerate(group.modules):
-            stddev = group.weight_stddevs[i] if group.weight_stddevs else None
-            yield name, LayerFactors(a[i], b[i], var_a[i], var_b[i], posterior.scaling, stddev)
+        for i, (name, stddev) in enumerate(zip_longest(group.modules, group.weight_stddevs)):
+            moments = a[i], b[i], var_a[i], var_b[i]
+            found[name] = LayerFactors(*moments, posterior.scaling, stddev)
+    return found
 
 
 def posterior_factors(posterior: Posterior) -> dict[str, LayerFactors]:
     """Layer name -> its factors under q."""
     variance = {name: value.double() ** 2 for name, value in posterior.stddev.items()}
-    return dict(_factors(posterior, posterior.mean, variance))
+    return _factors(posterior, posterior.mean, variance)
 
 
 def prior_factors(posterior: Posterior) -> dict[str, LayerFactors]:
-    """Layer name -> its factors under the prior, averaged over the scales of a hierarchical one.
-
-    Raises:
-        UserError: See `Posterior.prior`.
-    """
-    variance = {
-        name: value.expand(posterior.mean[name].shape)
-        for name, value in posterior.prior_variances().items()
-    }
-    carried = posterior.prior_tensors
-    mean = {
-        name: carried.get(f"{name}.mean", torch.zeros_like(value))
-        for name, value in posterior.mean.items()
-    }
-    return dict(_factors(posterior, mean, variance))
+    """Layer name -> its factors under the prior, averaged over the scales of a hierarchical one."""
+    mean, variance = {}, posterior.prior_variances()
+    for name, value in posterior.mean.items():
+        mean[name] = posterior.prior_tensors.get(f"{name}.mean", torch.zeros_like(value))
+        variance[name] = variance[name].expand(value.shape)
+    return _factors(posterior, mean, variance)
 
 
 def posterior_of(like: Posterior, layers: Mapping[str, LayerFactors]) -> Posterior:
-    """A posterior with these factors, a guide of independent Normals and no prior.
+    """A posterior with these factors by layer name, a guide of independent Normals and no prior.
 
-    Args:
-        like: Posterior that gives base and revision.
-        layers: Layer name -> its factors, all of one scaling; layers of one shape and rank become
-            one group.
+    The factors have one scaling, and `like` gives base and revision. Layers of one shape and rank
+    become one group.
     """
-    by_shape: dict[tuple[int, int, int], list[str]] = {}
+    by_shape: dict[tuple[int, int, int], dict[str, LayerFactors]] = {}
     for name, one in layers.items():
-        by_shape.setdefault((*one.shape, one.a.shape[0]), []).append(name)
+        by_shape.setdefault((*one.shape, one.a.shape[0]), {})[name] = one
     shapes = [shape[:2] for shape in by_shape]
     groups, mean, stddev = [], {}, {}
-    for (out_features, in_features, rank), names in by_shape.items():
-        stddevs = [layers[name].weight_stddev for name in names]
-        group = Group(
-            tuple(names),
-            out_features,
-            in_features,
-            rank,
-            tuple(one for one in stddevs if one is not None),
-            f"_r{rank}" if shapes.count((out_features, in_features)) > 1 else "",
-        )
+    for (out_features, in_features, rank), own in by_shape.items():
+        stddevs = [one.weight_stddev for one in own.values() if one.weight_stddev is not None]
+        suffix = f"_r{rank}" if shapes.count((out_features, in_features)) > 1 else ""
+        group = Group(tuple(own), out_features, in_features, rank, tuple(stddevs), suffix)
         groups.append(group)
-        own = [layers[name] for name in names]
-        mean[group.A.name] = torch.stack([one.a for one in own]).float()
-        mean[group.B.name] = torch.stack([one.b for one in own]).float()
-        stddev[group.A.name] = torch.stack([one.var_a for one in own]).sqrt().float()
-        stddev[group.B.name] = torch.stack([one.var_b for one in own]).sqrt().float()
+        mean[group.A.name] = torch.stack([one.a for one in own.values()]).float()
+        mean[group.B.name] = torch.stack([one.b for one in own.values()]).float()
+        stddev[group.A.name] = torch.stack([one.var_a for one in own.values()]).sqrt().float()
+        stddev[group.B.name] = torch.stack([one.var_b for one in own.values()]).sqrt().float()
     scaling = next(iter(layers.values())).scaling
     return Posterior(
         like.base,
@@ -183,27 +155,31 @@ def combine(
     shares = _check(posteriors, method, weights)
     for number, other in enumerate(posteriors[1:], 2):
         check_alike(posteriors[0], other, ("run 1", f"run {number}"))
-    layers = [posterior_factors(one) for one in posteriors]
-    _check_rank(rank, layers[0])
-    scaling = posteriors[0].scaling
+    runs = [posterior_factors(one) for one in posteriors]
+    largest = min(min(one.shape) for one in runs[0].values())
+    if rank is not None and not 1 <= rank <= largest:
+        raise UserError(f"rank is {rank}; give a number from 1 to {largest}")
     if method == PRODUCT:
         rank = max(one.rank for one in posteriors) if rank is None else rank
-        priors = [prior_factors(one) for one in posteriors]
-        products = (
-            (name, multiply([one[name] for one in layers], [one[name] for one in priors]), first)
-            for name, first in layers[0].items()
-        )
-        return _truncated(posteriors[0], products, rank, scaling)
-    found = {
-        name: _side_by_side(
-            [one[name].times(w, scaling) for one, w in zip(layers, shares, strict=True)]
-        )
-        for name in layers[0]
-    }
-    whole = posterior_of(posteriors[0], found)
+        return _product(posteriors, runs, rank)
+    scaling = posteriors[0].scaling
+    sums = {name: _sum([one[name] for one in runs], shares, scaling) for name in runs[0]}
+    whole = posterior_of(posteriors[0], sums)
     if rank is None or rank >= whole.rank:
         return whole, 1.0
     return _first_directions(whole, rank)
+
+
+def _sum(parts: Sequence[LayerFactors], weights: Sequence[float], scaling: float) -> LayerFactors:
+    """Σ w_i ΔW_i of one layer, expressed at a scaling, with the directions of all."""
+    rows = []
+    for one, weight in zip(parts, weights, strict=True):
+        c = math.sqrt(abs(weight) * one.scaling / scaling)
+        signed = math.copysign(c, weight)
+        rows.append((c * one.a, signed * one.b, c**2 * one.var_a, c**2 * one.var_b))
+    a, b, var_a, var_b = zip(*rows, strict=True)
+    moments = torch.cat(a, 0), torch.cat(b, 1), torch.cat(var_a, 0), torch.cat(var_b, 1)
+    return LayerFactors(*moments, scaling, parts[0].weight_stddev)
 
 
 def multiply(runs: Sequence[LayerFactors], priors: Sequence[LayerFactors]) -> Tensor:
@@ -247,35 +223,26 @@ def multiply(runs: Sequence[LayerFactors], priors: Sequence[LayerFactors]) -> Te
     return total / precision
 
 
-def _side_by_side(parts: Sequence[LayerFactors]) -> LayerFactors:
-    """The sum of several ΔW of one layer and one scaling, with the directions of all."""
-    return replace(
-        parts[0],
-        a=torch.cat([one.a for one in parts], 0),
-        b=torch.cat([one.b for one in parts], 1),
-        var_a=torch.cat([one.var_a for one in parts], 0),
-        var_b=torch.cat([one.var_b for one in parts], 1),
-    )
-
-
-def _truncated(
-    like: Posterior, deltas: Iterable[tuple[str, Tensor, LayerFactors]], rank: int, scaling: float
+def _product(
+    posteriors: Sequence[Posterior], runs: Sequence[Mapping[str, LayerFactors]], rank: int
 ) -> tuple[Posterior, float]:
-    """The first singular directions of each ΔW, as a point estimate, and their share of the norm.
+    """The first singular directions of the product, as a point, and their share of the norm.
 
-    `deltas` yields (layer name, ΔW, some factors of the layer) one at a time, because all ΔW
-    together are as large as the model.
+    It is made layer by layer, because all ΔW together are as large as the model.
     """
+    priors = [prior_factors(one) for one in posteriors]
+    scaling = posteriors[0].scaling
     found, squares, kept = {}, 0.0, 0.0
-    for name, delta, of_layer in deltas:
+    for name, first in runs[0].items():
+        delta = multiply([one[name] for one in runs], [one[name] for one in priors])
         u, values, vh = torch.linalg.svd(delta.float(), full_matrices=False)
         root = (values[:rank] / scaling).sqrt().double()
         a, b = root[:, None] * vh[:rank], u[:, :rank] * root
         zeros = torch.zeros_like(a), torch.zeros_like(b)
-        found[name] = LayerFactors(a, b, *zeros, scaling, of_layer.weight_stddev)
+        found[name] = LayerFactors(a, b, *zeros, scaling, first.weight_stddev)
         squares += float(values.double().square().sum())
         kept += float(values[:rank].double().square().sum())
-    return posterior_of(like, found), _share(kept, squares)
+    return posterior_of(posteriors[0], found), _share(kept, squares)
 
 
 def _first_directions(whole: Posterior, rank: int) -> tuple[Posterior, float]:
@@ -318,19 +285,8 @@ def _check(
     return shares
 
 
-def _check_rank(rank: int | None, layers: Mapping[str, LayerFactors]) -> None:
-    largest = min(min(one.shape) for one in layers.values())
-    if rank is not None and not 1 <= rank <= largest:
-        raise UserError(f"rank is {rank}; give a number from 1 to {largest}")
-
-
 def check_alike(one: Posterior, other: Posterior, names: Sequence[str]) -> None:
-    """Check that two posteriors have the same base and layers.
-
-    Args:
-        one: The first posterior.
-        other: The second posterior.
-        names: Their names in error messages.
+    """Check that two posteriors, which errors call by `names`, have the same base and layers.
 
     Raises:
         UserError: If base, layers or frozen weights differ.
@@ -340,28 +296,26 @@ def check_alike(one: Posterior, other: Posterior, names: Sequence[str]) -> None:
         raise UserError(
             f"{names[0]} was fitted on {bases[0]}, {names[1]} on {bases[1]}; give runs of one base"
         )
-    shapes = [
-        {
-            name: (group.out_features, group.in_features)
-            for group in p.groups
-            for name in group.modules
-        }
-        for p in (one, other)
-    ]
+    shapes, stddevs = zip(*(_layers(p.groups) for p in (one, other)), strict=True)
     if shapes[0] != shapes[1]:
-        counts = [len(some) for some in shapes]
         odd = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
         raise UserError(
-            f"{names[0]} adapts {counts[0]} layers, {names[1]} {counts[1]}, and they differ in "
-            f"{len(odd)}, such as {odd[0]}; give runs with the same target modules"
+            f"{names[0]} adapts {len(shapes[0])} layers, {names[1]} {len(shapes[1])}, and they "
+            f"differ in {len(odd)}, such as {odd[0]}; give runs with the same target modules"
         )
-    stddevs = [
-        {n: s for group in p.groups for n, s in zip(group.modules, group.weight_stddevs)}  # noqa: B905
-        for p in (one, other)
-    ]
     for name in stddevs[0].keys() & stddevs[1].keys():
         if not math.isclose(stddevs[0][name], stddevs[1][name], rel_tol=SAME_WEIGHTS):
             raise UserError(
                 f"{names[0]} and {names[1]} were fitted on other weights under one name, "
                 f"{one.base} ({name} differs); give runs of one base"
             )
+
+
+def _layers(groups: Sequence[Group]) -> tuple[dict[str, tuple[int, int]], dict[str, float]]:
+    """Shape, and where it is known the frozen weight's standard deviation, by layer name."""
+    shapes: dict[str, tuple[int, int]] = {}
+    stddevs: dict[str, float] = {}
+    for group in groups:
+        shapes |= dict.fromkeys(group.modules, (group.out_features, group.in_features))
+        stddevs |= dict(zip(group.modules, group.weight_stddevs, strict=False))  # may be empty
+    return shapes, stddevs

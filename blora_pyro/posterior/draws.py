@@ -47,9 +47,7 @@ def is_point(trace: poutine.Trace, name: str) -> bool:
 def point_scales(guide: Program, factors: Collection[str]) -> dict[str, Tensor]:
     """Scales of a hierarchical prior that the guide fits as points, by site name.
 
-    Args:
-        guide: A program that samples the factors, and perhaps scales.
-        factors: Site names of A and B.
+    `factors` are the site names of A and B.
     """
     (trace,) = traces(guide, 1)
     return {
@@ -65,25 +63,15 @@ def prior_variances(
     """Prior variance of every weight by site, of the site's shape.
 
     The scales of a hierarchical prior are averaged over, and with them the weights of a layer: then
-    the shape is (modules, 1, 1).
-
-    Args:
-        prior: A program that samples the factors, and perhaps scales.
-        points: Values of scales that are held fixed, see `point_scales`.
-        factors: Site names of A and B.
+    the shape is (modules, 1, 1). Scales among `points`, see `point_scales`, are held fixed.
     """
-    prior = poutine.condition(prior, data=points)
-    totals: dict[str, Tensor] = {}
-    count = 0
-    for trace in traces(prior, PRIOR_DRAWS):
-        count += 1
+    found = []
+    for trace in traces(poutine.condition(prior, data=points), PRIOR_DRAWS):
         latent = latent_sites(trace)
-        for name in factors:
-            variance = latent[name]["fn"].variance
-            if is_hierarchical := latent.keys() != set(factors):
-                # E[w | scales] = 0, so the law of total variance has one term
-                variance = variance.mean((1, 2), keepdim=True)
-            totals[name] = totals.get(name, torch.tensor(0.0)) + variance
-        if not is_hierarchical:
-            break  # nothing to average over
-    return {name: total / count for name, total in totals.items()}
+        variances = {name: latent[name]["fn"].variance for name in factors}
+        if latent.keys() == set(factors):
+            return variances
+        # E[w | scales] = 0, so the law of total variance has one term.
+        found.append({name: one.mean((1, 2), keepdim=True) for name, one in variances.items()})
+    none = torch.tensor(0.0)
+    return {name: sum((one[name] for one in found), none) / PRIOR_DRAWS for name in factors}

@@ -53,9 +53,7 @@ class Family:
     def build_prior(self, groups: tuple[Group, ...], tensors: Mapping[str, Tensor]) -> FactorPrior:
         """The prior as a Pyro program over the factors of `groups`, on the CPU.
 
-        Args:
-            groups: Target layers by shape.
-            tensors: Tensors that the prior stores with the posterior, see `previous_posterior`.
+        `tensors` are those that the prior stores with the posterior.
 
         Raises:
             UserError: If the prior is a file that the user has not named, or is gone.
@@ -65,8 +63,7 @@ class Family:
             raise UserError(f"the run's prior is code, in {files}; name it with --prior to run it")
         if self.prior == NO_PRIOR:
             raise UserError(
-                "the adapter is combined of several runs, or part of one, and has no prior; give a "
-                "run"
+                "the adapter is made of several runs, or part of one, and has no prior; give a run"
             )
         density: Prior | None = None
         if self.prior != PREVIOUS_POSTERIOR:
@@ -83,11 +80,7 @@ class Family:
         return FactorPrior(groups, density, torch.device("cpu"))
 
     def build_guide(self, prior: FactorPrior, state: Mapping[str, Tensor]) -> Guide:
-        """The fitted guide for `prior`.
-
-        Args:
-            prior: See `build_prior`.
-            state: The guide's `state_dict`.
+        """The fitted guide for `prior`, of a `state_dict`.
 
         Raises:
             UserError: If the state does not fit the guide, as after a change to a user's file.

@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -42,26 +41,6 @@ def inference_data(groups: Mapping[str, xarray.Dataset]) -> Any:
     if _is_datatree():
         return xarray.DataTree.from_dict({f"/{name}": group for name, group in groups.items()})
     return import_arviz().InferenceData(**groups)
-
-
-def save_inference_data(data: Any, path: str | Path) -> Path:
-    """Write to netCDF (`.nc`) or to a zarr store (`.zarr`, needs the zarr package).
-
-    Read back by `arviz.from_netcdf` and `xarray.open_datatree(path, engine="zarr")`.
-
-    Raises:
-        ValueError: If the path has another suffix.
-    """
-    path = Path(path)
-    if path.suffix == ".zarr":
-        # ArviZ 0.23 refuses zarr 3 itself
-        tree = data if isinstance(data, xarray.DataTree) else data.to_datatree()
-        tree.to_zarr(path, mode="w", zarr_format=2)  # version 3 has no standard for strings yet
-    elif path.suffix == ".nc":
-        data.to_netcdf(str(path))
-    else:
-        raise ValueError(f"'{path}' ends in neither .nc nor .zarr; give one of them")
-    return path
 
 
 def pareto_khat(log_ratios: np.ndarray) -> float:
@@ -118,13 +97,12 @@ def to_inference_data(
     guide: Program,
     prior: Program,
     groups: tuple[Group, ...],
-    *,
+    attrs: dict[str, str],
     draws: int,
     sites: Sequence[str] | None,
     modules: str | None,
     seed: int,
     max_bytes: int,
-    attrs: dict[str, str],
 ) -> Any:
     """Draws of guide and prior for ArviZ; see `Posterior.to_arviz`."""
     if draws < 1:
@@ -138,11 +116,10 @@ def to_inference_data(
             f"{max_bytes / 2**20:,.0f} MiB are allowed: choose fewer draws=, some sites= or "
             "modules=, or give a larger max_bytes="
         )
-    names = _name_dimensions(variables)
     stats = {name: np.empty((1, draws)) for name in ("log_guide", "log_prior")}
     found = {}
     for group, program, its_seed in (("posterior", guide, seed), ("prior", prior, seed + 1)):
-        arrays = _empty(variables, names, draws)
+        arrays = _empty(variables, draws)
         for i, trace in enumerate(traces(program, draws, its_seed)):
             for variable in variables:
                 arrays[variable.name][0, i] = variable.values(trace)
@@ -164,34 +141,27 @@ def _choose(
     sites: Sequence[str] | None,
     modules: str | None,
 ) -> list[_Variable]:
-    """The chosen sites and layers.
-
-    Raises:
-        UserError: If a site or layer is unknown.
-    """
+    """The chosen sites and layers; UserError if one is unknown."""
     if unknown := [name for name in sites or () if name not in latent]:
         raise UserError(f"there is no site '{unknown[0]}'; give some of: {', '.join(latent)}")
     layers = [name for group in groups for name in group.modules]
     wanted = set(layers if modules is None else match_names(layers, modules))
     if not wanted:
         raise UserError(f"modules '{modules}' match no adapted layer; give some of: {layers}")
+    factors = sorted((one for group in groups for one in group.sites), key=lambda s: -len(s.name))
     variables = []
-    homes = sorted((site for group in groups for site in group.sites), key=lambda s: -len(s.name))
-    for name, node in latent.items():
-        if sites is not None and name not in sites:
-            continue
-        site = next((site for site in homes if f"{name}_".startswith(f"{site.name}_")), None)
-        coords = _coordinates(name, site, tuple(node["value"].shape))
-        shape_key, chosen = "", None
-        if site is not None:
-            shape_key = site.name.partition("_")[2]
-            of_site = [i for i, layer in enumerate(site.modules) if layer in wanted]
-            if not of_site:
-                continue
-            if "module" in coords:
-                chosen = of_site
+    for name in latent if sites is None else (name for name in latent if name in sites):
+        # A scale's name begins with its factor's; a user's prior may give it another.
+        site = next((one for one in factors if f"{name}_".startswith(f"{one.name}_")), None)
+        coords = _coordinates(name, site, tuple(latent[name]["value"].shape))
+        if site is None:
+            variables.append(_Variable(name, "", coords, None))
+        elif chosen := [i for i, layer in enumerate(site.modules) if layer in wanted]:
+            has_layers = "module" in coords
+            if has_layers:
                 coords["module"] = tuple(site.modules[i] for i in chosen)
-        variables.append(_Variable(name, shape_key, coords, chosen))
+            shape_key = site.name.partition("_")[2]
+            variables.append(_Variable(name, shape_key, coords, chosen if has_layers else None))
     if not variables:
         raise UserError(f"sites {sites} hold no layer that matches '{modules}'; choose others")
     return variables
@@ -200,51 +170,36 @@ def _choose(
 def _coordinates(
     name: str, site: Site | None, shape: tuple[int, ...]
 ) -> dict[str, tuple[Any, ...]]:
-    """Dimensions and coordinates of a factor, or of a scale of a hierarchical prior.
-
-    A user's prior may give its scales other names (then `site` is None) and shapes.
-    """
-    numbered = {f"{name}_dim_{i}": tuple(range(size)) for i, size in enumerate(shape)}
-    if site is None:
-        return numbered
-    shapes = {
-        site.shape: site.dims,
-        site.rank_shape: ("module", "rank"),
-        site.shape[:1]: ("module",),
-    }
-    if shape not in shapes:
-        return numbered
+    """Dimensions and coordinates of a factor, or of a scale of a hierarchical prior."""
+    shapes = {}
+    if site is not None:
+        shapes = {
+            site.shape: site.dims,
+            site.rank_shape: ("module", "rank"),
+            site.shape[:1]: ("module",),
+        }
+    dims = shapes.get(shape, [f"{name}_dim_{i}" for i in range(len(shape))])
     return {
-        dim: site.modules if dim == "module" else tuple(range(size))
-        for dim, size in zip(shapes[shape], shape, strict=True)
+        dim: site.modules if site and dim == "module" else tuple(range(size))
+        for dim, size in zip(dims, shape, strict=True)
     }
 
 
-def _name_dimensions(variables: list[_Variable]) -> dict[tuple[str, str], str]:
-    """(dimension, shape key) -> name: that of the dimension, ending in the shape on conflict."""
+def _empty(variables: list[_Variable], draws: int) -> dict[str, xarray.DataArray]:
+    """Arrays of zeros, (chain, draw, ...), to be filled.
+
+    The name of a dimension along which the variables differ ends in the layers' shape.
+    """
     values: dict[str, set[tuple[Any, ...]]] = {}
     for variable in variables:
         for dim, coordinates in variable.coords.items():
             values.setdefault(dim, set()).add(coordinates)
-    return {
-        (dim, variable.shape_key): dim if len(values[dim]) == 1 else f"{dim}_{variable.shape_key}"
-        for variable in variables
-        for dim in variable.coords
-    }
-
-
-def _empty(
-    variables: list[_Variable], names: dict[tuple[str, str], str], draws: int
-) -> dict[str, xarray.DataArray]:
-    """Arrays of zeros, (chain, draw, ...), to be filled."""
     arrays = {}
     for variable in variables:
         coords: dict[str, Any] = {"chain": [0], "draw": np.arange(draws)}
-        coords |= {
-            names[dim, variable.shape_key]: list(values) for dim, values in variable.coords.items()
-        }
-        shape = [len(values) for values in coords.values()]
-        arrays[variable.name] = xarray.DataArray(
-            np.zeros(shape, np.float32), coords=coords, dims=list(coords)
-        )
+        for dim, coordinates in variable.coords.items():
+            is_one = len(values[dim]) == 1
+            coords[dim if is_one else f"{dim}_{variable.shape_key}"] = list(coordinates)
+        zeros = np.zeros([len(one) for one in coords.values()], np.float32)
+        arrays[variable.name] = xarray.DataArray(zeros, coords=coords, dims=list(coords))
     return arrays

@@ -81,9 +81,8 @@ class Posterior:
         Element by element a Normal with the moments of `Pooling.moments`. This is exact, because
         the guides that can be pooled are mean-field Normals or points. The result has no prior.
 
-        Args:
-            domain: Name of a domain; None for the shared part, which serves data of new domains.
-                A posterior without domains takes None only and is returned as it is.
+        None is the shared part, which serves data of new domains. A posterior without domains takes
+        None only and is returned as it is.
 
         Raises:
             UserError: If the domain is unknown, or nothing is shared.
@@ -119,8 +118,8 @@ class Posterior:
         """The prior as a Pyro program over all factors: `posterior.prior()` draws from it.
 
         Raises:
-            UserError: If the prior is a user's file that has not been named, or if there is none:
-                after combining runs, and after pruning a run whose prior is an earlier posterior.
+            UserError: If the prior is a user's file that has not been named, or if there is none,
+                as after combining runs.
         """
         return self.family.build_prior(self.groups, self.prior_tensors)
 
@@ -190,13 +189,12 @@ class Posterior:
         hierarchical prior. Group `sample_stats` has `log_guide` and `log_prior`, the log-densities
         of each draw over all sites. There is one chain, because the draws of a variational fit are
         independent. Where the chosen sites differ along a dimension, its name ends in the layers'
-        shape (`module_192x768`). `inference_data.save_inference_data` writes netCDF or zarr.
+        shape (`module_192x768`).
 
         Args:
             draws: Number of draws.
             sites: Site names; None for all.
-            modules: Layers, as in `find_targets`: comma-separated suffixes, or a regex; None for
-                all.
+            modules: Layers as in `find_targets`, comma-separated suffixes or a regex; None for all.
             seed: Seed of the draws.
             max_bytes: Largest size to build.
 
@@ -210,15 +208,7 @@ class Posterior:
             "guide": self.family.guide,
         }
         return to_inference_data(
-            self.guide,
-            self.prior,
-            self.groups,
-            draws=draws,
-            sites=sites,
-            modules=modules,
-            seed=seed,
-            max_bytes=max_bytes,
-            attrs=attrs,
+            self.guide, self.prior, self.groups, attrs, draws, sites, modules, seed, max_bytes
         )
 
     def layer_means(self) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -239,13 +229,12 @@ class Posterior:
         """
         if self.pooling is not None and self.pooling.is_shared:
             return self.for_domain().sparsity(threshold)
-        parts: dict[str, list[Tensor]] = {"A": [], "B": []}
-        for name, mean in self.mean.items():
-            parts[name[0]].append(mean.cpu())
-        return {
-            **{factor: sparsity(means, threshold) for factor, means in parts.items()},
-            "delta_w": sparsity((delta.cpu() for _, delta in self.delta_weights()), threshold),
+        shares = {
+            factor: sparsity([w.cpu() for n, w in self.mean.items() if n[0] == factor], threshold)
+            for factor in ("A", "B")
         }
+        deltas = (delta.cpu() for _, delta in self.delta_weights())
+        return shares | {"delta_w": sparsity(deltas, threshold)}
 
     @contextmanager
     def applied(
@@ -288,22 +277,21 @@ class Posterior:
         folder.mkdir(parents=True, exist_ok=True)
         attributes = {field.name: getattr(self, field.name) for field in fields(self)}
         write_posterior(attributes, folder / POSTERIOR_FILE)
+        adapters = {}
         if self.pooling is None or self.pooling.is_shared:
-            self.for_domain()._save_adapter(folder)
+            adapters[folder] = self.for_domain()
         for name in self.pooling.domains if self.pooling else ():
-            self.for_domain(name)._save_adapter(folder / DOMAIN_FOLDERS / name)
-
-    def _save_adapter(self, folder: Path) -> None:
-        write_adapter(folder, self.groups, self.alpha, self.layer_means(), self.base, self.revision)
+            adapters[folder / DOMAIN_FOLDERS / name] = self.for_domain(name)
+        for place, one in adapters.items():
+            means = one.layer_means()
+            write_adapter(place, one.groups, one.alpha, means, self.base, self.revision)
 
     @classmethod
     def load(cls, folder: Path | str, prior: str | None = None) -> "Posterior":
-        """Read `posterior.safetensors` of a run folder, or of a run on the Hub.
+        """Read `posterior.safetensors` of a run folder, or of a run `OWNER/NAME[@REVISION]`.
 
-        Args:
-            folder: A run folder, or `OWNER/NAME[@REVISION]`, see `find_run`.
-            prior: File of the prior, for a run that was fitted with a user's own: its code is run
-                only if it is named here. Without it there are no draws and no densities.
+        `prior` is the file of a user's own prior: its code is run only if it is named here. Without
+        it there are no draws and no densities.
 
         Raises:
             UserError: If there is no such file, or it is damaged.

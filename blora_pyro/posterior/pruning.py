@@ -7,7 +7,7 @@ from torch import Tensor
 
 from blora_pyro.errors import UserError
 from blora_pyro.posterior.posterior import Posterior
-from blora_pyro.posterior.spectra import Spectrum, keep_directions, not_null, ratios, spectra
+from blora_pyro.posterior.spectra import keep_directions, not_null, ratios, spectra
 
 
 def prune(
@@ -46,7 +46,10 @@ def prune(
     if snr is not None and not snr > 0:
         raise UserError(f"snr is {snr}; give a number above 0")
     found = spectra(posterior)
-    keep = {key: _directions(spectrum, rank, snr) for key, spectrum in found.items()}
+    keep = {}
+    for key, spectrum in found.items():
+        is_first = torch.arange(spectrum.values.shape[1]) < (rank or posterior.rank)
+        keep[key] = not_null(spectrum) & is_first & (ratios(spectrum) > (snr or 0.0))
     if not any(mask.any() for mask in keep.values()):
         largest = max(float(ratios(spectrum).max()) for spectrum in found.values())
         raise UserError(f"snr {snr} leaves nothing; give less than {largest:.3g}, the largest")
@@ -71,11 +74,3 @@ def _zero_elements(posterior: Posterior, share: float) -> Posterior:
         for name, mask in zip(changes, masks, strict=True)
     }
     return replace(posterior, mean=mean, state={})
-
-
-def _directions(spectrum: Spectrum, rank: int | None, snr: float | None) -> Tensor:
-    """Which directions each layer keeps, (modules, rank)."""
-    if rank is not None:
-        return not_null(spectrum) & (torch.arange(spectrum.values.shape[1]) < rank)
-    assert snr is not None
-    return not_null(spectrum) & (ratios(spectrum) > snr)

@@ -66,10 +66,12 @@ def keep_directions(
     and variances through M² and N². Layers that keep no direction are dropped; layers of one shape
     that keep different numbers are split into groups.
 
+    The guide is replaced by independent Normals, and a prior that is an earlier posterior is
+    dropped, because it is in the old basis.
+
     Args:
-        posterior: Its guide is replaced by independent Normals, and a prior that is an earlier
-            posterior is dropped, because it is in the old basis.
-        found: The posterior's `spectra`.
+        posterior: The posterior.
+        found: Its `spectra`.
         keep: Masks of the directions to keep, (modules, rank), by group; at least one in all, and
             none that is null, see `not_null`.
     """
@@ -81,22 +83,22 @@ def keep_directions(
         moments = _rotate(posterior, group, found[group.key], keep[group.key])
         for kept in sorted(set(counts) - {0}):
             chosen = [i for i, count in enumerate(counts) if count == kept]
-            part = _part(group, chosen, kept)
+            stddevs = group.weight_stddevs
+            part = replace(
+                group,
+                modules=tuple(group.modules[i] for i in chosen),
+                rank=kept,
+                weight_stddevs=tuple(stddevs[i] for i in chosen) if stddevs else (),
+                suffix=f"{group.suffix}_r{kept}",  # keeps keys unique when pruned again
+            )
             groups.append(part)
             for site, (site_mean, site_variance) in zip(part.sites, moments, strict=True):
                 inner = (slice(kept),) if site.factor == "A" else (slice(None), slice(kept))
                 mean[site.name] = site_mean[chosen][:, *inner].contiguous()
                 stddev[site.name] = site_variance[chosen][:, *inner].sqrt().contiguous()
     alpha = posterior.scaling * max(group.rank for group in groups)
-    return replace(
-        posterior,
-        groups=tuple(groups),
-        alpha=alpha,
-        mean=mean,
-        stddev=stddev,
-        state={},
-        prior_tensors={},
-    )
+    kept_part = replace(posterior, groups=tuple(groups), alpha=alpha, mean=mean, stddev=stddev)
+    return replace(kept_part, state={}, prior_tensors={})
 
 
 def ratios(spectrum: Spectrum) -> Tensor:
@@ -125,15 +127,3 @@ def _rotate(
     n = mean_a @ torch.linalg.pinv(a, rtol=1e-6)
     pairs = (mean_a, n**2 @ var_a), (mean_b, var_b @ m**2)
     return [(mean.float(), variance.float()) for mean, variance in pairs]
-
-
-def _part(group: Group, chosen: list[int], rank: int) -> Group:
-    """The chosen layers of a group, at another rank."""
-    stddevs = group.weight_stddevs
-    return replace(
-        group,
-        modules=tuple(group.modules[i] for i in chosen),
-        rank=rank,
-        weight_stddevs=tuple(stddevs[i] for i in chosen) if stddevs else (),
-        suffix=f"{group.suffix}_r{rank}",  # keeps keys unique when pruned again
-    )

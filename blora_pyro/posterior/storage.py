@@ -27,17 +27,13 @@ DOMAIN_FOLDERS = "domains"  # holds a PEFT adapter for each domain
 def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
     """Write `SITE.mean`, `SITE.stddev` of every site, `guide.NAME` and `prior.NAME`.
 
-    Everything else goes into the metadata, as JSON.
-
-    Args:
-        attributes: Those of a `Posterior`.
-        path: The file.
+    All other attributes go into the metadata, as JSON.
     """
     tensors = {f"{name}.mean": value for name, value in attributes["mean"].items()}
     tensors |= {f"{name}.stddev": value for name, value in attributes["stddev"].items()}
     tensors |= {f"guide.{name}": value for name, value in attributes["state"].items()}
     tensors |= {f"prior.{name}": value for name, value in attributes["prior_tensors"].items()}
-    family, pooling = attributes["family"], attributes["pooling"]
+    family = attributes["family"]
     about = {
         **{name: attributes[name] for name in ("base", "revision", "alpha")},
         "groups": [asdict(group) for group in attributes["groups"]],
@@ -45,18 +41,14 @@ def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
         "prior_args": dict(family.prior_args),
         "guide": family.guide,
     }
-    if pooling is not None:
-        about["pooling"] = asdict(pooling)
+    if attributes["pooling"] is not None:
+        about["pooling"] = asdict(attributes["pooling"])
     tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     save_file(tensors, path, metadata={"blora_pyro": json.dumps(about)})
 
 
 def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
-    """Read the attributes of a `Posterior`.
-
-    Args:
-        path: The file.
-        prior: See `Posterior.load`.
+    """Read the attributes of a `Posterior`; `prior` as in `Posterior.load`.
 
     Raises:
         UserError: If the file is damaged.
@@ -70,13 +62,13 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
             raise ValueError("no layers")
         carried = _named(tensors, "prior.")
         is_carried_on = bool(carried) and about["prior"] == PREVIOUS_POSTERIOR
-        for site in (site for group in groups for site in group.sites):
-            for name in (f"{site.name}.mean", f"{site.name}.stddev"):
-                for value in [tensors[name], *([carried[name]] if is_carried_on else [])]:
-                    if tuple(value.shape) != site.shape:
-                        raise ValueError(f"{site.name} has shape {tuple(value.shape)}")
+        sites = {site.name: site.shape for group in groups for site in group.sites}
+        for source in (tensors, carried) if is_carried_on else (tensors,):
+            for name, shape in sites.items():
+                for value in (source[f"{name}.mean"], source[f"{name}.stddev"]):
+                    if tuple(value.shape) != shape:
+                        raise ValueError(f"{name} has shape {tuple(value.shape)}")
         family = Family(about["prior"], about["prior_args"], about["guide"], runs_code=False)
-        sites = [site.name for group in groups for site in group.sites]
         return {
             "base": about["base"],
             "groups": groups,
@@ -97,18 +89,16 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
 
 def _named(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Tensors whose names begin with `prefix`, by the rest of their names."""
-    chosen = (name for name in tensors if name.startswith(prefix))
-    return {name.removeprefix(prefix): tensors[name] for name in chosen}
+    named = tensors.items()
+    return {name.removeprefix(prefix): one for name, one in named if name.startswith(prefix)}
 
 
 def _group(stored: dict[str, Any]) -> Group:
-    """A group from JSON, whose lists become tuples."""
     lists = {name: tuple(stored[name]) for name in ("modules", "weight_stddevs")}
     return Group(**{**stored, **lists})
 
 
 def _pooling(stored: dict[str, Any] | None, groups: tuple[Group, ...]) -> Pooling | None:
-    """A pooling from JSON."""
     if stored is None:
         return None
     pooling = Pooling(**{**stored, "domains": tuple(stored["domains"])})
@@ -127,13 +117,7 @@ def write_adapter(
 ) -> None:
     """Write a stock PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
-    Args:
-        folder: Created if missing.
-        groups: Target layers by shape and rank.
-        alpha: Updates are scaled by alpha / largest rank.
-        layers: (layer name, A (rank, in_features), B (out_features, rank)).
-        base: Name of the base model.
-        revision: Of the base model.
+    Updates are scaled by alpha / largest rank; `layers` are those of `Posterior.layer_means`.
     """
     from peft import LoraConfig
 

@@ -14,6 +14,7 @@ from blora_pyro.posterior.spectra import Spectrum, keep_directions, not_null, ra
 SCALE, SIGNAL_TO_NOISE = "scale", "signal-to-noise"
 MAX_STRENGTH = {SCALE: 2.0, SIGNAL_TO_NOISE: 1.0}  # more than 2 is a slip, such as 50 for 50%
 MAX_COUNT = 101  # strengths in a range
+STRENGTHS = "give a number, some with commas between, or START:STOP:STEP such as 0:1:0.1"
 
 
 def at_strength(posterior: Posterior, strength: float, by: str = SCALE) -> Posterior:
@@ -47,10 +48,7 @@ def at_strength(posterior: Posterior, strength: float, by: str = SCALE) -> Poste
 
 
 def _surest(found: Mapping[str, Spectrum], share: float) -> dict[str, Tensor]:
-    """The fewest directions, by descending signal-to-noise, that hold a share of Σ values².
-
-    Returns masks (modules, rank) by group.
-    """
+    """Masks of the fewest directions, surest first, that hold a share of Σ values², by group."""
     surely = [torch.where(not_null(one), ratios(one), 0.0) for one in found.values()]
     pooled = torch.cat([part.flatten() for part in surely])
     order = pooled.argsort(descending=True, stable=True)[: int((pooled > 0).sum())]
@@ -90,23 +88,19 @@ def parse_strengths(text: str) -> tuple[float, ...]:
     Raises:
         UserError: If the text has another form, or gives more than 101 strengths.
     """
-    allowed = "give a number, some with commas between, or START:STOP:STEP such as 0:1:0.1"
+    is_range = ":" in text
     try:
-        if ":" not in text:
-            return tuple(dict.fromkeys(_number(part) for part in text.split(",")))
-        start, stop, step = map(_number, text.split(":"))
+        numbers = [float(part) for part in text.split(":" if is_range else ",")]
     except ValueError:
-        raise UserError(f"strength is '{text}'; {allowed}") from None
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)) or (is_range and len(numbers) != 3):
+        raise UserError(f"strength is '{text}'; {STRENGTHS}")
+    if not is_range:
+        return tuple(dict.fromkeys(numbers))
+    start, stop, step = numbers
     if step <= 0 or stop < start:
-        raise UserError(f"strength is '{text}', which leads nowhere; {allowed}")
+        raise UserError(f"strength is '{text}', which leads nowhere; {STRENGTHS}")
     steps = (stop - start) / step + 1e-9  # 0.3 / 0.1 is 2.9999999999999996
     if steps >= MAX_COUNT:
         raise UserError(f"strength is '{text}', more than {MAX_COUNT} of them; give a larger STEP")
     return tuple(round(start + place * step, 10) for place in range(math.floor(steps) + 1))
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value

@@ -48,26 +48,22 @@ class Speller:
     """Maps tokens to the words that they spell."""
 
     def __init__(self, tokenizer: WhisperTokenizer) -> None:
-        """Create a speller for the tokens of `tokenizer`."""
+        """Create a speller for the tokens of a tokenizer."""
         self._tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids)
         self._added = tokenizer.get_added_vocab()
-        self._contents: dict[int, bytes] = {}
 
     def spell(self, tokens: Sequence[int], offset: int = 0) -> list[Spelling]:
         """Words of a transcript (a Han character counts as one), in order.
 
-        Special tokens and timestamps are ignored; a space belongs to the word after it.
-
-        Args:
-            tokens: Tokens of the transcript.
-            offset: Added to all token indices.
+        Special tokens and timestamps are ignored; a space belongs to the word after it. `offset` is
+        added to all token indices.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         text, spans = "", []
         for index, token in enumerate(tokens, offset):
             start = len(text)
-            text += decoder.decode(self._content(token))
+            text += decoder.decode(self._bytes(token))
             unfinished = bool(decoder.getstate()[0])
             spans.append((index, start, len(text) + unfinished))
         text += decoder.decode(b"", final=True)
@@ -78,28 +74,18 @@ class Speller:
             found.append(Spelling(word, indices))
         return found
 
-    def _content(self, token: int) -> bytes:
-        """The bytes that a token stands for."""
-        if token not in self._contents:
-            name = self._tokenizer.convert_ids_to_tokens(token)
-            content = b""
-            if name in self._added and token not in self._special:
-                content = b"" if _TIMESTAMP.fullmatch(name) else name.encode()
-            elif name is not None and token not in self._special:
-                content = bytes(_BYTES[char] for char in name)
-            self._contents[token] = content
-        return self._contents[token]
+    def _bytes(self, token: int) -> bytes:
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if name is None or token in self._special or _TIMESTAMP.fullmatch(name):
+            return b""
+        return name.encode() if name in self._added else bytes(_BYTES[char] for char in name)
 
 
 class Tally:
     """Agreement and log-probability of the words of one window's transcript, over draws."""
 
     def __init__(self, spelled: Sequence[Spelling]) -> None:
-        """Start without draws.
-
-        Args:
-            spelled: Words of the posterior mean's transcript.
-        """
+        """Start without draws; `spelled` is the posterior mean's transcript."""
         self.spelled = spelled
         self._draws = 0
         self._sums = torch.zeros(2, len(spelled), dtype=torch.float64)
@@ -111,21 +97,15 @@ class Tally:
             log_probs: Log-probabilities of the mean's transcript under the draw, (tokens,).
             own: Words of the draw's own transcript.
         """
-        log_prob = [log_probs[word.tokens].double().sum().item() for word in self.spelled]
-        self._sums += torch.tensor([self._agreement(own), log_prob], dtype=torch.float64)
-        self._draws += 1
-
-    def _agreement(self, own: Sequence[Spelling]) -> list[float]:
-        """1 for every word that `own` has at the same position, 0 for the others."""
-        agreed = [0.0] * len(self.spelled)
         keys, others = (
             " ".join(word_key(word.text) for word in row) for row in (self.spelled, own)
         )
         for chunk in jiwer.process_words(keys, others).alignments[0]:
             if chunk.type == "equal":
-                for index in range(chunk.ref_start_idx, chunk.ref_end_idx):
-                    agreed[index] = 1.0
-        return agreed
+                self._sums[0, chunk.ref_start_idx : chunk.ref_end_idx] += 1
+        for index, word in enumerate(self.spelled):
+            self._sums[1, index] += log_probs[word.tokens].double().sum()
+        self._draws += 1
 
     def words(self) -> list[Word]:
         """The words with their means over all draws."""

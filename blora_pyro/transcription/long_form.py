@@ -10,7 +10,7 @@ code-switched speech has two. Here every window is a call of `generate` with its
 
 import zlib
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from blora_pyro.data import featurise, prompt_ids
 from blora_pyro.models import Base
 from blora_pyro.models.decoding import (
     Piece,
-    Scores,
     decode,
     decode_timed,
     detect_languages,
@@ -26,7 +25,7 @@ from blora_pyro.models.decoding import (
     score_tokens,
     timestamp_begin,
 )
-from blora_pyro.transcription.windows import Recording, Span, Window, batched
+from blora_pyro.transcription.windows import Recording, Window, batched
 
 # OpenAI's temperature fallback: a window whose transcript is too repetitive or too unlikely is
 # sampled again at the next temperature, and dropped if it is probably silence.
@@ -45,26 +44,15 @@ def text_of(base: Base, tokens: Sequence[int]) -> str:
     return base.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
+@dataclass
 class LongFormDecoder:
-    """Decodes recordings together."""
+    """Decodes recordings together; for the attributes see `Transcriber`."""
 
-    def __init__(
-        self,
-        base: Base,
-        language: str | None = None,
-        task: str = "transcribe",
-        timestamps: bool = False,
-        batch_size: int = 16,
-    ) -> None:
-        """Set how recordings are decoded; see `Transcriber`."""
-        self.base = base
-        self.language = language
-        self.task = task
-        self.timestamps = timestamps
-        self.batch_size = batch_size
-        self.begin = timestamp_begin(base)
-        self.length: float = base.feature_extractor.chunk_length
-        self._prompt_ids = lru_cache(lambda code: prompt_ids(base.tokenizer, code, task))
+    base: Base
+    language: str | None = None
+    task: str = "transcribe"
+    timestamps: bool = False
+    batch_size: int = 16
 
     def decode(self, recordings: Sequence[Recording]) -> list[list[Window]]:
         """The windows of every recording, in order, with their transcripts.
@@ -72,9 +60,14 @@ class LongFormDecoder:
         Raises:
             UserError: If the tokenizer lacks the language or the task.
         """
-        timed = [self._timed(recording) for recording in recordings]
+        begin = timestamp_begin(self.base)
+        length: float = self.base.feature_extractor.chunk_length
+        timed = [
+            begin is not None and (self.timestamps or recording.duration > length)
+            for recording in recordings
+        ]
         todo = [
-            one.span_from(0, self.length) if by_time else one.fixed_spans(self.length)
+            one.span_from(0, length) if by_time else one.fixed_spans(length)
             for one, by_time in zip(recordings, timed, strict=True)
         ]
         decoded: list[list[Window]] = [[] for _ in recordings]
@@ -83,7 +76,12 @@ class LongFormDecoder:
             now = [row[: None if decoded[i] else 1] for i, row in enumerate(todo)]
             todo = [row[len(taken) :] for row, taken in zip(todo, now, strict=True)]
             spans = [(i, span) for i, row in enumerate(now) for span in row]
-            windows = self._windows(recordings, spans, timed)
+            waves = ((recordings[i].name, recordings[i].wave[slice(*span)]) for i, span in spans)
+            features = featurise(waves, self.base.feature_extractor)
+            windows = [
+                Window(i, span, mels, timed[i])
+                for (i, span), mels in zip(spans, features, strict=True)
+            ]
             for window in windows:
                 if before := decoded[window.recording]:
                     window.language, window.prompt = before[0].language, before[0].prompt
@@ -91,23 +89,9 @@ class LongFormDecoder:
             for window in windows:
                 decoded[window.recording].append(window)
                 if window.timed:
-                    first = window.next_sample(self.begin or 0)
-                    todo[window.recording] = recordings[window.recording].span_from(
-                        first, self.length
-                    )
+                    recording, first = recordings[window.recording], window.next_sample(begin or 0)
+                    todo[window.recording] = recording.span_from(first, length)
         return decoded
-
-    def _timed(self, recording: Recording) -> bool:
-        return self.begin is not None and (self.timestamps or recording.duration > self.length)
-
-    def _windows(
-        self, recordings: Sequence[Recording], spans: Sequence[tuple[int, Span]], timed: list[bool]
-    ) -> list[Window]:
-        waves = ((recordings[i].name, recordings[i].wave[slice(*span)]) for i, span in spans)
-        features = featurise(waves, self.base.feature_extractor)
-        return [
-            Window(i, span, mels, timed[i]) for (i, span), mels in zip(spans, features, strict=True)
-        ]
 
     def _decode(self, windows: Sequence[Window]) -> None:
         """Fill in language, prompt and pieces."""
@@ -129,7 +113,7 @@ class LongFormDecoder:
             codes = detect_languages(self.base, encoded)
         for window, code in zip(batch, codes, strict=True):
             if not window.prompt:
-                prompt = self._prompt_ids(code)
+                prompt = prompt_ids(self.base.tokenizer, code, self.task)
                 window.language = code
                 window.prompt = prompt[:-1] if window.timed else prompt
 
@@ -142,14 +126,15 @@ class LongFormDecoder:
             for i, pieces in zip(todo, rows, strict=True):  # no piece starts after the audio
                 batch[i].pieces = [one for one in pieces if one.start < batch[i].seconds]
             scores = score_tokens(self.base, states, prompts, [batch[i].tokens for i in todo])
-            pairs = [(i, one) for i, one in zip(todo, scores, strict=True)]
-            for i, one in pairs:
-                if one.mean < MIN_LOG_PROB and one.no_speech > MAX_NO_SPEECH:
+            failed = []
+            for i, one in zip(todo, scores, strict=True):
+                text = text_of(self.base, batch[i].tokens).encode()
+                is_unlikely = one.mean < MIN_LOG_PROB
+                is_repetitive = len(text) > MAX_COMPRESSION * len(zlib.compress(text))
+                if is_unlikely and one.no_speech > MAX_NO_SPEECH:
                     batch[i].pieces = []
-            todo = [i for i, one in pairs if batch[i].pieces and self._failed(batch[i], one)]
+                elif batch[i].pieces and (is_unlikely or is_repetitive):
+                    failed.append(i)
+            todo = failed
             if not todo:
                 return
-
-    def _failed(self, window: Window, scores: Scores) -> bool:
-        text = text_of(self.base, window.tokens).encode()
-        return scores.mean < MIN_LOG_PROB or len(text) > MAX_COMPRESSION * len(zlib.compress(text))

@@ -1,7 +1,7 @@
 """The audio files to transcribe, and the transcript files that are written."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,15 @@ from blora_pyro.errors import UserError
 from blora_pyro.files import replace_file
 from blora_pyro.transcription.transcripts import Transcript, srt, vtt
 
-FORMAT_SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}  # by format
+FORMATS: dict[str, tuple[str, Callable[[Transcript], str]]] = {  # suffix and content
+    "text": (".txt", lambda transcript: transcript.text + "\n"),
+    "json": (
+        ".json",
+        lambda transcript: json.dumps(transcript.to_json(), indent=2, ensure_ascii=False) + "\n",
+    ),
+    "srt": (".srt", srt),
+    "vtt": (".vtt", vtt),
+}
 AUDIO_SUFFIXES = (".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")  # files picked from folders
 
 
@@ -49,17 +57,13 @@ def find_audio(paths: Sequence[str | Path]) -> list[AudioFile]:
 
 def check_format(form: str) -> None:
     """Raise UserError unless `form` is a known format."""
-    if form not in FORMAT_SUFFIXES:
-        raise UserError(f"format is '{form}'; choose from {', '.join(FORMAT_SUFFIXES)}")
+    if form not in FORMATS:
+        raise UserError(f"format is '{form}'; choose from {', '.join(FORMATS)}")
 
 
 def render(transcript: Transcript, form: str) -> str:
     """The content of a transcript file in the format `form`."""
-    if form == "json":
-        return json.dumps(transcript.to_json(), indent=2, ensure_ascii=False) + "\n"
-    if form == "text":
-        return transcript.text + "\n"
-    return {"srt": srt, "vtt": vtt}[form](transcript)
+    return FORMATS[form][1](transcript)
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,7 @@ class Output:
     ) -> "Output":
         """Plan one transcript per input: its name below `folder`, with the format's suffix.
 
-        Args:
-            files: All inputs.
-            folder: Created if missing.
-            form: Format of the transcripts.
-            overwrite: Overwrite existing files.
-            resume: Skip inputs whose transcripts exist.
+        `overwrite` writes over existing transcripts, `resume` skips their inputs.
 
         Raises:
             UserError: If two inputs would be written to one path, a transcript exists already, or
@@ -100,7 +99,7 @@ class Output:
         """
         taken: dict[Path, AudioFile] = {}
         for file in files:
-            path = folder / file.name.with_suffix(FORMAT_SUFFIXES[form])
+            path = folder / file.name.with_suffix(FORMATS[form][0])
             if path in taken and taken[path].path.resolve() == file.path.resolve():
                 continue  # given twice
             if path in taken:
@@ -122,11 +121,7 @@ class Output:
         return cls(list(left.values()), list(left), form)
 
     def write(self, index: int, transcript: Transcript) -> None:
-        """Write the transcript of `files[index]`, atomically.
-
-        Raises:
-            UserError: If it can't be written.
-        """
+        """Write the transcript of `files[index]`, atomically; UserError if it can't be written."""
         path = self.paths[index]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import torch
@@ -74,12 +74,7 @@ class Transcriber:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            UserError: If a number is out of range, or the posterior has no draws and `samples` asks
-                for some.
-        """
+        """Check the options; UserError if `samples` asks for draws where there are none."""
         check_positive(batch_size=self.batch_size)
         if self.samples < 0:
             raise UserError(f"samples is {self.samples}; give the number of draws, or 0 for none")
@@ -122,7 +117,13 @@ class Transcriber:
         """Words with confidences, by piece of every window."""
         assert self.posterior is not None
         speller = Speller(self.base.tokenizer)
-        spelled = {window: _spell_pieces(speller, window) for window in windows}
+        spelled: dict[Window, list[list[Spelling]]] = {}
+        for window in windows:
+            starts = accumulate((len(piece.tokens) for piece in window.pieces), initial=0)
+            spelled[window] = [
+                speller.spell(piece.tokens, start)
+                for piece, start in zip(window.pieces, starts, strict=False)
+            ]
         tallies = {
             window: Tally(list(chain.from_iterable(pieces))) for window, pieces in spelled.items()
         }
@@ -167,14 +168,10 @@ def transcribe_files(
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
     on_error: Callable[[int, UserError], None] | None = None,
 ) -> list[Transcript]:
-    """Transcripts of audio files, in their order.
+    """Transcripts of wav, flac, ogg/opus or mp3 files, in their order.
 
-    Args:
-        transcriber: Transcribes them.
-        paths: wav, flac, ogg/opus or mp3 files.
-        on_transcript: Called with each file's index and transcript, in order.
-        on_error: Called with the index of a file that can't be read and the error; the file is then
-            left out. None raises the error.
+    `on_transcript` is called with each file's index and transcript, in order, and `on_error` with
+    the index of a file that can't be read and the error; the file is then left out. None raises it.
 
     Raises:
         UserError: If a file can't be read, or as `Transcriber.transcribe`.
@@ -214,12 +211,3 @@ def _groups(
             indices, recordings, windows = [], [], 0
     if recordings:
         yield indices, recordings
-
-
-def _spell_pieces(speller: Speller, window: Window) -> list[list[Spelling]]:
-    """Words of every piece; token indices count from the start of the window."""
-    rows, offset = [], 0
-    for piece in window.pieces:
-        rows.append(speller.spell(piece.tokens, offset))
-        offset += len(piece.tokens)
-    return rows

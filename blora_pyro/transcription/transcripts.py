@@ -4,6 +4,7 @@ WebVTT: https://www.w3.org/TR/webvtt1/. SubRip has no standard; all players acce
 of times with commas, lines of text and an empty line.
 """
 
+import html
 import math
 import re
 import unicodedata
@@ -43,20 +44,15 @@ class Word:
 
     def to_json(self) -> dict[str, Any]:
         """The word for JSON, rounded to four digits."""
-        figures = {"agreement": self.agreement, "log_prob": self.log_prob}
-        figures["confidence"] = self.confidence
-        return {"text": self.text, **{name: round(value, 4) for name, value in figures.items()}}
+        names = ("agreement", "log_prob", "confidence")
+        return {"text": self.text, **{name: round(getattr(self, name), 4) for name in names}}
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The transcript of a part of a recording.
+    """The transcript of a part of a recording, from `start` to `end` in seconds.
 
-    Attributes:
-        start: Seconds.
-        end: Seconds.
-        text: Its transcript.
-        words: Its words with their confidences; None without draws.
+    `words` are those of the text with their confidences; None without draws.
     """
 
     start: float
@@ -66,11 +62,9 @@ class Segment:
 
     def to_json(self) -> dict[str, Any]:
         """The segment for JSON; times to the millisecond."""
-        row: dict[str, Any] = {"start": round(self.start, 3), "end": round(self.end, 3)}
-        row["text"] = self.text
-        if self.words is not None:
-            row["words"] = [word.to_json() for word in self.words]
-        return row
+        times = {"start": round(self.start, 3), "end": round(self.end, 3)}
+        words = {} if self.words is None else {"words": [word.to_json() for word in self.words]}
+        return {**times, "text": self.text, **words}
 
 
 @dataclass(frozen=True)
@@ -107,13 +101,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Cue:
-    """A subtitle.
-
-    Attributes:
-        start: Milliseconds.
-        end: Milliseconds, later than the start.
-        lines: Lines of text.
-    """
+    """A subtitle: lines of text, from `start` to a later `end` in milliseconds."""
 
     start: int
     end: int
@@ -123,7 +111,9 @@ class Cue:
 def srt(transcript: Transcript) -> str:
     """The content of a SubRip file."""
     return "".join(
-        f"{number}\n{_time(cue.start, ',')} --> {_time(cue.end, ',')}\n{_arrowless(cue)}\n\n"
+        f"{number}\n{_time(cue.start, ',')} --> {_time(cue.end, ',')}\n"
+        + "\n".join(cue.lines).replace("-->", "→")
+        + "\n\n"
         for number, cue in enumerate(cues(transcript.segments), 1)
     )
 
@@ -131,7 +121,9 @@ def srt(transcript: Transcript) -> str:
 def vtt(transcript: Transcript) -> str:
     """The content of a WebVTT file."""
     return "WEBVTT\n\n" + "".join(
-        f"{_time(cue.start, '.')} --> {_time(cue.end, '.')}\n{_escaped(cue)}\n\n"
+        f"{_time(cue.start, '.')} --> {_time(cue.end, '.')}\n"
+        + html.escape("\n".join(cue.lines), quote=False)
+        + "\n\n"
         for cue in cues(transcript.segments)
     )
 
@@ -178,11 +170,3 @@ def _width(text: str) -> int:
 def _time(milliseconds: int, point: str) -> str:
     seconds, rest = divmod(milliseconds, 1000)
     return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{point}{rest:03}"
-
-
-def _arrowless(cue: Cue) -> str:
-    return "\n".join(cue.lines).replace("-->", "→")
-
-
-def _escaped(cue: Cue) -> str:
-    return "\n".join(cue.lines).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -103,14 +103,10 @@ class Window:
 def batched(
     windows: Sequence[Window], size: int, length: Callable[[Window], float]
 ) -> Iterator[tuple[list[Window], Tensor]]:
-    """Yield batches of windows and their log-mels (n, mels, frames).
+    """Yield batches of up to `size` windows and their log-mels (n, mels, frames).
 
-    A batch has either timed windows or others, of similar length.
-
-    Args:
-        windows: In any order.
-        size: Largest size of a batch.
-        length: Length of a window's transcript, or a proxy: the longest decides a batch's time.
+    A batch has either timed windows or others, of similar `length`: that of the transcript, or a
+    proxy for it, because the longest decides a batch's time.
     """
     for timed in (False, True):
         rows = sorted((window for window in windows if window.timed == timed), key=length)
@@ -129,9 +125,6 @@ def cut_at_pauses(wave: Wave, window: float) -> list[Span]:
     Args:
         wave: (samples,) at 16 kHz.
         window: Seconds.
-
-    Returns:
-        First sample and end of every span, in order.
     """
     levels = _levels(wave)
     parts = []

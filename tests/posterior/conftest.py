@@ -1,9 +1,10 @@
 import pyro
+import pytest
 import torch
 import xarray
 from torch import nn
 
-from blora_pyro.adapters import Group
+from blora_pyro.adapters import Group, find_targets, group_by_shape
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import FactorPrior
 from blora_pyro.posterior import Family, Posterior
@@ -36,3 +37,45 @@ def group_of(data, name: str) -> xarray.Dataset:
     """A group, of an InferenceData or of a DataTree."""
     found = data[name]
     return found if isinstance(found, xarray.Dataset) else found.to_dataset()
+
+
+def posterior_of(net, target_modules="all-linear", rank=2, alpha=5.0) -> Posterior:
+    """A posterior of random moments, none of them zero; alpha / rank is no integer."""
+    groups = group_by_shape(find_targets(net, target_modules), rank)
+    generator = torch.Generator().manual_seed(3)
+    sites = [site for group in groups for site in group.sites]
+    mean = {s.name: 0.3 * torch.randn(s.shape, generator=generator) for s in sites}
+    stddev = {s.name: 0.01 + 0.1 * torch.rand(s.shape, generator=generator) for s in sites}
+    return Posterior("tiny", groups, alpha, mean, stddev)
+
+
+@pytest.fixture(params=["all-linear", r".*\.decoder\..*\.(q_proj|v_proj)"])
+def posterior(request, net) -> Posterior:
+    """Of all linear layers, and of some."""
+    return posterior_of(net, request.param)
+
+
+@pytest.fixture
+def uneven_posterior(net) -> Posterior:
+    """Layers of one to a thousandth in size, of rank 5 and without null directions."""
+    groups = group_by_shape(find_targets(net, "all-linear"), 5)
+    mean, stddev = {}, {}
+    for site in (site for group in groups for site in group.sites):
+        layers = 10.0 ** -torch.linspace(0, 3, site.shape[0])
+        mean[site.name] = layers[:, None, None] * torch.randn(site.shape)
+        stddev[site.name] = 0.01 + 0.1 * torch.rand(site.shape)
+    return Posterior("tiny", groups, 7.5, mean, stddev)
+
+
+@torch.no_grad()
+def logits(net, batch) -> torch.Tensor:
+    return net(
+        input_features=batch.input_features,
+        decoder_input_ids=batch.decoder_input_ids,
+        use_cache=False,
+    ).logits
+
+
+def adapted(posterior, net, batch, factors=None) -> torch.Tensor:
+    with posterior.applied(net, factors):
+        return logits(net, batch)

@@ -3,31 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.errors import UserError
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA
 from blora_pyro.posterior import Family, Posterior
 
-
-def posterior_of(net, target_modules="all-linear", rank=2, alpha=5.0) -> Posterior:
-    """A posterior of random moments, none of them zero; alpha / rank is no integer."""
-    groups = group_by_shape(find_targets(net, target_modules), rank)
-    generator = torch.Generator().manual_seed(3)
-    sites = [site for group in groups for site in group.sites]
-    mean = {s.name: 0.3 * torch.randn(s.shape, generator=generator) for s in sites}
-    stddev = {s.name: 0.01 + 0.1 * torch.rand(s.shape, generator=generator) for s in sites}
-    return Posterior("tiny", groups, alpha, mean, stddev)
-
-
-@torch.no_grad()
-def logits(net, batch) -> torch.Tensor:
-    return net(
-        input_features=batch.input_features,
-        decoder_input_ids=batch.decoder_input_ids,
-        use_cache=False,
-    ).logits
-
+from .conftest import logits, posterior_of
 
 MINE = """
 from pathlib import Path

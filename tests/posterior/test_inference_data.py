@@ -10,12 +10,7 @@ import xarray
 from blora_pyro.adapters import Group
 from blora_pyro.errors import UserError
 from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.inference_data import (
-    import_arviz,
-    inference_data,
-    pareto_khat,
-    save_inference_data,
-)
+from blora_pyro.posterior.inference_data import import_arviz, pareto_khat
 
 from .conftest import ENCODER, FACTORS, GROUPS, TALL, fitted, group_of
 
@@ -158,14 +153,6 @@ def test_draws_have_the_moments_of_the_posterior(posterior, data):
         assert_moments(variable.values[0], posterior.mean[name], posterior.stddev[name])
 
 
-def test_draws_of_the_horseshoe_have_the_moments_over_its_scales():
-    posterior = fitted("horseshoe")
-    draws = list(posterior.draws(300))
-    for name, mean in posterior.mean.items():
-        values = np.stack([draw[name].numpy() for draw in draws])
-        assert_moments(values, mean, posterior.stddev[name])
-
-
 def test_prior_draws_are_the_priors_and_independent_of_the_posteriors(posterior, data):
     for name in FACTORS:
         prior, own = (group_of(data, group)[name].values[0] for group in ("prior", "posterior"))
@@ -204,17 +191,6 @@ def test_log_densities_count_the_scales():
             log_prior += torch.distributions.LogNormal(math.log(0.05), 1.0).log_prob(scale).sum()
         assert stats["log_guide"].values[0, i] == pytest.approx(log_guide.item(), rel=1e-5)
         assert stats["log_prior"].values[0, i] == pytest.approx(log_prior.item(), rel=1e-5)
-
-
-def test_log_densities_of_auto_normal_are_those_of_its_normals():
-    posterior = fitted("normal", "auto-normal")
-    stats = group_of(posterior.to_arviz(draws=2), "sample_stats")
-    for i, draw in enumerate(posterior.draws(2)):
-        log_guide = sum(
-            torch.distributions.Normal(posterior.mean[n], posterior.stddev[n]).log_prob(w).sum()
-            for n, w in draw.items()
-        )
-        assert stats["log_guide"].values[0, i] == pytest.approx(log_guide.item(), rel=1e-5)
 
 
 def test_the_seed_decides_the_draws(posterior):
@@ -263,15 +239,6 @@ def test_layers_are_chosen_by_suffix_and_by_regex(posterior, data, modules, laye
         np.testing.assert_array_equal(variable, whole[:, :4, layers[key]])
 
 
-def test_sites_and_layers_are_chosen_together(posterior):
-    dataset = group_of(
-        posterior.to_arviz(draws=2, sites=["A_4x4", "B_6x4"], modules="v_proj"), "prior"
-    )
-    assert {name: variable.shape for name, variable in dataset.items()} == {
-        "A_4x4": (1, 2, 1, 2, 4)
-    }
-
-
 def test_scales_go_with_their_layers():
     dataset = group_of(fitted("horseshoe").to_arviz(draws=2, modules="v_proj"), "posterior")
     endings = ("", "_global", "_local")
@@ -307,19 +274,7 @@ def test_a_number_of_draws_below_one_is_refused(posterior, draws):
     assert str(draws) in refusal(posterior, draws=draws)
 
 
-@pytest.fixture
-def no_large_arrays(monkeypatch):
-    """An array of over a million elements is an error."""
-    make = np.zeros
-
-    def zeros(shape, *args, **kwargs):
-        assert math.prod(np.atleast_1d(shape)) < 10**6
-        return make(shape, *args, **kwargs)
-
-    monkeypatch.setattr(np, "zeros", zeros)
-
-
-def test_too_large_draws_are_refused_before_anything_is_built(posterior, no_large_arrays):
+def test_too_large_draws_are_refused(posterior):
     message = refusal(posterior, draws=10**7)
     # 88 weights of 4 bytes, of posterior and prior
     assert "10000000 draws" in message
@@ -407,18 +362,20 @@ def test_sites_that_a_users_prior_names_as_it_likes_are_variables(tmp_path):
     assert len(dataset) == 6
 
 
-# ---- files, and ArviZ
+# ---- ArviZ
 
 
-def test_netcdf_and_zarr_bring_everything_back(tmp_path):
-    data = fitted("horseshoe").to_arviz(draws=3)
-    path = save_inference_data(data, tmp_path / "draws.nc")
-    netcdf = import_arviz().from_netcdf(str(path))
-    path = save_inference_data(data, tmp_path / "draws.zarr")
-    with xarray.open_datatree(path, engine="zarr") as zarr:
-        for name in ("posterior", "prior", "sample_stats"):
-            for back in (netcdf, zarr):
-                xarray.testing.assert_identical(group_of(back, name), group_of(data, name))
+def test_the_class_is_that_of_the_installed_arviz(data):
+    arviz = import_arviz()
+    is_first = arviz.__version__.startswith("0.")
+    assert type(data) is (arviz.InferenceData if is_first else xarray.DataTree)
+
+
+def test_arviz_writes_netcdf_and_reads_all_of_it(data, tmp_path):
+    data.to_netcdf(str(tmp_path / "draws.nc"))
+    back = import_arviz().from_netcdf(str(tmp_path / "draws.nc"))
+    for name in ("posterior", "prior", "sample_stats"):
+        xarray.testing.assert_identical(group_of(back, name), group_of(data, name))
 
 
 def test_arviz_summarises_a_layer(posterior, data):
@@ -431,115 +388,6 @@ def test_arviz_summarises_a_layer(posterior, data):
     np.testing.assert_allclose(table["sd"].astype(float), stddev, rtol=0.2)
 
 
-# ---- the bridge between versions of ArviZ
-
-MODULES = ["model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1", "été"]
-
-
-def datasets() -> dict[str, xarray.Dataset]:
-    """Groups as `Posterior.to_arviz` makes them."""
-    rng = np.random.default_rng(0)
-    coords = {"chain": [0], "draw": np.arange(DRAWS), "module": MODULES, "rank": [0, 1]}
-    sample = ("chain", "draw")
-
-    def factors(mean, sd):
-        weights = mean + sd * rng.standard_normal((1, DRAWS, 3, 2, 4))
-        return xarray.Dataset(
-            {
-                "A_5x4": ((*sample, "module", "rank", "in_feature"), weights.astype(np.float32)),
-                "A_5x4_global": (sample, rng.random((1, DRAWS)).astype(np.float32)),
-            },
-            coords={**coords, "in_feature": np.arange(4)},
-            attrs={"prior": "horseshoe", "prior_args": '{"scale": 0.05}'},
-        )
-
-    stats = {name: (sample, rng.standard_normal((1, DRAWS))) for name in ("log_guide", "log_prior")}
-    return {
-        "posterior": factors(3.0, 0.5),
-        "prior": factors(0.0, 2.0),
-        "sample_stats": xarray.Dataset(stats, {"chain": [0], "draw": np.arange(DRAWS)}),
-    }
-
-
-@pytest.fixture
-def groups() -> dict[str, xarray.Dataset]:
-    return datasets()
-
-
-def assert_holds(data, groups) -> None:
-    """Values, types, dimensions, coordinates and attributes of every group."""
-    names = {name.strip("/") for name in (data.groups if is_tree(data) else data.groups())} - {""}
-    assert names == set(groups)
-    for name, expected in groups.items():
-        found = group_of(data, name)
-        xarray.testing.assert_identical(found, expected)
-        for key, variable in expected.variables.items():
-            assert found[key].dims == variable.dims
-            if key != "module":  # texts have a type of their own on disk
-                assert found[key].dtype == variable.dtype
-
-
-def is_tree(data) -> bool:
-    return isinstance(data, xarray.DataTree)
-
-
-# ---- groups
-
-
-def test_the_class_is_that_of_the_installed_arviz(groups):
-    arviz = import_arviz()
-    data = inference_data(groups)
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        assert is_tree(data)
-    else:
-        assert type(data) is arviz.InferenceData
-
-
-def test_both_versions_of_arviz_hold_the_same_datasets(groups):
-    assert_holds(inference_data(groups), datasets())
-
-
-def test_arviz_itself_gives_intervals_of_the_prior(groups):
-    data = inference_data(groups)
-    hdi = import_arviz().hdi(group_of(data, "prior"))["A_5x4"]
-    width = float((hdi[..., 1] - hdi[..., 0]).mean())
-    assert 2 * 1.2 * 2.0 < width < 2 * 2.2 * 2.0  # of a Normal, between 77% and 97%
-
-
-# ---- files
-
-
-@pytest.mark.parametrize("as_text", [False, True])
-def test_netcdf_brings_everything_back(groups, tmp_path, as_text):
-    path = tmp_path / "draws.nc"
-    written = save_inference_data(inference_data(groups), str(path) if as_text else path)
-    assert written == path
-    assert_holds(import_arviz().from_netcdf(str(path)), groups)
-
-
-def test_zarr_brings_everything_back(groups, tmp_path):
-    path = save_inference_data(inference_data(groups), tmp_path / "draws.zarr")
-    with xarray.open_datatree(path, engine="zarr") as data:
-        assert_holds(data, groups)
-
-
-@pytest.mark.parametrize("name", ["draws.nc", "draws.zarr"])
-def test_a_second_file_replaces_the_first(groups, tmp_path, name):
-    path = tmp_path / name
-    save_inference_data(inference_data(groups), path)
-    only = {"posterior": groups["posterior"].isel(draw=[0, 1])}
-    save_inference_data(inference_data(only), path)
-    with xarray.open_datatree(path, engine="zarr" if "zarr" in name else "h5netcdf") as data:
-        assert_holds(data, only)
-
-
-@pytest.mark.parametrize("name", ["draws", "draws.json", "draws.nc.gz", ".nc"])
-def test_another_suffix_is_refused_and_nothing_written(groups, tmp_path, name):
-    with pytest.raises(ValueError, match=r"neither \.nc nor \.zarr"):
-        save_inference_data(inference_data(groups), tmp_path / name)
-    assert not list(tmp_path.iterdir())
-
-
 # ---- k-hat
 
 
@@ -549,32 +397,11 @@ def pareto_ratios(k: float, count: int, seed: int) -> np.ndarray:
     return np.log(np.expm1(-k * np.log(u)) / k)
 
 
-def likeliest_shape(log_ratios: np.ndarray) -> float:
-    """Maximum-likelihood k of the tail, by a grid of k / scale, drawn to 1/2 by ten draws.
-
-    Vehtari et al. (arXiv 1507.02646): a tail of min(0.2 S, 3 sqrt S) ratios. Grimshaw (1993): for a
-    given theta = k / scale, k is the mean of log(1 + theta x).
-    """
-    ratios = np.sort(np.exp(log_ratios - log_ratios.max()))
-    count = math.ceil(min(0.2 * len(ratios), 3 * len(ratios) ** 0.5))
-    excess = ratios[-count:] - ratios[-count - 1]
-    theta = np.geomspace(1e-3, 1e4, 4000) / excess.mean()
-    k = np.log1p(theta[:, None] * excess).mean(1)
-    likeliest = k[np.argmax(np.log(theta / k) - k)]
-    return (count * likeliest + 10 * 0.5) / (count + 10)
-
-
 @pytest.mark.parametrize("k", [0.3, 0.5, 0.7, 1.0])
 def test_khat_is_the_shape_of_pareto_ratios(k):
     found = [pareto_khat(pareto_ratios(k, 20_000, seed)) for seed in range(6)]
     assert abs(np.mean(found) - k) < 0.1
     assert np.std(found) < 0.15
-
-
-@pytest.mark.parametrize("k", [0.4, 0.8, 1.5])
-def test_khat_is_near_the_likeliest_shape(k):
-    ratios = pareto_ratios(k, 3000, seed=1)
-    assert pareto_khat(ratios) == pytest.approx(likeliest_shape(ratios), abs=0.05)
 
 
 def test_khat_tells_a_light_tail_from_a_heavy_one():
@@ -592,15 +419,6 @@ def test_khat_asks_neither_for_a_constant_nor_for_an_order():
     assert pareto_khat(np.random.default_rng(0).permutation(ratios)) == pytest.approx(khat)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_khat_leaves_its_argument_alone(dtype):
-    ratios = pareto_ratios(0.6, 200, seed=4).astype(dtype)
-    before = ratios.copy()
-    ratios.flags.writeable = False
-    assert type(pareto_khat(ratios)) is float
-    np.testing.assert_array_equal(ratios, before)
-
-
 def test_khat_takes_ratios_of_a_thousand_nats():
     ratios = 300 * np.random.default_rng(5).standard_normal(50)
     assert 5 < pareto_khat(ratios) < math.inf
@@ -608,8 +426,8 @@ def test_khat_takes_ratios_of_a_thousand_nats():
 
 @pytest.mark.parametrize(
     "ratios",
-    [[], [1.0], [0.0, 5.0], np.arange(29.0), np.zeros(50), np.full(1000, -1e6), [1e5, *[0.0] * 49]],
-    ids=["none", "one", "two", "29", "equal", "equal and far", "one far above"],
+    [[], np.arange(29.0), np.zeros(50), [1e5, *[0.0] * 49]],
+    ids=["none", "29", "equal", "one far above"],
 )
 def test_khat_is_infinite_where_there_is_no_tail_to_fit(ratios):
     assert pareto_khat(np.array(ratios)) == math.inf

@@ -6,38 +6,11 @@ import torch
 from torch import nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from blora_pyro.adapters import Group, find_targets, group_by_shape
+from blora_pyro.adapters import Group
 from blora_pyro.errors import UserError
 from blora_pyro.posterior import Posterior
 
-TARGETS = {
-    "all-linear": "all-linear",
-    "decoder q and v": r".*\.decoder\..*\.(q_proj|v_proj)",
-}
-
-
-def posterior_of(net, target_modules="all-linear", rank=2, alpha=5.0) -> Posterior:
-    """A posterior of random moments, none of them zero; alpha / rank is no integer."""
-    groups = group_by_shape(find_targets(net, target_modules), rank)
-    generator = torch.Generator().manual_seed(3)
-    sites = [site for group in groups for site in group.sites]
-    mean = {s.name: 0.3 * torch.randn(s.shape, generator=generator) for s in sites}
-    stddev = {s.name: 0.01 + 0.1 * torch.rand(s.shape, generator=generator) for s in sites}
-    return Posterior("tiny", groups, alpha, mean, stddev)
-
-
-@pytest.fixture(params=TARGETS.values(), ids=TARGETS.keys())
-def posterior(request, net) -> Posterior:
-    return posterior_of(net, request.param)
-
-
-@torch.no_grad()
-def logits(net, batch) -> torch.Tensor:
-    return net(
-        input_features=batch.input_features,
-        decoder_input_ids=batch.decoder_input_ids,
-        use_cache=False,
-    ).logits
+from .conftest import adapted, logits, posterior_of
 
 
 def hooks(net: nn.Module) -> int:
@@ -50,8 +23,7 @@ def hooks(net: nn.Module) -> int:
 def test_merging_gives_the_logits_of_the_posterior_mean(net, batch, posterior):
     merged = copy.deepcopy(net)
     posterior.merge(merged)
-    with posterior.applied(net):
-        ours = logits(net, batch)
+    ours = adapted(posterior, net, batch)
     torch.testing.assert_close(logits(merged, batch), ours, atol=1e-5, rtol=0)
     assert hooks(merged) == 0
 
@@ -68,33 +40,23 @@ def test_merging_adds_the_delta_weights_and_touches_nothing_else(net, posterior)
 # ---- applied
 
 
-def test_applied_leaves_the_base_exactly_as_it_was(net, batch, posterior):
+def test_applied_leaves_the_base_exactly_as_it_was_after_an_exception(net, batch, posterior):
     weights = {name: value.clone() for name, value in net.state_dict().items()}
     before = logits(net, batch)
-    with posterior.applied(net):
+    with pytest.raises(RuntimeError, match="inside"), posterior.applied(net):
         assert not torch.equal(logits(net, batch), before)
+        raise RuntimeError("inside")
     assert torch.equal(logits(net, batch), before)
     assert hooks(net) == 0
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
 
 
-def test_applied_leaves_the_base_exactly_as_it_was_after_an_exception(net, batch, posterior):
-    before = logits(net, batch)
-    with pytest.raises(RuntimeError, match="inside"), posterior.applied(net):
-        raise RuntimeError("inside")
-    assert torch.equal(logits(net, batch), before)
-    assert hooks(net) == 0
-
-
 def test_applied_takes_a_draw_instead_of_the_mean(net, batch, posterior):
     (draw,) = posterior.draws(1)
     moved = Posterior("tiny", posterior.groups, posterior.alpha, draw, posterior.stddev)
-    with posterior.applied(net, draw):
-        drawn = logits(net, batch)
-    with moved.applied(net):
-        assert torch.equal(drawn, logits(net, batch))
-    with posterior.applied(net):
-        assert not torch.equal(drawn, logits(net, batch))
+    drawn = adapted(posterior, net, batch, draw)
+    assert torch.equal(drawn, adapted(moved, net, batch))
+    assert not torch.equal(drawn, adapted(posterior, net, batch))
 
 
 @pytest.mark.parametrize("difference", [{"d_model": 8}, {"decoder_layers": 1}])

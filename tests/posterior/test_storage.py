@@ -9,47 +9,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import blora_pyro
-from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.errors import UserError
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import POSTERIOR_FILE
 
-TARGETS = {
-    "all-linear": "all-linear",
-    "decoder q and v": r".*\.decoder\..*\.(q_proj|v_proj)",
-}
-
-
-def posterior_of(net, target_modules="all-linear", rank=2, alpha=5.0) -> Posterior:
-    """A posterior of random moments, none of them zero; alpha / rank is no integer."""
-    groups = group_by_shape(find_targets(net, target_modules), rank)
-    generator = torch.Generator().manual_seed(3)
-    sites = [site for group in groups for site in group.sites]
-    mean = {s.name: 0.3 * torch.randn(s.shape, generator=generator) for s in sites}
-    stddev = {s.name: 0.01 + 0.1 * torch.rand(s.shape, generator=generator) for s in sites}
-    return Posterior("tiny", groups, alpha, mean, stddev)
-
-
-@pytest.fixture(params=TARGETS.values(), ids=TARGETS.keys())
-def posterior(request, net) -> Posterior:
-    return posterior_of(net, request.param)
-
-
-@torch.no_grad()
-def logits(net, batch) -> torch.Tensor:
-    return net(
-        input_features=batch.input_features,
-        decoder_input_ids=batch.decoder_input_ids,
-        use_cache=False,
-    ).logits
-
-
-def hooks(net: nn.Module) -> int:
-    return sum(len(module._forward_hooks) for module in net.modules())
-
+from .conftest import adapted, logits, posterior_of
 
 # ---- export: three ways to the same logits
 
@@ -59,8 +25,7 @@ def hooks(net: nn.Module) -> int:
 def test_stock_peft_computes_the_logits_of_the_posterior_mean(net, batch, posterior, tmp_path):
     posterior.save(tmp_path)
     stock = PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path)).eval()
-    with posterior.applied(net):
-        ours = logits(net, batch)
+    ours = adapted(posterior, net, batch)
     torch.testing.assert_close(logits(stock, batch), ours, atol=1e-5, rtol=0)
     assert (ours - logits(net, batch)).abs().max() > 1e-2  # it does something
 
@@ -71,8 +36,7 @@ def test_transformers_load_adapter_computes_the_logits_of_the_posterior_mean(
     posterior.save(tmp_path)
     theirs = copy.deepcopy(net)
     theirs.load_adapter(str(tmp_path))
-    with posterior.applied(net):
-        ours = logits(net, batch)
+    ours = adapted(posterior, net, batch)
     torch.testing.assert_close(logits(theirs.eval(), batch), ours, atol=1e-5, rtol=0)
 
 

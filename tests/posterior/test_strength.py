@@ -4,39 +4,19 @@ import pytest
 import torch
 from peft import PeftModel
 
-from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.errors import UserError
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.spectra import spectra
 from blora_pyro.posterior.strength import at_strength, parse_strengths
 
+from .conftest import adapted, logits
+
 SNR = "signal-to-noise"
 
 
 @pytest.fixture
-def posterior(net) -> Posterior:
-    """Layers of one to a thousandth in size, and no null directions."""
-    groups = group_by_shape(find_targets(net, "all-linear"), 4)
-    mean, stddev = {}, {}
-    for site in (site for group in groups for site in group.sites):
-        layers = 10.0 ** -torch.linspace(0, 3, site.shape[0])
-        mean[site.name] = layers[:, None, None] * torch.randn(site.shape)
-        stddev[site.name] = 0.01 + 0.1 * torch.rand(site.shape)
-    return Posterior("tiny", groups, 8.0, mean, stddev)
-
-
-def logits(net, batch) -> torch.Tensor:
-    with torch.no_grad():
-        return net(
-            input_features=batch.input_features,
-            decoder_input_ids=batch.decoder_input_ids,
-            use_cache=False,
-        ).logits
-
-
-def adapted(posterior, net, batch, factors=None) -> torch.Tensor:
-    with posterior.applied(net, factors):
-        return logits(net, batch)
+def posterior(uneven_posterior) -> Posterior:
+    return uneven_posterior
 
 
 def directions(posterior) -> int:
@@ -119,7 +99,7 @@ def test_the_surest_directions_stay_the_fewest_that_hold_the_share(posterior):
 
 def test_a_rotation_of_a_and_b_changes_no_strength(posterior, net, batch):
     """The prior can't tell A -> RᵀA, B -> BR from A and B, for equal spread and orthogonal R."""
-    q, _ = torch.linalg.qr(torch.randn(4, 4))
+    q, _ = torch.linalg.qr(torch.randn(5, 5))
     flat = {name: torch.full_like(value, 0.05) for name, value in posterior.stddev.items()}
     turned = {
         name: q.mT @ value if name[0] == "A" else value @ q

@@ -72,9 +72,9 @@ def test_long_audio_is_decoded_as_by_transformers_own_long_form(timed_base, plai
         assert [end for _, end, _ in found] == pytest.approx(ends)
 
 
-@pytest.mark.parametrize("language", ["de", "de-en", None])
+@pytest.mark.parametrize("language", ["de-en", None])
 def test_long_audio_of_any_language_is_decoded_to_its_end(timed_base, language):
-    recordings = [noise(3.3, 1), noise(0.5, 2), noise(2.0, 3)]
+    recordings = [noise(2.2, 1), noise(0.5, 2), noise(1.2, 3)]
     decoded = LongFormDecoder(timed_base, language).decode(recordings)
     for recording, row in zip(recordings, decoded, strict=True):
         assert row[0].span[0] == 0

@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from blora_pyro.adapters import find_targets, group_by_shape
@@ -84,18 +83,6 @@ def test_transcripts_come_in_the_order_of_the_utterances(fluent_base, features, 
     assert texts[:4] == ["a bicycle", "ein rad", "the red", "das rote"]
 
 
-def test_transcripts_are_those_of_one_utterance_at_a_time(fluent_base, features, prompts):
-    texts = transcribe_features(fluent_base, features, prompts)
-    for index, prompt in enumerate(prompts):
-        tokens = fluent_base.net.generate(
-            features[index : index + 1].float(),
-            decoder_input_ids=torch.tensor([prompt]),
-            language="en",
-        )
-        alone = fluent_base.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
-        assert texts[index] == alone
-
-
 @pytest.mark.parametrize("talkative", [False, True])
 def test_transcripts_are_the_greedy_ones_after_the_prompt_as_given(
     fluent_base, tiny_base, features, prompts, talkative
@@ -107,7 +94,7 @@ def test_transcripts_are_the_greedy_ones_after_the_prompt_as_given(
     ]
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 2])
 def test_the_batch_size_changes_no_transcript(fluent_base, features, prompts, size):
     whole = transcribe_features(fluent_base, features, prompts)
     assert transcribe_features(fluent_base, features, prompts, size) == whole
@@ -215,19 +202,6 @@ def test_unreadable_files_are_reported_and_left_out_if_on_error_is_given(
 # ---- long ones
 
 
-def test_a_long_file_without_timestamps_has_a_segment_for_what_lies_between_pauses(
-    fluent_base, tones_folder, tmp_path
-):
-    tones = [read_audio({"path": str(tones_folder / f"{name}.wav")}) for name in ("de3", "de2")]
-    rest = 1e-4 * np.random.default_rng(0).standard_normal(8000).astype(np.float32)
-    soundfile.write(tmp_path / "long.wav", np.concatenate([tones[0], rest, tones[1], rest]), 16_000)
-    (found,) = transcribe_files(Transcriber(fluent_base), [tmp_path / "long.wav"])
-    first, second = found.segments
-    assert found.duration == 2.0
-    assert 0 <= first.start < first.end < second.start < second.end <= 2
-    assert found.text == f"{first.text} {second.text}"
-
-
 def test_long_recordings_have_segments_in_order(timed_base):
     recordings = [noise(2.3, 1), noise(0.4, 2), noise(1.2, 3)]
     found = Transcriber(timed_base, language="de-en", timestamps=True).transcribe(recordings)
@@ -244,11 +218,11 @@ def test_long_recordings_have_segments_in_order(timed_base):
 def test_the_seed_decides_sampled_windows_and_the_callers_state_stays(timed_base):
     state = torch.get_rng_state()
     transcriber = Transcriber(timed_base, language="de", timestamps=True)
-    first = transcriber.transcribe([noise(1.2)])
+    first = transcriber.transcribe([noise(0.9)])
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(9)
-    assert transcriber.transcribe([noise(1.2)]) == first
-    assert replace(transcriber, seed=1).transcribe([noise(1.2)]) != first
+    assert transcriber.transcribe([noise(0.9)]) == first
+    assert replace(transcriber, seed=1).transcribe([noise(0.9)]) != first
 
 
 # ---- confidences
@@ -267,11 +241,11 @@ def log_probs_one_by_one(base, features, prompt, tokens):
 def test_confidences_are_those_of_every_draw_by_itself(fluent_base, tones_folder, stddev):
     torch.manual_seed(3)
     posterior = a_posterior(fluent_base, stddev, size=0.05)
-    names = ["de2", "en0", "de3", "en1"]
+    names = ["de2", "en0"]
     recordings = [
         Recording(name, read_audio({"path": str(tones_folder / f"{name}.wav")})) for name in names
     ]
-    transcriber = Transcriber(fluent_base, posterior, "de", samples=3, seed=5, batch_size=3)
+    transcriber = Transcriber(fluent_base, posterior, "de", samples=2, seed=5, batch_size=1)
     found = transcriber.transcribe(recordings)
     plain = replace(transcriber, samples=0).transcribe(recordings)
     assert [one.text for one in found] == [one.text for one in plain]
@@ -290,15 +264,15 @@ def test_confidences_are_those_of_every_draw_by_itself(fluent_base, tones_folder
         words = [word for segment in one.segments for word in segment.words]
         assert [word.text for word in words] == [each.text for each in spelled]
         sums, shares = np.zeros(len(words)), np.zeros(len(words))
-        for draw in posterior.draws(3, seed=5):
+        for draw in posterior.draws(2, seed=5):
             with posterior.applied(fluent_base.net, draw):
                 log_probs = log_probs_one_by_one(fluent_base, row, prompt, tokens)
                 others = {word_key(word) for word in greedy(fluent_base, row, prompt).split()}
             sums += [sum(log_probs[place] for place in each.tokens) for each in spelled]
             shares += [word_key(each.text) in others for each in spelled]
-        assert [word.log_prob for word in words] == pytest.approx(list(sums / 3), abs=2e-3)
+        assert [word.log_prob for word in words] == pytest.approx(list(sums / 2), abs=2e-3)
         # Where no word comes twice, the aligned ones are among those that both have.
-        assert all(word.agreement <= share / 3 for word, share in zip(words, shares, strict=True))
+        assert all(word.agreement <= share / 2 for word, share in zip(words, shares, strict=True))
         checked += len(words)
         agreed += sum(word.agreement for word in words)
     # Close draws say what the mean says, but for what is on the brink of another token; wild ones
@@ -310,7 +284,7 @@ def test_confidences_of_timed_windows(timed_base):
     torch.manual_seed(3)
     posterior = a_posterior(timed_base, stddev=1e-6)  # so that draws say what the mean says
     transcriber = Transcriber(timed_base, posterior, "de-en", timestamps=True, samples=2)
-    found = transcriber.transcribe([noise(2.3, 1), noise(0.7, 2)])
+    found = transcriber.transcribe([noise(1.3, 1), noise(0.7, 2)])
     for one in found:
         for segment in one.segments:
             assert " ".join(word.text for word in segment.words) == " ".join(segment.text.split())
