@@ -315,7 +315,7 @@ def test_the_command_line(options, german, tmp_path):
 
 def test_the_command_of_a_fit_names_its_domains():
     options = {"data": {"a": "de-en", "es-en": "es-en"}, "pooling": "none"}
-    words = fit_command(options)
+    words = fit_command(FitConfig(**options))
     assert words == "blora-pyro fit --data a=de-en --data es-en --pooling none"
 
 
