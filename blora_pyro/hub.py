@@ -1,4 +1,4 @@
-"""What is read from the Hugging Face Hub, and in one line what it refuses."""
+"""Downloads from the Hugging Face Hub, whose refusals become errors of one line."""
 
 import os
 import re
@@ -27,13 +27,7 @@ _RUN_FILES = (_POSTERIOR, "run.json", _ADAPTER)
 
 @dataclass(frozen=True)
 class Kind:
-    """What is looked for, in the words of an error message.
-
-    Attributes:
-        name: What it is called.
-        local: What it is on disk.
-        instead: What else can be given.
-    """
+    """What is looked for, for error messages: its name, on disk, and what else can be given."""
 
     name: str
     local: str
@@ -50,7 +44,7 @@ def is_run_id(name: str) -> bool:
 
 
 def find_run(run: str | Path, local_files_only: bool = False) -> Path:
-    """The folder of a run: a local one, or that of `OWNER/NAME[@REVISION]` in the Hub's cache.
+    """Return the folder of a run, for `OWNER/NAME[@REVISION]` that in the Hub's cache.
 
     Of a repository the posterior and its JSON files are downloaded, which `push_run` put there. A
     path that exists comes first, and so does a name that can't be a Hub id, whatever it is.
@@ -75,12 +69,10 @@ def find_run(run: str | Path, local_files_only: bool = False) -> Path:
 def download(
     kind: Kind, name: str, revision: str | None, local_files_only: bool, files: Sequence[str]
 ) -> Path:
-    """The folder of a Hub id in the Hub's cache; what the cache lacks is downloaded.
-
-    One request tells whether the Hub can be reached, so that a refusal takes no longer.
+    """Return the folder of a Hub id in the Hub's cache; what the cache lacks is downloaded.
 
     Args:
-        kind: What it is to be.
+        kind: Of the message if it fails.
         name: The Hub id.
         revision: Branch, tag or commit; None is its main branch.
         local_files_only: Ask nothing of the Hub.
@@ -90,32 +82,20 @@ def download(
         UserError: If there is none, or it can't be reached.
     """
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=local_files_only,
-                allow_patterns=list(files),
-            )
+        folder = snapshot_download(
+            name, revision=revision, local_files_only=local_files_only, allow_patterns=list(files)
         )
     except LocalEntryNotFoundError as error:
-        partial = getattr(error, "snapshot_path", None)
-        if partial and kind is BASE:
-            return Path(partial)  # all that is needed may be there
-        cause = error.__cause__
-        raise UserError(_unreached(kind, name, revision, cause, local_files_only)) from None
+        folder = getattr(error, "snapshot_path", None) or ""
+        if not folder or kind is not BASE:  # all that a base needs may be there
+            what = f"{kind.name} '{name}'" + (f" at revision '{revision}'" if revision else "")
+            raise UserError(_unreached(kind, what, error.__cause__, local_files_only)) from None
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise UserError(_refused(kind, name, revision, error)) from None
+    return Path(folder)
 
 
-def _unreached(
-    kind: Kind,
-    name: str,
-    revision: str | None,
-    cause: BaseException | None,
-    local_files_only: bool,
-) -> str:
-    what = f"{kind.name} '{name}'" + (f" at revision '{revision}'" if revision else "")
+def _unreached(kind: Kind, what: str, cause: BaseException | None, local_files_only: bool) -> str:
     if local_files_only or isinstance(cause, OfflineModeIsEnabled):
         why = "local-files-only is given" if local_files_only else "HF_HUB_OFFLINE is set"
         return (
@@ -130,26 +110,21 @@ def _unreached(
 
 
 def _refused(kind: Kind, name: str, revision: str | None, error: Exception) -> str:
-    """What the Hub says no to, most special first."""
-    what = f"{kind.name} '{name}'"
-    if isinstance(error, HFValidationError):
-        return (
-            f"{what} does not exist; give {kind.instead}, or a Hub id such as openai/whisper-tiny"
-        )
-    if isinstance(error, GatedRepoError):
-        return (
-            f"{what} is gated; ask for access on its page, https://hf.co/{name}, and log in with: "
-            "hf auth login"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"{what} is no {kind.local}, and the Hub has no such repository, or a private one; "
-            "check the spelling, or log in with: hf auth login"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return (
-            f"{what} has no revision '{revision}'; give a branch, tag or commit of "
-            f"https://hf.co/{name}/commits/main"
-        )
-    reason = " ".join(str(error).split())
-    return f"{what} can't be downloaded ({reason}); try again, or give {kind.instead}"
+    match error:
+        case HFValidationError():
+            why = f"does not exist; give {kind.instead}, or a Hub id such as openai/whisper-tiny"
+        case GatedRepoError():  # a RepositoryNotFoundError, too
+            page = f"https://hf.co/{name}"
+            why = f"is gated; ask for access on its page, {page}, and log in with: hf auth login"
+        case RepositoryNotFoundError():
+            why = (
+                f"is no {kind.local}, and the Hub has no such repository, or a private one; "
+                "check the spelling, or log in with: hf auth login"
+            )
+        case RevisionNotFoundError():
+            page = f"https://hf.co/{name}/commits/main"
+            why = f"has no revision '{revision}'; give a branch, tag or commit of {page}"
+        case _:
+            reason = " ".join(str(error).split())
+            why = f"can't be downloaded ({reason}); try again, or give {kind.instead}"
+    return f"{kind.name} '{name}' {why}"

@@ -1,4 +1,4 @@
-"""Runs on the Hub, read by their id; see test_publishing.py for how they came there."""
+"""Runs on the Hub, read by their id."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from blora_pyro import Posterior
 from blora_pyro.errors import UserError
 from blora_pyro.hub import find_run
+from blora_pyro.options import FitConfig
 from blora_pyro.publishing.uploads import write_public_run
 from blora_pyro.runs.chains import Previous
 from blora_pyro.runs.diagnosis import diagnose
@@ -78,7 +79,7 @@ def test_what_is_no_run_is_told_in_a_line(hub, tmp_path, name, words):
 def test_commands_take_it(uploaded, tmp_path):
     posterior, about = read_run(uploaded)
     assert about.language == "de-en"
-    assert Previous.read(uploaded).complete({})["base"] == "someone/fluent"
+    assert Previous.read(uploaded).complete(FitConfig()).base == "someone/fluent"
     combine_runs([uploaded, uploaded], tmp_path / "both", rank=4)
     prune_run(uploaded, tmp_path / "pruned", rank=1, evaluate=False)
     assert json.loads((tmp_path / "pruned/run.json").read_text())["pruned"]["from"] == uploaded

@@ -33,17 +33,15 @@ def model_card(
     """Return the card of a run, with the metadata that the Hub reads.
 
     Results are also in its metadata (`model-index`) if they were measured on data sets of the Hub:
-    WER and CER, in percent.
-
-    Args:
-        repo_id: Repository on the Hub.
-        posterior: Posterior of the run, with public names (see `write_public_run`).
-        about: Content of `run.json`, with public names.
-        metrics: Content of `metrics.json`, with public names; empty if nothing was measured.
-        revision: Branch on the Hub.
-        license: License of the adapter, as the Hub calls it.
+    WER and CER, in percent. `about` and `metrics` are the content of `run.json` and of
+    `metrics.json`, empty if nothing was measured; all three have public names only.
     """
-    codes = _languages(about)
+    named = [about.get("language"), *about.get("domain_languages", {}).values()]
+    codes = dict.fromkeys(code for name in named if name for code in name.split("-"))
+    languages = [ISO_CODES.get(code, code) for code in codes]
+    sources = about["config"]["data"]
+    sources = sources.values() if isinstance(sources, Mapping) else sources
+    on_hub = [name.partition(":")[0] for name in dict.fromkeys(sources) if is_hub_id(name)]
     measured = {measure for _, both in _sets(about, metrics) for measure in both["adapted"]}
     results = list(_eval_results(about, metrics))
     data = ModelCardData(
@@ -51,9 +49,9 @@ def model_card(
         base_model_relation="adapter" if is_run_id(posterior.base) else None,
         library_name="peft",
         pipeline_tag=TASK,
-        language=codes or None,
+        language=languages or None,
         license=license,
-        datasets=_hub_data_sets(about) or None,
+        datasets=on_hub or None,
         metrics=[measure for measure in HUB_METRICS if measure in measured] or None,
         tags=["blora-pyro", "whisper", "lora", "bayesian", "variational-inference"],
         model_name=repo_id.rpartition("/")[2] if results else None,
@@ -71,7 +69,7 @@ def model_card(
         posterior=posterior,
         about=about,
         metrics=metrics,
-        languages=codes,
+        languages=languages,
         domains=domains,
         subfolder=None if is_shared else f"{DOMAIN_FOLDERS}/{domains[0]}",
         is_pocket=posterior.base == POCKET,
@@ -80,19 +78,6 @@ def model_card(
         measured=_measured(about, metrics),
         fit=_fit_table(posterior, about),
     )
-
-
-def _languages(about: Mapping[str, Any]) -> list[str]:
-    """Return ISO codes of the languages of the training data."""
-    named = [about.get("language"), *about.get("domain_languages", {}).values()]
-    codes = [code for name in named if name for code in name.split("-")]
-    return [ISO_CODES.get(code, code) for code in dict.fromkeys(codes)]
-
-
-def _hub_data_sets(about: Mapping[str, Any]) -> list[str]:
-    data = about["config"]["data"]
-    sources = list(data.values()) if isinstance(data, Mapping) else data
-    return [name.partition(":")[0] for name in dict.fromkeys(sources) if is_hub_id(name)]
 
 
 def _sets(

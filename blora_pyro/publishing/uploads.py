@@ -7,6 +7,7 @@ the test sets (`utterances.jsonl`), checkpoints and plots are not uploaded.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -32,22 +33,6 @@ from blora_pyro.runs.folders import ADAPTER, METRICS, read_run
 from blora_pyro.runs.record import RUN
 
 UPLOADED = (*ADAPTER, POSTERIOR_FILE, RUN, METRICS, f"{DOMAIN_FOLDERS}/*", "README.md")
-KEPT = (
-    "state",
-    "language",
-    "domain_languages",
-    "training_utterances",
-    "training_tokens",
-    "temperature",
-    "adapter_weights",
-    "versions",
-    "skipped_steps",
-    "history",
-    "dev",
-    "chain",
-    "pruned",
-    "combined",
-)
 
 
 def push_run(
@@ -72,8 +57,8 @@ def push_run(
         commit_message: None is a general one.
         create_pr: Open a pull request instead of writing to the main branch.
         token: Access token; None is that of `hf auth login`, or `HF_TOKEN`.
-        base: See `write_public_run`.
-        license: See `write_public_run`.
+        base: The base's id on the Hub, if the fit had it in a local folder; None is the fit's own.
+        license: License of the adapter, as the Hub calls it (`apache-2.0`); None leaves it out.
 
     Returns:
         The URL of the commit, or of the pull request.
@@ -108,16 +93,17 @@ def _refused(repo_id: str, error: Exception) -> str:
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # huggingface_hub says only which file it was
     reason = " ".join(str(error).split())[:300]
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"'{repo_id}' can't be uploaded, for HF_HUB_OFFLINE is set; leave that out"
-    if status in (401, 403):
-        return (
-            f"the Hub lets no one write to '{repo_id}' as you are logged in ({status}); log in "
-            "with a token that may: hf auth login, or HF_TOKEN; or give a repository of your own"
-        )
-    if isinstance(error, HFValidationError):
-        return f"'{repo_id}' can't be a repository of the Hub ({reason}); give OWNER/NAME"
+    match error:
+        case OfflineModeIsEnabled():
+            return f"'{repo_id}' can't be uploaded, for HF_HUB_OFFLINE is set; leave that out"
+        case HfHubHTTPError() if (status := error.response.status_code) in (401, 403):
+            return (
+                f"the Hub lets no one write to '{repo_id}' as you are logged in ({status}); log in "
+                "with a token that may: hf auth login, or HF_TOKEN; or give a repository of your "
+                "own"
+            )
+        case HFValidationError():
+            return f"'{repo_id}' can't be a repository of the Hub ({reason}); give OWNER/NAME"
     return (
         f"'{repo_id}' can't be uploaded ({type(error).__name__}: {reason}); try again, or write "
         "what would be uploaded to a folder: --output"
@@ -133,15 +119,7 @@ def write_public_run(
     base: str | None = None,
     license: str | None = None,
 ) -> None:
-    """Write what `push_run` uploads: PEFT adapter, posterior, JSON files and `README.md`.
-
-    Args:
-        run: A run folder.
-        folder: An existing folder to write to.
-        repo_id: Repository on the Hub, for the model card.
-        revision: Branch on the Hub.
-        base: The base's id on the Hub, if the fit had it in a local folder; None is the fit's own.
-        license: License of the adapter, as the Hub calls it (`apache-2.0`); None leaves it out.
+    """Write what `push_run` uploads to an existing folder, for a repository of this id.
 
     Raises:
         UserError: If the run can't be read, or its base is a local folder and `base` is None.
@@ -151,16 +129,13 @@ def write_public_run(
     if is_run_id(Path(run).as_posix()):
         raise UserError(f"{run} is no folder here; give a run folder")
     posterior, record = read_run(run, pooled=True)
-    about = record.to_json()
-    config = dict(about["config"])
+    about = replace(record, options=None, seconds=None, other={}).to_json()
+    config = about["config"]
     names = _public_names(config, about)
-    config |= {
-        "base": _public_base(config["base"], base),
-        "revision": config["revision"] if base is None else None,
-        "local_files_only": False,
-    }
-    kept = {"config": config, **{name: about[name] for name in KEPT if name in about}}
-    content = _public(kept, names)
+    config["base"] = _public_base(config["base"], base)
+    config["revision"] = config["revision"] if base is None else None
+    config["local_files_only"] = False
+    content = _public(about, names)
     metrics = _public(_read_metrics(Path(run)), names)
     family = posterior.family
     prior, guide = (names.get(name, name) for name in (family.prior, family.guide))
@@ -202,12 +177,11 @@ def _public_names(config: Mapping[str, Any], about: Mapping[str, Any]) -> dict[s
     """
     data, backward = config["data"], config["backward"] or {}
     domains = list(data)  # names, or sources without names
-    sources = [*domains, *backward, *backward.values()]
+    sources = [*domains, *backward, *backward.values(), config["test"], config["dev"]]
     sources += data.values() if isinstance(data, Mapping) else ()
-    local = [name for name in (*sources, config["test"], config["dev"]) if _is_local_set(name)]
-    origins = [about.get(how, {}).get("from", ()) for how in ("pruned", "combined")]
-    runs = [name for one in origins for name in ([one] if isinstance(one, str) else one)]
-    runs += [config["prior_from"], *(link["run"] for link in about.get("chain", ()))]
+    local = [name for name in sources if name is not None and _is_local_set(name)]
+    runs = [config["prior_from"], *(link["run"] for link in about.get("chain", ()))]
+    runs += [about.get("pruned", {}).get("from"), *about.get("combined", {}).get("from", ())]
     local += [name for name in runs if name and not is_run_id(name)]
     local += [name for name in (config["prior"], config["guide"]) if str(name).endswith(".py")]
     names = _last_parts(local)
@@ -215,18 +189,18 @@ def _public_names(config: Mapping[str, Any], about: Mapping[str, Any]) -> dict[s
     return names | {f"{one} ({of})": f"{names.get(one, one)} ({of})" for one, of in pairs}
 
 
-def _is_local_set(name: str | None) -> bool:
-    if name is None or name.startswith("<"):  # an object of `datasets`, described
-        return False
-    return not (name in (*DOMAINS, *LANGUAGES) or is_hub_id(name))
+def _is_local_set(name: str) -> bool:
+    is_object = name.startswith("<")  # of `datasets`, described
+    return not (is_object or name in (*DOMAINS, *LANGUAGES) or is_hub_id(name))
 
 
 def _last_parts(paths: Iterable[str]) -> dict[str, str]:
     names: dict[str, str] = {}
+    seen: Counter[str] = Counter()
     for path in sorted(set(paths), key=len):  # a path of one part keeps its name
         last = PureWindowsPath(os.path.abspath(path)).name
-        same = sum(PureWindowsPath(os.path.abspath(one)).name == last for one in names)
-        names[path] = f"{same + 1}-{last}" if same else last
+        seen[last] += 1
+        names[path] = f"{seen[last]}-{last}" if seen[last] > 1 else last
     return names
 
 
