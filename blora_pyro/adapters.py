@@ -1,4 +1,4 @@
-"""Where the factors sit: target layers, stacked by shape, and sampled factors in their place.
+"""Target layers, stacked by shape, and the hooks that add sampled low-rank updates to them.
 
 Every target layer with frozen weight `W0` (d_out, d_in) computes
 `x W0ᵀ + (alpha / rank) · (x Aᵀ) Bᵀ`, that is, `W0 + (alpha / rank) · B A` (Hu et al., LoRA,
@@ -56,11 +56,11 @@ class Site:
 
     @property
     def rank_shape(self) -> tuple[int, int]:
-        """(modules, rank), the shape of what has one value a layer and rank."""
+        """Shape of one value per layer and rank: (modules, rank)."""
         return self.shape[0], self.shape[self.dims.index("rank")]
 
     def per_rank(self, values: Tensor) -> Tensor:
-        """Values of `rank_shape`, to broadcast against `shape`."""
+        """Reshape values of `rank_shape` to broadcast against `shape`."""
         return values.unsqueeze(-1 if self.factor == "A" else -2)
 
 
@@ -70,9 +70,7 @@ class Group:
 
     Attributes:
         modules: Names of the layers.
-        out_features: Of each layer.
-        in_features: Of each layer.
-        rank: Of each layer's update.
+        rank: Rank of each layer's update.
         weight_stddevs: Standard deviation of each layer's frozen weight; empty if not known.
         suffix: Tells groups of one shape apart, where ranks differ (`_r4` after pruning).
     """
@@ -107,15 +105,15 @@ class Group:
         return self.A, self.B
 
     def plate(self) -> pyro.plate:
-        """A fresh plate over the layers, dim -1 left of the event dimensions."""
+        """Return a plate over the layers, at dim -1 of the batch shape."""
         return pyro.plate(f"modules_{self.key}", len(self.modules), dim=-1)
 
 
 def match_names(names: Iterable[str], pattern: str) -> list[str]:
-    """Those of `names` that a pattern names: suffixes with commas between, or a regex of the whole.
+    """Return the names that a pattern matches: comma-separated suffixes, or a regex of whole names.
 
     Raises:
-        UserError: If the pattern has the signs of a regular expression, and is not one.
+        UserError: If the pattern has characters of a regular expression, but is not one.
     """
     if _REGEX_SIGNS.search(pattern):
         try:
@@ -132,13 +130,13 @@ def match_names(names: Iterable[str], pattern: str) -> list[str]:
 
 
 def find_targets(net: nn.Module, target_modules: str) -> dict[str, nn.Linear]:
-    r"""Linear layers that `target_modules` names, in the order of the net.
+    r"""Return the linear layers that `target_modules` matches, in the order of the net.
 
     Args:
         net: A Whisper.
-        target_modules: As in PEFT: `"all-linear"` (every linear layer but the output layer), one or
-            more suffixes with commas between (`"q_proj,v_proj"`), or a regular expression that
-            matches the whole name (`r".*decoder.*\.fc[12]"`).
+        target_modules: As in PEFT: `"all-linear"` (every linear layer but the output layer),
+            comma-separated suffixes (`"q_proj,v_proj"`), or a regular expression that matches the
+            whole name (`r".*decoder.*\.fc[12]"`).
 
     Raises:
         UserError: If nothing matches, or the regular expression is not one.
@@ -162,7 +160,7 @@ def find_targets(net: nn.Module, target_modules: str) -> dict[str, nn.Linear]:
 
 
 def group_by_shape(targets: Mapping[str, nn.Linear], rank: int) -> tuple[Group, ...]:
-    """Layers of equal (out_features, in_features) together, in order of first appearance.
+    """Group layers of equal (out_features, in_features), in order of first appearance.
 
     Raises:
         UserError: If the rank is below 1 or above the smallest layer dimension.
@@ -170,28 +168,24 @@ def group_by_shape(targets: Mapping[str, nn.Linear], rank: int) -> tuple[Group, 
     shapes: dict[tuple[int, int], list[str]] = {}
     for name, module in targets.items():
         shapes.setdefault((module.out_features, module.in_features), []).append(name)
+
+    def stddev(layer: nn.Linear) -> float:
+        return layer.weight.detach().float().std(correction=0).item()
+
     largest = min(min(shape) for shape in shapes)
     if not 1 <= rank <= largest:
         raise UserError(f"rank {rank} is not possible here; give one from 1 to {largest}")
     return tuple(
-        Group(tuple(names), *shape, rank, tuple(_stddev(targets[name]) for name in names))
+        Group(tuple(names), *shape, rank, tuple(stddev(targets[name]) for name in names))
         for shape, names in shapes.items()
     )
 
 
-def _stddev(layer: nn.Linear) -> float:
-    return layer.weight.detach().float().std(correction=0).item()
-
-
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """x -> x wᵀ, the `Projection` of a factor without noise of its own.
+    """The `Projection` x -> x wᵀ of one factor, the same for every row of x."""
 
-    Attributes:
-        weight: (out, in).
-    """
-
-    weight: Tensor
+    weight: Tensor  # (out, in)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""
@@ -200,15 +194,10 @@ class LinearMap:
 
 @dataclass(frozen=True, eq=False)
 class RowMap:
-    """x_i -> x_i w[rows_i]ᵀ for utterance i, the `Projection` where domains differ in a batch.
+    """The `Projection` x_i -> x_i w[rows_i]ᵀ of utterance i, for a batch of several domains."""
 
-    Attributes:
-        weights: (domains, out, in).
-        rows: (batch,), int64, which of them each utterance has.
-    """
-
-    weights: Tensor
-    rows: Tensor
+    weights: Tensor  # (domains, out, in)
+    rows: Tensor  # (batch,), int64: the domain of each utterance
 
     def __call__(self, x: Tensor) -> Tensor:
         """(batch, tokens, in) -> (batch, tokens, out), in the dtype of x."""
@@ -217,23 +206,16 @@ class RowMap:
 
 @effectful(type="project")
 def projections(factor: Tensor) -> list[Projection]:
-    """The map x -> x wᵀ of every layer of a stacked factor (modules, out, in), in order.
+    """Return the map x -> x wᵀ of every layer of a stacked factor (modules, out, in), in order.
 
-    A Pyro primitive, so that an effect handler may answer it with noisier maps for a factor that it
-    saw being drawn (see `models.estimators`): one a factor, however many layers there are.
+    A Pyro primitive, so that an effect handler can replace the maps of a factor whose draw it has
+    seen by noisier ones (see `models.estimators`).
     """
     return [LinearMap(weight) for weight in factor.unbind(0)]
 
 
-def _maps(factor: Tensor, rows: Tensor | None) -> Sequence[Projection]:
-    """The maps of every layer; of a factor (domains, modules, out, in), row by row."""
-    if rows is None:
-        return projections(factor)
-    return [RowMap(weights, rows) for weights in factor.unbind(1)]
-
-
 class _Hook:
-    """Adds a layer's update to its output."""
+    """Forward hook that adds a layer's update to its output."""
 
     def __init__(self, adapters: "Adapters", name: str) -> None:
         self.adapters, self.name = adapters, name
@@ -249,14 +231,17 @@ class _Hook:
             return None
         (x,), scaling = inputs, self.adapters.scaling
         down, up = self.adapters._projections[self.name]
-        if isinstance(down, LinearMap) and isinstance(up, LinearMap) and self._alone_changes(layer):
-            weights = layer.weight, down.weight, up.weight
-            return add_low_rank_update(output, x, *weights, scaling)
+        if (
+            isinstance(down, LinearMap)
+            and isinstance(up, LinearMap)
+            and self._is_only_change(layer)
+        ):
+            return add_low_rank_update(output, x, layer.weight, down.weight, up.weight, scaling)
         update = up(down(x))
         return torch.add(output, update.to(output.dtype), alpha=scaling)
 
-    def _alone_changes(self, layer: nn.Linear) -> bool:
-        """Whether the output is `x weightᵀ + bias` of a frozen layer, and no other hook's."""
+    def _is_only_change(self, layer: nn.Linear) -> bool:
+        """Return whether the layer is frozen, and its output `x weightᵀ + bias` so far."""
         is_frozen = not any(part.requires_grad for part in layer.parameters())
         others = (hook for hook in layer._forward_hooks.values() if hook is not self)
         are_idle = all(isinstance(hook, _Hook) and not hook.is_active for hook in others)
@@ -264,18 +249,17 @@ class _Hook:
 
 
 class Adapters:
-    """Low-rank updates on the target layers of a net, active while factors are in place.
+    """Low-rank updates of the target layers of a net, by forward hooks.
 
-    The net keeps its modules, names and weights: a forward hook adds the update to a target layer's
-    output. Factors stay in place, as `projections`, until others come or `clear` is called, so that
-    a backward pass (with gradient checkpointing, too) sees those of its forward pass.
+    The net keeps its modules, names and weights. Factors are active from `put` until the next `put`
+    or `clear`, so that a backward pass with gradient checkpointing uses those of its forward pass.
     """
 
     def __init__(self, net: nn.Module, groups: tuple[Group, ...], alpha: float) -> None:
-        """Put (idle) hooks on the layers of `groups`.
+        """Register the hooks, without factors yet.
 
         Args:
-            net: The module that holds them.
+            net: The module that holds the layers.
             groups: From `group_by_shape`, or from a saved posterior.
             alpha: Updates are scaled by `alpha / rank`, the largest rank where they differ.
 
@@ -302,24 +286,30 @@ class Adapters:
         ]
 
     def put(self, factors: Factors, rows: Tensor | None = None) -> None:
-        """Put the factors of every site in place.
+        """Activate the factors of every site.
 
         Args:
             factors: Site name -> tensor of the site's shape; with `rows` those of several domains,
                 (domains, *shape).
-            rows: (batch,), which of the domains each utterance of the next batch is computed with.
+            rows: (batch,), the domain of each utterance of the next batch.
         """
+
+        def maps(factor: Tensor) -> Sequence[Projection]:
+            if rows is None:
+                return projections(factor)
+            return [RowMap(weights, rows) for weights in factor.unbind(1)]
+
         for group in self.groups:
-            maps = (_maps(factors[site.name], rows) for site in group.sites)
-            self._projections.update(zip(group.modules, zip(*maps, strict=True), strict=True))
+            pairs = zip(*(maps(factors[site.name]) for site in group.sites), strict=True)
+            self._projections.update(zip(group.modules, pairs, strict=True))
 
     def clear(self) -> None:
-        """Take the factors out: the net is the frozen base again."""
+        """Deactivate the factors: the net is the frozen base again."""
         self._projections.clear()
 
     @contextmanager
     def using(self, factors: Factors) -> Iterator[None]:
-        """The net with `factors` in place, inside a `with`."""
+        """Activate `factors` inside a `with`."""
         self.put(factors)
         try:
             yield
@@ -327,7 +317,7 @@ class Adapters:
             self.clear()
 
     def remove(self) -> None:
-        """Take the hooks off the net."""
+        """Remove the hooks from the net."""
         self.clear()
         for hook in self._hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""The low-rank update of a frozen layer as one node of the graph: fewer passes over memory."""
+"""The low-rank update of a frozen layer as one autograd function: fewer passes over memory."""
 
 from typing import Any
 
@@ -42,12 +42,12 @@ class _LowRankUpdate(torch.autograd.Function):
 def add_low_rank_update(
     output: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float
 ) -> Tensor:
-    """`output + scaling · (x aᵀ) bᵀ`, where `output` is what the frozen layer made of `x`.
+    """Return `output + scaling · (x aᵀ) bᵀ` for the `output` of a frozen layer at `x`, in place.
 
-    `output` is written over: the second product is added to it as it is made, and in the backward
-    pass the gradient by x of the update to that of the layer. Written out in torch's operations
-    both would be tensors of their own, and another pass over memory; on a CPU that is a sixth to a
-    third of a layer's time (`benchmarks/layers.py`).
+    The second product is added to `output` as it is computed, and in the backward pass the gradient
+    by x of the update to that of the layer. Written in torch's operations both would take another
+    tensor and another pass over memory; on a CPU that is a sixth to a third of a layer's time
+    (`benchmarks/layers.py`).
 
     Args:
         output: (..., out_features), `x weightᵀ + bias` and nothing else. Its history is dropped.

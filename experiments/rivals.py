@@ -103,7 +103,7 @@ def full_net(base: Base) -> WhisperForConditionalGeneration:
 def peft_net(base: Base, config: FitConfig) -> WhisperForConditionalGeneration:
     """Return a copy of the base's net with PEFT's LoRA layers, which alone are trained.
 
-    A is Kaiming-uniform and B zero, as PEFT starts by default and `guides.starts` does.
+    A is Kaiming-uniform and B zero, as PEFT starts by default and `guides.normal` does.
     """
     net = copy.deepcopy(base.net).requires_grad_(False)
     targets = list(find_targets(net, config.target_modules))

@@ -1,7 +1,7 @@
-"""What the steps of a fit are given: batches in order, in parts, and with masked features."""
+"""The batches of a fit: their order, their parts, and SpecAugment."""
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
@@ -9,19 +9,11 @@ from types import SimpleNamespace
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperModel
 
-from blora_pyro.data import (
-    Batch,
-    Examples,
-    SoftTargets,
-    Stream,
-    StreamPosition,
-    batch_indices,
-)
+from blora_pyro.data import Batch, Examples, SoftTargets, Stream, StreamPosition, batch_indices
 from blora_pyro.fitting.processes import Processes
-from blora_pyro.options import FittingOptions
 
-# (batch, numbers of its utterances, number of the batch) -> the batch with soft targets, or with
-# states of the encoder.
+# (batch, indices of its utterances, number of the batch) -> the batch with soft targets or encoder
+# states
 Teacher = Callable[[Batch, Sequence[int], int], Batch]
 
 MASKED_SHARES = {"time": 0.05, "feature": 0.1}  # of frames and mel bins, where a base has none
@@ -29,57 +21,37 @@ WIDEST_SPAN = 0.25  # of the window or of the bins
 
 
 def batches(
-    examples: Examples,
+    examples: Examples | Stream,
     batch_size: int,
-    seed: int,
-    start: int = 0,
+    seed: int = 0,
     weights: Sequence[float] | None = None,
+    *,
+    start: int = 0,
+    position: StreamPosition | None = None,
     teacher: Teacher | None = None,
     processes: Processes | None = None,
-) -> Iterator[Batch | None]:
-    """Yield batches without end, in the order of `batch_indices`, which depends on `seed` alone.
+) -> Generator[tuple[Batch | None, StreamPosition | None], None, None]:
+    """Yield batches without end; with each of a stream the position that it was read at.
 
     Args:
-        examples: Training data.
-        batch_size: Utterances a batch, of all processes together.
-        seed: Of the order.
+        examples: Training data. The order of `Examples` is that of `batch_indices`.
+        batch_size: Utterances in a batch, of all processes together.
+        seed: Seed of the order, on which alone it depends.
+        weights: Weights of the sources, see `batch_indices`.
         start: Number of the first batch; earlier ones are not made.
-        weights: Of the sources, see `batch_indices`.
-        teacher: Completes every batch.
+        position: Where a stream continues; None is its beginning.
+        teacher: Completes every batch of `Examples`.
         processes: Each yields its part of every batch, None where there are too few utterances.
     """
+    processes = processes or Processes()
+    if isinstance(examples, Stream):
+        yield from examples.batches(batch_size, position, processes.rank, processes.count)
+        return
     order = batch_indices(examples.sources, batch_size, seed, weights)
     for number, indices in islice(enumerate(order), start, None):
-        own = (processes or Processes()).share(indices)
+        own = processes.share(indices)
         batch = examples.batch(own) if own else None
-        yield batch if batch is None or teacher is None else teacher(batch, own, number)
-
-
-def positioned_batches(
-    examples: Examples | Stream,
-    options: FittingOptions,
-    start: int,
-    position: StreamPosition | None,
-    teacher: Teacher | None,
-    processes: Processes,
-) -> Generator[tuple[Batch | None, StreamPosition | None], None, None]:
-    """Yield batches without end, and of a stream the position that each was read at.
-
-    Args:
-        examples: Training data.
-        options: Batch size, order and weights.
-        start: Steps that are done.
-        position: Where a stream continues; None is its beginning.
-        teacher: See `batches`.
-        processes: See `batches`.
-    """
-    if isinstance(examples, Stream):
-        own = position, processes.rank, processes.count
-        yield from examples.batches(options.batch_size, *own)
-    else:
-        order = options.batch_size, options.seed, start, options.data_weights
-        for batch in batches(examples, *order, teacher, processes):
-            yield batch, None
+        yield batch if batch is None or teacher is None else teacher(batch, own, number), None
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:
@@ -94,25 +66,17 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
     )
     columns = zip(features, inputs, labels, sources, states, strict=True)
     parts = [Batch(*own[:3], sources=own[3], encoder_states=own[4]) for own in columns]
-    if batch.soft is None:
+    if (soft := batch.soft) is None:
         return parts
-    softs = _soft_parts(batch.soft, count)
-    # `Objective` weights a part by its share of the labels; every soft target is to count alike.
-    shares = [part.num_tokens / batch.num_tokens for part in parts]
-    return [
-        replace(part, soft=replace(soft, weight=soft.weight / share))
-        for part, soft, share in zip(parts, softs, shares, strict=True)
-    ]
-
-
-def _soft_parts(soft: SoftTargets, count: int) -> list[SoftTargets]:
-    """Split soft targets, each part weighted by its share of the target positions."""
-    columns = (soft.decoder_input_ids, soft.log_probs, soft.is_target)
-    parts = zip(*(column.tensor_split(count) for column in columns), strict=True)
-    return [
-        SoftTargets(inputs, log_probs, where, soft.weight * int(where.sum()) / soft.num_tokens)
-        for inputs, log_probs, where in parts
-    ]
+    targets = (soft.decoder_input_ids, soft.log_probs, soft.is_target)
+    softs = zip(*(column.tensor_split(count) for column in targets), strict=True)
+    split = []
+    for part, (tokens, log_probs, is_target) in zip(parts, softs, strict=True):
+        # `Objective` weights a part by its share of the labels; soft targets are to count alike.
+        weight = soft.weight * int(is_target.sum()) / soft.num_tokens
+        weight /= part.num_tokens / batch.num_tokens
+        split.append(replace(part, soft=SoftTargets(tokens, log_probs, is_target, weight)))
+    return split
 
 
 class SpecAugment:
@@ -120,12 +84,10 @@ class SpecAugment:
 
     Random spans of frames and of mel bins are set to 0, which is about the mean of Whisper's
     features. Lengths and shares are those of the base's configuration (`mask_time_prob`,
-    `mask_time_length`, `mask_feature_prob`, ...), also where its `apply_spec_augment` is off. Where
-    a share is 0, as in OpenAI's checkpoints for the bins, it is 5% of the frames (transformers'
-    default) or 10% of the bins: no more than the mildest policy of the paper, LB, which masks 4%
-    and 17% on average. No span is wider than a quarter of the axis.
-
-    The random numbers are NumPy's global ones.
+    `mask_time_length`, ...), also where its `apply_spec_augment` is off. Where a share is 0, as in
+    OpenAI's checkpoints for the bins, it is 5% of the frames (transformers' default) or 10% of the
+    bins: no more than the mildest policy of the paper, LB, which masks 4% and 17% on average. No
+    span is wider than a quarter of the axis. The random numbers are NumPy's global ones.
     """
 
     def __init__(self, config: WhisperConfig) -> None:

@@ -1,8 +1,6 @@
 """Checkpoints of a fit: one file, replaced atomically, read without unpickling.
 
-`checkpoint.safetensors` holds tensors and, in its metadata, JSON and a check sum of both. The next
-one replaces it only when it is complete and on the disk, so that there is a complete checkpoint at
-any moment.
+`checkpoint.safetensors` holds tensors and, in its metadata, JSON and a check sum of both.
 """
 
 import json
@@ -58,11 +56,7 @@ class Checkpoint:
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Replace the checkpoint at `path`.
-
-    Raises:
-        OSError: If it can't be written; the one at `path` is kept.
-    """
+    """Replace the checkpoint at `path`; an OSError leaves the earlier one."""
     replace_file(path, to_bytes(checkpoint))  # save_file leaves files behind when it is killed
 
 
@@ -141,7 +135,7 @@ class Checkpoints:
         interrupts: Interrupts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Manage the checkpoint of a folder.
+        """Store the checkpoint of a fit in a folder.
 
         Args:
             folder: Folder of the checkpoint; None writes none.
@@ -170,11 +164,7 @@ class Checkpoints:
         return self._clock() - self._written >= max(SECONDS, self._cost / SHARE)
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            OSError: If it can't be written; the earlier one is kept.
-        """
+        """Write a checkpoint; an OSError leaves the earlier one."""
         if self.path is None:
             return
         started = self._clock()
@@ -194,8 +184,8 @@ class Checkpoints:
         checkpoint = read_checkpoint(self.path)
         stored = checkpoint.about.get("fit")
         for name, value in self.fit.items():
-            if not isinstance(stored, dict) or stored.get(name) != value:
-                old = stored.get(name) if isinstance(stored, dict) else None
+            old = stored.get(name) if isinstance(stored, dict) else None
+            if old != value or not isinstance(stored, dict):
                 raise UserError(
                     f"{self.path} is of another fit: {name} was {old}, now it is {value}; bring "
                     "back what has changed, or start again with --overwrite"
@@ -229,21 +219,13 @@ class RandomState:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "RandomState":
-        """Return the states in a checkpoint.
-
-        Raises:
-            KeyError: If it has none.
-        """
+        """Return the states in a checkpoint; a KeyError says that it has none."""
         names = ("random.cpu", "random.cuda")
         tensors = {name: checkpoint.tensors[name] for name in names if name in checkpoint.tensors}
         return cls(tensors, checkpoint.about["random"])
 
     def restore(self, device: torch.device) -> None:
-        """Set the generators to these states.
-
-        Raises:
-            KeyError: If one is lacking; TypeError or ValueError if it is none.
-        """
+        """Set the generators; a KeyError, TypeError or ValueError says that a state is wrong."""
         torch.set_rng_state(self.tensors["random.cpu"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(self.tensors["random.cuda"], device)

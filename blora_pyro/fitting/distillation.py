@@ -43,7 +43,7 @@ class Distillation:
 
         Args:
             base: The frozen Whisper.
-            adapters: Those on the base, cleared whenever it transcribes.
+            adapters: Its adapters, cleared whenever it transcribes.
             languages: Language codes, one token each.
             weight: Factor on the mean KL divergence in the loss.
             seed: Seed of the languages drawn.
@@ -60,24 +60,18 @@ class Distillation:
         self.prompts = [prompt_ids(base.tokenizer, one, task) for one in languages]
         self._transcripts: dict[tuple[int, int], list[int]] = {}
         self._log_probs: dict[tuple[int, int], Tensor] = {}
-        self._bytes = 0
+        self._bytes, self._end = 0, int(base.net.config.eos_token_id)
 
     def __call__(self, batch: Batch, indices: Sequence[int], number: int) -> Batch:
-        """Return the batch with soft targets.
-
-        Args:
-            batch: The utterances `indices`, on the CPU.
-            indices: Numbers of the utterances among the examples.
-            number: Number of the batch, which the languages drawn depend on.
-        """
+        """Return the batch (on the CPU) with soft targets, in languages drawn by its number."""
         seeds = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         drawn = torch.randint(len(self.prompts), (len(indices),), generator=seeds).tolist()
         keys = list(zip(indices, drawn, strict=True))
         rows = [row for row, key in enumerate(keys) if key not in self._log_probs]
-        fresh = (
-            self._answers(batch.input_features[rows], [keys[row] for row in rows]) if rows else {}
-        )
-        tables = [fresh[key] if key in fresh else self._log_probs[key] for key in keys]
+        answers = dict(self._log_probs)
+        if rows:
+            answers |= self._answers(batch.input_features[rows], [keys[row] for row in rows])
+        tables = [answers[key] for key in keys]
         prompt = len(self.prompts[0])
         inputs = [torch.tensor([*self.prompts[key[1]], *self._transcripts[key]]) for key in keys]
         # An input is followed by its target; before the last token of the prompt none counts.
@@ -85,14 +79,10 @@ class Distillation:
         log_probs = torch.zeros(len(keys), length, tables[0].shape[-1])
         is_target = torch.zeros(len(keys), length, dtype=torch.bool)
         for row, table in enumerate(tables):
-            places = slice(prompt - 1, prompt - 1 + len(table))
-            log_probs[row, places], is_target[row, places] = table.float(), True
+            targets = slice(prompt - 1, prompt - 1 + len(table))
+            log_probs[row, targets], is_target[row, targets] = table.float(), True
         padded = pad_sequence(inputs, batch_first=True, padding_value=self._end)
         return replace(batch, soft=SoftTargets(padded, log_probs, is_target, self.weight))
-
-    @property
-    def _end(self) -> int:
-        return int(self.base.net.config.eos_token_id)
 
     def _answers(
         self, features: Tensor, keys: list[tuple[int, int]]
@@ -101,8 +91,7 @@ class Distillation:
         self.adapters.clear()
         prompts = [self.prompts[language] for _, language in keys]
         states = encode(self.base, features)
-        unknown = [row for row, key in enumerate(keys) if key not in self._transcripts]
-        if unknown:
+        if unknown := [row for row, key in enumerate(keys) if key not in self._transcripts]:
             tokens_of = decode(self.base, states[unknown], [prompts[row] for row in unknown])
             room = self.base.net.config.max_target_positions - len(prompts[0])
             for row, tokens in zip(unknown, tokens_of, strict=True):

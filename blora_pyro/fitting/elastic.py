@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: updates are penalised where the base's weights matter."""
+"""Elastic weight consolidation: a penalty on updates of the weights that the base needs."""
 
 from collections.abc import Iterable, Mapping
 
@@ -94,14 +94,7 @@ class ElasticPenalty:
         fisher: Mapping[str, Tensor],
         strength: float,
     ) -> None:
-        """Penalise the factors of `groups`.
-
-        Args:
-            groups: Target layers by shape.
-            scaling: Alpha / rank.
-            fisher: Group key -> (modules, out_features, in_features).
-            strength: 0 or more.
-        """
+        """`scaling` is alpha / rank, `fisher` as `fisher_information` returns it."""
         self.groups, self.scaling = groups, scaling
         self.fisher, self.strength = fisher, strength
 

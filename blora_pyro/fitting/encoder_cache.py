@@ -23,8 +23,7 @@ class EncoderCache:
     """Adds the encoder's states before the first adapted layer to a batch, from a file on disk.
 
     They are the same at every step, as the layers before it are frozen and have no dropout, and no
-    gradient goes through them. An utterance's are computed when it comes first. The file has no
-    name: it is gone with the fit, however that ends.
+    gradient goes through them. The file has no name: it is gone with the fit, however that ends.
 
     Attributes:
         shape: Shape of an utterance's states, (positions, width), in the net's dtype.
@@ -32,12 +31,7 @@ class EncoderCache:
     """
 
     def __init__(self, model: BLoRA, utterances: int, then: Teacher | None = None) -> None:
-        """Create the file; states are computed on demand.
-
-        Args:
-            model: The program whose encoder layers are skipped.
-            utterances: Number of utterances.
-            then: Teacher that completes the batch afterwards.
+        """Create the file for all `utterances`; `then` is the teacher that follows.
 
         Raises:
             UserError: If the first layer is adapted, or there is no room on the disk.
@@ -58,12 +52,7 @@ class EncoderCache:
         self._known: set[int] = set()
 
     def __call__(self, batch: Batch, indices: Sequence[int], number: int) -> Batch:
-        """Return the batch with the states.
-
-        Args:
-            batch: The utterances `indices`, on the CPU, full windows.
-            indices: Numbers of the utterances among the examples.
-            number: Number of the batch.
+        """Return the batch (full windows, on the CPU) with the states.
 
         Raises:
             UserError: If the disk is full.

@@ -15,8 +15,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """SIGINT and SIGTERM raise `Interrupted` for the time of a `with`; see `deferred`.
 
-    Only the main thread can set handlers: elsewhere, and with `active=False`, signals are left
-    alone. The handlers that were there come back at the end.
+    Only the main thread can set handlers: in others, and with `active=False`, signals are left
+    alone. The earlier handlers are restored at the end.
 
     Attributes:
         caught: Number of the pending signal, or None.
@@ -51,11 +51,7 @@ class Interrupts:
         self.answer()
 
     def answer(self) -> None:
-        """Raise the pending signal, if there is one.
-
-        Raises:
-            Interrupted: By that signal.
-        """
+        """Raise `Interrupted` if a signal is pending."""
         if self.caught is not None:
             raise Interrupted(self.caught)
 

@@ -1,7 +1,6 @@
 """The loss of a step and its gradient, of the whole batch at once or of micro-batches in turn."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from blora_pyro.data import Batch
 from blora_pyro.fitting.batches import micro_batches
 from blora_pyro.fitting.checkpoints import RandomState
 from blora_pyro.fitting.interrupts import Interrupts
-from blora_pyro.fitting.processes import Processes, gradients_of
+from blora_pyro.fitting.processes import Processes
 from blora_pyro.models import Temper, WhisperProgram
 
 
@@ -27,7 +26,7 @@ class Observed(Messenger):
     """
 
     def __init__(self) -> None:
-        """Start with no terms; every `with` starts anew."""
+        """Start with no terms."""
         super().__init__()
         self.terms: dict[str, Tensor] = {}
 
@@ -102,13 +101,12 @@ class Objective:
     def gradients(self, batch: Batch | None, max_norm: float = math.inf) -> tuple[float, float]:
         """Return loss and NLL in nats; leave the gradient in the guide's parameters.
 
+        In place of the loss it returns the gradient's norm where only that is not finite.
+
         Args:
             batch: On the device of the model; of several processes this one's part, None if it has
                 none.
             max_norm: Clip the gradient to this norm, all parameters together.
-
-        Returns:
-            The loss, or the gradient's norm where only that is not finite; the NLL.
 
         Raises:
             ProcessLost: If one of several processes is gone.
@@ -121,20 +119,16 @@ class Objective:
                 return loss, nll
             norm = nn.utils.clip_grad_norm_(self.guide.parameters(), max_norm).item()
             if math.isfinite(norm):
-                self._keep_scale(before)
-                return loss, nll
+                break
             if random is None or self.scale <= 1:
                 self.scale = before
                 return norm, nll
             self.scale /= 2
             random.restore(self.model.device)
-
-    def _keep_scale(self, before: float) -> None:
-        """Count a step without an overflow; after many the scale may grow."""
         self.steps_at_scale = self.steps_at_scale + 1 if self.scale == before else 0
         if before > 1 and self.steps_at_scale >= self.GROWTH_STEPS:
-            self.scale = min(2 * self.scale, self.LARGEST_SCALE)
-            self.steps_at_scale = 0
+            self.scale, self.steps_at_scale = min(2 * self.scale, self.LARGEST_SCALE), 0
+        return loss, nll
 
     def _gradients_of_all(self, batch: Batch | None) -> tuple[float, float]:
         """Return loss and NLL of all processes' parts together; leave the gradients likewise."""
@@ -147,12 +141,15 @@ class Objective:
         if batch is not None:
             loss, nll = self._accumulate(batch)
             tokens = batch.num_tokens
-        gradients = gradients_of(self.guide.parameters())
+        gradients = []
+        for one in self.guide.parameters():
+            if one.grad is None:
+                one.grad = torch.zeros_like(one)
+            gradients.append(one.grad)
         torch._foreach_mul_(gradients, float(tokens))
         numbers = [loss, nll, self.regularizer] if tokens else [0.0] * 3
-        weighted = [tokens * one for one in numbers]
-        sums = self.processes.sum_over_all(gradients, [*weighted, float(tokens)], self.interrupts)
-        *totals, total = sums
+        weighted = [*(tokens * one for one in numbers), float(tokens)]
+        *totals, total = self.processes.sum_over_all(gradients, weighted, self.interrupts)
         torch._foreach_div_(gradients, total)
         loss, nll, self.regularizer = (one / total for one in totals)
         self.tokens = round(total)
@@ -164,7 +161,9 @@ class Objective:
         loss = nll = self.regularizer = 0.0
         try:
             parts = micro_batches(batch, self.accumulation)
-            guide = self._one_draw(batch) if len(parts) > 1 else self.guide
+            guide: Any = self.guide
+            if len(parts) > 1:  # one draw for all of them
+                guide = poutine.replay(guide, trace=poutine.trace(guide).get_trace(batch))
             for part in parts:
                 share = part.num_tokens / batch.num_tokens
                 with self.estimator, self.observed:
@@ -175,23 +174,14 @@ class Objective:
                 loss += term.item()
                 if not math.isfinite(loss):
                     break
-                # What the draw came from is needed again; the activations of this part go with it.
+                # The draw's graph is needed again; the activations of this part go with `term`.
                 (self.scale * term).backward(retain_graph=part is not parts[-1])
                 del term
         except ValueError as error:
             if "found invalid values" not in str(error):
                 raise
             return math.nan, math.nan  # raised by distributions whose parameters are not finite
-        self._unscale()
-        return loss, nll
-
-    def _one_draw(self, batch: Batch) -> Callable[..., object]:
-        """Return the guide with all its sites drawn."""
-        return poutine.replay(self.guide, trace=poutine.trace(self.guide).get_trace(batch))
-
-    def _unscale(self) -> None:
-        if self.scale == 1:
-            return
-        for parameter in self.guide.parameters():
+        for parameter in self.guide.parameters() if self.scale != 1 else ():
             if parameter.grad is not None:
                 parameter.grad /= self.scale
+        return loss, nll

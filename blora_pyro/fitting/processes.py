@@ -8,7 +8,7 @@ pickled.
 
 import json
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -44,7 +44,7 @@ class Processes:
     """
 
     def __init__(self, rank: int = 0, count: int = 1, shared_noise: bool = False) -> None:
-        """Describe a process that is alone, or one of several that have joined already."""
+        """Describe a process that is alone, or one of several that have joined."""
         self.rank, self.count, self.shared_noise = rank, count, shared_noise
         self.wants_checkpoint = False
         self._stop = False
@@ -89,8 +89,6 @@ class Processes:
         """Return this process's part of the items of a step."""
         return items[self.rank :: self.count]
 
-    # ---- what a step needs
-
     def sum_over_all(
         self, tensors: Sequence[Tensor], numbers: Sequence[float], interrupts: Interrupts
     ) -> list[float]:
@@ -98,11 +96,8 @@ class Processes:
 
         Args:
             tensors: The same shapes in every process, on one device; summed in place.
-            numbers: As many in every process.
+            numbers: As many in every process; their sums are returned.
             interrupts: A signal that one process has caught stops all, see `stops`.
-
-        Returns:
-            The sums of the numbers.
 
         Raises:
             ProcessLost: If one is gone.
@@ -150,14 +145,8 @@ class Processes:
             pyro.set_rng_seed(seed + (0 if self.shared_noise else self.rank))
             yield
 
-    # ---- messages of the main process
-
     def broadcast(self, content: bytes | None, source: int = 0) -> bytes:
-        """Return the main process's bytes, or another's, in all processes.
-
-        Args:
-            content: What the source sends; elsewhere it is ignored.
-            source: Its rank.
+        """Return the bytes that the process of rank `source` gives, in all; others' are ignored.
 
         Raises:
             ProcessLost: If one is gone.
@@ -187,15 +176,6 @@ class Processes:
         own = json.dumps(value).encode()
         return [json.loads(self.broadcast(own, source=rank)) for rank in range(self.count)]
 
-    def once(self, function: Callable[[], T]) -> Callable[[], T]:
-        """Return the function, computed by the main process alone and broadcast; a JSON value."""
-
-        def computed() -> T:
-            value = json.dumps(function()).encode() if self.is_main else None
-            return json.loads(self.broadcast(value))
-
-        return computed if self.count > 1 else function
-
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Inside a `with` the main process goes first, and the others follow if it succeeds.
@@ -215,23 +195,6 @@ class Processes:
         if self.count > 1 and self.is_main:
             self.broadcast(b"done")
 
-    def read_checkpoint(self, checkpoints: Checkpoints) -> Checkpoint | None:
-        """Return the checkpoint that the main process finds, in all of them.
-
-        Raises:
-            UserError: See `Checkpoints.read`.
-            OtherProcessFailed: In the others, then.
-            ProcessLost: If one is gone.
-        """
-        found = None
-        with self.main_first():
-            if self.is_main:
-                found = checkpoints.read()
-        if self.count == 1:
-            return found
-        content = self.broadcast((to_bytes(found) if found else b"") if self.is_main else None)
-        return from_bytes(content) if content else None
-
     def from_main(self, function: Callable[[], Any]) -> Any:
         """Return a JSON value that the main process computes, in all of them.
 
@@ -239,11 +202,26 @@ class Processes:
             OtherProcessFailed: In the others, if it failed.
             ProcessLost: If one is gone.
         """
-        found: Any = None
+        if self.count == 1:
+            return function()
+        return json.loads(self._bytes_from_main(lambda: json.dumps(function()).encode()))
+
+    def read_checkpoint(self, checkpoints: Checkpoints) -> Checkpoint | None:
+        """Return the checkpoint that the main process finds, in all of them; see `from_main`."""
+        if self.count == 1:
+            return checkpoints.read()
+
+        def read() -> bytes:
+            found = checkpoints.read()
+            return to_bytes(found) if found else b""
+
+        content = self._bytes_from_main(read)
+        return from_bytes(content) if content else None
+
+    def _bytes_from_main(self, function: Callable[[], bytes]) -> bytes:
         with self.main_first():
-            if self.is_main:
-                found = function()
-        return self.once(lambda: found)()
+            content = function() if self.is_main else None
+        return self.broadcast(content)
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
@@ -251,24 +229,11 @@ class Processes:
         try:
             yield
         except RuntimeError as error:  # what every backend raises when a peer is gone
-            if self._is_first_to_report():
+            try:
+                store = torch.distributed.distributed_c10d._get_default_store()
+                is_first = store.add("blora_pyro/lost", 1) == 1
+            except Exception:  # the store was in the process that is gone
+                is_first = True
+            if is_first:
                 raise ProcessLost(f"a process of {self.count} is gone") from error
             raise OtherProcessFailed from error
-
-    def _is_first_to_report(self) -> bool:
-        """Return whether no other process reports already; True if that can't be known."""
-        try:
-            store = torch.distributed.distributed_c10d._get_default_store()
-            return store.add("blora_pyro/lost", 1) == 1
-        except Exception:  # the store was in the process that is gone
-            return True
-
-
-def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return the gradients, zeros where there are none."""
-    found = []
-    for one in parameters:
-        if one.grad is None:
-            one.grad = torch.zeros_like(one)
-        found.append(one.grad)
-    return found

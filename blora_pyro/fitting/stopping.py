@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ class DevError:
     """The posterior mean's error on the dev set.
 
     Attributes:
-        step: How many steps were behind it.
+        step: Number of steps done.
         error: The main measure, as a fraction.
     """
 
@@ -43,7 +43,7 @@ class EarlyStopping:
         """Start without measurements.
 
         Args:
-            measure: The dev error, a fraction, of the net as it is.
+            measure: Returns the dev error, a fraction, of the net as it is.
             every: Steps between two measurements; there is one after the last step, too.
             patience: End after so many in a row without a new lowest error; None never does.
             on_error: Called after every measurement, with it and the best so far.
@@ -101,7 +101,7 @@ class EarlyStopping:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `run.json` stores once the fit is done."""
-        ended: Literal["patience", "steps"] = "patience" if self.stops else "steps"
+        ended = "patience" if self.stops else "steps"
         errors = [asdict(one) for one in self.errors]
         return {"errors": errors, "best_step": self.best.step, "ended_by": ended}
 
@@ -118,11 +118,7 @@ class Average:
     """
 
     def __init__(self, start: float) -> None:
-        """Start with no steps.
-
-        Args:
-            start: Steps after this one count.
-        """
+        """Average the steps after `start`."""
         self.start, self.count = start, 0
         self._means: dict[str, Tensor] = {}
 
@@ -131,11 +127,11 @@ class Average:
         if step <= self.start:
             return
         self.count += 1
-        parameters = {name: value.detach() for name, value in guide.named_parameters()}
+        values = {name: value.detach() for name, value in guide.named_parameters()}
         if not self._means:
-            self._means = {name: value.clone() for name, value in parameters.items()}
-        means = [self._means[name] for name in parameters]
-        torch._foreach_lerp_(means, list(parameters.values()), 1 / self.count)
+            self._means = {name: value.clone() for name, value in values.items()}
+        means = [self._means[name] for name in values]
+        torch._foreach_lerp_(means, list(values.values()), 1 / self.count)
 
     def restore(self, guide: nn.Module) -> None:
         """Give the guide the mean, if there is one."""

@@ -1,13 +1,9 @@
-"""Stochastic variational inference: a guide fitted to a model, step by step and resumable.
-
-Reads top to bottom: what a step reports, its learning rate, `fit_guide` with the loop over the
-data, and `Trainer` with everything that one step hands on to the next.
-"""
+"""Stochastic variational inference: a guide fitted to a model, step by step and resumable."""
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +13,7 @@ from torch import Tensor, nn
 
 from blora_pyro.data import Batch, Examples, Stream, StreamPosition
 from blora_pyro.errors import UserError
-from blora_pyro.fitting.batches import SpecAugment, Teacher, positioned_batches
+from blora_pyro.fitting.batches import SpecAugment, Teacher, batches
 from blora_pyro.fitting.checkpoints import Checkpoint, Checkpoints, RandomState
 from blora_pyro.fitting.objective import Objective
 from blora_pyro.fitting.processes import Processes
@@ -65,9 +61,9 @@ def learning_rate(
 
     Args:
         step: Counted from 0.
-        steps: Their number.
+        steps: Number of steps.
         peak: The highest rate, that of the last step of the warm-up.
-        schedule: From there half a `cosine` or a `linear` slope to zero, or `constant`.
+        schedule: After the warm-up half a `cosine` or a `linear` slope to zero, or `constant`.
         warmup_steps: Steps of the linear warm-up; 0 is none, None `default_warmup_steps`.
     """
     warm_up = default_warmup_steps(steps) if warmup_steps is None else warmup_steps
@@ -98,9 +94,8 @@ def fit_guide(
     Adam without weight decay (which would ruin the means), gradients through the reparameterised
     draw. Pyro's global parameter store is left as it was.
 
-    A step whose loss or gradient is not finite is skipped: the weights stay, the next step has the
-    next batch, and the step is not in the history. The fit does not end on such a step, but tries
-    further batches; it stops at ten in a row.
+    A step whose loss or gradient is not finite is skipped: the weights stay, and the step is not in
+    the history. A fit does not end on such a step, but tries further batches.
 
     From a checkpoint it continues bit by bit as if never interrupted, on the same machine with the
     same number of threads. The whole state of a guide is its `state_dict`.
@@ -109,9 +104,9 @@ def fit_guide(
         model: The Pyro program.
         guide: An `nn.Module` with the model's arguments; moved to the model's device.
         examples: Training data; a stream has no `data_weights` and no teacher.
-        options: How to fit, with a number as beta; a `FitConfig` is one.
+        options: Options of the fit, with a number as beta; a `FitConfig` is one.
         on_step: Called after every step.
-        checkpoints: Where to continue from, and what to write on the way.
+        checkpoints: Where the fit continues, and where it is stored on the way.
         early_stopping: Measures the posterior mean on the way, may end the fit before its last
             step, and gives the guide the best parameters at the end. Earlier steps are the same
             as without it.
@@ -132,16 +127,26 @@ def fit_guide(
     assert isinstance(guide, nn.Module)
     device, processes = model.net.device, processes or Processes()
     try:
-        with pyro.get_param_store().scope(), _without_nan_warnings():
+        with pyro.get_param_store().scope(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Encountered NaN")  # they are counted here
             guide.to(device)
             guide(examples.batch([0]).to(device))  # Pyro's own guides make their parameters here
-            kept = checkpoints or Checkpoints(None)
-            trainer = Trainer(model, guide, options, kept, early_stopping, processes)
+            checkpoints = checkpoints or Checkpoints(None)
+            trainer = Trainer(model, guide, options, checkpoints, early_stopping, processes)
             trainer.evaluate()  # a checkpoint may be from just before
-            start = trainer.done, trainer.position
-            with closing(positioned_batches(examples, options, *start, teacher, processes)) as data:
+            stream = batches(
+                examples,
+                options.batch_size,
+                options.seed,
+                options.data_weights,
+                start=trainer.done,
+                position=trainer.position,
+                teacher=teacher,
+                processes=processes,
+            )
+            with closing(stream):
                 while not trainer.finished:
-                    batch, position = next(data)
+                    batch, position = next(stream)
                     if step := trainer.step(batch and batch.to(device), position):
                         on_step(step)
                     trainer.evaluate()
@@ -152,14 +157,6 @@ def fit_guide(
     elif trainer.average:
         trainer.average.restore(guide)
     return trainer.history
-
-
-@contextmanager
-def _without_nan_warnings() -> Iterator[None]:
-    """Keep Pyro from warning of losses that are counted here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Encountered NaN")
-        yield
 
 
 class Trainer:
@@ -215,18 +212,18 @@ class Trainer:
         """Do one step of SVI; None if it is skipped, or only tried after the last.
 
         A checkpoint is written once the loss of the step after it is known to be finite, and so
-        never of weights that have diverged.
-
-        Args:
-            batch: On the model's device; of several processes this one's part.
-            position: Where the batch was read in a stream.
+        never of weights that have diverged. The batch is on the model's device, `position` is where
+        it was read in a stream.
         """
         interrupts = self.checkpoints.interrupts
         stop = self.processes.stops(interrupts)
         wanted = stop or self.checkpoints.due(self.done)
         before = self._state() if wanted else None
         self.processes.wants_checkpoint = wanted
-        value, nll = self._gradients(batch)
+        with self.processes.noise(self.device):
+            if self.augment and batch is not None:
+                batch = self.augment(batch)
+            value, nll = self.objective.gradients(batch, self.options.max_grad_norm or math.inf)
         if position is not None and self.processes.wants_checkpoint:
             places = self.processes.gather(position)
             before = before and replace(before, about={**before.about, "places": places})
@@ -238,33 +235,25 @@ class Trainer:
             self._skip(value)
             return None
         self.skipped = 0
-        if self.done >= self.options.steps:
-            return None
-        return self._update(value, nll)
-
-    def _gradients(self, batch: Batch | None) -> tuple[float, float]:
-        """Leave the gradients; return loss (or their norm, if only that is not finite) and NLL."""
-        with self.processes.noise(self.device):
-            if self.augment and batch is not None:
-                batch = self.augment(batch)
-            return self.objective.gradients(batch, self.options.max_grad_norm or math.inf)
+        return self._update(value, nll) if self.done < self.options.steps else None
 
     def _update(self, loss: float, nll: float) -> Step:
-        """Move the guide along the gradients."""
-        one, more = self.options, self.objective.regularizer
-        rate = learning_rate(self.done, one.steps, one.lr, one.schedule, one.warmup_steps)
+        options, regularizer = self.options, self.objective.regularizer
+        rate = learning_rate(
+            self.done, options.steps, options.lr, options.schedule, options.warmup_steps
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.done += 1
         if self.average:
             self.average.update(self.done, self.guide)
-        kl = (loss - nll - more) / self.beta if self.beta else None
-        self.history.append(Step(self.done, loss, nll, kl, rate, self.objective.tokens, more))
-        return self.history[-1]
+        kl = (loss - nll - regularizer) / self.beta if self.beta else None
+        step = Step(self.done, loss, nll, kl, rate, self.objective.tokens, regularizer)
+        self.history.append(step)
+        return step
 
     def _skip(self, value: float) -> None:
-        """Count a step whose loss or gradient is not finite."""
         self.done = min(self.done + 1, self.options.steps)
         self.skipped += 1
         if self.skipped == MAX_SKIPPED:
@@ -275,11 +264,10 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Measure the posterior mean, if it is due."""
-        if self.stopping is None or self.skipped:
-            return
-        if self.stopping.due(self.done, self.options.steps):
+        stopping = None if self.skipped else self.stopping
+        if stopping and stopping.due(self.done, self.options.steps):
             with RandomState.kept(self.device), self.model.adapters.using(self.guide.mean()):
-                self.stopping.check(self.done, self.guide)
+                stopping.check(self.done, self.guide)
 
     # ---- the checkpoint: names and tensors are those of every earlier version
 
@@ -325,7 +313,6 @@ class Trainer:
                 count = checkpoint.about["averaged_steps"]
                 self.average.load_state(parts.get("average", {}), count)
             RandomState.of(checkpoint).restore(self.device)
-            self.position = self._position_of(checkpoint.about.get("places", []))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             why = " ".join(str(error).split())
             raise UserError(
@@ -333,13 +320,10 @@ class Trainer:
                 "start again with --overwrite"
             ) from None
         self.done = checkpoint.step
-
-    def _position_of(self, positions: Sequence[StreamPosition]) -> StreamPosition | None:
-        """Return this process's position in a stream; there is one for each process."""
-        count = self.processes.count
-        if positions and len(positions) != count:
+        positions: Sequence[StreamPosition] = checkpoint.about.get("places", [])
+        if positions and len(positions) != self.processes.count:
             raise UserError(
                 f"the checkpoint is of a stream in {len(positions)} processes, and now there are "
-                f"{count}; start {len(positions)}"
+                f"{self.processes.count}; start {len(positions)}"
             )
-        return positions[self.processes.rank] if positions else None
+        self.position = positions[self.processes.rank] if positions else None

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from pyro.infer.autoguide import AutoNormal, init_to_median, init_to_value
 from torch import Tensor
 
-from blora_pyro.guides.starts import initial_values
+from blora_pyro.guides.normal import initial_mean
 from blora_pyro.models import FactorPrior
 
 
@@ -20,21 +19,16 @@ class Guide(AutoNormal):
 
     def __init__(self, model: FactorPrior) -> None:
         """Pyro's guide for `model`."""
-        values = {
-            name: value.to(model.device) for name, value in initial_values(model.sites).items()
-        }
+        values = {site.name: initial_mean(site).detach().to(model.device) for site in model.sites}
         start = init_to_value(values=values, fallback=init_to_median())
         super().__init__(model, init_loc_fn=start, init_scale=0.007)
         self._names = tuple(site.name for site in model.sites)
 
     def mean(self) -> dict[str, Tensor]:
         """Posterior mean of every site."""
-        return {name: self._moments(name)[0].detach() for name in self._names}
+        return {name: self._get_loc_and_scale(name)[0].detach() for name in self._names}
 
     def stddev(self) -> dict[str, Tensor]:
         """Posterior standard deviation of every site."""
-        return {name: self._moments(name)[1].detach() for name in self._names}
-
-    def _moments(self, name: str) -> Any:
-        loc, scale = self._get_loc_and_scale(name)
-        return loc, torch.as_tensor(scale)
+        scales: dict[str, Any] = {name: self._get_loc_and_scale(name)[1] for name in self._names}
+        return {name: scale.detach() for name, scale in scales.items()}

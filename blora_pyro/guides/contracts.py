@@ -1,7 +1,6 @@
-"""What the library asks of a prior and of a guide.
+"""The interfaces of priors and guides.
 
-A family is a module with `Prior(**arguments)` and `Guide(model)`. `Prior` and `Guide` below are
-what every one must do; the other protocols are optional abilities, found by `isinstance`.
+Every family has `Prior` and `Guide`; the other protocols are optional, found by `isinstance`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -50,27 +49,13 @@ class PreparedPrior(TensorPrior, Protocol):
     def prepare(
         self, base: WhisperForConditionalGeneration, batches: Iterable[Batch]
     ) -> Mapping[str, Tensor]:
-        """Compute the tensors that the densities depend on.
+        """Return the tensors that the densities depend on, by name.
 
         Args:
             base: The frozen Whisper in eval mode, to be left as it is.
             batches: The training data once, in order, made as they are asked for and on the base's
                 device; of a stream its first rows.
-
-        Returns:
-            Name -> tensor.
         """
-
-
-@runtime_checkable
-class ScaledPrior(Protocol):
-    """A prior with a width.
-
-    Attributes:
-        scale: In units of the weights.
-    """
-
-    scale: float
 
 
 class Guide(Protocol):
@@ -101,19 +86,19 @@ class ShrinkingGuide(Guide, Protocol):
 
 
 def prior_scale(prior: object) -> float:
-    """The width of a prior, from which guides of a learned scale start.
+    """Return a prior's attribute `scale`, its width in units of the weights; UserError without it.
 
-    Raises:
-        UserError: If it has none.
+    Guides of a learned scale start from it.
     """
-    if not isinstance(prior, ScaledPrior):
+    scale: float | None = getattr(prior, "scale", None)
+    if scale is None:
         raise UserError(
             "the guide needs a prior with a width, and this one has no attribute scale; give the "
             "guide's own prior, or auto-normal"
         )
-    return float(prior.scale)
+    return float(scale)
 
 
 def shrinkage_of(guide: object) -> dict[str, Tensor]:
-    """`ShrinkingGuide.shrinkage` of a guide; empty for a guide without it."""
+    """Return `ShrinkingGuide.shrinkage` of a guide; empty for a guide without it."""
     return guide.shrinkage() if isinstance(guide, ShrinkingGuide) else {}

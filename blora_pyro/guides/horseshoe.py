@@ -30,10 +30,6 @@ EXPLANATION = (
 )
 
 
-def _softplus_inverse(value: float) -> float:
-    return math.log(math.expm1(value))
-
-
 def gate(tau_lambda: Tensor, scale: float) -> Tensor:
     """G = t / sqrt(scale² + t²) for t = tau · lambda: 0 far below `scale`, 1 far above."""
     return (logsigmoid(2 * (tau_lambda / scale).log()) / 2).exp()  # no square that overflows
@@ -84,13 +80,12 @@ class Guide(normal.Guide):
         self.scale = prior_scale(model.prior)
         self.sites = {site.name: site for site in model.sites}
         self.locs, self.scale_rhos = nn.ParameterDict(), nn.ParameterDict()
+        rho_start = math.log(math.expm1(SPREAD))
         for site in model.sites:
             tau, local = torch.tensor(math.log(CLOSED * self.scale)), torch.zeros(site.rank_shape)
             for name, loc in ((f"{site.name}_global", tau), (f"{site.name}_local", local)):
                 self.locs[name] = nn.Parameter(loc)
-                self.scale_rhos[name] = nn.Parameter(
-                    torch.full_like(loc, _softplus_inverse(SPREAD))
-                )
+                self.scale_rhos[name] = nn.Parameter(torch.full_like(loc, rho_start))
         g = float(gate(torch.tensor(CLOSED), 1.0))
         with torch.no_grad():  # the noise of w is that of `normal`
             for rho in self.rhos.values():

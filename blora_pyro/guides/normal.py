@@ -2,13 +2,15 @@
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from blora_pyro.adapters import Site
 from blora_pyro.errors import check_positive
-from blora_pyro.guides.starts import initial_mean, initial_rho
 from blora_pyro.models import FactorPrior
+
+RHO_RANGE = (-5.5, -4.5)  # softplus: 0.004 to 0.011
 
 EXPLANATION = (
     "A Normal prior pulls every weight towards 0 in proportion to its size, in every rank and "
@@ -33,13 +35,28 @@ class Prior:
         return dist.Normal(0.0, self.scale).expand(site.shape).to_event(2)
 
 
+def initial_mean(site: Site) -> nn.Parameter:
+    """A ~ U(±1/sqrt(in_features)) (Kaiming-uniform, as LoRA starts) and B = 0; of `site.shape`.
+
+    So the mean of the adapted model is the base model.
+    """
+    if site.factor == "B":
+        return nn.Parameter(torch.zeros(site.shape))
+    bound = site.shape[-1] ** -0.5
+    return nn.Parameter(torch.empty(site.shape).uniform_(-bound, bound))
+
+
+def initial_rho(site: Site) -> nn.Parameter:
+    """Rho ~ U(-5.5, -4.5) where sigma = softplus(rho) (arXiv 2510.18723); of `site.shape`."""
+    return nn.Parameter(torch.empty(site.shape).uniform_(*RHO_RANGE))
+
+
 class Guide(nn.Module):
     """q(w) = N(w; mean, softplus(rho)²) for every element, one plain Normal site a stacked factor.
 
     KL(q || p) against a Normal prior is closed-form (Kingma, Welling, arXiv 1312.6114, app. B):
-    the sum of log(scale / sigma) + (sigma² + mean²) / (2 scale²) - 1/2.
-    At the start mean_A is Kaiming-uniform, mean_B = 0 (so the mean of the adapted model is the
-    base) and rho ~ U(-5.5, -4.5), sigma 0.004 to 0.011.
+    the sum of log(scale / sigma) + (sigma² + mean²) / (2 scale²) - 1/2. It starts from
+    `initial_mean` and `initial_rho`.
     """
 
     def __init__(self, model: FactorPrior) -> None:

@@ -9,8 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from blora_pyro.guides.normal import Prior
-from blora_pyro.guides.starts import initial_mean
+from blora_pyro.guides.normal import Prior, initial_mean
 from blora_pyro.models import FactorPrior
 
 __all__ = ["Guide", "Prior"]

@@ -38,12 +38,7 @@ class Prior:
     def __init__(
         self, groups: tuple[Group, ...], tensors: Mapping[str, Tensor], inflation: float = 1.0
     ) -> None:
-        """The posterior of `groups`.
-
-        Args:
-            groups: Target layers by shape, those of the earlier run.
-            tensors: See above; every deviation above 0.
-            inflation: Factor on the deviations, 1 or more.
+        """The posterior of `groups`, the earlier run's; every deviation above 0.
 
         Raises:
             UserError: If the inflation is below 1 or not finite.

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
@@ -21,6 +22,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
+from blora_pyro.adapters import Site
 from blora_pyro.data import Batch
 from blora_pyro.errors import UserError
 from blora_pyro.families import FAMILIES, GUIDES, PREVIOUS_POSTERIOR, is_code
@@ -31,7 +33,7 @@ from blora_pyro.options import FitConfig
 
 
 def load_family(name: str, known: dict[str, str] = FAMILIES) -> ModuleType:
-    """The module of a family, by name or by the path of a `.py` file (whose code is run).
+    """Return the module of a family, by name or by the path of a `.py` file (whose code is run).
 
     Raises:
         UserError: If there is no such name or file, or the file fails.
@@ -77,9 +79,9 @@ def _member(module: ModuleType, member: str, name: str) -> Any:
 
 
 def prior_arguments(name: str, **given: Any) -> dict[str, Any]:
-    """All arguments of a family's prior: those given, such as `scale=0.05`, and the defaults.
+    """Return all arguments of a family's prior: those given, such as `scale=0.05`, and defaults.
 
-    Texts, as the command line has them, become numbers unless the annotation is `str`.
+    Texts, as from the command line, become numbers unless the annotation is `str`.
 
     Raises:
         UserError: If the family is unknown, takes no such argument, or not that value.
@@ -97,10 +99,15 @@ def prior_arguments(name: str, **given: Any) -> dict[str, Any]:
         if value is None:
             raise UserError(f"prior {name}: {key} is None; give a value, or leave it out")
         if isinstance(value, str):
-            given[key] = _convert(name, key, value, parameters[key].annotation)
-    missing = [key for key, one in parameters.items() if one.default is one.empty]
-    if lacking := [key for key in missing if key not in given]:
-        raise UserError(f"prior {name} needs '{lacking[0]}'; give it, or a default in the file")
+            annotation = parameters[key].annotation  # a string if the file postpones evaluation
+            kind = {"int": int, "str": str}.get(getattr(annotation, "__name__", annotation), float)
+            try:
+                given[key] = kind(value)
+            except ValueError:
+                raise UserError(f"prior {name}: {key} is '{value}'; give a number") from None
+    for key, one in parameters.items():
+        if one.default is one.empty and key not in given:
+            raise UserError(f"prior {name} needs '{key}'; give it, or a default in the file")
     arguments = {key: one.default for key, one in parameters.items()} | given
     with users_code(name, "Prior(...)"):
         prior(**arguments)  # refuses bad values
@@ -108,11 +115,7 @@ def prior_arguments(name: str, **given: Any) -> dict[str, Any]:
 
 
 def build_prior(name: str, **arguments: Any) -> Prior:
-    """The prior of a family; see `prior_arguments`.
-
-    Raises:
-        UserError: If the family is unknown, takes no such argument, or not that value.
-    """
+    """Return the prior of a family; arguments and errors are those of `prior_arguments`."""
     arguments = prior_arguments(name, **arguments)
     return _member(load_family(name), "Prior", name)(**arguments)
 
@@ -120,10 +123,7 @@ def build_prior(name: str, **arguments: Any) -> Prior:
 def with_prior_arguments(config: FitConfig) -> FitConfig:
     """Return a configuration with every argument of the prior in it, and the guide's name.
 
-    Loads the family: a user's own file is run here.
-
-    Raises:
-        UserError: If there is no such family, argument or value.
+    Loads the family: a user's own file is run here. Raises UserError as `prior_arguments` does.
     """
     if config.prior_from is not None:
         inflation = {"inflation": config.prior_inflation or 1.0}
@@ -138,47 +138,26 @@ def with_prior_arguments(config: FitConfig) -> FitConfig:
 def prepare_prior(
     prior: object, base: WhisperForConditionalGeneration, batches: Iterable[Batch]
 ) -> None:
-    """Run the `prepare` of a `PreparedPrior` and give it the result; any other prior is left alone.
-
-    Args:
-        prior: The prior of a fit that begins or is resumed.
-        base: The frozen Whisper.
-        batches: See `PreparedPrior.prepare`.
+    """Run the `prepare` of a `PreparedPrior` and store its result; leave any other prior alone.
 
     Raises:
-        UserError: If it fails or gives something else than tensors by name.
+        UserError: If it fails or returns something else than tensors by name.
     """
     if not isinstance(prior, PreparedPrior):
         return
     name = _name_of(prior)
     with users_code(name, "prepare(base, batches)"):
         tensors: object = prior.prepare(base, batches)
-    if not (isinstance(tensors, Mapping) and all(map(_is_named_tensor, tensors.items()))):
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+    ):
         raise UserError(f"prior {name}: prepare() gives {tensors!r:.60}; give a dict of tensors")
     prior.tensors = {key: value.detach().to(base.device) for key, value in tensors.items()}
 
 
-def _is_named_tensor(item: tuple[object, object]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
-
-
-def _convert(name: str, key: str, text: str, annotation: Any) -> Any:
-    kind = {"int": int, "str": str}.get(getattr(annotation, "__name__", annotation), float)
-    try:
-        return kind(text)
-    except ValueError:
-        raise UserError(f"prior {name}: {key} is '{text}'; give a number") from None
-
-
 @dataclass(frozen=True)
 class Argument:
-    """An argument of a prior family.
-
-    Attributes:
-        name: As in `--prior-arg name=value`.
-        default: What it is if not given.
-        description: From the docstring.
-    """
+    """An argument of a prior family, as in `--prior-arg name=value`; described by its docstring."""
 
     name: str
     default: Any
@@ -186,7 +165,7 @@ class Argument:
 
 
 def describe_prior(name: str) -> tuple[str, tuple[Argument, ...]]:
-    """What a family is, in one line, and the arguments that its prior takes.
+    """Return a family's description in one line, and the arguments that its prior takes.
 
     Raises:
         UserError: If there is no such family.
@@ -204,7 +183,7 @@ def describe_prior(name: str) -> tuple[str, tuple[Argument, ...]]:
 
 
 def build_guide(name: str, model: FactorPrior) -> Guide:
-    """The guide `name` (a family's, `point`, `auto-normal`, or a file's) for `model`.
+    """Return the guide `name` (a family's, `point`, `auto-normal`, or a file's) for `model`.
 
     Raises:
         UserError: If there is no such guide, it fails, or it does not sample just what the prior
@@ -222,7 +201,8 @@ def build_guide(name: str, model: FactorPrior) -> Guide:
     with torch.no_grad(), pyro.get_param_store().scope(), torch.random.fork_rng(devices):
         with users_code(density, "Prior(...)(site)"):
             with device:
-                _check_shapes(model, density)
+                for site in model.sites:
+                    check_shapes(model.prior(site), site, density)
             prior = FactorPrior(model.groups, model.prior, device)
             wanted = latent_sites(poutine.trace(prior).get_trace()).keys()
         with users_code(name, "guide()"):
@@ -236,21 +216,19 @@ def build_guide(name: str, model: FactorPrior) -> Guide:
     return guide
 
 
-def _check_shapes(model: FactorPrior, name: str) -> None:
-    """Refuse a prior whose distributions have other shapes than the sites."""
-    for site in model.sites:
-        found = model.prior(site)
-        shapes = tuple(found.batch_shape), tuple(found.event_shape)
-        if shapes != (site.shape[:1], site.shape[1:]):
-            raise UserError(
-                f"prior {name} gives batch shape {shapes[0]} and event shape {shapes[1]} for "
-                f"{site.name}; give {site.shape[:1]} and {site.shape[1:]}, by "
-                ".expand(site.shape).to_event(2)"
-            )
+def check_shapes(found: dist.Distribution, site: Site, name: str) -> None:
+    """Raise UserError if the distribution that prior `name` gives for a site has other shapes."""
+    shapes = tuple(found.batch_shape), tuple(found.event_shape)
+    if shapes != (site.shape[:1], site.shape[1:]):
+        raise UserError(
+            f"prior {name} gives batch shape {shapes[0]} and event shape {shapes[1]} for "
+            f"{site.name}; give {site.shape[:1]} and {site.shape[1:]}, by "
+            ".expand(site.shape).to_event(2)"
+        )
 
 
 def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
-    """Name -> message of every latent site of a trace: no plates, no helpers of Pyro's guides."""
+    """Return name -> message of every latent site, without plates and auxiliary sites of Pyro."""
     return {
         name: site
         for name, site in trace.iter_stochastic_nodes()
@@ -259,7 +237,7 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
 
 
 def _name_of(prior: object) -> str:
-    """A built-in family's name, or the path of a user's file."""
+    """Return a built-in family's name, or the path of a user's file."""
     if isinstance(prior, previous_posterior.Prior):
         return PREVIOUS_POSTERIOR
     home = type(prior).__module__

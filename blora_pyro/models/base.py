@@ -29,16 +29,17 @@ DTYPES = {
 }
 
 
+# What transformers, PEFT and safetensors raise for damaged files.
+_DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
+
+
 @dataclass(frozen=True)
 class Base:
-    """A pretrained Whisper and what it takes to feed and read it.
+    """A pretrained Whisper with its tokenizer and feature extractor.
 
     Attributes:
-        name: As the user gave it.
-        net: The Whisper.
-        tokenizer: Its tokenizer.
-        feature_extractor: Its log-mels.
-        folder: Where it was loaded from, if it was.
+        name: The name that the user gave.
+        folder: The folder that it was loaded from, or None.
         trim_audio: Whether batches are cut after their longest utterance.
     """
 
@@ -50,11 +51,11 @@ class Base:
     trim_audio: bool = False
 
     def save_pretrained(self, folder: Path) -> None:
-        """A plain checkpoint folder, with all that other programs read.
+        """Write a plain checkpoint folder that other programs read.
 
-        The tokenizer's files are those of `self.folder`, byte for byte, where it has them. Of the
-        rest transformers 5 writes tokenizer.json alone; converters, and older versions, want
-        vocab.json, merges.txt and added_tokens.json too.
+        The tokenizer's files are copied from `self.folder` where it has them. Of the others
+        transformers 5 writes tokenizer.json alone; converters and older versions also read
+        vocab.json, merges.txt and added_tokens.json.
 
         Raises:
             UserError: If `folder` is `self.folder`.
@@ -65,10 +66,8 @@ class Base:
             part.save_pretrained(folder)
         self.tokenizer.save_vocabulary(str(folder))
         words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        added = self.tokenizer.get_added_vocab().items()
-        ids = dict(
-            sorted((pair for pair in added if pair[0] not in words), key=lambda pair: pair[1])
-        )
+        added = sorted(self.tokenizer.get_added_vocab().items(), key=lambda pair: pair[1])
+        ids = {word: number for word, number in added if word not in words}
         text = json.dumps(ids, indent=2, ensure_ascii=False) + "\n"
         (folder / "added_tokens.json").write_text(text, encoding="utf-8")
         for name in TOKENIZER_FILES:
@@ -100,20 +99,19 @@ def load_base(
 ) -> Base:
     """Load a Whisper of any size, multilingual or English-only.
 
-    Weights are read from safetensors, and no code of a checkpoint is run. What an older checkpoint
-    does not say for `generate` (its languages, tasks, timestamps) is taken from its tokenizer. A
-    PEFT adapter of a Whisper, such as a run folder or what `push_run` uploads, is merged into the
-    base that it names.
+    Weights are read from safetensors, and no code of a checkpoint is run. Settings of `generate`
+    that an older checkpoint lacks (languages, tasks, timestamps) are taken from its tokenizer. A
+    PEFT adapter of a Whisper, such as a run folder, is merged into the base that it names.
 
     Args:
         name: `"pocket"`, a folder with a checkpoint or an adapter, or a Hub id of either.
         device: A torch device.
-        dtype: Of the weights, `float32`, `bfloat16` or `float16`, whatever the checkpoint has.
+        dtype: Dtype of the loaded weights, `float32`, `bfloat16` or `float16`.
         revision: Branch, tag or commit of a Hub id.
-        local_files_only: Look for a Hub id in the Hub's local cache alone.
+        local_files_only: Look for a Hub id in the local cache alone.
 
     Raises:
-        UserError: If there is no such checkpoint, it is no Whisper, it lacks something, or the
+        UserError: If there is no such checkpoint, it is not a Whisper or not complete, or the
             device can't be used.
     """
     check_device(device)
@@ -136,7 +134,7 @@ def load_base(
         )
         tokenizer = WhisperTokenizer.from_pretrained(folder)
         feature_extractor = WhisperFeatureExtractor.from_pretrained(folder)
-    except _BROKEN as error:
+    except _DAMAGED as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"base model '{name}' can't be loaded ({reason}); download it again, or give another"
@@ -147,13 +145,10 @@ def load_base(
     return base
 
 
-_BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
-
-
 def _merged(
     name: str, net: WhisperForConditionalGeneration, folder: Path
 ) -> WhisperForConditionalGeneration:
-    """`net`, in float32, with a PEFT adapter merged into its weights."""
+    """Return a float32 net with a PEFT adapter merged into its weights."""
     from peft import PeftModel
 
     if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would look for pickled ones
@@ -163,7 +158,7 @@ def _merged(
     try:
         adapted = PeftModel.from_pretrained(net, folder, torch_device="cpu")
         return adapted.merge_and_unload().requires_grad_(True)
-    except _BROKEN as error:
+    except _DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"base model '{name}' is an adapter that can't be merged ({reason}); give another"
@@ -179,36 +174,31 @@ def base_of(options: BaseOptions) -> Base:
 
 
 def _check_parts(base: Base, report: dict[str, Any]) -> None:
-    """Refuse parts that do not belong together, which transformers would only warn of."""
-    config, mels = base.net.config, base.feature_extractor.feature_size
-    frames = base.feature_extractor.nb_max_frames
-    problem = None
-    if missing := sorted(report["missing_keys"]):
+    """Refuse parts that do not belong together, of which transformers only warns."""
+    config, extractor = base.net.config, base.feature_extractor
+    mels, frames, size = config.num_mel_bins, 2 * config.max_source_positions, config.vocab_size
+    missing = sorted(report["missing_keys"])
+    absent = {START, END, NO_TIMESTAMPS} - base.tokenizer.get_vocab().keys()
+    if missing:
         problem = f"its weights lack {len(missing)} tensors ({missing[0]}, ...)"
-    elif mels != config.num_mel_bins:
-        problem = (
-            f"its preprocessor makes {mels} mel bins and its encoder takes {config.num_mel_bins}"
-        )
-    elif frames != 2 * config.max_source_positions:
-        problem = (
-            f"its preprocessor makes {frames} frames and its encoder takes "
-            f"{2 * config.max_source_positions}"
-        )
-    elif absent := {START, END, NO_TIMESTAMPS} - base.tokenizer.get_vocab().keys():
+    elif (made := extractor.feature_size) != mels:
+        problem = f"its preprocessor makes {made} mel bins and its encoder takes {mels}"
+    elif (made := extractor.nb_max_frames) != frames:
+        problem = f"its preprocessor makes {made} frames and its encoder takes {frames}"
+    elif absent:
         problem = f"its tokenizer has no {' and no '.join(sorted(absent))}"
-    elif len(base.tokenizer) > config.vocab_size:
-        problem = (
-            f"its tokenizer has {len(base.tokenizer)} tokens and its decoder {config.vocab_size}"
-        )
-    if problem:
-        raise UserError(
-            f"base model '{base.name}' is not whole: {problem}; copy all files from the Whisper "
-            "that it was made from, but its weights"
-        )
+    elif len(base.tokenizer) > size:
+        problem = f"its tokenizer has {len(base.tokenizer)} tokens and its decoder {size}"
+    else:
+        return
+    raise UserError(
+        f"base model '{base.name}' is not whole: {problem}; copy all files from the Whisper that "
+        "it was made from, but its weights"
+    )
 
 
 def _complete(base: Base) -> None:
-    """What `generate` wants to know and checkpoints without generation_config.json do not say."""
+    """Set what `generate` needs and checkpoints without generation_config.json lack."""
     settings, ids = base.net.generation_config, base.tokenizer.get_vocab()
     codes = language_codes(base.tokenizer)
     known: dict[str, Any] = {
@@ -221,7 +211,7 @@ def _complete(base: Base) -> None:
         known["task_to_id"] = {task: number for task, number in tasks.items() if number is not None}
     if settings.max_new_tokens is None:
         known["max_length"] = base.net.config.max_target_positions  # else it stops after 20 tokens
-    settings._from_model_config = False  # a mark that, saved, makes readers pass over the rest
+    settings._from_model_config = False  # saved as True it makes readers ignore the settings
     for name, value in known.items():
         if getattr(settings, name, None) is None:
             setattr(settings, name, value)

@@ -1,4 +1,4 @@
-"""A window of audio to tokens, by transformers' own `generate`; and how probable tokens are."""
+"""Decoding of one window of audio by transformers' `generate`, and scores of tokens."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,12 +23,12 @@ Prompts = Sequence[Sequence[int]]  # of one length
 
 @dataclass(frozen=True)
 class Piece:
-    """What was said between two timestamps.
+    """The transcript between two timestamps.
 
     Attributes:
         start: Seconds from the window's start.
-        end: Likewise.
-        tokens: Those of the text, and the timestamps around them.
+        end: Seconds from the window's start.
+        tokens: Tokens of the text between their two timestamps, which are included.
     """
 
     start: float
@@ -38,11 +38,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Scores:
-    """How probable a transcript is: nats.
+    """Log-probabilities of a transcript, nats.
 
     Attributes:
-        log_probs: Of each token after the prompt and before it, (tokens,).
-        mean: Per token, the end token among them, as OpenAI's `avg_logprob`.
+        log_probs: Of each token between the prompt and the end token, (tokens,).
+        mean: Mean over the tokens, the end token included, as OpenAI's `avg_logprob`.
         no_speech: Probability that there is no speech; 0 where the model has no token for that.
     """
 
@@ -52,7 +52,7 @@ class Scores:
 
 
 def timestamp_begin(base: Base) -> int | None:
-    """Id of the first timestamp token; None if the model has none for every place in its window."""
+    """Return the id of the first timestamp token; None if they do not cover the window."""
     last = getattr(base.net.generation_config, "no_timestamps_token_id", None)
     if last is None:
         return None
@@ -62,18 +62,18 @@ def timestamp_begin(base: Base) -> int | None:
 
 @torch.inference_mode()
 def encode(base: Base, features: Tensor) -> Tensor:
-    """The encoder's states, (batch, positions, width), of log-mels (batch, mels, frames)."""
-    heard = trim(features) if base.trim_audio else features
-    return encoder.encode(base.net, heard.to(base.net.device))
+    """Return the encoder's states, (batch, positions, width), of log-mels (batch, mels, frames)."""
+    features = trim(features) if base.trim_audio else features
+    return encoder.encode(base.net, features.to(base.net.device))
 
 
 @torch.inference_mode()
 def decode(base: Base, encoded: Tensor, prompts: Prompts) -> list[list[int]]:
-    """Greedy transcripts, as tokens without the end token, after the prompts."""
-    with _plain(base):
-        said = base.net.generate(return_timestamps=False, **_options(base, encoded, prompts))
-    end = base.net.config.eos_token_id  # and what the batch is padded with
-    rows = said[:, len(prompts[0]) :].tolist()
+    """Return greedy transcripts as tokens, without the prompts and the end token."""
+    with _without_thresholds(base):
+        found = base.net.generate(return_timestamps=False, **_options(base, encoded, prompts))
+    end = base.net.config.eos_token_id  # also the padding
+    rows = found[:, len(prompts[0]) :].tolist()
     return [[token for token in row if token != end] for row in rows]
 
 
@@ -81,26 +81,24 @@ def decode(base: Base, encoded: Tensor, prompts: Prompts) -> list[list[int]]:
 def decode_timed(
     base: Base, encoded: Tensor, prompts: Prompts, temperature: float = 0.0
 ) -> list[list[Piece]]:
-    """Transcripts in pieces with their times, after prompts without `<|notimestamps|>`.
+    """Return transcripts in pieces with their times; prompts are without `<|notimestamps|>`.
 
-    What follows the last pair of timestamps, unfinished as it is, is left out.
+    An unfinished piece after the last pair of timestamps is left out.
     """
-    with _plain(base):
-        said = base.net.generate(
-            return_timestamps=True,
-            return_segments=True,
-            temperature=temperature,
-            **_options(base, encoded, prompts),
+    options = _options(base, encoded, prompts)
+    with _without_thresholds(base):
+        found = base.net.generate(
+            return_timestamps=True, return_segments=True, temperature=temperature, **options
         )
     return [
         [Piece(float(one["start"]), float(one["end"]), one["tokens"].tolist()) for one in row]
-        for row in said["segments"]
+        for row in found["segments"]
     ]
 
 
 def _options(base: Base, encoded: Tensor, prompts: Prompts) -> dict[str, Any]:
-    # The prompt is given whole, as a code-switched one has two language tokens; naming a language
-    # as well keeps `generate` from detecting one first.
+    # A code-switched prompt has two language tokens, so that prompts are given as tokens; with a
+    # `language` as well `generate` does not detect one first.
     settings = base.net.generation_config
     known = settings.lang_to_id if getattr(settings, "is_multilingual", False) else None
     return {
@@ -109,27 +107,27 @@ def _options(base: Base, encoded: Tensor, prompts: Prompts) -> dict[str, Any]:
         "language": next(iter(known)) if known else None,
         "do_sample": False,
         "num_beams": 1,
-        "force_unique_generate_call": True,  # this window, and not the next
+        "force_unique_generate_call": True,  # this window alone
     }
 
 
 @contextmanager
-def _plain(base: Base) -> Iterator[None]:
-    """Without a checkpoint's own thresholds: `generate` falls back with features alone."""
+def _without_thresholds(base: Base) -> Iterator[None]:
+    """Hide a checkpoint's thresholds for falling back, for which `generate` needs features."""
     config = base.net.generation_config
-    own = {name: getattr(config, name) for name in THRESHOLDS if hasattr(config, name)}
+    hidden = {name: vars(config).pop(name) for name in THRESHOLDS if name in vars(config)}
     try:
-        for name in own:
-            delattr(config, name)
         yield
     finally:
-        for name, value in own.items():
-            setattr(config, name, value)
+        vars(config).update(hidden)
 
 
 @torch.inference_mode()
 def detect_languages(base: Base, encoded: Tensor) -> list[str]:
-    """Most probable language code of each of the encoder's states (batch, positions, width)."""
+    """Return the most probable language code for each of some encoder states.
+
+    Their shape is (batch, positions, width).
+    """
     outputs = BaseModelOutput(last_hidden_state=encoded)
     tokens = base.net.detect_language(encoder_outputs=outputs)
     return [name.strip("<|>") for name in base.tokenizer.convert_ids_to_tokens(tokens.tolist())]
@@ -137,14 +135,14 @@ def detect_languages(base: Base, encoded: Tensor) -> list[str]:
 
 @torch.inference_mode()
 def score_tokens(
-    base: Base, encoded: Tensor, prompts: Prompts, said: Sequence[Sequence[int]]
+    base: Base, encoded: Tensor, prompts: Prompts, transcripts: Sequence[Sequence[int]]
 ) -> list[Scores]:
-    """How probable the tokens `said` after the prompts are, under the model without suppression."""
+    """Return the scores of transcripts after their prompts; no token is suppressed."""
     net, width = base.net, len(prompts[0])
     end = net.config.eos_token_id
     rows = [
         torch.tensor([*prompt, *tokens][: net.config.max_target_positions])
-        for prompt, tokens in zip(prompts, said, strict=True)
+        for prompt, tokens in zip(prompts, transcripts, strict=True)
     ]
     inputs = pad_sequence(rows, batch_first=True, padding_value=end).to(net.device)
     states = net.model(
@@ -152,14 +150,14 @@ def score_tokens(
         decoder_input_ids=inputs,
         use_cache=False,
     ).last_hidden_state
-    silence = _no_speech_id(base)
+    no_speech_id = _no_speech_id(base)
     scores = []
-    for row, state, tokens in zip(rows, states, said, strict=True):
+    for row, state, tokens in zip(rows, states, transcripts, strict=True):
         # Row by row: all logits of a batch can be more than a gigabyte.
         log_probs = net.proj_out(state[: len(row)]).float().log_softmax(-1).cpu()
         targets = torch.tensor([*tokens, end])[: len(row) - width + 1]
         chosen = log_probs[width - 1 :].gather(1, targets[:, None])[:, 0]
-        no_speech = 0.0 if silence is None else log_probs[0, silence].exp().item()
+        no_speech = 0.0 if no_speech_id is None else log_probs[0, no_speech_id].exp().item()
         scores.append(Scores(chosen[: len(tokens)], chosen.mean().item(), no_speech))
     return scores
 

@@ -1,6 +1,6 @@
 """Whisper's encoder in two parts, on windows of any length up to its own.
 
-transformers runs it as a whole, and on full windows alone. The states are the same to the bit.
+transformers runs it as a whole, and on full windows alone; the states are the same to the bit.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,14 +14,11 @@ _LAYERS = "model.encoder.layers."
 
 
 def embed(net: WhisperForConditionalGeneration, features: Tensor) -> Tensor:
-    """What goes into the first layer, with the positions from 0 on.
+    """Return the input of the first layer, (batch, frames / 2, width).
 
     Args:
         net: A Whisper in eval mode.
         features: (batch, mels, frames), an even number of frames, at most those of the window.
-
-    Returns:
-        (batch, frames / 2, width).
     """
     encoder: Any = net.get_encoder()
     states = gelu(encoder.conv1(features.to(net.dtype)))
@@ -30,7 +27,7 @@ def embed(net: WhisperForConditionalGeneration, features: Tensor) -> Tensor:
 
 
 def run_layers(layers: Sequence[nn.Module], states: Tensor) -> Tensor:
-    """What comes out of these layers, (batch, positions, width) as what goes in."""
+    """Return the output of layers of the encoder, (batch, positions, width) like their input."""
     for layer in layers:
         out = layer(states, None)
         states = out[0] if isinstance(out, tuple) else out  # as in the first releases of v5
@@ -38,15 +35,15 @@ def run_layers(layers: Sequence[nn.Module], states: Tensor) -> Tensor:
 
 
 def encode(net: WhisperForConditionalGeneration, features: Tensor) -> Tensor:
-    """The encoder's states, (batch, frames / 2, width), of log-mels as `embed` takes them."""
+    """Return the encoder's states, (batch, frames / 2, width), of log-mels; see `embed`."""
     encoder: Any = net.get_encoder()
     return encoder.layer_norm(run_layers(encoder.layers, embed(net, features)))
 
 
 def first_adapted(net: WhisperForConditionalGeneration, modules: Iterable[str]) -> int:
-    """Number of the encoder's first layer with one of these modules in it; if none, of its layers.
+    """Return the index of the encoder's first layer with one of these modules in it.
 
-    What goes into that layer does not depend on the factors.
+    If there is none it is the number of layers. Its input does not depend on the factors.
     """
     names = (name.removeprefix(_LAYERS) for name in modules if name.startswith(_LAYERS))
     numbers = [int(name.partition(".")[0]) for name in names]

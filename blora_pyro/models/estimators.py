@@ -148,7 +148,7 @@ ESTIMATORS: dict[str, Callable[[], Messenger]] = {
 
 
 def build_estimator(name: str) -> Messenger:
-    """The handler of a name in `ESTIMATORS`.
+    """Return the handler of a name in `ESTIMATORS`.
 
     Raises:
         UserError: If there is no such name.

@@ -38,15 +38,9 @@ def find_folder(
     local_files_only: bool = False,
     weights: bool = True,
 ) -> Path:
-    """The folder of a checkpoint: a local one, or that of a Hub id in the Hub's cache.
+    """Return the folder of a checkpoint: a local one, or that of a Hub id in the Hub's cache.
 
-    What the cache lacks is downloaded, unless `local_files_only`.
-
-    Args:
-        name: A local folder, or a Hub id.
-        revision: Branch, tag or commit of a Hub id; None is its main branch.
-        local_files_only: Ask nothing of the Hub.
-        weights: Whether the weights are wanted, too.
+    Missing files are downloaded, unless `local_files_only`; without `weights` only the others are.
 
     Raises:
         UserError: If there is none, or it can't be reached.
@@ -65,11 +59,7 @@ def find_folder(
 
 
 def adapter_in(name: str, folder: Path) -> tuple[str, str | None] | None:
-    """The base of a PEFT adapter, and its revision; None of a folder that holds something else.
-
-    Args:
-        name: What the user calls the folder.
-        folder: Where it is.
+    """Return the base of a PEFT adapter and its revision; None if `folder` holds something else.
 
     Raises:
         UserError: If the adapter does not name its base.
@@ -87,14 +77,9 @@ def adapter_in(name: str, folder: Path) -> tuple[str, str | None] | None:
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Refuse a folder that holds no Whisper with safetensors weights, tokenizer and preprocessor.
+    """Raise UserError unless a folder holds safetensors weights, tokenizer and preprocessor.
 
-    Args:
-        name: What the user calls it.
-        folder: Where it is.
-
-    Raises:
-        UserError: Naming what is wrong, or which file is missing.
+    `name` is the user's name for it.
     """
     if (folder / ADAPTER_CONFIG).exists():
         raise UserError(
@@ -144,17 +129,17 @@ def _read_json(name: str, folder: Path, file: str) -> dict[str, Any]:
         )
     try:
         content = json.loads((folder / file).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise UserError(
             f"base model '{name}' has a damaged {file} ({error}); download it again"
         ) from None
-    if not isinstance(content, dict):
-        raise UserError(f"base model '{name}' has a damaged {file}; download it again")
     return content
 
 
 def is_same_place(one: str, other: str) -> bool:
-    """Whether two names of bases are one, or paths of one folder."""
+    """Return whether two names of bases are equal, or paths of one folder."""
     return one == other or (
-        Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
+        Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
     )

@@ -1,7 +1,7 @@
 """The likelihood of a batch's tokens: a frozen Whisper that runs with the factors in place.
 
-How Whisper is run stays in here: the encoder in two parts, autocast, gradient checkpointing and
-the regulariser of distillation. `models.whisper` sees a `Likelihood` and nothing of it.
+The encoder in two parts, autocast, gradient checkpointing and the regulariser of distillation are
+hidden here; `models.whisper` sees a `Likelihood`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -87,8 +87,10 @@ class WhisperLikelihood:
         self.autocast = autocast
         self.first_adapted = 0 if modules is None else first_adapted(net, modules)
         self.gradient_checkpointing = gradient_checkpointing
-        if gradient_checkpointing:
-            _enable_checkpointing(net)
+        if gradient_checkpointing:  # of every layer in training mode, see `checkpointed`
+            # The second name is that of earlier releases of transformers.
+            enable = getattr(net, "activation_checkpointing_enable", None)
+            (enable or net.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def __call__(self, batch: Batch) -> Prediction:
         """Logits, and with soft targets `distillation`, their weight times the mean KL."""
@@ -102,13 +104,9 @@ class WhisperLikelihood:
         return Prediction(logits, {"distillation": batch.soft.weight * divergence})
 
     def frozen_states(self, features: Tensor) -> Tensor:
-        """The encoder's states before its first adapted layer, which no factor changes.
+        """Return the encoder's states before its first adapted layer, which no factor changes.
 
-        Args:
-            features: (batch, mels, frames), as `models.encoder.embed` takes them.
-
-        Returns:
-            (batch, frames / 2, width).
+        From features (batch, mels, frames), see `embed`, to (batch, frames / 2, width).
         """
         with self._autocasting():
             layers = self.net.model.encoder.layers[: self.first_adapted]
@@ -139,20 +137,13 @@ class WhisperLikelihood:
         return kl_div(log_probs, teacher, log_target=True, reduction="sum") / len(teacher)
 
 
-def _enable_checkpointing(net: WhisperForConditionalGeneration) -> None:
-    """Let transformers checkpoint every layer that is in training mode, see `checkpointed`."""
-    # The second name is that of earlier releases of transformers.
-    switch = getattr(net, "activation_checkpointing_enable", None)
-    (switch or net.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
 @contextmanager
 def checkpointed(net: WhisperForConditionalGeneration) -> Iterator[None]:
-    """A forward pass in here keeps only the inputs of each layer (Chen et al., arXiv 1604.06174).
+    """Inside a `with`, keep only the inputs of each layer (Chen et al., arXiv 1604.06174).
 
     The rest is computed again in the backward pass, with the same random numbers; factors must stay
     in place until then. transformers checkpoints a layer only in training mode, so layers are in
-    training mode in here, with their dropout at 0. Everything inside them stays in eval mode.
+    training mode meanwhile, with their dropout at 0. Everything inside them stays in eval mode.
     """
     layers = [one for one in net.modules() if isinstance(one, GradientCheckpointingLayer)]
     before = [

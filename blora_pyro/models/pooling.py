@@ -22,7 +22,7 @@ prior, guide or KL has to know of domains, and there are no more sites than with
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.models.whisper import BLoRA, Density
 from blora_pyro.options import POOLING_SCALE, FitConfig
 
+T = TypeVar("T")
 _OF = "@"  # between a layer's name and its domain's
 
 
@@ -63,11 +64,7 @@ class Pooling:
         return self.is_shared + len(self.domains)
 
     def stack(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
-        """The groups whose sites hold all parts: names of layers are `layer`, then `layer@domain`.
-
-        Args:
-            groups: Target layers by shape.
-        """
+        """Return the groups whose sites hold all parts: layers `layer`, then `layer@domain`."""
         endings = [*([""] if self.is_shared else []), *(_OF + name for name in self.domains)]
         return tuple(
             replace(
@@ -79,40 +76,32 @@ class Pooling:
         )
 
     def unstack(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
-        """The target layers by shape, of which `stack` made these groups."""
+        """Return the target layers by shape, of which `stack` made these groups."""
+
+        def first(values: tuple[T, ...]) -> tuple[T, ...]:
+            return values[: len(values) // self.parts]
+
         return tuple(
             replace(
                 group,
-                modules=tuple(
-                    name.partition(_OF)[0]
-                    for name in group.modules[: len(group.modules) // self.parts]
-                ),
-                weight_stddevs=group.weight_stddevs[: len(group.weight_stddevs) // self.parts],
+                modules=tuple(name.partition(_OF)[0] for name in first(group.modules)),
+                weight_stddevs=first(group.weight_stddevs),
             )
             for group in groups
         )
 
-    def factors(self, stacked: Tensor, places: Tensor) -> Tensor:
-        """Return w_d of some domains.
+    def factors(self, stacked: Tensor, indices: Tensor) -> Tensor:
+        """Return w_d of the domains of some indices (n,), as (n, modules, rows, columns).
 
-        Args:
-            stacked: A draw, or the mean, of a site: (parts · modules, rows, columns).
-            places: (n,), indices of the domains.
-
-        Returns:
-            (n, modules, rows, columns).
+        `stacked` is a draw, or the mean, of a site: (parts · modules, rows, columns).
         """
         parts = stacked.unflatten(0, (self.parts, -1))
         if not self.is_shared:
-            return parts[places]
-        return parts[0] + self.scale * parts[1 + places]
+            return parts[indices]
+        return parts[0] + self.scale * parts[1 + indices]
 
     def shared(self, stacked: Tensor) -> Tensor:
-        """w_0, (modules, rows, columns): what holds for a domain that is not known, z = 0.
-
-        Raises:
-            UserError: If nothing is shared.
-        """
+        """Return w_0, (modules, rows, columns), which is for unknown domains; else UserError."""
         self.index_of(None)
         return stacked.unflatten(0, (self.parts, -1))[0]
 
@@ -133,23 +122,17 @@ class Pooling:
         return None if domain is None else self.domains.index(domain)
 
     def moments(self, mean: Tensor, stddev: Tensor, domain: str | None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of w_d under q, or of w_0, each (modules, rows, columns).
+        """Return mean and deviation of w_d under q, or of w_0, each (modules, rows, columns).
 
-        q has its rows independent, so Var w_d = Var w_0 + tau² Var z_d.
-
-        Args:
-            mean: Posterior mean of a site.
-            stddev: Standard deviation of the site.
-            domain: d; None is w_0.
-
-        Raises:
-            UserError: See `index_of`.
+        Given are those of the stacked site. The rows of q are independent, so Var w_d = Var w_0 +
+        tau² Var z_d. Raises UserError as `index_of` does.
         """
-        place = self.index_of(domain)
-        if place is None:
+        index = self.index_of(domain)
+        if index is None:
             return self.shared(mean), self.shared(stddev)
-        variance = replace(self, scale=self.scale**2).factors(stddev**2, torch.tensor([place]))
-        return self.factors(mean, torch.tensor([place]))[0], variance[0].sqrt()
+        indices = torch.tensor([index])
+        variance = replace(self, scale=self.scale**2).factors(stddev**2, indices)
+        return self.factors(mean, indices)[0], variance[0].sqrt()
 
     @torch.no_grad()
     def start(self, guide: Any) -> None:
@@ -187,11 +170,7 @@ class PooledBLoRA(BLoRA):
     ) -> None:
         """Freeze `net` and stack the factors of all domains.
 
-        Args:
-            net: The base Whisper.
-            prior: Prior of every row, which must not depend on other rows.
-            pooling: Layout of the domains.
-            **options: Further arguments of `BLoRA`.
+        `prior` is that of every row and must not depend on other rows; `options` are of `BLoRA`.
         """
         super().__init__(net, prior, **options)
         self.pooling = pooling
@@ -206,9 +185,9 @@ class PooledBLoRA(BLoRA):
         if batch.sources is None:
             self.adapters.put({name: self.pooling.shared(w) for name, w in factors.items()})
             return
-        places, rows = batch.sources.unique(return_inverse=True)
-        of_domains = {name: self.pooling.factors(w, places) for name, w in factors.items()}
-        if len(places) > 1:
+        indices, rows = batch.sources.unique(return_inverse=True)
+        of_domains = {name: self.pooling.factors(w, indices) for name, w in factors.items()}
+        if len(indices) > 1:
             self.adapters.put(of_domains, rows)
-        else:  # the plain way, which is faster
+        else:  # without rows, which is faster
             self.adapters.put({name: w[0] for name, w in of_domains.items()})

@@ -25,11 +25,7 @@ class Temper(Messenger):
     """
 
     def __init__(self, beta: float) -> None:
-        """A handler for one weight `beta >= 0`.
-
-        Raises:
-            ValueError: If beta is negative or not finite.
-        """
+        """Raise ValueError if beta is negative or not finite."""
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta must be a finite number >= 0, not {beta}")
         super().__init__()

@@ -28,13 +28,10 @@ class FactorPrior:
     """
 
     def __init__(self, groups: tuple[Group, ...], prior: Density, device: torch.device) -> None:
-        """The latent program of some groups.
+        """The latent program of groups of target layers; factors are made on `device`.
 
-        Args:
-            groups: Target layers by shape.
-            prior: Site -> Pyro distribution with batch shape (modules,) and event shape (rows,
-                columns); see `guides.contracts.Prior`.
-            device: Where factors are made.
+        `prior` gives a site's distribution: batch shape (modules,), event shape (rows, columns);
+        see `guides.contracts.Prior`.
         """
         self.groups = groups
         self.prior = prior
@@ -42,7 +39,7 @@ class FactorPrior:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites of all factors."""
+        """Sites of all factors."""
         return tuple(site for group in self.groups for site in group.sites)
 
     @property
@@ -91,12 +88,7 @@ class WhisperProgram(FactorPrior):
     ) -> None:
         """The program of a net whose layers of `groups` are adapted.
 
-        Args:
-            likelihood: Of the tokens given the factors.
-            groups: Target layers by shape; none for a program without latent sites.
-            prior: See `FactorPrior`.
-            alpha: Updates are scaled by alpha / rank.
-            penalty: Of the drawn factors, added to the loss; see `ElasticPenalty`.
+        Updates are scaled by alpha / rank; the penalty of the drawn factors is added to the loss.
         """
         super().__init__(groups, prior, likelihood.net.device)
         self.likelihood, self.net = likelihood, likelihood.net
@@ -161,9 +153,9 @@ class BLoRA(WhisperProgram):
             rank: Rank of every update.
             alpha: Updates are scaled by alpha / rank.
             target_modules: See `find_targets`.
-            autocast: See `WhisperLikelihood`.
-            gradient_checkpointing: See `WhisperLikelihood`.
-            penalty: See `WhisperProgram`.
+            autocast: As of `WhisperLikelihood`, like `gradient_checkpointing`.
+            gradient_checkpointing: Less memory for more time.
+            penalty: Added to the loss; see `ElasticPenalty`.
 
         Raises:
             UserError: If the target modules or the rank do not fit the net, or autocast does not.

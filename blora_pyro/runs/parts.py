@@ -70,7 +70,7 @@ class Parts:
         scoring = Scoring(base, sets, config.normalizer, progress)
         parts = cls(config, loader, train, size, scoring)
         if folder.state == FITTING:
-            stopping = early_stopping(loader, config, progress.evaluated, processes.once)
+            stopping = early_stopping(loader, config, progress.evaluated, processes)
             model, guide = build(base, config, folder.previous, train)
             regularise(model, loader, progress.stage)
             teacher = teacher_of(base, model, config, size["utterances"])

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from blora_pyro.evaluation import (
     score,
 )
 from blora_pyro.files import write_json
+from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import DevError, EarlyStopping
 from blora_pyro.languages import is_language
 from blora_pyro.models import Base, base_of
@@ -116,7 +118,7 @@ def early_stopping(
     loader: Loader,
     config: FitConfig,
     on_error: Callable[[DevError, DevError], None],
-    once: Callable[[Callable[[], float]], Callable[[], float]] = lambda measure: measure,
+    processes: Processes | None = None,
 ) -> EarlyStopping | None:
     """Return what measures the net on the new domain's dev set during a fit; None if nothing is to.
 
@@ -124,7 +126,7 @@ def early_stopping(
         loader: Loader of the base.
         config: Options of the fit.
         on_error: See `EarlyStopping`.
-        once: Has one of several processes measure for all; see `Processes.once`.
+        processes: Those of the fit, of which the main one measures for all.
 
     Raises:
         UserError: If there is no dev set.
@@ -143,7 +145,8 @@ def early_stopping(
     def dev_error() -> float:
         return evaluate(loader.base, examples, config.normalizer).main.rate
 
-    return EarlyStopping(once(dev_error), config.eval_every, config.patience, on_error)
+    measure = partial((processes or Processes()).from_main, dev_error)
+    return EarlyStopping(measure, config.eval_every, config.patience, on_error)
 
 
 # ---- their scores

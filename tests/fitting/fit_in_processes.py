@@ -80,7 +80,6 @@ def main(base_folder: str, manifest: str, output: str) -> None:
     found["told"] = together.from_main(lambda: {"text": "ä", "rank": together.rank})
     found["empty"] = len(together.broadcast(b"" if together.is_main else None))
     found["all"] = together.gather({"rank": together.rank})
-    found["once"] = together.once(lambda: together.rank + 0.5)()
     interrupts = Interrupts(active=False)
     interrupts.caught = 2 if together.rank == 1 else None
     values = [torch.tensor([1.0, 2.0])]

@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from blora_pyro.guides import normal
-from blora_pyro.guides.starts import initial_mean
 
 
 class Prior:

@@ -5,7 +5,7 @@ from blora_pyro import FitConfig, Posterior, fit
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.families import FAMILIES
 from blora_pyro.guides import build_guide, build_prior
-from blora_pyro.guides.contracts import PreparedPrior, ScaledPrior, TensorPrior, shrinkage_of
+from blora_pyro.guides.contracts import PreparedPrior, TensorPrior, prior_scale, shrinkage_of
 from blora_pyro.models import BLoRA
 from blora_pyro.posterior.pruning import prune
 from blora_pyro.runs.listeners import Listener
@@ -90,7 +90,7 @@ def test_what_prepare_does_wrong_is_told_in_one_line(prepared, options, tmp_path
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_built_in_prior_has_a_width_and_needs_no_preparation(name):
     prior = build_prior(name)
-    assert isinstance(prior, ScaledPrior)
+    assert prior_scale(prior) == prior.scale > 0
     assert not isinstance(prior, TensorPrior | PreparedPrior)
 
 

@@ -1,11 +1,6 @@
-"""What holds for every family: the contract of `blora_pyro/guides/__init__.py`."""
-
-import inspect
-import math
-import re
+"""What holds for every family, beside the checks of `check_family`."""
 
 import numpy as np
-import pyro
 import pytest
 import torch
 from pyro import poutine
@@ -20,7 +15,6 @@ from blora_pyro.guides import (
     check_family,
     describe_prior,
     latent_sites,
-    load_family,
     prior_arguments,
 )
 from blora_pyro.models import BLoRA, FactorPrior, Temper
@@ -90,7 +84,7 @@ def adapted(net, name, target_modules="all-linear"):
 
 @pytest.mark.parametrize(
     ("family", "guide"),
-    [*((name, None) for name in FAMILIES), ("normal", "point"), ("horseshoe", "auto-normal")],
+    [*((name, None) for name in FAMILIES), ("normal", "point"), ("learned-scale", "auto-normal")],
 )
 def test_every_built_in_family_passes_its_checks(family, guide):
     report = check_family(family, guide)
@@ -104,28 +98,6 @@ def test_every_built_in_family_passes_its_checks(family, guide):
 def losses(prior, guide, count):
     """What an ELBO without data says: KL(q || p), at `count` draws."""
     return np.array([TraceMeanField_ELBO().loss(prior, guide) for _ in range(count)])
-
-
-@torch.no_grad()
-def log_ratios(prior, guide, count):
-    """Log q - log p, all sites together, at `count` draws from q."""
-    ratios = []
-    for _ in range(count):
-        drawn = poutine.trace(guide).get_trace()
-        scored = poutine.trace(poutine.replay(prior, trace=drawn)).get_trace()
-        ratios.append((drawn.log_prob_sum() - scored.log_prob_sum()).item())
-    return np.array(ratios)
-
-
-@EVERY_GUIDE
-def test_the_kl_of_the_loss_is_the_monte_carlo_mean_of_log_q_minus_log_p(name, small):
-    kl = losses(*small, 1 if name in CLOSED_FORM else 200)
-    pyro.set_rng_seed(1)
-    ratios = log_ratios(*small, 200)
-    errors = [x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else 0.0 for x in (kl, ratios)]
-    error, rounding = math.hypot(*errors), 1e-5 * abs(kl.mean())
-    assert abs(kl.mean() - ratios.mean()) < 5 * error + rounding
-    assert error < 0.02 * abs(kl.mean())  # a check worth its name
 
 
 @EVERY_GUIDE
@@ -254,11 +226,11 @@ EVERY_ARGUMENT = pytest.mark.parametrize(("name", "key"), ARGUMENTS)
 
 
 @EVERY_ARGUMENT
-@pytest.mark.parametrize("bad", [-1.0, "nan", "wide"])
-def test_a_bad_argument_is_refused_by_name(name, key, bad):
-    with pytest.raises(UserError, match=rf"\b{key} is '?{bad}") as raised:
-        build_prior(name, **{key: bad})
-    assert "\n" not in str(raised.value)
+def test_a_bad_argument_is_refused_by_name(name, key):
+    for bad in (-1.0, "nan", "wide"):
+        with pytest.raises(UserError, match=rf"\b{key} is '?{bad}") as raised:
+            build_prior(name, **{key: bad})
+        assert "\n" not in str(raised.value)
 
 
 @EVERY_ARGUMENT
@@ -282,13 +254,3 @@ def test_it_says_what_it_is_and_what_its_arguments_mean(name):
     assert summary.endswith(".")
     assert {one.name: one.default for one in arguments} == prior_arguments(name)
     assert all(one.description.endswith(".") for one in arguments)
-
-
-@EVERY_GUIDE
-def test_it_names_its_source(name):
-    module = load_family(name, GUIDES)
-    own = (
-        one for one in vars(module).values() if getattr(one, "__module__", "") == module.__name__
-    )
-    text = "\n".join(inspect.getdoc(one) or "" for one in (module, *own))
-    assert re.search(r"arXiv \d{4}\.\d{4,5}|JMLR|JASA|Neural Computation|Pyro's own", text)

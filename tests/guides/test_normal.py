@@ -5,12 +5,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyro import poutine, set_rng_seed
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
 from torch.distributions import kl_divergence
 
 from blora_pyro.adapters import Group
 from blora_pyro.fitting import fit_guide
-from blora_pyro.guides.normal import Guide, Prior
-from blora_pyro.guides.starts import RHO_RANGE
+from blora_pyro.guides.normal import RHO_RANGE, Guide, Prior, initial_mean, initial_rho
 from blora_pyro.models import BLoRA, Temper
 from blora_pyro.options import FittingOptions
 
@@ -211,3 +211,40 @@ def test_a_heavy_kl_pulls_the_guide_to_the_prior(net, batch):
     assert np.abs(mean).max() < 0.1 * SCALE
     np.testing.assert_allclose(sigma, SCALE, rtol=0.05)
     assert history[-1].kl < 0.001 * history[0].kl
+
+
+# ---- where it starts
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.tuples(*(st.integers(1, 9) for _ in range(4))))
+def test_a_and_rho_lie_in_their_ranges_and_b_is_zero(sizes):
+    count, out_features, in_features, rank = sizes
+    group = Group(tuple(f"layer{i}" for i in range(count)), out_features, in_features, rank)
+    a, b = initial_mean(group.A), initial_mean(group.B)
+    assert (a.shape, b.shape) == (group.A.shape, group.B.shape)
+    assert 0 < a.abs().max() <= in_features**-0.5
+    assert (b == 0).all()
+    for site in group.sites:
+        rho = initial_rho(site)
+        assert rho.shape == site.shape
+        assert RHO_RANGE[0] <= rho.min() <= rho.max() <= RHO_RANGE[1]
+
+
+def test_a_and_rho_are_uniform_in_every_layer():
+    group = Group(tuple("abcd"), out_features=50, in_features=100, rank=50)
+    a, rho = initial_mean(group.A), initial_rho(group.A)
+    assert not torch.equal(a[0], a[1])
+    assert a.mean().item() == pytest.approx(0, abs=0.003)
+    assert a.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
+    assert rho.mean().item() == pytest.approx(-5, abs=0.01)
+    assert rho.std().item() == pytest.approx(1 / 12**0.5, rel=0.02)
+
+
+def test_a_starts_as_lora_of_peft_does():
+    """PEFT's `kaiming_uniform_(a=sqrt(5))` on (rank, in_features) has the same bound."""
+    weight = torch.empty(50, 100)
+    nn.init.kaiming_uniform_(weight, a=5**0.5)
+    ours = initial_mean(Group(("a",), 60, 100, rank=50).A)
+    for one in (weight, ours):
+        assert one.abs().max().item() == pytest.approx(0.1, rel=0.01)
