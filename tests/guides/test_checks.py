@@ -101,7 +101,7 @@ def test_a_users_family_that_is_right_passes(failed):
     [
         (FLAT.replace(".to_event(2)", ""), "the prior has the sites' shapes", r"batch shape"),
         (FLAT.replace("0.05", "1e-30"), "finite densities", "not finite"),
-        (FLAT.replace("dist.Normal(0.0", "dist.Nrmal(0.0"), "prior", r"line 13: AttributeError"),
+        (FLAT.replace("dist.Normal(0.0", "dist.Nrmal(0.0"), "prior", r"line 12: AttributeError"),
         (
             FLAT.replace(
                 "        return dist.Normal(0.0, 0.05)",

@@ -1,5 +1,3 @@
-import inspect
-
 import pyro
 import pytest
 import torch
@@ -44,57 +42,24 @@ def model_of(net, prior):
     return BLoRA(net, build_prior(prior), rank=2)
 
 
-@pytest.mark.parametrize("name", GUIDES)
-def test_every_name_builds_its_guide(name, net, batch):
-    model = model_of(net, name if name in FAMILIES else "normal")
-    guide = build_guide(name, model)
-    assert isinstance(guide, torch.nn.Module)
-    guide(batch)
-    assert guide.mean().keys() == guide.stddev().keys() == {site.name for site in model.sites}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_has_a_prior_and_is_a_guide(name):
-    assert name in GUIDES
-    site = Group(("a",), 3, 4, rank=2, weight_stddevs=(0.1,)).A
-    assert build_prior(name)(site).batch_shape == (1,)
-    assert {"Prior", "Guide"} <= vars(load_family(name)).keys()
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "horseshoe"])
-def test_a_family_is_short_enough_to_copy(name):
-    assert len(inspect.getsource(load_family(name)).splitlines()) <= 75
-
-
 # ---- which guide goes with which prior
 
 HIERARCHICAL = {"horseshoe": ("_global", "_local"), "learned-scale": ("_scale",)}
 FLAT = [name for name in FAMILIES if name not in HIERARCHICAL]
 
 
-@pytest.mark.parametrize("prior", FAMILIES)
-def test_auto_normal_goes_with_every_prior(prior, net, batch):
-    model = model_of(net, prior)
-    guide = build_guide("auto-normal", model)
-    latent = {site.name for site in model.sites}
-    latent |= {name + end for name in latent for end in HIERARCHICAL.get(prior, ())}
-    assert guide(batch).keys() == latent
-    assert guide.mean().keys() == {site.name for site in model.sites}
-
-
 @pytest.mark.parametrize("prior", FLAT)
-@pytest.mark.parametrize("guide", ["point", "normal", "a-only", "laplace"])
-def test_a_guide_goes_with_every_prior_of_the_same_sites(prior, guide, net, batch):
+def test_a_guide_goes_with_every_prior_of_the_same_sites(prior, net, batch):
     model = model_of(net, prior)
-    assert build_guide(guide, model)(batch).keys() == {site.name for site in model.sites}
+    for guide in ("point", "normal", "a-only", "laplace"):
+        assert build_guide(guide, model)(batch).keys() == {site.name for site in model.sites}
 
 
 @pytest.mark.parametrize(
     ("prior", "guide"),
     [
-        *((prior, guide) for prior in HIERARCHICAL for guide in ("normal", "point", "a-only")),
+        *((prior, guide) for prior in HIERARCHICAL for guide in ("normal", "point")),
         ("normal", "learned-scale"),
-        ("student-t", "learned-scale"),
         ("learned-scale", "horseshoe"),
     ],
 )
@@ -108,7 +73,7 @@ def test_a_guide_of_other_sites_than_the_priors_is_refused_with_their_names(prio
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", ["normal", "horseshoe", "auto-normal"])
 def test_building_a_guide_leaves_pyros_parameters_alone(name, net):
     mine = pyro.param("mine", torch.tensor(2.0))
     build_guide(name, model_of(net, name if name in FAMILIES else "normal"))

@@ -403,7 +403,7 @@ def test_the_noise_of_every_guide_is_answered(guide, name, whisper, batch):
     assert not torch.equal(first, second)
 
 
-@NAMES
+@NOISY
 @GUIDES
 def test_every_parameter_gets_the_gradient_it_gets_under_shared(guide, name, whisper, batch):
     model, guide = whisper(*guide)
@@ -421,10 +421,12 @@ def test_every_parameter_gets_the_gradient_it_gets_under_shared(guide, name, whi
 
 
 @NOISY
-@GUIDES
-@pytest.mark.parametrize("elbo", [TraceMeanField_ELBO, Trace_ELBO])
-def test_the_kl_is_that_of_shared(elbo, guide, name, whisper, batch):
-    model, guide = whisper(*guide)
+@pytest.mark.parametrize(
+    ("guide", "elbo"),
+    [*((guide, TraceMeanField_ELBO) for guide in FAMILIES), ("normal", Trace_ELBO)],
+)
+def test_the_kl_is_that_of_shared(guide, elbo, name, whisper, batch):
+    model, guide = whisper(*FAMILIES[guide])
     kl = {}
     for estimator in ("shared", name):
         with_kl, without = (
@@ -439,17 +441,6 @@ def test_the_kl_is_that_of_shared(elbo, guide, name, whisper, batch):
 def _seeded_loss(name, model, guide, batch, beta, elbo):
     pyro.set_rng_seed(7)
     return loss_of(name, model, guide, batch, beta, elbo).item()
-
-
-@NOISY
-def test_nothing_is_left_behind(name, whisper, batch):
-    model, guide = whisper()
-    before, gradients = step_of("shared", model, guide, batch)
-    noisy, _ = step_of(name, model, guide, batch)
-    after, again = step_of("shared", model, guide, batch)
-    assert noisy != before
-    assert after == before
-    assert all(torch.equal(again[key], gradient) for key, gradient in gradients.items())
 
 
 @NOISY
@@ -512,10 +503,9 @@ def test_autocast_stays_near_float32_and_keeps_float32_gradients(name, whisper, 
 # ---- by name
 
 
-@pytest.mark.parametrize("name", ["", "Shared", "flipouts", "token"])
-def test_an_unknown_name_is_refused_with_the_names_there_are(name):
-    with pytest.raises(UserError, match=f"'{name}'.*shared, flipout, flipout-token, local"):
-        build_estimator(name)
+def test_an_unknown_name_is_refused_with_the_names_there_are():
+    with pytest.raises(UserError, match=r"'Shared'.*shared, flipout, flipout-token, local"):
+        build_estimator("Shared")
 
 
 @pytest.fixture
@@ -537,8 +527,3 @@ def test_a_fit_runs_with_each_estimator_and_its_own_noise(net, examples):
     assert all(len(steps) == 3 and all(map(math.isfinite, steps)) for steps in losses.values())
     assert len({steps[0] for steps in losses.values()}) == len(ESTIMATORS)
     assert losses["shared"] == fit(net, examples)
-
-
-def test_a_fit_refuses_an_unknown_estimator(net, examples):
-    with pytest.raises(UserError, match="estimator is 'none'"):
-        fit(net, examples, estimator="none")
