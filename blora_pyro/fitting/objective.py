@@ -58,7 +58,7 @@ class Objective:
     than those of one micro-batch.
 
     Where Whisper is in float16 the loss is multiplied before its backward pass by a power of two,
-    and the gradient divided by it, lest gradients of activations vanish below 6e-8 (Micikevicius et
+    and the gradient divided by it, or gradients of activations vanish below 6e-8 (Micikevicius et
     al., arXiv 1710.03740). As in `torch.amp.GradScaler` the scale is halved when a gradient
     overflows, and doubled after many steps without; but the step is not lost: it is computed
     again from the same draw.
@@ -131,7 +131,7 @@ class Objective:
         return loss, nll
 
     def _gradients_of_all(self, batch: Batch | None) -> tuple[float, float]:
-        """Return loss and NLL of all processes' parts together; leave the gradients likewise."""
+        """Return loss and NLL of all processes' parts together; leave their gradients."""
         if self.processes.count == 1:
             assert batch is not None
             self.tokens = batch.num_tokens

@@ -82,7 +82,7 @@ def check_family(path: str, guide: str | None = None, **arguments: Any) -> Famil
         checks = []
         for name, check in _CHECKS.items():
             try:
-                # A scope for each check: guides of Pyro's own are told apart by name alone.
+                # A scope for each check, as the parameters of Pyro's own guides share their names.
                 with pyro.get_param_store().scope(), users_code(trial.file, "this check"):
                     checks.append(Check(name, True, check(trial)))
             except UserError as error:

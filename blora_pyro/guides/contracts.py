@@ -71,7 +71,7 @@ class Guide(Protocol):
         """Posterior mean: site name -> tensor of the site's shape, without gradient."""
 
     def stddev(self) -> dict[str, Tensor]:
-        """Posterior standard deviation: likewise; 0 where the guide is a point."""
+        """Posterior standard deviation, as `mean`; 0 where the guide is a point."""
 
 
 @runtime_checkable

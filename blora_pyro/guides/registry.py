@@ -58,7 +58,7 @@ def load_family(name: str, known: dict[str, str] = FAMILIES) -> ModuleType:
 
 @contextmanager
 def users_code(name: str, doing: str) -> Iterator[None]:
-    """Turn whatever a user's file raises in here into a UserError that names file and line."""
+    """Turn an exception in a user's file into a UserError that names file and line."""
     try:
         yield
     except UserError:

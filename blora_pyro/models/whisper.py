@@ -59,7 +59,7 @@ class FactorPrior:
         return factors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`draw`, whatever the arguments."""
+        """Call `draw`; the arguments are ignored."""
         return self.draw()
 
 
