@@ -1,4 +1,4 @@
-"""One table class for terminal, Markdown and JSON, and the one way to write rates with intervals.
+"""One table class for terminal and Markdown, and the one way to write rates with intervals.
 
 A report is a sequence of `Table`s and lines of text: `print_report` prints it, `report_markdown`
 makes it Markdown. Text is literal everywhere: brackets in it are no markup.
@@ -62,11 +62,6 @@ class Percent:
         if self.interval is not None:
             text += f" [{', '.join(map(percent, self.interval))}]"
         return text
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fractions that are there."""
-        content = {"value": self.share, "stddev": self.stddev, "interval": self.interval}
-        return {name: value for name, value in content.items() if name == "value" or value}
 
 
 Cell = str | int | float | Percent | None
@@ -141,8 +136,8 @@ class Table:
         """The rows without the ends of sections."""
         return [row for row in self.rows if row is not None]
 
-    def to_rich(self) -> RenderableType:
-        """Return the table for a terminal.
+    def __rich__(self) -> RenderableType:
+        """Return the table as `Console.print` prints it.
 
         Title and captions are as wide as the terminal: those of rich are as narrow as the table.
         """
@@ -163,16 +158,8 @@ class Table:
         end = [Text()] if captions and not self.grid else []  # as below a table without captions
         return Group(*title, table, *captions, *end)
 
-    def __rich__(self) -> RenderableType:
-        """Return `to_rich()`, by which `Console.print` prints a table."""
-        return self.to_rich()
-
     def to_markdown(self, level: int = 3) -> str:
-        """Return the table as GitHub renders it, without a line break at the end.
-
-        Args:
-            level: Of the heading that the title becomes; 0 makes it a paragraph.
-        """
+        """Return the table as GitHub renders it; `level` 0 makes the title a paragraph."""
         names = [_escape_markdown(column.name) for column in self.columns]
         rules = ["---:" if column.align == "right" else "---" for column in self.columns]
         lines = [names, rules, *(_markdown_row(*row) for row in self.filled_rows)]
@@ -180,18 +167,6 @@ class Table:
         if self.title:
             parts.insert(0, f"{'#' * level} {self.title}" if level else f"{self.title}:")
         return "\n\n".join([*parts, *self.captions])
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the table as JSON has it: rates are fractions, unknown cells None."""
-        names = [column.name for column in self.columns]
-        rows = [
-            {
-                name: cell.to_json() if isinstance(cell, Percent) else cell
-                for name, cell in zip(names, cells, strict=True)
-            }
-            for cells, _ in self.filled_rows
-        ]
-        return {"title": self.title, "rows": rows, "captions": list(self.captions)}
 
 
 Part = Table | Text | str
@@ -207,10 +182,10 @@ def print_report(parts: Iterable[RenderableType]) -> None:
         console.print(part, soft_wrap=isinstance(part, str), markup=False)
 
 
-def report_markdown(parts: Iterable[Part], level: int = 0) -> str:
-    """Return tables and lines as paragraphs of Markdown; see `Table.to_markdown`."""
+def report_markdown(parts: Iterable[Part]) -> str:
+    """Return tables and lines as paragraphs of Markdown."""
     return "\n\n".join(
-        part.to_markdown(level) if isinstance(part, Table) else str(part).strip() for part in parts
+        part.to_markdown(0) if isinstance(part, Table) else str(part).strip() for part in parts
     )
 
 

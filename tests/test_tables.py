@@ -89,26 +89,6 @@ def test_markdown_is_aligned_and_escapes_bars():
     ]
     parts = report_markdown([errors_table(), "a line\n"]).split("\n\n")
     assert parts[0] == "error in % [95% interval]:" and parts[-1] == "a line"
-
-
-def test_json_has_fractions_and_names_on_one_line():
-    content = errors_table(captions=["in points"]).to_json()
-    assert content == {
-        "title": "error in % [95% interval]",
-        "captions": ["in points"],
-        "rows": [
-            {
-                "set": "[de]|a",
-                "base": {"value": 0.4472, "interval": (0.398, 0.495)},
-                "KL nats": 3,
-            },
-            {
-                "set": "en",
-                "base": {"value": 0.0123, "interval": [-0.004, 0.0289]},
-                "KL nats": None,
-            },
-        ],
-    }
     assert Column("contrac-\ntion").name == "contraction"
 
 

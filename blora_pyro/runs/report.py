@@ -107,32 +107,26 @@ def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Pa
     )
     for name, domain in domains.items():
         for index, measure in enumerate(domain["change"]):
-            rates = {state: domain[state][measure] for state in STATES}
+            rates = [domain[state][measure] for state in STATES]
             _add_rates(table, "" if index else name, measure, rates)
         table.add_section()
     for name, both in metrics["backward"].items():
         measure = both["base"]["metric"]
-        rates = {state: both[state][measure] for state in STATES}
-        _add_rates(table, f"backward {name}", measure, rates)
+        _add_rates(table, f"backward {name}", measure, [both[state][measure] for state in STATES])
     if average := metrics.get("backward_error"):
-        _add_rates(table, "backward average", "", average)
+        _add_rates(table, "backward average", "", [average[state] for state in STATES])
     if not (normalizer := metrics.get("normalizer")):  # runs of old versions had no choice
         return [table]
     return [table, f"normalizer: {normalizer}; raw is without it, shown where that differs"]
 
 
-def _add_rates(table: Table, name: str, measure: str, rates: Mapping[str, Any]) -> None:
+def _add_rates(table: Table, name: str, measure: str, rates: Sequence[Mapping[str, Any]]) -> None:
     """Add a row of normalised rates, and below it one of the raw rates, if they differ."""
-    cells = _rate_cells(rates)
+    cells = [Percent.of(rate) for rate in rates]
     table.add_row(name, measure.upper(), *cells)
-    raw = {state: rate["raw"] for state, rate in rates.items() if "raw" in rate}
-    if raw and list(map(str, _rate_cells(raw))) != list(map(str, cells)):
-        label = f"raw {measure.upper()}".strip()
-        table.add_row("", label, *_rate_cells(raw), emphasis="dim")
-
-
-def _rate_cells(rates: Mapping[str, Any]) -> list[Percent]:
-    return [Percent.of(rates[state]) for state in STATES]
+    raw = [Percent.of(rate["raw"]) for rate in rates if "raw" in rate]
+    if raw and [*map(str, raw)] != [*map(str, cells)]:
+        table.add_row("", f"raw {measure.upper()}".strip(), *raw, emphasis="dim")
 
 
 class AlignedText:
@@ -140,7 +134,10 @@ class AlignedText:
 
     def __init__(self, row: Mapping[str, Any]) -> None:
         """Take a row of `utterance_rows`."""
-        self.words = [_aligned_word(*step) for step in row["alignment"]]
+        self.words: list[AlignedWord] = []
+        for operation, reference, hypothesis, *pier in row["alignment"]:
+            mark = "" if operation == "=" else operation + ("*" if pier else "")
+            self.words.append((printable(reference), printable(hypothesis), mark))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         """Yield lines of reference, hypothesis and kinds of errors."""
@@ -160,9 +157,7 @@ class AlignedText:
 def error_view(rows: Sequence[dict[str, Any]], top: int) -> list[RenderableType]:
     """Return the `top` utterances with the most errors, word above word.
 
-    Args:
-        rows: Of `utterance_rows`.
-        top: How many utterances are shown; errors are counted in all of them.
+    `rows` are those of `utterance_rows`; the most frequent errors are counted in all of them.
     """
     shown = worst(rows, top)
     if not shown:
@@ -201,11 +196,6 @@ def _utterance_title(row: Mapping[str, Any]) -> list[Text]:
     return [Text(f"{rate}  {printable(row['set'])}"), Text(recording, "dim", overflow="fold")]
 
 
-def _aligned_word(operation: str, reference: str, hypothesis: str, *pier: str) -> AlignedWord:
-    mark = "" if operation == "=" else operation + ("*" if pier else "")
-    return printable(reference), printable(hypothesis), mark
-
-
 def _width(word: AlignedWord) -> int:
     return max(map(cell_len, word))
 
@@ -215,10 +205,11 @@ def _blocks(words: Sequence[AlignedWord], width: int) -> Iterator[list[AlignedWo
     block: list[AlignedWord] = []
     used = 0
     for word in words:
-        if block and used + _width(word) + len(GAP) > width:
+        needed = _width(word) + len(GAP)
+        if block and used + needed > width:
             yield block
             block, used = [], 0
         block.append(word)
-        used += _width(word) + len(GAP)
+        used += needed
     if block:
         yield block
