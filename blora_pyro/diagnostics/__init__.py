@@ -6,20 +6,6 @@
 - `data_check`: what a fit would refuse; `report`: all of it on a terminal.
 """
 
-from blora_pyro.diagnostics.summaries import (
-    NEAR_ZERO,
-    FactorSummary,
-    Summary,
-    UpdateSummary,
-    kl_by_site,
-    summarise,
-)
+from blora_pyro.diagnostics.summaries import FactorSummary, Summary, UpdateSummary, summarise
 
-__all__ = [
-    "NEAR_ZERO",
-    "FactorSummary",
-    "Summary",
-    "UpdateSummary",
-    "kl_by_site",
-    "summarise",
-]
+__all__ = ["FactorSummary", "Summary", "UpdateSummary", "summarise"]

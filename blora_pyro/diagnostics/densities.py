@@ -1,16 +1,13 @@
 """Densities of a weight under prior and posterior, estimated from draws of any prior and guide."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyro
-import torch
 from pyro import poutine
 from torch import Tensor
 
 from blora_pyro.adapters import Site
-from blora_pyro.diagnostics.explanations import kl_by_module
 from blora_pyro.diagnostics.layers import LayerPosition
 from blora_pyro.diagnostics.summaries import Summary
 from blora_pyro.posterior import Posterior
@@ -20,6 +17,8 @@ BINS = 121
 PRIOR_VALUES = 2_000_000  # values drawn at least, for the tails
 MOST_PRIOR_DRAWS = 500
 POSTERIOR_VALUES = 20_000_000  # values drawn, of the whole model
+
+_Layers = dict[tuple[str, str], tuple[Site, int]]  # (module, factor) -> its place in a site
 
 
 @dataclass(frozen=True)
@@ -43,33 +42,32 @@ class Densities:
 
 def densities(posterior: Posterior, summary: Summary) -> list[Densities]:
     """Return those of A and B in two layers, of most and least KL a weight (or norm of ΔW)."""
-    sizes = {module: kl / weights for module, (kl, weights) in kl_by_module(summary).items()}
-    what = "KL a weight" if sizes else "ΔW"
-    sizes = sizes or {row.module: row.norm for row in summary.updates}
+    what = "KL a weight"
+    sizes = {module: kl / weights for module, (kl, weights) in summary.kl_by_module().items()}
+    if not sizes:
+        what, sizes = "ΔW", {row.module: row.norm for row in summary.updates}
     most, least = max(sizes, key=lambda n: sizes[n]), min(sizes, key=lambda n: sizes[n])
-    chosen = {most: f"most {what}"} | ({least: f"least {what}"} if least != most else {})
-    sites: dict[tuple[str, str], Site] = {
-        (module, site.factor): site
+    remarks = {least: f"least {what}", most: f"most {what}"}
+    layers: _Layers = {
+        (module, factor): (site, site.modules.index(module))
+        for module in dict.fromkeys((most, least))
+        for factor in ("A", "B")
         for group in posterior.groups
         for site in group.sites
-        for module in site.modules
-        if module in chosen
+        if site.factor == factor and module in site.modules
     }
-    drawn = _posterior_values(posterior, list(sites.items()))
+    drawn = _posterior_values(posterior, layers)
     points = posterior.point_scales()
     found = []
-    for module, remark in chosen.items():
-        for factor in ("A", "B"):
-            key = (module, factor)
-            prior = _prior_values(posterior, sites[key], module, points)
-            title = f"{factor} of {LayerPosition.of(module).label} ({remark})"
-            index = sites[key].modules.index(module)
-            means = posterior.mean[sites[key].name][index].cpu().numpy().ravel()
-            found.append(_densities(title, prior, drawn.get(key), means))
+    for (module, factor), (site, index) in layers.items():
+        prior = _prior_values(posterior, site, index, points)
+        title = f"{factor} of {LayerPosition.of(module).label} ({remarks[module]})"
+        means = posterior.mean[site.name][index].cpu().numpy().ravel()
+        found.append(_histograms(title, prior, drawn.get((module, factor)), means))
     return found
 
 
-def _densities(
+def _histograms(
     title: str, prior: np.ndarray, drawn: np.ndarray | None, means: np.ndarray
 ) -> Densities:
     widest = max(np.abs(means).max(), np.quantile(np.abs(prior), 0.999))
@@ -81,51 +79,40 @@ def _densities(
         counts, _ = np.histogram(values, edges)
         return counts / (len(values) * np.diff(edges))
 
-    return Densities(
-        title, edges, density(prior), None if drawn is None else density(drawn), density(means)
-    )
+    posterior = None if drawn is None else density(drawn)
+    return Densities(title, edges, density(prior), posterior, density(means))
 
 
-def _posterior_values(
-    posterior: Posterior, wanted: list[tuple[tuple[str, str], Site]]
-) -> dict[tuple[str, str], np.ndarray]:
+def _posterior_values(posterior: Posterior, layers: _Layers) -> dict[tuple[str, str], np.ndarray]:
     """Return draws of all weights of some factors of layers, without those that are points."""
-    wanted = [(key, site) for key, site in wanted if bool(posterior.stddev[site.name].any())]
-    count = min(64, max(2, POSTERIOR_VALUES // posterior.num_weights))
-    values: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key, _ in wanted}
-    if wanted:
-        for draw in posterior.draws(count):
-            for key, site in wanted:
-                value = draw[site.name][site.modules.index(key[0])]
-                values[key].append(value.detach().cpu().numpy().ravel())
+    random = {k: at for k, at in layers.items() if posterior.stddev[at[0].name].any()}
+    count = min(64, max(2, POSTERIOR_VALUES // posterior.num_weights)) if random else 0
+    values: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key in random}
+    for draw in posterior.draws(count):
+        for key, (site, index) in random.items():
+            values[key].append(draw[site.name][index].detach().cpu().numpy().ravel())
     return {key: np.concatenate(parts) for key, parts in values.items()}
 
 
 def _prior_values(
-    posterior: Posterior, site: Site, module: str, points: dict[str, Tensor]
+    posterior: Posterior, site: Site, index: int, points: dict[str, Tensor]
 ) -> np.ndarray:
     """Return draws of the prior of one layer; scales that the guide has as points are fixed."""
-    index = site.modules.index(module)
+    here = slice(index, index + 1)
     one = replace(
         site,
-        modules=(module,),
+        modules=site.modules[here],
         shape=(1, *site.shape[1:]),
-        weight_stddevs=site.weight_stddevs[index : index + 1],
+        weight_stddevs=site.weight_stddevs[here],
     )
-    own = {name: value for name, value in points.items() if name.startswith(f"{site.name}_")}
-    own = {
-        name: value[index : index + 1] if value.shape[:1] == site.shape[:1] else value
-        for name, value in own.items()
+    scales = {
+        name: value[here] if value.shape[:1] == site.shape[:1] else value
+        for name, value in points.items()
+        if name.startswith(f"{site.name}_")
     }
-
-    def program() -> None:
-        pyro.sample("weights", posterior.prior.prior(one))
-
-    size = one.shape[1] * one.shape[2]
-    count = min(MOST_PRIOR_DRAWS, max(2, PRIOR_VALUES // size))
-    return np.concatenate(list(_values(poutine.condition(program, data=own), count)))
-
-
-def _values(program: "torch.nn.Module", count: int) -> Iterator[np.ndarray]:
-    for trace in traces(program, count):
-        yield trace.nodes["weights"]["value"].numpy().ravel()
+    program = poutine.condition(
+        lambda: pyro.sample("weights", posterior.prior.prior(one)), data=scales
+    )
+    count = min(MOST_PRIOR_DRAWS, max(2, PRIOR_VALUES // (one.shape[1] * one.shape[2])))
+    draws = (trace.nodes["weights"]["value"] for trace in traces(program, count))
+    return np.concatenate([weights.numpy().ravel() for weights in draws])

@@ -26,8 +26,7 @@ class Shrinkage:
     """How much a posterior was shrunk, in figures that compare between priors.
 
     Attributes:
-        directions: Directions of ΔW above their standard deviation in all layers; None where
-            nothing has one.
+        directions: Directions of ΔW above their standard deviation; None where nothing has one.
         median_directions: The same in the median layer.
         all_directions: Their number, whatever their size: the sum of the ranks.
         effective_rank: Mean over the layers, each as heavy as its ‖ΔW‖².
@@ -86,34 +85,17 @@ def _peak(posterior: Posterior) -> float | None:
     return float(sizes.max()) / middle if middle else None
 
 
-def kl_by_module(summary: Summary) -> dict[str, tuple[float, int]]:
-    """Return KL of A and B of every layer, nats, and their number of weights, without points."""
-    totals: dict[str, tuple[float, int]] = {}
-    for row in summary.factors:
-        if row.kl is not None:
-            kl, weights = totals.get(row.module, (0.0, 0))
-            totals[row.module] = kl + row.kl, weights + row.weights
-    return totals
-
-
 def _above_the_floor(summary: Summary) -> dict[str, Any]:
     """Return `kl_floor`, `floor_share` and `half_kl_layers` of `Shrinkage`."""
-    totals = kl_by_module(summary)
+    totals = summary.kl_by_module().values()
     if not totals:
         return {"kl_floor": None, "floor_share": None, "half_kl_layers": None}
-    floor = min(kl / weights for kl, weights in totals.values())
-    above = sorted((kl - floor * weights for kl, weights in totals.values()), reverse=True)
-    whole = sum(kl for kl, _ in totals.values())
+    floor = min(kl / weights for kl, weights in totals)
+    above = sorted((kl - floor * weights for kl, weights in totals), reverse=True)
+    share = 1 - sum(above) / sum(kl for kl, _ in totals)
     sums = itertools.accumulate(above)
     half = next(count for count, part in enumerate(sums, 1) if part >= sum(above) / 2)
-    return {"kl_floor": floor, "floor_share": 1 - sum(above) / whole, "half_kl_layers": half}
-
-
-def _explanation(prior: str) -> str:
-    """Return the text of a family; a user's file was named, and so run, to get the summary."""
-    if prior == PREVIOUS_POSTERIOR:
-        return previous_posterior.EXPLANATION
-    return str(getattr(load_family(prior), "EXPLANATION", OWN))
+    return {"kl_floor": floor, "floor_share": share, "half_kl_layers": half}
 
 
 def how_it_shrinks(summary: Summary, shrinkage: Shrinkage, beta: float) -> str:
@@ -127,6 +109,8 @@ def how_it_shrinks(summary: Summary, shrinkage: Shrinkage, beta: float) -> str:
     Raises:
         UserError: If an explanation names something else.
     """
+    chained = summary.prior == PREVIOUS_POSTERIOR
+    family = previous_posterior if chained else load_family(summary.prior)
     widths = [row.prior_stddev for row in summary.factors]
     figures = {
         "prior": summary.prior,
@@ -139,7 +123,7 @@ def how_it_shrinks(summary: Summary, shrinkage: Shrinkage, beta: float) -> str:
         "switched_off": SWITCHED_OFF,
     }
     try:
-        text = _explanation(summary.prior).format(**{**summary.prior_args, **figures})
+        text = getattr(family, "EXPLANATION", OWN).format(**{**summary.prior_args, **figures})
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
             f"EXPLANATION of prior {summary.prior} can't be filled in ({error}); name arguments of "

@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from blora_pyro.diagnostics.explanations import kl_by_module
 from blora_pyro.diagnostics.layers import LayerPosition, layer_kinds
 from blora_pyro.diagnostics.summaries import Summary
 from blora_pyro.plotting import SMALL, TEXT, TITLE, label_axes, new_figure, tick_at_1_2_5
@@ -18,7 +17,7 @@ ROWS = 60  # most layers in a heat map of ranks; more are shown by kind
 
 def kl_map(summary: Summary) -> Figure:
     """Plot KL by block and projection: of a layer in figures, per weight in colour."""
-    totals = kl_by_module(summary)
+    totals = summary.kl_by_module()
     colors = {module: kl / weights for module, (kl, weights) in totals.items()}
     top = LayerPosition.of(max(colors, key=lambda name: colors[name])).label
     whole = sum(kl for kl, _ in totals.values())
@@ -60,30 +59,25 @@ def _layer_map(values: dict[str, float], numbers: dict[str, str], title: str, un
         for module, one in positions.items()
     }
     cells = np.full((len(blocks), len(columns)), np.nan)
-    for module, value in values.items():
-        cells[spots[module]] = value
+    for module, spot in spots.items():
+        cells[spot] = values[module]
     figure, axes = new_figure(title, 1.5 + 0.24 * len(blocks))
     panel = axes[0][0]
     image = _heat(panel, cells, blocks)
     panel.set_xticks(range(len(columns)), [name.replace(" ", "\n") for name in columns])
     for module, (row, column) in spots.items():
         color = "black" if image.norm(values[module]) > 0.5 else "white"
-        style = {"ha": "center", "va": "center", "fontsize": SMALL, "color": color}
-        panel.text(column, row, numbers[module], **style)
+        centered = {"ha": "center", "va": "center"}
+        panel.text(column, row, numbers[module], fontsize=SMALL, color=color, **centered)
     _add_bar(figure, image, panel, unit)
     return figure
 
 
 def _add_bar(figure: Figure, image: Any, axes: Any, unit: str) -> None:
     """Add the colour bar below the cells."""
-    height = figure.get_figheight()
-    place: dict[str, Any] = {
-        "location": "bottom",
-        "aspect": 50,
-        "fraction": 0.3 / height,
-        "pad": 0.1 / height,
-    }
-    bar = figure.colorbar(image, ax=axes, **place)
+    share = 0.1 / figure.get_figheight()
+    position: dict[str, Any] = {"location": "bottom", "fraction": 3 * share, "pad": share}
+    bar = figure.colorbar(image, ax=axes, aspect=50, **position)
     bar.set_label(unit, fontsize=TEXT)
     bar.ax.tick_params(labelsize=SMALL)
     if isinstance(image.norm, LogNorm):
@@ -111,11 +105,8 @@ def _heat(panel: Any, cells: np.ndarray, rows: Sequence[str], **limits: float) -
 def active_rank_plot(summary: Summary, shrinkage: dict[str, np.ndarray]) -> Figure:
     """Plot how open each rank of A and B is, 1 - shrinkage factor, the most open first.
 
-    A row is a layer, or the mean of a kind of layer if the layers need more than a page.
-
-    Args:
-        summary: Figures of the posterior.
-        shrinkage: Shrinkage factors (rank,) by `{factor} {module}`.
+    A row is a layer, or the mean of a kind of layer if the layers need more than a page;
+    `shrinkage` has the factors (rank,) by `{factor} {module}`.
     """
     positions = {row.module: LayerPosition.of(row.module) for row in summary.updates}
     modules = sorted(positions, key=lambda module: positions[module].order)

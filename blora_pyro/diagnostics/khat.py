@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from blora_pyro.data import IGNORED, Examples
 from blora_pyro.guides import latent_sites
@@ -13,6 +14,8 @@ from blora_pyro.models.encoder import encode
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.draws import log_density, traces
 from blora_pyro.posterior.inference_data import pareto_khat
+
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -34,20 +37,25 @@ class Khat:
     of_utterances: int = 0
 
 
-def log_ratios(
+def fit_khat(
     posterior: Posterior, base: Base, examples: Examples, beta: float, draws: int = 50
+) -> float:
+    """Return PSIS k-hat of the fit (Yao et al., Yes, but Did It Work?, arXiv 1802.02538).
+
+    Below 0.7 the guide could stand in for the posterior in every expectation. With one mean-field
+    guide over hundreds of thousands of weights it will be far above: log-ratios differ by tens of
+    nats from draw to draw. It is a figure to report and to compare between fits, not a gate.
+    """
+    return pareto_khat(log_ratios(posterior, base, examples, beta, draws))
+
+
+def log_ratios(
+    posterior: Posterior, base: Base, examples: Examples, beta: float, draws: int
 ) -> np.ndarray:
     """Return log p - log q at draws from q, up to a constant, (draws,).
 
-    p is what a fit with weight `beta` approximates, p(w | data) ∝ exp(-NLL(w) / beta) p(w), with
-    the mean token NLL of `examples`; a part of the training set stands for all of it.
-
-    Args:
-        posterior: Posterior of the fit.
-        base: Its base model.
-        examples: Training data, all of it or a part.
-        beta: Weight of the KL, above 0.
-        draws: Number of draws.
+    p is what a fit with weight `beta` > 0 of the KL approximates, p(w | data) ∝ exp(-NLL(w) / beta)
+    p(w), with the mean token NLL of `examples`; a part of the training set stands for all of it.
     """
     ratios = []
     for trace in traces(posterior.guide, draws):
@@ -60,9 +68,9 @@ def log_ratios(
     return np.array(ratios)
 
 
-def _mean_nll(base: Base, examples: Examples, batch_size: int = 32) -> float:
+def _mean_nll(base: Base, examples: Examples) -> float:
     total, tokens = 0.0, 0
-    for indices in torch.arange(len(examples)).split(batch_size):
+    for indices in torch.arange(len(examples)).split(BATCH_SIZE):
         batch = examples.batch(indices.tolist()).to(base.net.device)
         assert batch.labels is not None
         logits = base.net(
@@ -71,23 +79,10 @@ def _mean_nll(base: Base, examples: Examples, batch_size: int = 32) -> float:
             use_cache=False,
         ).logits.float()
         labels = batch.labels.flatten()
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum"
-        ).item()
+        nll = cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
+        total += nll.item()
         tokens += batch.num_tokens
     return total / tokens
-
-
-def fit_khat(
-    posterior: Posterior, base: Base, examples: Examples, beta: float, draws: int = 50
-) -> float:
-    """Return PSIS k-hat of the fit (Yao et al., Yes, but Did It Work?, arXiv 1802.02538).
-
-    Below 0.7 the guide could stand in for the posterior in every expectation. With one mean-field
-    guide over hundreds of thousands of weights it will be far above: log-ratios differ by tens of
-    nats from draw to draw. It is a figure to report and to compare between fits, not a gate.
-    """
-    return pareto_khat(log_ratios(posterior, base, examples, beta, draws))
 
 
 def khat_meaning(khat: float, num_weights: int) -> str:

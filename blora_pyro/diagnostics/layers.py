@@ -1,11 +1,11 @@
 """Where in Whisper an adapted layer sits, by its name, and figures by kind of layer."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from blora_pyro.diagnostics.summaries import FactorSummary, Summary, UpdateSummary
+from blora_pyro.diagnostics.summaries import FactorSummary, Summary
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 _PARTS = ("encoder", "decoder", "cross", "other")
@@ -19,7 +19,7 @@ class LayerPosition:
     Attributes:
         part: `encoder`, `decoder`, or `cross` for the decoder's attention to the encoder.
         layer: Number of the block in its stack, from 0; -1 outside of the stacks.
-        projection: `q_proj`, `k_proj`, `v_proj`, `out_proj`, `fc1`, `fc2`, or another last name.
+        projection: One of `PROJECTIONS`, or another last name.
     """
 
     part: str
@@ -74,28 +74,27 @@ class LayerPosition:
 def layer_kinds(modules: Iterable[str]) -> list[str]:
     """Return the kinds of some layers, each once: encoder, decoder, cross-attention."""
     positions = {one.kind: one for one in map(LayerPosition.of, modules)}
-    key = lambda one: (_PARTS.index(one.part), one.order_in_block)  # noqa: E731
-    return [one.kind for one in sorted(positions.values(), key=key)]
+    return sorted(
+        positions, key=lambda kind: (_PARTS.index(kind.split()[0]), positions[kind].order_in_block)
+    )
 
 
 @dataclass(frozen=True)
 class KindSummary:
-    """Layers of one kind, such as `decoder q_proj`, together.
+    """Layers of one kind, such as `decoder q_proj`, together; None is a figure that they lack.
 
     Attributes:
-        kind: Part of Whisper and projection.
         layers: Number of layers.
-        contraction: By factor, mean over the layers; None for a point.
-        signal_to_noise: By factor, median over the layers; None for a point.
+        contraction: By factor, mean over the layers that are no points.
+        signal_to_noise: By factor, median over the layers that are no points.
         near_zero: Share of the elements of A and B with |mean| < 1e-3.
-        kl: By factor, nats; None for a point.
-        kl_share: Share in the posterior's whole KL; None without KL.
-        kl_per_weight: KL of A and B over their number of weights, nats; None without KL.
+        kl: By factor, nats.
+        kl_share: Share in the posterior's whole KL.
+        kl_per_weight: KL of A and B over their number of weights, nats.
         effective_rank: Mean over the layers.
-        directions: Directions of ΔW above their standard deviation, mean over the layers; None
-            where nothing has one.
-        relative_norm: Norm of ΔW over that of the frozen weight, mean over the layers, or None.
-        active_ranks: By factor, mean over the layers; None for guides without shrinkage factors.
+        directions: Directions of ΔW above their standard deviation, mean over the layers.
+        relative_norm: Norm of ΔW over that of the frozen weight, mean over the layers.
+        active_ranks: By factor, mean over the layers.
     """
 
     kind: str
@@ -114,50 +113,46 @@ class KindSummary:
 
 def summarise_kinds(summary: Summary) -> tuple[KindSummary, ...]:
     """Return the figures of every kind of layer, encoder first."""
-    whole = summary.kl if any(row.kl is not None for row in summary.factors) else None
-    return tuple(
-        _summarise_kind(
-            kind,
-            [row for row in summary.factors if LayerPosition.of(row.module).kind == kind],
-            [row for row in summary.updates if LayerPosition.of(row.module).kind == kind],
-            whole,
-        )
-        for kind in layer_kinds(row.module for row in summary.updates)
-    )
+    whole = summary.kl if summary.kl_by_module() else None
+    kinds = layer_kinds(row.module for row in summary.updates)
+    return tuple(_summarise_kind(kind, summary, whole) for kind in kinds)
 
 
-def _summarise_kind(
-    kind: str, factors: list[FactorSummary], updates: list[UpdateSummary], whole: float | None
-) -> KindSummary:
-    by_factor = {name: [row for row in factors if row.factor == name] for name in ("A", "B")}
-    random = {n: [row for row in rows if row.kl is not None] for n, rows in by_factor.items()}
-    weights = sum(row.weights for row in factors)
-    kl = {name: _over(sum, [row.kl for row in rows]) for name, rows in random.items()}
+def _summarise_kind(kind: str, summary: Summary, whole: float | None) -> KindSummary:
+    factors = [row for row in summary.factors if LayerPosition.of(row.module).kind == kind]
+    updates = [row for row in summary.updates if LayerPosition.of(row.module).kind == kind]
+    random = [row for row in factors if row.kl is not None]
+    random_weights = sum(row.weights for row in random)
+    kl = _by_factor(sum, random, "kl")
     total = sum(value or 0.0 for value in kl.values())
-    random_weights = sum(row.weights for rows in random.values() for row in rows)
+    weights = sum(row.weights for row in factors)
     return KindSummary(
         kind=kind,
         layers=len(updates),
-        contraction={
-            n: _over(fmean, [row.contraction for row in rows]) for n, rows in random.items()
-        },
-        signal_to_noise={
-            n: _over(median, [row.signal_to_noise for row in rows]) for n, rows in random.items()
-        },
+        contraction=_by_factor(fmean, random, "contraction"),
+        signal_to_noise=_by_factor(median, random, "signal_to_noise"),
         near_zero=sum(row.near_zero * row.weights for row in factors) / weights,
         kl=kl,
         kl_share=total / whole if whole else None,
-        kl_per_weight=total / random_weights if random_weights else None,
+        kl_per_weight=total / random_weights if random else None,
         effective_rank=fmean(row.effective_rank for row in updates),
-        directions=_over(fmean, [row.directions for row in updates if any(row.singular_stddevs)]),
-        relative_norm=_over(fmean, [row.relative_norm for row in updates]),
-        active_ranks={
-            n: _over(fmean, [row.active_ranks for row in rows]) for n, rows in by_factor.items()
-        },
+        directions=_over(fmean, (row.directions for row in updates if any(row.singular_stddevs))),
+        relative_norm=_over(fmean, (row.relative_norm for row in updates)),
+        active_ranks=_by_factor(fmean, factors, "active_ranks"),
     )
 
 
-def _over(function: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
+def _by_factor(
+    function: Callable[[list[float]], float], rows: list[FactorSummary], name: str
+) -> dict[str, float | None]:
+    """Return a function of one figure of all rows of A, and of B."""
+    return {
+        factor: _over(function, (getattr(row, name) for row in rows if row.factor == factor))
+        for factor in ("A", "B")
+    }
+
+
+def _over(function: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
     """Return a function of the known values, or None if there are none."""
     known = [value for value in values if value is not None]
     return function(known) if known else None

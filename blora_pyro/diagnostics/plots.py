@@ -32,13 +32,8 @@ from blora_pyro.plotting import (
 )
 from blora_pyro.posterior import Posterior
 
-MARKERS = dict(
-    zip(
-        PROJECTIONS,
-        zip((BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE), "os^DPX", strict=True),
-        strict=True,
-    )
-)
+COLORS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE)
+MARKERS = dict(zip(PROJECTIONS, zip(COLORS, "os^DPX", strict=True), strict=True))
 PARTS = {
     "encoder": "encoder",
     "decoder": "decoder",
@@ -48,6 +43,11 @@ PARTS = {
 SMOOTHING = 0.05  # window of the running mean over the trace of a fit, as a share of its steps
 TOP_LAYERS = 6  # layers whose singular values are plotted
 CROWD = 300  # points from which on markers are small
+LEGEND_BELOW: dict[str, Any] = {
+    "loc": "outside lower center",
+    "fontsize": SMALL,
+    "frameon": False,
+}
 
 
 def contraction_plot(summary: Summary) -> Figure:
@@ -83,29 +83,16 @@ def contraction_plot(summary: Summary) -> Figure:
     axes[0][0].set_ylabel("contraction, 1 - Var q / Var p", fontsize=TEXT)
     label = "signal-to-noise: median |mean| / sd of a factor"
     axes[0][len(parts) // 2].set_xlabel(label, fontsize=TEXT)
-    figure.legend(
-        handles=_projection_handles([one.projection for one, _ in rows]),
-        loc="outside lower center",
-        ncols=8,
-        fontsize=SMALL,
-        frameon=False,
-        handletextpad=0.1,
-        columnspacing=1.0,
-    )
-    return figure
-
-
-def _projection_handles(used: Sequence[str]) -> list[Line2D]:
-    def handle(label: str, color: str, marker: str, face: str) -> Line2D:
-        look = {"marker": marker, "color": color, "markerfacecolor": face, "linestyle": "none"}
-        return Line2D([], [], label=label, **look)  # type: ignore[arg-type]
-
-    names = [name for name in PROJECTIONS if name in used]
-    return [
-        *(handle(name, *MARKERS[name], MARKERS[name][0]) for name in names),
-        handle("filled: A", BLACK, "o", BLACK),
-        handle("hollow: B", BLACK, "o", "none"),
+    used = {position.projection for position, _ in rows}
+    looks = [(name, *MARKERS[name], MARKERS[name][0]) for name in PROJECTIONS if name in used]
+    looks += [("filled: A", BLACK, "o", BLACK), ("hollow: B", BLACK, "o", "none")]
+    handles = [
+        Line2D([], [], label=label, color=color, marker=marker, markerfacecolor=face, linestyle="")
+        for label, color, marker, face in looks
     ]
+    spacing = {"handletextpad": 0.1, "columnspacing": 1.0}
+    figure.legend(handles=handles, ncols=8, **LEGEND_BELOW, **spacing)
+    return figure
 
 
 def density_plot(found: Sequence[Densities]) -> Figure:
@@ -117,15 +104,14 @@ def density_plot(found: Sequence[Densities]) -> Figure:
     rows = -(-len(found) // columns)
     title = "Prior and posterior of a weight, over all weights of a factor (logarithmic)"
     figure, axes = new_figure(title, 0.9 + 2.3 * rows, rows, columns)
+    shade = {"color": SKY, "alpha": 0.45, "linewidth": 0, "fill": True}
     for panel, one in zip(axes.flat, found, strict=False):
-        shade = {"color": SKY, "alpha": 0.45, "linewidth": 0}
-        panel.stairs(one.means, one.edges, fill=True, label="posterior means", **shade)
-        line = {"color": VERMILLION, "linewidth": 1.5}
+        panel.stairs(one.means, one.edges, label="posterior means", **shade)
         centers = (one.edges[1:] + one.edges[:-1]) / 2
-        panel.plot(centers, one.prior, color=BLACK, linestyle="--", linewidth=1.3, label="prior")
+        panel.plot(centers, one.prior, "--", color=BLACK, linewidth=1.3, label="prior")
         if one.posterior is not None:
-            seen = np.where(one.posterior > 0, one.posterior, np.nan)
-            panel.plot(centers, seen, label="posterior (draws)", **line)
+            drawn = np.where(one.posterior > 0, one.posterior, np.nan)
+            panel.plot(centers, drawn, color=VERMILLION, linewidth=1.5, label="posterior (draws)")
         panel.set_yscale("log")
         values = [v[v > 0] for v in (one.means, one.prior, one.posterior) if v is not None]
         panel.set_ylim(min(v.min() for v in values) / 2, max(v.max() for v in values) * 2)
@@ -135,8 +121,7 @@ def density_plot(found: Sequence[Densities]) -> Figure:
     for panel in axes.flat[len(found) :]:
         panel.set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    place = {"loc": "outside lower center", "ncols": 3, "fontsize": SMALL, "frameon": False}
-    figure.legend(handles, labels, **place)
+    figure.legend(handles, labels, ncols=3, **LEGEND_BELOW)
     return figure
 
 
@@ -202,23 +187,15 @@ def trace_plot(history: Sequence[Step], beta: float) -> Figure:
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Return the mean over a window around each step, cut off at the ends."""
     half = max(1, round(SMOOTHING * len(values) / 2))
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+    window, middle = np.ones(2 * half + 1), slice(half, half + len(values))
+    counts = np.convolve(np.ones(len(values)), window)[middle]
+    return np.convolve(values, window)[middle] / counts
 
 
 def all_plots(
     posterior: Posterior, summary: Summary, history: Sequence[Step], beta: float
 ) -> dict[str, Figure]:
-    """Return every plot that this posterior has, by name.
-
-    Args:
-        posterior: Posterior of a fit.
-        summary: Its figures.
-        history: The steps of its fit; may be empty.
-        beta: Weight of the KL in the fit.
-    """
+    """Return every plot of a posterior, by name; that of the fit if its `history` is known."""
     figures = {}
     if any(row.kl is not None for row in summary.factors):
         figures["contraction"] = contraction_plot(summary)

@@ -24,19 +24,7 @@ CHARACTERS = 8  # the same of characters
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `blora-pyro diagnose` shows.
-
-    Attributes:
-        run: The run's folder.
-        beta: Weight of the KL in the fit.
-        num_weights: Number of adapter weights.
-        summary: The figures of every layer.
-        kinds: The same by kind of layer.
-        shrinkage: Figures that compare between priors.
-        explanation: How the prior shrinks, in words.
-        khat: PSIS k-hat of the fit.
-        plots: Files written.
-    """
+    """What `blora-pyro diagnose` shows of the fit in the folder `run`; `plots` are its files."""
 
     run: Path
     beta: float
@@ -67,8 +55,6 @@ def _as_json(content: Any) -> Any:
 
 def diagnosis_tables(found: Diagnosis) -> list[Part]:
     """Return header, tables, explanations and plots of `blora-pyro diagnose`."""
-    parts: list[Part] = [*_header(found), "", _kinds_table(found), _layers_table(found)]
-    parts.append(Text(f"How this prior shrinks. {found.explanation}\n"))
     khat = found.khat
     text = khat.meaning
     if khat.value is not None:
@@ -77,11 +63,12 @@ def diagnosis_tables(found: Diagnosis) -> list[Part]:
             f"{value} ({khat.draws} draws, {khat.utterances} of {khat.of_utterances} "
             f"training utterances). {text}"
         )
+    parts: list[Part] = [*_header(found), "", _kinds_table(found), _layers_table(found)]
+    parts.append(Text(f"How this prior shrinks. {found.explanation}\n"))
     parts.append(Text(f"k-hat of the fit: {text}"))
-    names = [path.name for path in found.plots if path.suffix == ".png"]
-    if names:
-        folder = found.plots[0].parent
-        parts.append(f"\nplots (and as .pdf) in {folder}: {', '.join(names)}")
+    if found.plots:
+        names = ", ".join(path.name for path in found.plots if path.suffix == ".png")
+        parts.append(f"\nplots (and as .pdf) in {found.plots[0].parent}: {names}")
     return parts
 
 
@@ -104,10 +91,9 @@ def _header(found: Diagnosis) -> list[str]:
 
 
 def _kinds_table(found: Diagnosis) -> Table:
-    """Return a row a kind of layer; two figures in a cell are those of A and of B."""
-    has_active_ranks = any(row.active_ranks["A"] is not None for row in found.kinds)
+    has_ranks = any(row.active_ranks["A"] is not None for row in found.kinds)
     heads = ["contrac-\ntion", "|mean|\n/ sd", "near 0", "KL\nnats", "a\nweight", "share"]
-    heads += ["eff.\nrank", "dirs\n> sd", "‖ΔW‖\n%", *(["active\nranks"] * has_active_ranks)]
+    heads += ["eff.\nrank", "dirs\n> sd", "‖ΔW‖\n%", *(["active\nranks"] if has_ranks else [])]
     table = Table(
         [*text_columns("", wrap=False), *figure_columns(*heads)],
         "by kind of layer (two figures: A and B)",
@@ -117,7 +103,7 @@ def _kinds_table(found: Diagnosis) -> Table:
         ],
     )
     for row in found.kinds:
-        active_ranks = [_pair(row.active_ranks, ".1f")] * has_active_ranks
+        active_ranks = [_pair(row.active_ranks, ".1f")] if has_ranks else []
         table.add_row(
             row.kind.removesuffix("_proj"),
             _pair(row.contraction, ".2f"),
@@ -135,7 +121,6 @@ def _kinds_table(found: Diagnosis) -> Table:
 
 
 def _layers_table(found: Diagnosis) -> Table:
-    """Return the layers with the largest ΔW, with their largest singular values."""
     heads = ("‖ΔW‖", "dirs > sd", "largest singular values of ΔW ± sd")
     columns = [*text_columns("", wrap=False), *figure_columns(*heads)]
     table = Table(columns, "the layers with the largest ΔW")
@@ -165,16 +150,9 @@ def _pair(values: Mapping[str, float | None], form: str) -> str:
 
 
 def prior_tables(families: Mapping[str, tuple[str, tuple[Argument, ...]]]) -> list[Part]:
-    """Return every prior family, what it is, its arguments and their defaults."""
-    table = Table(
-        [
-            *text_columns("prior", "argument", wrap=False),
-            *figure_columns("default"),
-            *text_columns("what"),
-        ],
-        "prior families",
-        grid=True,
-    )
+    """Return every prior family by name, what it is, its arguments and their defaults."""
+    columns = [*text_columns("prior", "argument", wrap=False), *figure_columns("default")]
+    table = Table([*columns, *text_columns("what")], "prior families", grid=True)
     for name, (summary, arguments) in families.items():
         table.add_row(name, "", "", summary, emphasis="bold")
         for one in arguments:
@@ -198,24 +176,20 @@ def family_tables(report: FamilyReport) -> list[Part]:
 
 def data_check_tables(found: DataCheck) -> list[Part]:
     """Return the sets, what a fit would refuse in them, and what is worth knowing."""
-    tables = (
-        _findings_table(found, REFUSED, "a fit would refuse"),
-        _findings_table(found, NOTES, "worth knowing; a fit takes it"),
-    )
-    parts: list[Part] = [_sets_table(found), *(table for table in tables if table.rows)]
-    rows = {(one.name, row.origin) for one in found.sets for row in one.findings if row.refused}
-    if rows:
-        left_out = "--on-bad-row skip leaves them out"
-        return [*parts, f"a fit would stop at {len(rows):,} bad rows; {left_out}"]
-    return [*parts, "a fit would take every row"]
+    refused = _findings_table(found, REFUSED, "a fit would refuse")
+    notes = _findings_table(found, NOTES, "worth knowing; a fit takes it")
+    bad = {(one.name, row.origin) for one in found.sets for row in one.findings if row.refused}
+    end = "a fit would take every row"
+    if bad:
+        end = f"a fit would stop at {len(bad):,} bad rows; --on-bad-row skip leaves them out"
+    return [_sets_table(found), *(table for table in (refused, notes) if table.rows), end]
 
 
 def _sets_table(found: DataCheck) -> Table:
     heads = ("rows", "hours", "seconds\nmin", "\nmedian", "\nmax")
-    columns = [*text_columns("set"), *figure_columns(*heads)]
-    columns += text_columns("Hz", "channels", "languages")
+    text = text_columns("Hz", "channels", "languages")
     title = f"data for the base {found.base}, which takes {found.window:g} s at a time"
-    table = Table(columns, title)
+    table = Table([*text_columns("set"), *figure_columns(*heads), *text], title)
     for one in found.sets:
         lengths = [f"{value:.2f}" for value in (one.seconds or {}).values()] or [NONE] * 3
         counts = [_listed(counts) for counts in (one.sampling_rates, one.channels, one.languages)]
@@ -231,12 +205,8 @@ def _listed(counts: Mapping[Any, int]) -> str:
 
 
 def _findings_table(found: DataCheck, kinds: Mapping[str, str], title: str) -> Table:
-    columns = [
-        *text_columns("set"),
-        *figure_columns("number"),
-        *text_columns("what was found, with examples"),
-    ]
-    table = Table(columns, title)
+    text = text_columns("what was found, with examples")
+    table = Table([*text_columns("set"), *figure_columns("number"), *text], title)
     for one in found.sets:
         for index, (kind, count) in enumerate(one.count(kinds).items()):
             table.add_row("" if index else one.name, f"{count:,}", kinds[kind], emphasis="bold")

@@ -1,7 +1,4 @@
-"""Figures of a posterior by layer: contraction, signal-to-noise, KL and norms.
-
-Everything here is in closed form or needs a few draws, at any size of model.
-"""
+"""Figures of a posterior by layer, in closed form or from a few draws at any size of model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +9,6 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to, kl_divergence
 
-from blora_pyro.adapters import Site
 from blora_pyro.guides import latent_sites
 from blora_pyro.guides.contracts import shrinkage_of
 from blora_pyro.posterior import Posterior
@@ -25,11 +21,9 @@ KL_DRAWS = 16  # where there is no closed form
 
 @dataclass(frozen=True)
 class FactorSummary:
-    """One factor of one layer.
+    """One factor, A or B, of one layer.
 
     Attributes:
-        module: Name of the layer.
-        factor: `A` or `B`.
         weights: Number of elements.
         contraction: Mean over the elements of 1 - Var_q / Var_p: 0 where the data said nothing, 1
             where they left no doubt.
@@ -40,8 +34,7 @@ class FactorSummary:
             point, whose KL is infinite, and where these scales are gone, as after pruning.
         active_ranks: Sum over the ranks of s² / scale², the horseshoe's effective number of ranks
             (Piironen and Vehtari, arXiv 1707.01694, eq. 2.4 ff.); None for other priors.
-        prior_stddev: Standard deviation of a weight under the prior, its scales averaged over, and
-            where weights have deviations of their own (root of the mean square), these, too.
+        prior_stddev: Root mean prior variance of a weight, the prior's scales averaged over.
     """
 
     module: str
@@ -61,7 +54,6 @@ class UpdateSummary:
     """ΔW = alpha/rank · B A of one layer, which does not depend on the basis of A and B.
 
     Attributes:
-        module: Name of the layer.
         norm: Frobenius norm of E ΔW.
         relative_norm: Its ratio to the norm of the frozen weight; None if that is not known.
         singular_values: Of E ΔW, falling.
@@ -82,16 +74,9 @@ class UpdateSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A posterior in figures.
+    """A posterior in figures: prior and guide, two factors and one update a layer.
 
-    Attributes:
-        prior: Name of the prior family.
-        prior_args: Its arguments.
-        guide: Name of the guide.
-        rank: Rank of every update.
-        factors: Two a layer.
-        updates: One a layer.
-        scales_kl: KL of the scales of a hierarchical prior by site, nats.
+    `scales_kl` is the KL of the scales of a hierarchical prior by site, nats.
     """
 
     prior: str
@@ -107,6 +92,15 @@ class Summary:
         """KL of all that is not a point, nats."""
         return sum(row.kl or 0.0 for row in self.factors) + sum(self.scales_kl.values())
 
+    def kl_by_module(self) -> dict[str, tuple[float, int]]:
+        """Return KL of A and B of every layer, nats, and their number of weights; no points."""
+        totals: dict[str, tuple[float, int]] = {}
+        for row in self.factors:
+            if row.kl is not None:
+                kl, weights = totals.get(row.module, (0.0, 0))
+                totals[row.module] = kl + row.kl, weights + row.weights
+        return totals
+
 
 def summarise(posterior: Posterior) -> Summary:
     """Return the figures of a posterior.
@@ -117,57 +111,37 @@ def summarise(posterior: Posterior) -> Summary:
     variances = posterior.prior_variances()
     divergences = kl_by_site(posterior)
     shrinkage = shrinkage_of(posterior.guide)
-    factors = [
-        row
-        for group in posterior.groups
-        for site in group.sites
-        for row in _summarise_site(posterior, site, variances, divergences, shrinkage)
-    ]
-    names = {site.name for group in posterior.groups for site in group.sites}
+    factors = []
+    for site in (site for group in posterior.groups for site in group.sites):
+        kl, factor_shrinkage = divergences.pop(site.name), shrinkage.get(site.name)
+        for i, module in enumerate(site.modules):
+            mean = posterior.mean[site.name][i].cpu()
+            stddev = posterior.stddev[site.name][i].cpu()
+            variance = variances[site.name][i]
+            ratio = torch.where(mean == 0, 0.0, mean.abs() / stddev)  # x / 0 is infinite
+            active = None if factor_shrinkage is None else float((1 - factor_shrinkage[i]).sum())
+            row = FactorSummary(
+                module=module,
+                factor=site.factor,
+                weights=mean.numel(),
+                contraction=1 - float((stddev**2 / variance).mean()),
+                signal_to_noise=float(ratio.median()),
+                share_of_signal=float((ratio > 1).float().mean()),
+                near_zero=float((mean.abs() < NEAR_ZERO).float().mean()),
+                kl=None if kl is None else float(kl[i]),
+                active_ranks=active,
+                prior_stddev=float(variance.mean()) ** 0.5,
+            )
+            factors.append(row)
     return Summary(
         prior=posterior.family.prior,
         prior_args=dict(posterior.family.prior_args),
         guide=posterior.family.guide,
         rank=posterior.rank,
         factors=tuple(factors),
-        updates=tuple(_summarise_updates(posterior)),
-        scales_kl={
-            name: float(kl.sum())
-            for name, kl in divergences.items()
-            if name not in names and kl is not None
-        },
+        updates=_summarise_updates(posterior),
+        scales_kl={name: float(kl.sum()) for name, kl in divergences.items() if kl is not None},
     )
-
-
-def _summarise_site(
-    posterior: Posterior,
-    site: Site,
-    variances: dict[str, Tensor],
-    divergences: dict[str, Tensor | None],
-    shrinkage: dict[str, Tensor],
-) -> list[FactorSummary]:
-    mean, stddev = posterior.mean[site.name].cpu(), posterior.stddev[site.name].cpu()
-    kl = divergences[site.name]
-    rows = []
-    for i, module in enumerate(site.modules):
-        ratio = mean[i].abs() / stddev[i]  # x / 0 is infinite
-        ratio = torch.where(mean[i] == 0, 0.0, ratio)
-        row = FactorSummary(
-            module=module,
-            factor=site.factor,
-            weights=mean[i].numel(),
-            contraction=1 - float((stddev[i] ** 2 / variances[site.name][i]).mean()),
-            signal_to_noise=float(ratio.median()),
-            share_of_signal=float((ratio > 1).float().mean()),
-            near_zero=float((mean[i].abs() < NEAR_ZERO).float().mean()),
-            kl=None if kl is None else float(kl[i]),
-            active_ranks=(
-                float((1 - shrinkage[site.name][i]).sum()) if site.name in shrinkage else None
-            ),
-            prior_stddev=float(variances[site.name][i].mean()) ** 0.5,
-        )
-        rows.append(row)
-    return rows
 
 
 def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
@@ -209,22 +183,22 @@ def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
     return {name: None if total is None else total / count for name, total in totals.items()}
 
 
-def _summarise_updates(posterior: Posterior) -> list[UpdateSummary]:
+def _summarise_updates(posterior: Posterior) -> tuple[UpdateSummary, ...]:
     rows = []
     for group, spectrum in zip(posterior.groups, spectra(posterior).values(), strict=True):
-        norms = spectrum.values.norm(dim=-1)
-        ranks = effective_rank(spectrum.values)
+        norms = spectrum.values.norm(dim=-1).tolist()
+        ranks = effective_rank(spectrum.values).tolist()
         size = (group.out_features * group.in_features) ** 0.5
         for i, module in enumerate(group.modules):
             stddev = group.weight_stddevs[i] if group.weight_stddevs else None
             row = UpdateSummary(
                 module=module,
-                norm=float(norms[i]),
-                relative_norm=float(norms[i]) / (stddev * size) if stddev else None,
+                norm=norms[i],
+                relative_norm=norms[i] / (stddev * size) if stddev else None,
                 singular_values=tuple(spectrum.values[i].tolist()),
                 singular_stddevs=tuple(spectrum.stddevs[i].tolist()),
-                effective_rank=float(ranks[i]),
+                effective_rank=ranks[i],
                 directions=int((spectrum.values[i] > spectrum.stddevs[i]).sum()),
             )
             rows.append(row)
-    return rows
+    return tuple(rows)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blora_pyro.diagnostics import NEAR_ZERO
+from blora_pyro.diagnostics.summaries import NEAR_ZERO
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.checkpoints import RandomState
 from blora_pyro.fitting.stopping import DevError

@@ -7,8 +7,8 @@ from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import FactorPrior
 from blora_pyro.posterior import Family, Posterior
 
-SQUARE = ("encoder.0.q_proj", "encoder.0.v_proj", "decoder.0.q_proj")
-TALL = ("encoder.0.fc1", "decoder.0.fc1")
+SQUARE = ("encoder.layers.0.q_proj", "encoder.layers.0.v_proj", "decoder.layers.0.q_proj")
+TALL = ("encoder.layers.0.fc1", "decoder.layers.0.fc1")
 GROUPS = (
     Group(SQUARE, out_features=4, in_features=4, rank=2, weight_stddevs=(0.1, 0.2, 0.3)),
     Group(TALL, out_features=6, in_features=4, rank=2, weight_stddevs=(0.4, 0.5)),

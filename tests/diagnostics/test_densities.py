@@ -2,18 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from blora_pyro import fit
 from blora_pyro.diagnostics import summarise
 from blora_pyro.diagnostics.densities import densities
-from blora_pyro.diagnostics.explanations import kl_by_module
 from blora_pyro.diagnostics.layers import LayerPosition
-from blora_pyro.options import FitConfig
+
+from .conftest import fitted
 
 WIDTHS = {"normal": 1.0, "laplace": 2**0.5}  # standard deviation in units of the scale
-
-
-def fitted(fit_options, **changes):
-    return fit(FitConfig(**{**fit_options, "steps": 1, **changes}), evaluate=False).posterior
 
 
 def moment(one, values):
@@ -24,7 +19,7 @@ def moment(one, values):
 def test_a_and_b_of_the_layers_with_most_and_least_kl_a_weight(finished_run):
     summary = summarise(finished_run.posterior)
     found = densities(finished_run.posterior, summary)
-    sizes = {name: kl / weights for name, (kl, weights) in kl_by_module(summary).items()}
+    sizes = {name: kl / weights for name, (kl, weights) in summary.kl_by_module().items()}
     most, least = (LayerPosition.of(of(sizes, key=sizes.get)).label for of in (max, min))
     assert [one.title for one in found] == [
         f"{factor} of {label} ({remark} KL a weight)"
@@ -34,11 +29,11 @@ def test_a_and_b_of_the_layers_with_most_and_least_kl_a_weight(finished_run):
 
 
 @pytest.mark.parametrize("prior", WIDTHS)
-def test_densities_have_the_moments_of_prior_and_posterior(fit_options, prior):
-    posterior = fitted(fit_options, prior=prior)
+def test_densities_have_the_moments_of_prior_and_posterior(prior):
+    posterior = fitted(prior, spread=0.02, scale=0.05)
     for one in densities(posterior, summarise(posterior)):
         assert (one.means * np.diff(one.edges)).sum() == pytest.approx(1)
-        width = WIDTHS[prior] * posterior.family.prior_args["scale"]
+        width = WIDTHS[prior] * 0.05
         assert moment(one, one.prior) == pytest.approx(width**2, rel=0.1)
         module = next(
             n for g in posterior.groups for n in g.modules if LayerPosition.of(n).label in one.title
@@ -53,8 +48,8 @@ def test_densities_have_the_moments_of_prior_and_posterior(fit_options, prior):
         assert moment(one, one.posterior) == pytest.approx(float((mean**2 + sd**2).mean()), rel=0.1)
 
 
-def test_a_prior_with_a_width_a_layer_is_that_layers(fit_options):
-    posterior = fitted(fit_options, prior="learned-scale")
+def test_a_prior_with_a_width_a_layer_is_that_layers():
+    posterior = fitted("learned-scale", spread=0.02)
     for i, (name, value) in enumerate(posterior.state.items()):
         if name.startswith("log_scales"):
             value.copy_(torch.linspace(-5, -2, len(value)) + 0.1 * i)
@@ -73,15 +68,15 @@ def test_a_prior_with_a_width_a_layer_is_that_layers(fit_options):
         assert share == pytest.approx(0.683, abs=0.1)
 
 
-def test_points_have_means_only(fit_options):
-    posterior = fitted(fit_options, guide="point")
+def test_points_have_means_only():
+    posterior = fitted("normal", "point")
     found = densities(posterior, summarise(posterior))
     assert all(one.posterior is None for one in found)
     assert "most ΔW" in found[0].title
 
 
-def test_the_horseshoe_is_sharper_than_a_normal(fit_options):
-    posterior = fitted(fit_options, prior="horseshoe")
+def test_the_horseshoe_is_sharper_than_a_normal():
+    posterior = fitted("horseshoe", spread=0.02)
     for one in densities(posterior, summarise(posterior)):
         middle = len(one.prior) // 2
         assert one.prior[middle] > 2 / (0.05 * (2 * np.pi) ** 0.5)

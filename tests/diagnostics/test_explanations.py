@@ -4,17 +4,13 @@ from statistics import median
 import pytest
 import torch
 
-from blora_pyro import fit
 from blora_pyro.diagnostics import FactorSummary, Summary, UpdateSummary, summarise
-from blora_pyro.diagnostics.explanations import (
-    Shrinkage,
-    how_it_shrinks,
-    kl_by_module,
-)
+from blora_pyro.diagnostics.explanations import Shrinkage, how_it_shrinks
 from blora_pyro.errors import UserError
 from blora_pyro.families import FAMILIES, PREVIOUS_POSTERIOR
 from blora_pyro.guides import load_family, prior_arguments
-from blora_pyro.options import FitConfig
+
+from .conftest import fitted
 
 
 def factor(module, name, kl=10.0, weights=100, **changes):
@@ -65,12 +61,6 @@ FIGURES = Shrinkage(
 )
 
 
-@pytest.mark.parametrize("prior", FAMILIES)
-def test_every_family_has_an_explanation(prior):
-    assert load_family(prior).EXPLANATION
-    assert how_it_shrinks(summary(prior), FIGURES, 1e-4)
-
-
 def test_an_earlier_posterior_as_prior_is_explained():
     args = {"inflation": 2.0}
     text = how_it_shrinks(summary(PREVIOUS_POSTERIOR, prior_args=args), FIGURES, 1e-4)
@@ -83,6 +73,7 @@ def test_every_family_is_explained_with_the_figures_of_the_run(prior):
     figures = dataclasses.replace(
         FIGURES, active_ranks=1.5 if horseshoe else None, closed_ranks=0.62 if horseshoe else None
     )
+    assert load_family(prior).EXPLANATION
     text = how_it_shrinks(summary(prior), figures, 1e-4)
     assert "{" not in text
     assert "6 of 12 directions of ΔW stand above their spread (2 of 4 in the median" in text
@@ -143,11 +134,6 @@ def test_a_high_floor_is_explained():
     assert "compare layers, not totals" not in how_it_shrinks(summary(), FIGURES, 1e-4)
 
 
-def test_kl_by_module_adds_a_and_b_and_leaves_points_out():
-    rows = (factor("x", "A", 3.0), factor("x", "B", None), factor("y", "A", 1.0), factor("y", "B"))
-    assert kl_by_module(summary(factors=rows)) == {"x": (3.0, 100), "y": (11.0, 200)}
-
-
 def test_the_figures_of_a_run(finished_run):
     posterior = finished_run.posterior
     found = summarise(posterior)
@@ -162,7 +148,7 @@ def test_the_figures_of_a_run(finished_run):
     assert min(shares["A"], shares["B"]) <= figures.near_zero <= max(shares["A"], shares["B"])
     means = torch.cat([mean.abs().flatten() for mean in posterior.mean.values()])
     assert figures.peak == pytest.approx(float(means.max() / means.median()))
-    totals = kl_by_module(found)
+    totals = found.kl_by_module()
     assert figures.kl_floor == min(kl / weights for kl, weights in totals.values())
     floor = figures.kl_floor * posterior.num_weights
     assert figures.floor_share == pytest.approx(floor / found.kl, rel=1e-5)
@@ -170,17 +156,15 @@ def test_the_figures_of_a_run(finished_run):
     assert figures.active_ranks is None and figures.closed_ranks is None
 
 
-def test_the_horseshoe_has_ranks(fit_options):
-    options = {**fit_options, "prior": "horseshoe", "steps": 1}
-    posterior = fit(FitConfig(**options), evaluate=False).posterior
+def test_the_horseshoe_has_ranks():
+    posterior = fitted("horseshoe")
     figures = Shrinkage.of(posterior, summarise(posterior))
-    assert 0 <= figures.active_ranks <= 4
+    assert 0 <= figures.active_ranks <= 2
     assert 0 <= figures.closed_ranks <= 1
 
 
-def test_points_have_no_directions(fit_options):
-    options = {**fit_options, "guide": "point", "steps": 1}
-    posterior = fit(FitConfig(**options), evaluate=False).posterior
+def test_points_have_no_directions():
+    posterior = fitted("normal", "point")
     figures = Shrinkage.of(posterior, summarise(posterior))
     assert figures.directions is figures.kl_floor is figures.half_kl_layers is None
     assert figures.effective_rank >= 1

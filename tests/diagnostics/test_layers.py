@@ -1,9 +1,9 @@
 import pytest
 
-from blora_pyro import fit
 from blora_pyro.diagnostics import summarise
 from blora_pyro.diagnostics.layers import LayerPosition, layer_kinds, summarise_kinds
-from blora_pyro.options import FitConfig
+
+from .conftest import fitted
 
 DECODER = "model.decoder.layers.11."
 POSITIONS = {
@@ -66,12 +66,10 @@ def test_figures_of_kinds_add_up(finished_run):
     assert row.active_ranks == {"A": None, "B": None}
 
 
-def test_kinds_of_points_have_no_figures_of_spread(fit_options):
-    run = fit(FitConfig(**{**fit_options, "steps": 1, "guide": "point"}), evaluate=False)
-    for row in summarise_kinds(summarise(run.posterior)):
+def test_kinds_of_points_have_no_figures_of_spread():
+    for row in summarise_kinds(summarise(fitted("normal", "point"))):
         assert row.contraction == row.signal_to_noise == row.kl == {"A": None, "B": None}
         assert row.kl_share is row.kl_per_weight is row.directions is None
-    half = fit(FitConfig(**{**fit_options, "steps": 1, "prior": "a-only"}), evaluate=False)
-    for row in summarise_kinds(summarise(half.posterior)):
+    for row in summarise_kinds(summarise(fitted("a-only"))):
         assert row.kl["A"] > 0 and row.kl["B"] is None
         assert row.directions is not None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import HalfCauchy, Laplace, LogNormal, Normal, StudentT, kl_divergence
 
-from blora_pyro.diagnostics import kl_by_site, summarise
+from blora_pyro.diagnostics.summaries import kl_by_site, summarise
 from blora_pyro.errors import UserError
 from blora_pyro.families import FAMILIES
 from blora_pyro.guides import build_prior
@@ -96,6 +96,8 @@ def test_a_only_has_noise_in_a_alone():
             assert row.contraction < 1
             assert row.signal_to_noise < math.inf
     assert summarise(posterior).kl == pytest.approx(sum(row.kl or 0 for row in rows))
+    of_a = {row.module: (row.kl, row.weights) for row in rows if row.factor == "A"}
+    assert summarise(posterior).kl_by_module() == of_a
 
 
 def test_the_variance_of_learned_scale_is_at_the_fitted_scale():
