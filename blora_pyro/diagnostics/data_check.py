@@ -1,6 +1,6 @@
 """Data checked before a fit: what they hold, what a fit would refuse, and what is worth knowing."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -59,10 +59,8 @@ NOTES = {
 class Finding:
     """Something about a row, or about a character.
 
-    Attributes:
-        kind: One of `REFUSED` or `NOTES`.
-        origin: The row, such as "train.csv, line 3"; of a character, the first row with it.
-        message: What was found.
+    `kind` is one of `REFUSED` or `NOTES`; `origin` is the row, such as "train.csv, line 3", or the
+    first row with the character.
     """
 
     kind: str
@@ -77,10 +75,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class SetCheck:
-    """What was found in a split of a source.
+    """What was found in a split of a source; findings are in the order of the rows.
 
     Attributes:
-        source: As it was given.
         split: "" where the source has no splits.
         rows: Number of rows, the bad ones among them.
         hours: Length of all recordings (of segments, where rows are such) that can be read.
@@ -88,7 +85,6 @@ class SetCheck:
         sampling_rates: Number of rows by rate, in Hz.
         channels: Number of rows by number of channels.
         languages: Number of rows by language code.
-        findings: In the order of the rows.
     """
 
     source: str
@@ -114,13 +110,7 @@ class SetCheck:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What was found in all sets.
-
-    Attributes:
-        base: The base model whose tokenizer and window were used.
-        window: The longest audio that it takes, in seconds.
-        sets: In the order of the sources.
-    """
+    """What was found in all sets, for a base that takes audio of `window` seconds."""
 
     base: str
     window: float
@@ -152,7 +142,7 @@ def check_data(
     """Read data as a fit would, decode every recording, and return what was found.
 
     Args:
-        sources: One or more, see `load_split`.
+        sources: See `load_split`.
         base: The base model of the fit; its weights are not loaded.
         split: The only split to check; None is all that a source has.
         language: Language of rows that name none.
@@ -209,7 +199,7 @@ class _Recording:
     seconds: float | None
     header: AudioHeader | None
     content: str | None
-    error: str | None
+    error: str | None = None
 
 
 def _check_set(
@@ -225,17 +215,17 @@ def _check_set(
     bad: list[BadRow] = []
     dataset = load_split(source, split or "train", bad.append)
     findings = [Finding("row", error.origin, error.reason) for error in bad]
-    recordings: list[_Recording] = []
-    languages: Counter[str] = Counter()
+    lengths: list[float] = []
+    headers: list[AudioHeader] = []
+    languages: list[str] = []
     for row, recording in _decode(dataset, window, partial(on_progress, label)):
-        recordings.append(recording)
-        languages[_language_of(row, encoder)] += 1
+        lengths += [] if recording.seconds is None else [recording.seconds]
+        headers += [recording.header] if recording.header else []
+        languages.append(_language_of(row, encoder))
         problems = _row_problems(row, recording, encoder, split)
         problems += earlier.compare(label, row, recording)
         findings += [Finding(kind, row["origin"], message) for kind, message in problems]
     findings += _check_characters(dataset, encoder.tokenizer)
-    lengths = [one.seconds for one in recordings if one.seconds is not None]
-    headers = [one.header for one in recordings if one.header]
     return SetCheck(
         described,
         split,
@@ -244,7 +234,7 @@ def _check_set(
         {"min": min(lengths), "median": median(lengths), "max": max(lengths)} if lengths else None,
         _counts(header.sampling_rate for header in headers),
         _counts(header.channels for header in headers),
-        _counts(languages.elements()),
+        _counts(languages),
         findings,
     )
 
@@ -269,7 +259,7 @@ def _decode_row(row: Mapping[str, Any], window: float, digests: Digests) -> _Rec
         header = read_header(audio)
         seconds = min(end or header.seconds, header.seconds) - (start or 0.0)
         wave = read_audio(audio, start=start, end=end, max_seconds=window)
-        return _Recording(len(wave) / SAMPLING_RATE, header, content, None)
+        return _Recording(len(wave) / SAMPLING_RATE, header, content)
     except UserError as error:
         seconds = seconds if seconds is not None and seconds > 0 else None
         return _Recording(seconds, header, content, str(error))
@@ -307,25 +297,25 @@ def _language_of(row: Mapping[str, Any], encoder: Encoder) -> str:
 
 
 class _EarlierRows:
-    """Audio and texts of all rows so far, with the first row of each in every set."""
+    """The first row of every set with an audio, or with a text."""
 
     def __init__(self) -> None:
-        self.audio: dict[str, dict[str, str]] = {}  # content -> set -> origin
-        self.texts: dict[str, dict[str, str]] = {}
+        self.audio: dict[str, dict[str, str]] = defaultdict(dict)  # content -> set -> origin
+        self.texts: dict[str, dict[str, str]] = defaultdict(dict)
 
     def compare(
         self, label: str, row: Mapping[str, Any], recording: _Recording
     ) -> Iterator[tuple[str, str]]:
-        """Yield kind and message of what an earlier row had, too, and adds this row."""
+        """Yield kind and message of what an earlier row had, too, and add this row."""
         if recording.content:
-            origins = self.audio.setdefault(recording.content, {})
+            origins = self.audio[recording.content]
             if label in origins:
                 yield "repeated", f"the same audio as {origins[label]}"
             elif origins:
                 yield "shared audio", f"the same audio as {next(iter(origins.values()))}"
             origins.setdefault(label, row["origin"])
         if text := row["text"].strip():
-            origins = self.texts.setdefault(text, {})
+            origins = self.texts[text]
             if origins and label not in origins:
                 yield "shared text", f"{text[:40]!r} as {next(iter(origins.values()))}"
             origins.setdefault(label, row["origin"])
@@ -333,15 +323,12 @@ class _EarlierRows:
 
 def _check_characters(dataset: Dataset, tokenizer: WhisperTokenizer) -> Iterator[Finding]:
     """Yield the characters that the tokenizer has no token for."""
-    first: dict[str, str] = {}
-    counts: Counter[str] = Counter()
+    origins: dict[str, list[str]] = defaultdict(list)
     for text, origin in zip(dataset["text"], dataset["origin"], strict=True):
-        chars = {char for char in text if not char.isspace()}
-        counts.update(chars)
-        for char in sorted(chars - first.keys()):
-            first[char] = origin
-    for char, origin in first.items():
-        message = f"{char!r} (U+{ord(char):04X}), rows: {counts[char]}"
+        for char in sorted({*"".join(text.split())}):
+            origins[char].append(origin)
+    for char, (origin, *others) in origins.items():
+        message = f"{char!r} (U+{ord(char):04X}), rows: {1 + len(others)}"
         if tokenizer.decode(text_ids(tokenizer, char)) != f" {char}":
             yield Finding("characters", origin, message)
             continue
