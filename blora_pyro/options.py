@@ -69,7 +69,7 @@ BASE, DATA, PRIOR, FIT, REGULARISERS, EARLY_STOPPING, SCORING, OUTPUT = PANELS =
     "Data",
     "Prior, guide and adapter",
     "Fit",
-    "Regularisers beside the prior",
+    "Regularisers",
     "Early stopping and averaging",
     "Scoring",
     "Output",

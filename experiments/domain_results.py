@@ -18,7 +18,7 @@ import numpy as np
 from blora_pyro.files import replace_file
 from blora_pyro.metrics import Counts
 from blora_pyro.metrics.bootstrap import FloatArray, macro_rate, paired_rates, percentile_interval
-from blora_pyro.studies.results import decode, encode
+from blora_pyro.studies.results import decode_counts, encode_counts
 from blora_pyro.tables import Column, Percent, Table
 
 BASE = "base"
@@ -99,11 +99,11 @@ def read_rows(path: Path, domains: Sequence[str]) -> list[Row]:
             for column, text in line.items():
                 kind, _, name = column.partition(".")
                 if kind == "lengths" and text:
-                    lengths[line["split"], name] = decode(text)
+                    lengths[line["split"], name] = decode_counts(text)
                 elif kind == "edits" and text:
                     measures[name], _, edits = text.partition(":")
                     known = lengths[line["split"], name.partition(" ")[0]]
-                    counts[name] = Counts(decode(edits), known)
+                    counts[name] = Counts(decode_counts(edits), known)
             origin = {name: line[name] for name in ("command", "commit", "machine")}
             order, seed = tuple(line["order"].split()), int(line["seed"])
             about = line["method"], line["knobs"], order, seed, line["split"]
@@ -124,10 +124,10 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         line = {name: getattr(row, name) for name in ABOUT} | {"order": " ".join(row.order)}
         line |= {NEW: f"{new:.6f}", BACKWARD: f"{old:.6f}", **row.origin}
         for name, counts in row.counts.items():
-            line[f"edits.{name}"] = f"{row.measures[name]}:{encode(counts.edits)}"
+            line[f"edits.{name}"] = f"{row.measures[name]}:{encode_counts(counts.edits)}"
             if name in plain and (row.split, name) not in known:
                 known.add((row.split, name))
-                line[f"lengths.{name}"] = encode(counts.lengths)
+                line[f"lengths.{name}"] = encode_counts(counts.lengths)
         lines.append(line)
     fresh = path.with_suffix(".new")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Scores:
+class TokenScores:
     """Log-probabilities of a transcript, nats.
 
     Attributes:
@@ -136,7 +136,7 @@ def detect_languages(base: Base, encoded: Tensor) -> list[str]:
 @torch.inference_mode()
 def score_tokens(
     base: Base, encoded: Tensor, prompts: Prompts, transcripts: Sequence[Sequence[int]]
-) -> list[Scores]:
+) -> list[TokenScores]:
     """Return the scores of transcripts after their prompts; no token is suppressed."""
     net, width = base.net, len(prompts[0])
     end = net.config.eos_token_id
@@ -158,7 +158,7 @@ def score_tokens(
         targets = torch.tensor([*tokens, end])[: len(row) - width + 1]
         chosen = log_probs[width - 1 :].gather(1, targets[:, None])[:, 0]
         no_speech = 0.0 if no_speech_id is None else log_probs[0, no_speech_id].exp().item()
-        scores.append(Scores(chosen[: len(tokens)], chosen.mean().item(), no_speech))
+        scores.append(TokenScores(chosen[: len(tokens)], chosen.mean().item(), no_speech))
     return scores
 
 

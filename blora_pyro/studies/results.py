@@ -146,8 +146,8 @@ class ScoredFit:
             for measure, counts in measures.items():
                 column = f"{name}.{PIER}" if measure == PIER else name
                 prefix = "" if measure == PIER else f"{measure}:"
-                row[f"edits.{column}"] = prefix + encode(counts.edits)
-                row[f"lengths.{column}"] = encode(counts.lengths)
+                row[f"edits.{column}"] = prefix + encode_counts(counts.edits)
+                row[f"lengths.{column}"] = encode_counts(counts.lengths)
         return row
 
     @classmethod
@@ -188,26 +188,26 @@ def _counts_of(row: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[s
     filled = [name for name, text in row.items() if name.startswith("edits.") and text]
     for column in filled:
         name, text = column.removeprefix("edits."), row[column]
-        lengths = decode(row[f"lengths.{name}"])
+        lengths = decode_counts(row[f"lengths.{name}"])
         if name.endswith(f".{PIER}"):
             name, measure = name.removesuffix(f".{PIER}"), PIER
         else:
             measure, _, text = text.partition(":")
             metrics[name] = measure
-        edits = decode(text)
+        edits = decode_counts(text)
         if edits.shape != lengths.shape:
             raise ValueError(f"{column} has {len(edits)} utterances, its lengths {len(lengths)}")
         counts.setdefault(name, {})[measure] = Counts(edits, lengths)
     return metrics, counts
 
 
-def encode(counts: Iterable[int]) -> str:
+def encode_counts(counts: Iterable[int]) -> str:
     """Return counts as text, a character each; larger ones than 35 as a number in parentheses."""
     return "".join(DIGITS[one] if one < len(DIGITS) else f"({one})" for one in counts)
 
 
-def decode(text: str) -> np.ndarray:
-    """Return the counts of a text of `encode`.
+def decode_counts(text: str) -> np.ndarray:
+    """Return the counts of a text of `encode_counts`.
 
     Raises:
         ValueError: If it is none.

@@ -9,8 +9,8 @@ from blora_pyro.metrics import Counts
 from blora_pyro.studies.results import (
     ScoredFit,
     counts_of_utterances,
-    decode,
-    encode,
+    decode_counts,
+    encode_counts,
     read_results,
     score_files,
     scored_run,
@@ -42,9 +42,9 @@ def scored(candidate="lora:0.003", split="test", seed=0, edits=(1, 0, 40), **mor
 
 
 def test_counts_are_a_character_an_utterance():
-    assert encode([0, 9, 10, 35, 36, 120]) == "09az(36)(120)"
-    assert decode("09az(36)(120)").tolist() == [0, 9, 10, 35, 36, 120]
-    assert decode("").tolist() == []
+    assert encode_counts([0, 9, 10, 35, 36, 120]) == "09az(36)(120)"
+    assert decode_counts("09az(36)(120)").tolist() == [0, 9, 10, 35, 36, 120]
+    assert decode_counts("").tolist() == []
 
 
 def test_errors_are_pooled_over_a_set_and_averaged_over_the_backward_sets():

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional
 
 from blora_pyro.data import read_audio
-from blora_pyro.models.decoding import Piece, Scores
+from blora_pyro.models.decoding import Piece, TokenScores
 from blora_pyro.transcription import long_form, windows
 from blora_pyro.transcription.long_form import LongFormDecoder, text_of
 from blora_pyro.transcription.windows import Recording
@@ -130,7 +130,7 @@ def scripted(monkeypatch, texts, means, silence=0.0):
 
     def score_tokens(base, encoded, prompts, said):
         mean = means[asked[-1]]
-        return [Scores(torch.zeros(len(row)), mean, silence) for row in said]
+        return [TokenScores(torch.zeros(len(row)), mean, silence) for row in said]
 
     monkeypatch.setattr(long_form, "decode_timed", decode_timed)
     monkeypatch.setattr(long_form, "score_tokens", score_tokens)
