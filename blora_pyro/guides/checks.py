@@ -241,13 +241,15 @@ def _check_kl(trial: _Trial) -> str:
     prior, guide = trial.latent, trial.moved_guide()
     elbo = TraceMeanField_ELBO()
     kl = torch.tensor([elbo.loss(prior, guide) for _ in range(2)]).double()
+    slack = 1e-5
     if kl[0] != kl[1]:  # no closed form, so that it is known to the noise of its draws
         kl = torch.tensor([elbo.loss(prior, guide) for _ in range(DRAWS)]).double()
+        slack = 0.05  # scales that are drawn, too, give tails which standard errors understate
     with torch.no_grad():
         ratios = torch.tensor([_log_ratio(prior, guide) for _ in range(DRAWS)]).double()
     _require(bool(kl.isfinite().all()), f"the KL is {float(kl.mean())}")
     errors = [float(one.std()) / math.sqrt(len(one)) for one in (kl, ratios)]
-    allowed = STANDARD_ERRORS * math.hypot(*errors) + 1e-5 * abs(float(kl.mean()))
+    allowed = STANDARD_ERRORS * math.hypot(*errors) + slack * abs(float(kl.mean()))
     found = f"{float(kl.mean()):.4g} and {float(ratios.mean()):.4g} nats"
     _require(
         abs(float(kl.mean() - ratios.mean())) < allowed,

@@ -72,7 +72,7 @@ def test_the_mean_of_a_run_and_itself_is_scored_and_pruned_as_that_run(
         diagnose(tmp_path / "same")
     with pytest.raises(UserError, match="a combined run; give"):
         fit(FitConfig(prior_from=tmp_path / "same"))
-    with pytest.raises(UserError, match=r"combined of several runs, .* has no prior"):
+    with pytest.raises(UserError, match=r"made of several runs, .* has no prior"):
         Posterior.load(tmp_path / "same").to_arviz(draws=2)
 
 

@@ -136,5 +136,5 @@ def test_the_chosen_values_are_marked(found):
 def test_tables_fit_a_terminal(found):
     for table in found[1]:
         console = Console(width=110, record=True, file=io.StringIO())
-        console.print(table.to_rich())
+        console.print(table)
         assert "…" not in console.export_text()
