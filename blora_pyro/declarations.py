@@ -7,7 +7,8 @@ made from that. Nothing here knows which options there are.
 
 import difflib
 import inspect
-import math
+import os
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -229,6 +230,27 @@ def parse_value(group: type, name: str, value: str | float) -> Any:
     return int(number)
 
 
+def check_kinds(group: type, values: Mapping[str, Any]) -> None:
+    """Refuse values that no parser below takes: a number for a text, a text for a list.
+
+    Args:
+        group: Of the options.
+        values: By name; None passes.
+
+    Raises:
+        UserError: Naming the option and the value.
+    """
+    for name, value in values.items():
+        listed, kinds = declarations(group)[name].listed, value_types(group, name)
+        if value is None:
+            continue
+        if listed == "commas" and not isinstance(value, str | list | tuple):
+            raise UserError(f"{name} is {value!r}; give a list, or a text with commas between")
+        is_text = listed is None and not choices_of(group, name) and {*kinds} == {str}
+        if is_text and not isinstance(value, str | os.PathLike):
+            raise UserError(f"{name} is {value!r}; give a text")
+
+
 def separated(value: str | Sequence[Any]) -> list[Any]:
     """Return the parts of a text with commas between, or of a sequence."""
     return [one.strip() for one in value.split(",")] if isinstance(value, str) else [*value]
@@ -256,6 +278,8 @@ def key_values(name: str, value: Mapping[str, Any] | Sequence[str]) -> dict[str,
     """
     if isinstance(value, Mapping):
         return dict(value)
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+        raise UserError(f"{name} is {value!r}; give key=value, such as scale=0.05")
     found: dict[str, Any] = {}
     for text in value:
         key, sign, one = (part.strip() for part in text.partition("="))
@@ -280,15 +304,15 @@ def check_value(group: type, name: str, value: Any) -> None:
     elif is_switch(group, name):
         if not isinstance(value, bool):
             raise UserError(f"{name} is {value!r}; give true or false")
-    elif choices and isinstance(value, str):
-        if value not in choices:
+    elif choices and (isinstance(value, str) or not is_number(group, name)):
+        if not isinstance(value, str) or value not in choices:
             raise refusal(group, name, value)
     elif is_number(group, name):
         low, above, below = declared.at_least, declared.above, declared.below
         is_possible = (
             isinstance(value, int | float)
             and not isinstance(value, bool)
-            and math.isfinite(value)
+            and abs(value) < sys.float_info.max
             and (low is None or value >= low)
             and (above is None or value > above)
             and (below is None or value < below)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from blora_pyro.declarations import (
+    check_kinds,
     check_names,
     check_value,
     declarations,
@@ -368,6 +369,7 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         Raises:
             UserError: Naming the option, what it was given, and what is allowed.
         """
+        check_kinds(FitConfig, {name: getattr(self, name) for name in declarations(FitConfig)})
         for name, value in _normalised(self):
             object.__setattr__(self, name, value)
         for name in declarations(FitConfig):
@@ -615,7 +617,7 @@ def _backward(value: Any) -> Any:
     """Return backward sets without "none"; a text may hold several, with commas between."""
     if is_table(value) or not isinstance(value, list | tuple):
         return value
-    whole = [is_table(one) or os.path.exists(one) for one in value]
+    whole = [not isinstance(one, str) or os.path.exists(one) for one in value]
     parts = [
         [one] if is_one else separated(str(one)) for one, is_one in zip(value, whole, strict=True)
     ]

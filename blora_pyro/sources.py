@@ -46,11 +46,17 @@ def as_sources(value: Any) -> tuple[Source, ...]:
     """
     if isinstance(value, Mapping) and not is_table(value):
         value = tuple(value.values())
-    is_one = isinstance(value, str | os.PathLike) or is_table(value)
+    is_one = _is_source(value)
+    if not is_one and not (isinstance(value, list | tuple) and all(map(_is_source, value))):
+        raise UserError(f"data is {value!r}; give a source, or a list of them")
     sources = (value,) if is_one else tuple(value)
     if not sources:
         raise UserError("data names no source; give one or more")
     return sources
+
+
+def _is_source(value: object) -> bool:
+    return isinstance(value, str | os.PathLike) or is_table(value)
 
 
 def as_domains(value: Any) -> tuple[Source, ...] | dict[str, Source]:
@@ -80,7 +86,7 @@ def named_sources(value: Mapping[str, Source] | Sequence[str]) -> dict[str, Sour
     """
     if isinstance(value, Mapping) and not is_table(value):
         return dict(value)
-    if isinstance(value, str) or is_table(value):
+    if not isinstance(value, list | tuple) or not all(map(_is_source, value)):
         raise UserError("backward must be a list of sources, or sources by name")
     found: dict[str, Source] = {}
     for text in map(str, value):

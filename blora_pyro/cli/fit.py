@@ -57,7 +57,7 @@ def fit(
                 chosen = with_stored(chosen, folder)
         quiet_libraries()
         if dry_run:
-            show_resolved(chosen, as_json)
+            show_resolved(chosen, folder if how.resume else None, as_json)
             return
 
         from blora_pyro.cli.progress import TerminalProgress
@@ -94,9 +94,11 @@ def configuration(given: dict[str, Any], file: Path | None) -> FitConfig:
                 f"config '{file}' names code as {name}, {stored[name]}; name it with --{name} to "
                 "run it"
             )
-    default = FitConfig().to_json()
-    changed = (name for name, value in stored.items() if value != default[name])
-    return FitConfig.with_given({**stored, **given}, {*changed, *given})
+    chosen = {*stored}
+    if file is not None and file.suffix == ".json":  # of a run, which names the defaults, too
+        default = FitConfig().to_json()
+        chosen = {name for name, value in stored.items() if value != default[name]}
+    return FitConfig.with_given({**stored, **given}, {*chosen, *given})
 
 
 def with_stored(config: FitConfig, folder: Path) -> FitConfig:
@@ -116,12 +118,22 @@ def default_folder(config: FitConfig) -> Path:
     return Path("runs") / f"{domain}-{how}-seed{config.seed}"
 
 
-def show_resolved(config: FitConfig, as_json: bool) -> None:
-    """Print every option, as far as it is known without the data."""
+def show_resolved(config: FitConfig, resumed: Path | None, as_json: bool) -> None:
+    """Print every option, as far as it is known without the data.
+
+    Args:
+        config: Of the fit.
+        resumed: Folder of the fit that is to go on, which is checked as if it did.
+        as_json: Print JSON.
+    """
     from blora_pyro.guides import with_prior_arguments
     from blora_pyro.runs.chains import continued
+    from blora_pyro.runs.fit_folders import FitFolder
 
-    config, _ = continued(config)
+    if resumed is not None and (resumed / "run.json").is_file():
+        config = FitFolder.reopen(resumed, config).config
+    else:
+        config, _ = continued(config)
     options = with_prior_arguments(config).resolved(None, None).to_json()
     if as_json:
         print_json(options)

@@ -72,6 +72,9 @@ class RunRecord:
         values = {name: value for name, value in content.items() if name in known}
         other = {name: value for name, value in content.items() if name not in known}
         record = cls(**{"state": FINISHED, **values}, other=other)
+        for how in (record.pruned, record.combined):
+            if how is not None and not isinstance(how["from"], str | list):
+                raise ValueError(f"'from' is {how['from']!r}")
         if record.config is not None:
             record.config = FitConfig(**values["config"])
             record.language = values["language"]  # may be null, but not missing

@@ -223,6 +223,15 @@ def check_study(study: Study) -> None:
                 f"base {setting.base} has no backward sets; give sets of what it already knows as "
                 "backward"
             )
+        base = Candidate(study.methods[BASE])
+        alike = [one for one in study.settings if one.base == setting.base]
+        for name in study.data:
+            specs = [ScoreSpec(study, one, base, name, study.seeds[0], TEST) for one in alike]
+            if len({spec.run for spec in specs}) > 1:
+                raise UserError(
+                    "settings differ in how the base is scored (normalizer, language, task, "
+                    "backward sets, ...); give a study for each"
+                )
         for candidate in _any_candidates(study):
             for name in study.data:
                 spec = ScoreSpec(study, setting, candidate, name, study.seeds[0], TEST)

@@ -126,6 +126,10 @@ class StudyRun:
             backward = {*self.study.base_config(spec.setting).backward_sets}
             if deciding_words(score.command) != deciding_words(wanted.command):
                 what = f"{score.command or 'nothing'}', not '{wanted.command or 'nothing'}"
+            elif score.after != wanted.after:
+                what = f"{score.after or 'nothing'}', not '{wanted.after or 'nothing'}"
+            elif spec.is_base and score.run not in ("", spec.run):
+                what = f"{score.run}', not '{spec.run}"
             elif score.counts and {*score.backward_sets} != backward:
                 what = f"{', '.join(score.backward_sets)}', not '{', '.join(backward)}"
             else:

@@ -130,7 +130,11 @@ def study_of(content: Mapping[str, Any], where: str, code: Sequence[str] = ()) -
             raise UserError(f"{where}, {name} sets {min(refused)}; give data and seeds at the top")
     methods_by_name = choose_methods(methods, read_methods(content.get("method", {}), where))
     every = [options, *settings.values(), *bases.values()]
-    check_code([*every, *(one.options for one in methods_by_name.values())], code, where)
+    knobs = [{str(one.knob): value} for one in methods_by_name.values() for value in one.values]
+    check_code([*every, *(one.options for one in methods_by_name.values()), *knobs], code, where)
+    neighbours = content.get("neighbours", True)
+    if not isinstance(neighbours, bool):
+        raise UserError(f"{where}: neighbours is {neighbours!r}; give true or false")
     prefix = "{} " if len(bases) > 1 else ""
     return Study(
         [
@@ -142,7 +146,7 @@ def study_of(content: Mapping[str, Any], where: str, code: Sequence[str] = ()) -
         list(dict.fromkeys(seeds)),
         methods_by_name,
         options,
-        neighbours=bool(content.get("neighbours", True)),
+        neighbours=neighbours,
     )
 
 

@@ -398,3 +398,23 @@ def test_arguments_of_the_prior_reach_the_run(short, tmp_path):
     well(*short, "--prior", "student-t", *arguments, "--output", tmp_path / "run")
     config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert config["prior_args"] == {"scale": 0.02, "df": 5.0}
+
+
+def test_a_dry_run_of_a_fit_that_goes_on_refuses_what_the_fit_refuses(finished_run, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    content = json.loads((finished_run.output / "run.json").read_text())
+    code = tmp_path / "mine.py"
+    code.write_text("raise SystemExit('run')")
+    stored = {"state": "fitting", "options": {**content["options"], "prior": str(code)}}
+    (folder / "run.json").write_text(json.dumps(stored))
+    line = ["fit", "--resume", "--output", folder, "--dry-run"]
+    assert "name it with --prior to run it" in complaint(run(*line))
+    other = ["fit", "--resume", "--output", finished_run.output, "--dry-run", "--rank", 3]
+    assert "has rank = 4, not 3" in complaint(run(*other))
+
+
+def test_a_file_of_options_gives_them_also_at_their_defaults(handed_on, tmp_path):
+    (tmp_path / "fit.toml").write_text("rank = 16\n")
+    well("fit", "--config", tmp_path / "fit.toml")
+    assert handed_on["config"].given == {"rank"}

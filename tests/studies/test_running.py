@@ -18,7 +18,7 @@ from blora_pyro.runs.record import FINISHED, state_of
 from blora_pyro.studies import running
 from blora_pyro.studies.definition import ScoreSpec
 from blora_pyro.studies.methods import Candidate
-from blora_pyro.studies.results import TEST, read_results
+from blora_pyro.studies.results import DEV, TEST, read_results
 from blora_pyro.studies.running import METRICS, StudyRun, commit, run_study
 from blora_pyro.studies.trials import Trials, quiet_optuna
 
@@ -180,6 +180,26 @@ def test_rows_of_other_options_are_refused(study, fake_scores, tmp_path):
             run_study(other, tmp_path, work=work)
     elsewhere = replace(study, options={**study.options, "local_files_only": True})
     run_study(elsewhere, tmp_path)  # decides nothing
+
+
+def test_a_base_that_was_scored_in_another_way_is_refused(study, tmp_path):
+    run = StudyRun(study, tmp_path, tmp_path / "results.csv")
+    spec = spec_of(study, "base", split=DEV)
+    scored = made_up(spec.scored, 0.2, 0.1)
+    run.scores = {spec.key: scored}
+    run.refresh()
+    other = StudyRun(study, tmp_path, tmp_path / "results.csv")
+    other.scores = {spec.key: replace(scored, run="base_mix_0123abcd")}
+    with pytest.raises(UserError, match="give the same options, or another output"):
+        other.refresh()
+
+
+def test_another_step_after_the_fit_is_refused(study, tmp_path):
+    run = StudyRun(study, tmp_path, tmp_path / "results.csv")
+    spec = spec_of(study, "lora", study.methods["lora"].values[0], split=DEV)
+    run.scores = {spec.key: replace(spec.scored, after="strength 0.5")}
+    with pytest.raises(UserError, match=r"of 'strength 0\.5', not 'nothing'"):
+        run.refresh()
 
 
 def test_a_base_whose_weights_have_changed_is_refused(study, tmp_path, monkeypatch):

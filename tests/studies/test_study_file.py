@@ -82,6 +82,12 @@ def test_a_study_file_names_all_that_is_fitted(tmp_path):
         ("bases = 3", 'bases is 3; give a list, such as ["pocket"], or a table'),
         ("[search]\nbeta = [1, 2]\n[method.a]\n", "both methods and a search"),
         ("[options]\nprior = 'mine.py'", "names mine.py, a file of code; give --code mine.py"),
+        (
+            "methods = ['x']\n[method.x]\ntitle = 'x'\nfamily = 'lora'\nknob = 'prior'\n"
+            "values = ['mine.py']",
+            "names mine.py, a file of code; give --code mine.py",
+        ),
+        ("neighbours = 'no'", "neighbours is 'no'; give true or false"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_is_one_line(tmp_path, text, words):
