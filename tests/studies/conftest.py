@@ -1,6 +1,8 @@
 """Made-up scores, errors as wanted, and small sets of tones for real fits."""
 
 import json
+import os
+import signal
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from blora_pyro.runs.listeners import Listener
+
 LENGTH = 10  # tokens of an utterance
+
+
+class Stages(Listener):
+    """What was begun; a signal comes in at `signal_at`, a part of a stage's name."""
+
+    def __init__(self, signal_at=None):
+        self.seen, self.signal_at = [], signal_at
+
+    def stage(self, name):
+        self.seen.append(name)
+        if self.signal_at and self.signal_at in name:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def made_up_counts(rate: float, n: int, seed: int):

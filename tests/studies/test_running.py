@@ -13,7 +13,6 @@ from optuna.trial import TrialState
 
 from blora_pyro.data import load_split
 from blora_pyro.errors import Interrupted, UserError
-from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.record import FINISHED, state_of
 from blora_pyro.studies import running
 from blora_pyro.studies.definition import ScoreSpec
@@ -22,19 +21,7 @@ from blora_pyro.studies.results import DEV, TEST, read_results
 from blora_pyro.studies.running import METRICS, StudyRun, commit, run_study
 from blora_pyro.studies.trials import Trials, quiet_optuna
 
-from .conftest import made_up
-
-
-class Stages(Listener):
-    """What was begun; a signal comes in at `signal_at`, a part of a stage's name."""
-
-    def __init__(self, signal_at=None):
-        self.seen, self.signal_at = [], signal_at
-
-    def stage(self, name):
-        self.seen.append(name)
-        if self.signal_at and self.signal_at in name:
-            os.kill(os.getpid(), signal.SIGTERM)
+from .conftest import Stages, made_up
 
 
 @pytest.fixture

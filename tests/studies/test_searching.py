@@ -15,10 +15,11 @@ from blora_pyro.data import read_manifest
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
-from blora_pyro.runs.listeners import Listener
 from blora_pyro.studies import searching
 from blora_pyro.studies.searching import METRICS, sweep
 from blora_pyro.studies.trials import Trials, quiet_optuna
+
+from .conftest import Stages
 
 SEARCH = {"beta": (1e-6, 1e-3), "prior_scale": (0.01, 0.3)}
 
@@ -47,18 +48,6 @@ def finished(tmp_path_factory, fit_options, dev_folder):
     short = {key: value for key, value in fit_options.items() if key != "beta"}
     given = {**short, "data": str(dev_folder), "steps": 10}
     return sweep(given, tmp_path_factory.mktemp("sweeps") / "three", trials=3)
-
-
-class Stages(Listener):
-    """What was begun; a signal comes in at `signal_at`, a part of a stage's name."""
-
-    def __init__(self, signal_at=None):
-        self.seen, self.signal_at = [], signal_at
-
-    def stage(self, name):
-        self.seen.append(name)
-        if self.signal_at and self.signal_at in name:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def read(path):
