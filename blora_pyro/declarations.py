@@ -82,11 +82,14 @@ def declarations(group: type) -> dict[str, Option]:
     }
 
 
+_hints = cache(get_type_hints)  # evaluates every annotation of a class
+
+
 @cache
 def value_types(group: type, name: str) -> tuple[Any, ...]:
     """Return the types and literal values that an option's annotation joins, without None."""
     unions = (Union, types.UnionType, Literal)
-    parts: list[Any] = [get_type_hints(group)[name]]
+    parts: list[Any] = [_hints(group)[name]]
     while any(get_origin(one) in unions for one in parts):
         split = [get_args(one) if get_origin(one) in unions else (one,) for one in parts]
         parts = [part for some in split for part in some]

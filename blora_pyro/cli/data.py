@@ -13,7 +13,7 @@ from blora_pyro.cli.common import (
     quiet_libraries,
 )
 
-data = typer.Typer(help="Check data.", no_args_is_help=True)
+data = typer.Typer(help="Check data.", no_args_is_help=True, add_completion=False)
 
 
 @data.callback()
