@@ -513,6 +513,21 @@ class OutputOptions:
             check_value(OutputOptions, name, getattr(self, name))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """What `blora-pyro fit` takes beside the options of a fit."""
+
+    PANEL: ClassVar[str] = OUTPUT
+
+    config: str | None = option(
+        "Options of a TOML file, or of another fit's run.json; those on the command line win.",
+        metavar="FILE",
+        unset="none",
+    )
+    dry_run: bool = option("Print the resolved options as TOML, and stop.", False)
+    json: bool = option("Print JSON instead of a table.", False)
+
+
 # ---- what is made from the declarations
 
 
@@ -521,11 +536,13 @@ def default_warmup_steps(steps: int) -> int:
     return max(1, round(0.1 * steps))
 
 
+GROUPS = (FitConfig, OutputOptions, CommandOptions)  # of `blora-pyro fit`
 REFERENCE = """\
 # Options of a fit
 
-Every option of `blora-pyro fit`, of `FitConfig` (with underscores) and of a file of options
-(`blora-pyro fit --config fit.toml`; a `run.json` is such a file, too). `blora-pyro fit --dry-run`
+Every option of `blora-pyro fit`; all but those from `--output` on are fields of `FitConfig` (with
+underscores), too, and of a file of options (`blora-pyro fit --config fit.toml`; a `run.json` is
+such a file). `blora-pyro fit --dry-run`
 prints them resolved. This page is made from their declarations in
 [`blora_pyro/options.py`](../blora_pyro/options.py), by
 `python -m blora_pyro.options > docs/options.md`.
@@ -796,4 +813,4 @@ def _check_possible(
 
 
 if __name__ == "__main__":
-    print(REFERENCE + reference([FitConfig, OutputOptions]), end="")
+    print(REFERENCE + reference(GROUPS), end="")

@@ -9,7 +9,7 @@ import torch
 from blora_pyro import BLoRA, Posterior, fit
 from blora_pyro.declarations import reference
 from blora_pyro.guides import build_prior, check_family
-from blora_pyro.options import REFERENCE, FitConfig, OutputOptions
+from blora_pyro.options import GROUPS, REFERENCE
 
 DOCS = Path(__file__).parents[1] / "docs"
 FILES = {
@@ -57,5 +57,5 @@ def test_the_prior_of_the_docs_holds_the_encoder_tighter(net, tmp_path):
 
 def test_the_reference_of_options_is_made_from_their_declarations():
     text = (DOCS / "options.md").read_text(encoding="utf-8")
-    made = REFERENCE + reference([FitConfig, OutputOptions])
+    made = REFERENCE + reference(GROUPS)
     assert text == made, "run: python -m blora_pyro.options > docs/options.md"

@@ -2,12 +2,11 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from blora_pyro.cli.common import (
-    Json,
     one_line_errors,
     print_json,
     print_result,
@@ -17,47 +16,34 @@ from blora_pyro.cli.parameters import with_options
 from blora_pyro.errors import UserError
 from blora_pyro.families import is_code
 from blora_pyro.launched import is_main
-from blora_pyro.options import OUTPUT, FitConfig, OutputOptions, read_options, to_toml
+from blora_pyro.options import (
+    GROUPS,
+    CommandOptions,
+    FitConfig,
+    OutputOptions,
+    read_options,
+    to_toml,
+)
 from blora_pyro.sources import describe_source
 
 
-@with_options(FitConfig, OutputOptions)
-def fit(
-    given: dict[str, Any],
-    where: dict[str, Any],
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Options of a TOML file, or of another fit's run.json; those on the command line "
-            "win.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Print the resolved options as TOML, and stop.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
-    as_json: Json = False,
-) -> None:
+@with_options(*GROUPS)
+def fit(given: dict[str, Any], where: dict[str, Any], how: dict[str, Any]) -> None:
     """Fit BLoRA to a new domain; show what was gained and what was forgotten.
 
     Stopped by Ctrl-C, SIGTERM or a crash, it goes on with --resume as if nothing had happened.
     """
     with one_line_errors():
         with one_line_errors(only_main=True):
-            how = OutputOptions(**where)
-            chosen = configuration(given, config)
-            folder = how.output or default_folder(chosen)
-            if how.resume:
+            output, command = OutputOptions(**where), CommandOptions(**how)
+            file = None if command.config is None else Path(command.config)
+            chosen = configuration(given, file)
+            folder = output.output or default_folder(chosen)
+            if output.resume:
                 chosen = with_stored(chosen, folder)
         quiet_libraries()
-        if dry_run:
-            show_resolved(chosen, folder if how.resume else None, as_json)
+        if command.dry_run:
+            show_resolved(chosen, folder if output.resume else None, command.json)
             return
 
         from blora_pyro.cli.progress import TerminalProgress
@@ -68,16 +54,16 @@ def fit(
             run = fits.fit(
                 chosen,
                 folder,
-                overwrite=how.overwrite,
-                resume=how.resume,
-                checkpoint_every=how.checkpoint_every,
+                overwrite=output.overwrite,
+                resume=output.resume,
+                checkpoint_every=output.checkpoint_every,
                 progress=progress,
             )
         if not is_main():
             return
         more = [dev_line(run.dev)] if run.dev else []
         more.append(f"run folder: {folder}")
-        print_result(run.metrics, as_json, lambda: [*fit_tables(run.metrics), *more])
+        print_result(run.metrics, command.json, lambda: [*fit_tables(run.metrics), *more])
 
 
 def configuration(given: dict[str, Any], file: Path | None) -> FitConfig:
