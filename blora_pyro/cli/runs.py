@@ -308,6 +308,7 @@ def merge(
             strength=strength,
             strength_by=strength_by,
             domain=domain,
+            on_note=lambda note: typer.echo(f"note: {note}", err=True),
         )
         typer.echo(f"merged checkpoint: {out}")
 

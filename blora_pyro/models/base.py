@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
 from blora_pyro.data import MODEL_DIR, language_codes
 from blora_pyro.data.prompts import END, NO_TIMESTAMPS, START
 from blora_pyro.errors import UserError
+from blora_pyro.models import encoder
 from blora_pyro.models.folders import (
     ADAPTER_WEIGHTS,
     TOKENIZER_FILES,
@@ -27,7 +30,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
+MERGE_ROUNDING = 1e-3  # of the logits' norm; float32 itself is off by 1e-6
 
 # What transformers, PEFT and safetensors raise for damaged files.
 _DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
@@ -149,20 +152,70 @@ def _merged(
     name: str, net: WhisperForConditionalGeneration, folder: Path
 ) -> WhisperForConditionalGeneration:
     """Return a float32 net with a PEFT adapter merged into its weights."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would look for pickled ones
         raise UserError(
             f"base model '{name}' is an adapter without {ADAPTER_WEIGHTS}; give another"
         )
     try:
-        adapted = PeftModel.from_pretrained(net, folder, torch_device="cpu")
-        return adapted.merge_and_unload().requires_grad_(True)
+        adapted = PeftModel(net, PeftConfig.from_pretrained(folder))
+        # PEFT's own `from_pretrained` only warns of keys that are missing, and passes over others.
+        found = adapted.load_adapter(folder, "default", torch_device="cpu")
+        _check_keys(name, found.unexpected_keys, found.missing_keys)
+        unmerged = probe(net.eval())
+        merged = adapted.merge_and_unload().requires_grad_(True)
     except _DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"base model '{name}' is an adapter that can't be merged ({reason}); give another"
         ) from None
+    check_merge(name, unmerged, probe(merged))
+    return merged
+
+
+def _check_keys(name: str, unused: Sequence[str], missing: Sequence[str]) -> None:
+    """Refuse an adapter unless each of its tensors has a layer, and each adapted layer its own."""
+    what = "that the base has no layer for" if unused else "missing"
+    if keys := unused or missing:
+        named = ", ".join(key.replace(".default", "") for key in keys[:2])
+        more = ", ..." if len(keys) > 2 else ""
+        raise UserError(
+            f"base model '{name}' is an adapter with {len(keys)} tensors {what} ({named}{more}); "
+            "give one that was trained on this base by PEFT, or what it was merged into"
+        )
+
+
+@torch.inference_mode()
+def probe(net: WhisperForConditionalGeneration) -> Tensor:
+    """Return the logits, (1, tokens, vocabulary), of one input that is always the same."""
+    config, seeds = net.config, torch.Generator().manual_seed(0)
+    frames = min(200, 2 * config.max_source_positions)
+    features = torch.randn((1, config.num_mel_bins, frames), generator=seeds)
+    tokens = torch.randint(config.vocab_size, (1, 8), generator=seeds)
+    return net(
+        encoder_outputs=(encoder.encode(net, features.to(net.device)),),
+        decoder_input_ids=tokens.to(net.device),
+        use_cache=False,
+    ).logits.float()
+
+
+def distance(logits: Tensor, others: Tensor) -> float:
+    """Return the norm of the difference of two sets of logits, as a share of the first's norm."""
+    return float((logits - others).norm() / logits.norm())
+
+
+def check_merge(name: str, unmerged: Tensor, merged: Tensor) -> None:
+    """Refuse a merged net whose logits differ from those of the adapted one by more than rounding.
+
+    So they do where an adapted weight is tied to another, or a number is not finite.
+    """
+    if not (off := distance(unmerged, merged)) <= MERGE_ROUNDING:
+        raise UserError(
+            f"'{name}' can't be merged: its logits would change by {off:.1%}, rounding by "
+            f"{MERGE_ROUNDING:.1%} at most; adapt no layer that shares its weight, or use it "
+            "unmerged"
+        )
 
 
 def base_of(options: BaseOptions) -> Base:

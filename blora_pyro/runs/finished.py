@@ -8,6 +8,7 @@ from typing import Any
 from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.models import DTYPES, base_of, check_dtype
+from blora_pyro.models.base import check_merge, distance, probe
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.folders import claim, claim_file, read_run
@@ -108,6 +109,7 @@ def merge_run(
     strength: float = 1.0,
     strength_by: str = SCALE,
     domain: str | None = None,
+    on_note: Callable[[str], object] = lambda note: None,
 ) -> None:
     """Write the base model with the posterior mean merged in: a plain Whisper checkpoint.
 
@@ -122,17 +124,28 @@ def merge_run(
         strength: Strength of the update, see `at_strength`.
         strength_by: See `at_strength`.
         domain: For a run whose domains have factors of their own; None is what they share.
+        on_note: Called with one line if rounding to `dtype` loses much of the adapter.
 
     Raises:
-        UserError: If the run can't be read or `out` can't be written, or there is no such strength
-            or domain.
+        UserError: If the run can't be read or `out` can't be written, there is no such strength
+            or domain, or the merged net's logits differ from the adapted one's.
     """
     check_dtype(dtype)
     posterior, record = read_run(folder, pooled=True)
     posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
     base = base_of(replace(record.resolved, dtype="float32"))
+    plain = probe(base.net)
+    with posterior.applied(base.net):
+        adapted = probe(base.net)
     posterior.merge(base.net)
+    check_merge(str(folder), adapted, probe(base.net))
     base.net.to(DTYPES[dtype])
+    lost, gained = distance(adapted, probe(base.net)), distance(adapted, plain)
+    if lost > gained / 2:  # of an adapter that changes nothing there is nothing to lose
+        on_note(
+            f"rounding to {dtype} moves the logits by {lost:.2%}, and the adapter by "
+            f"{gained:.2%}; merge to float32, or use the adapter unmerged"
+        )
     base.save_pretrained(claim(out, overwrite))
 
 

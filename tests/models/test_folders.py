@@ -8,6 +8,8 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from blora_pyro.diagnostics.data_check import load_processor
 from blora_pyro.errors import UserError
@@ -221,3 +223,64 @@ def test_an_adapter_that_is_no_base_says_why(finished_run, tmp_path, harm, words
     with pytest.raises(UserError, match=words) as caught:
         load_base(str(folder))
     assert "\n" not in str(caught.value)
+
+
+def renamed(old: str, new: str):
+    """Give tensors of an adapter other names, as a net inside another module has them."""
+
+    def harm(folder):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = {name.replace(old, new): value for name, value in tensors.items()}
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return harm
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "base_model.model.",
+            "base_model.model.module.",
+            r"layer for \(base_model.model.module.*,",
+        ),
+        ("decoder.layers.1.", "decoder.layers.9.", r"layer for \(base_model.*layers\.9\."),
+        ("lora_A", "lora_C", r"layer for \(base_model.*lora_C"),
+    ],
+)
+def test_an_adapter_whose_tensors_do_not_fit_the_base_is_refused_by_their_names(
+    finished_run, tmp_path, old, new, words
+):
+    for name in ADAPTER:
+        shutil.copyfile(finished_run.output / name, tmp_path / name)
+    renamed(old, new)(tmp_path)
+    with pytest.raises(
+        UserError, match=r"with \d+ tensors that the base has no " + words
+    ) as caught:
+        load_base(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_lacks_tensors_is_refused_by_their_names(finished_run, tmp_path):
+    for name in ADAPTER:
+        shutil.copyfile(finished_run.output / name, tmp_path / name)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    lost = next(iter(tensors))
+    del tensors[lost]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=rf"1 tensors missing \({lost}\)"):
+        load_base(str(tmp_path))
+
+
+def test_an_adapter_of_tied_weights_is_refused_where_it_would_be_merged(fluent_folder, tmp_path):
+    net = load_base(str(fluent_folder)).net
+    config = LoraConfig(
+        base_model_name_or_path=str(fluent_folder), target_modules=["proj_out"], r=2
+    )
+    adapted = get_peft_model(net, config)
+    for name, value in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value)
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"can't be merged: its logits would change by"):
+        load_base(str(tmp_path))

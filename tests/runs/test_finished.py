@@ -1,4 +1,5 @@
 import copy
+import functools
 import json
 import shutil
 
@@ -131,6 +132,16 @@ def test_a_merged_run_is_rounded_once_to_the_dtype_asked_for(short, fluent_folde
         assert torch.equal(merged[name], exact.to(getattr(torch, dtype))), name
     config = read_json(tmp_path / "merged" / "config.json")
     assert config["dtype"] == dtype
+
+
+def test_a_merge_tells_of_an_adapter_that_rounding_loses(finished_run, tmp_path):
+    told = []
+    merge = functools.partial(merge_run, finished_run.output, on_note=told.append, overwrite=True)
+    merge(tmp_path / "whole")
+    merge(tmp_path / "half", dtype="bfloat16")
+    assert told == []
+    merge(tmp_path / "half", dtype="bfloat16", strength=0.001)
+    assert "rounding to bfloat16 moves the logits by" in told[0]
 
 
 def test_the_base_of_a_merge_is_left_alone(finished_run, fluent_folder):
