@@ -9,7 +9,7 @@ import torch
 from blora_pyro import BLoRA, Posterior, fit
 from blora_pyro.declarations import reference
 from blora_pyro.guides import build_prior, check_family
-from blora_pyro.options import GROUPS, REFERENCE
+from blora_pyro.options import GROUPS, REFERENCE, FitConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 FILES = {
