@@ -214,6 +214,14 @@ def projections(factor: Tensor) -> list[Projection]:
     return [LinearMap(weight) for weight in factor.unbind(0)]
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no infinity among values, in one pass and without a copy."""
+    if not values.is_floating_point() or not values.numel():
+        return not values.is_complex()
+    low, high = torch.aminmax(values)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 class _Hook:
     """Forward hook that adds a layer's update to its output."""
 

@@ -12,7 +12,6 @@ function that needs a part takes that part (`fit_guide` takes `FittingOptions`),
 import json
 import math
 import os
-import re
 import shlex
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +37,8 @@ from blora_pyro.declarations import (
     texts_of,
 )
 from blora_pyro.errors import UserError
-from blora_pyro.families import DEPENDENT_ROWS, FAMILIES, GUIDES, PREVIOUS_POSTERIOR, is_code
+from blora_pyro.families import DEPENDENT_ROWS, FAMILIES, GUIDES, PREVIOUS_POSTERIOR
+from blora_pyro.files import check_name
 from blora_pyro.languages import is_language, language_code
 from blora_pyro.sources import (
     Source,
@@ -672,7 +672,7 @@ def _check_prior(config: FitConfig) -> None:
     """Refuse what is no family or guide, and two priors at once."""
     families = (*FAMILIES, PREVIOUS_POSTERIOR)
     for name, value, known in (("prior", config.prior, families), ("guide", config.guide, GUIDES)):
-        if value is not None and value not in known and not is_code(value):
+        if value is not None and value not in known and Path(value).suffix != ".py":
             listed = ", ".join(one for one in known if one != PREVIOUS_POSTERIOR)
             raise UserError(
                 f"{name} is '{value}'; give one of {listed}, or the path of a .py file"
@@ -727,9 +727,6 @@ def _check_warm_up(config: FitConfig) -> None:
         )
 
 
-_DOMAIN_NAME = re.compile(r"[\w-][\w.-]*")
-
-
 def _check_pooling(config: FitConfig) -> None:
     kind = config.pooling or "complete"
     if config.pooling_scale is not None and kind != "hierarchical":
@@ -742,11 +739,7 @@ def _check_pooling(config: FitConfig) -> None:
     if len(config.sources) < 2:
         raise UserError(f"pooling is {kind}, and data is one domain; give two or more, NAME=SOURCE")
     for name in config.domains:
-        if not _DOMAIN_NAME.fullmatch(name):
-            raise UserError(
-                f"pooling is {kind}, and a domain is called '{name}'; give its data as "
-                "NAME=SOURCE, with a name of letters, digits, '.', '-' and '_'"
-            )
+        check_name(name, "a domain (of data as NAME=SOURCE)")
     by_row = tuple(name for name in FAMILIES if name not in DEPENDENT_ROWS)
     _check_possible(
         config,

@@ -267,7 +267,7 @@ def test_options_that_do_not_go_together_are_refused(options, message):
         ({"pooling_scale": 0.0}, "pooling_scale is 0"),
         ({"pooling": "none", "pooling_scale": 0.5}, "pooling_scale is 0.5, and pooling is none"),
         ({"data": "de-en"}, "data is one domain; give two or more, NAME=SOURCE"),
-        ({"data": ("a/b.csv", "de-en")}, "a domain is called 'a/b.csv'; give its data as NAME="),
+        ({"data": ("a/b.csv", "de-en")}, r"domain \(of data as NAME=SOURCE\) is called 'a/b.csv'"),
         ({"data": ("a=de-en", "a=es-en")}, "two sets are called 'a'"),
         ({"prior_from": "runs/one"}, "prior_from is runs/one, which pooling hierarchical"),
         ({"ewc": 1.0}, "ewc is 1.0, which pooling hierarchical can't take; leave it out"),

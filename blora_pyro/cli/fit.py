@@ -13,8 +13,7 @@ from blora_pyro.cli.common import (
     quiet_libraries,
 )
 from blora_pyro.cli.parameters import with_options
-from blora_pyro.errors import UserError
-from blora_pyro.families import is_code
+from blora_pyro.families import ROLES, check_code
 from blora_pyro.launched import is_main
 from blora_pyro.options import (
     GROUPS,
@@ -74,12 +73,9 @@ def configuration(given: dict[str, Any], file: Path | None) -> FitConfig:
             not name.
     """
     stored = {} if file is None else read_options(file)
-    for name in ("prior", "guide"):
-        if is_code(stored.get(name)) and name not in given:
-            raise UserError(
-                f"config '{file}' names code as {name}, {stored[name]}; name it with --{name} to "
-                "run it"
-            )
+    kept = {name: value for name, value in stored.items() if name not in given}
+    named = [given[role] for role in ROLES if role in given]
+    check_code(kept, named, f"config '{file}'", "name it with --{role} to run it")
     chosen = {*stored}
     if file is not None and file.suffix == ".json":  # of a run, which names the defaults, too
         default = FitConfig().to_json()

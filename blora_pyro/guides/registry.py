@@ -9,8 +9,9 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import pyro
@@ -25,11 +26,18 @@ from transformers import WhisperForConditionalGeneration
 from blora_pyro.adapters import Site
 from blora_pyro.data import Batch
 from blora_pyro.errors import UserError
-from blora_pyro.families import FAMILIES, GUIDES, PREVIOUS_POSTERIOR, is_code
+from blora_pyro.families import FAMILIES, GUIDES, PREVIOUS_POSTERIOR, code_path
 from blora_pyro.guides import previous_posterior
 from blora_pyro.guides.contracts import Guide, PreparedPrior, Prior
 from blora_pyro.models import FactorPrior
 from blora_pyro.options import FitConfig
+
+
+class _Source(SourceFileLoader):
+    """Runs the text of a file: bytecode beside it may be of another, and is not looked at."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def load_family(name: str, known: dict[str, str] = FAMILIES) -> ModuleType:
@@ -40,11 +48,12 @@ def load_family(name: str, known: dict[str, str] = FAMILIES) -> ModuleType:
     """
     if name in known:
         return importlib.import_module(known[name])
-    path = Path(name)
-    if not is_code(name) or not path.is_file():
+    if code_path(name) is None:
         raise UserError(f"'{name}' is none of {', '.join(known)}, nor the path of a .py file")
-    spec = importlib.util.spec_from_file_location(f"blora_pyro_user_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # a .py file always has a loader
+    path = Path(name).absolute()
+    own = f"blora_pyro_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(own, path, loader=_Source(own, str(path)))
+    assert spec is not None and spec.loader is not None  # it was given
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
@@ -78,7 +87,7 @@ def _member(module: ModuleType, member: str, name: str) -> Any:
         raise UserError(f"{name} has no class {member}; see blora_pyro/guides/normal.py") from None
 
 
-def prior_arguments(name: str, **given: Any) -> dict[str, Any]:
+def prior_arguments(name: str, /, **given: Any) -> dict[str, Any]:
     """Return all arguments of a family's prior: those given, such as `scale=0.05`, and defaults.
 
     Texts, as from the command line, become numbers unless the annotation is `str`.
@@ -114,7 +123,7 @@ def prior_arguments(name: str, **given: Any) -> dict[str, Any]:
     return arguments
 
 
-def build_prior(name: str, **arguments: Any) -> Prior:
+def build_prior(name: str, /, **arguments: Any) -> Prior:
     """Return the prior of a family; arguments and errors are those of `prior_arguments`."""
     arguments = prior_arguments(name, **arguments)
     return _member(load_family(name), "Prior", name)(**arguments)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from blora_pyro.adapters import SAME_WEIGHTS, Group
 from blora_pyro.errors import UserError
+from blora_pyro.families import NO_PRIOR
 from blora_pyro.models.folders import is_same_place
-from blora_pyro.posterior.family import NO_PRIOR, Family
+from blora_pyro.posterior.family import Family
 from blora_pyro.posterior.posterior import Posterior
 from blora_pyro.posterior.spectra import keep_directions, not_null, spectra
 

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from blora_pyro.adapters import Adapters, Group
 from blora_pyro.errors import UserError
+from blora_pyro.families import NO_PRIOR
+from blora_pyro.files import check_name
 from blora_pyro.guides import Guide, latent_sites
 from blora_pyro.guides.contracts import TensorPrior
 from blora_pyro.hub import find_run
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
 from blora_pyro.posterior.draws import point_scales, prior_variances, traces
-from blora_pyro.posterior.family import NO_PRIOR, Family, normal_guide
+from blora_pyro.posterior.family import Family, normal_guide
 from blora_pyro.posterior.inference_data import to_inference_data
 from blora_pyro.posterior.storage import (
     DOMAIN_FOLDERS,
@@ -273,6 +275,9 @@ class Posterior:
 
         For several domains the adapter is that of the shared part, if there is one, and each
         domain's own goes to `domains/NAME`.
+
+        Raises:
+            UserError: If a domain's name can be no part of a path.
         """
         folder.mkdir(parents=True, exist_ok=True)
         attributes = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -281,24 +286,34 @@ class Posterior:
         if self.pooling is None or self.pooling.is_shared:
             adapters[folder] = self.for_domain()
         for name in self.pooling.domains if self.pooling else ():
-            adapters[folder / DOMAIN_FOLDERS / name] = self.for_domain(name)
+            place = folder / DOMAIN_FOLDERS / check_name(name, "a domain")
+            adapters[place] = self.for_domain(name)
         for place, one in adapters.items():
             means = one.layer_means()
             write_adapter(place, one.groups, one.alpha, means, self.base, self.revision)
 
     @classmethod
-    def load(cls, folder: Path | str, prior: str | None = None) -> "Posterior":
+    def load(
+        cls, folder: Path | str, prior: str | None = None, trust_prior_file: bool = False
+    ) -> "Posterior":
         """Read `posterior.safetensors` of a run folder, or of a run `OWNER/NAME[@REVISION]`.
 
-        `prior` is the file of a user's own prior: its code is run only if it is named here. Without
-        it there are no draws and no densities.
+        Without its code a run with a user's own prior has no draws and no densities. It is run only
+        if it is named here, by `prior`, or trusted as the run names it; and only if it is the file
+        that the run was fitted with, by its SHA-256.
+
+        Args:
+            folder: Folder of the run, or its Hub id.
+            prior: File of the user's own prior.
+            trust_prior_file: Run the files that the run names.
 
         Raises:
-            UserError: If there is no such file, or it is damaged.
+            UserError: If there is no such file, it is damaged, or the prior's is another.
         """
         path = find_run(folder) / POSTERIOR_FILE
         if not path.is_file():
             raise UserError(
                 f"{folder} is no run folder (no {POSTERIOR_FILE}); give the --output of a fit"
             )
-        return cls(**read_posterior(path, prior))
+        read = cls(**read_posterior(path, prior))
+        return replace(read, family=read.family.trusted()) if trust_prior_file else read

@@ -4,18 +4,22 @@ Both ways take and return the attributes of a `Posterior` as they are named ther
 """
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blora_pyro.adapters import Group
-from blora_pyro.errors import UserError
-from blora_pyro.families import PREVIOUS_POSTERIOR
+from blora_pyro.adapters import Group, is_finite
+from blora_pyro.errors import UserError, reason
+from blora_pyro.families import GUIDES, PREVIOUS_POSTERIOR, is_code
+from blora_pyro.files import check_name, parse_json
 from blora_pyro.models import Pooling
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from blora_pyro.posterior.family import Family
@@ -41,6 +45,8 @@ def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
         "prior_args": dict(family.prior_args),
         "guide": family.guide,
     }
+    if family.code_sha256 is not None:
+        about["code_sha256"] = dict(family.code_sha256)
     if attributes["pooling"] is not None:
         about["pooling"] = asdict(attributes["pooling"])
     tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
@@ -50,41 +56,113 @@ def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
 def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
     """Read the attributes of a `Posterior`; `prior` as in `Posterior.load`.
 
+    Nothing in the file is taken on trust: types, shapes, that every number is finite, that
+    deviations are above 0 (or 0 where q is a point), and that names can be parts of a path.
+
     Raises:
         UserError: If the file is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["blora_pyro"])
+            about = parse_json(file.metadata()["blora_pyro"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        groups = tuple(_group(group) for group in about["groups"])
-        if not groups:
-            raise ValueError("no layers")
-        carried = _named(tensors, "prior.")
-        is_carried_on = bool(carried) and about["prior"] == PREVIOUS_POSTERIOR
+        groups = tuple(_group(group) for group in _list_of(about, "groups", dict))
         sites = {site.name: site.shape for group in groups for site in group.sites}
-        for source in (tensors, carried) if is_carried_on else (tensors,):
-            for name, shape in sites.items():
-                for value in (source[f"{name}.mean"], source[f"{name}.stddev"]):
-                    if tuple(value.shape) != shape:
-                        raise ValueError(f"{name} has shape {tuple(value.shape)}")
-        family = Family(about["prior"], about["prior_args"], about["guide"], runs_code=False)
+        if not groups or len(sites) < 2 * len(groups):
+            raise ValueError("no layers, or two groups of one shape")
+        family = _family(about)
+        carried, state = _named(tensors, "prior."), _named(tensors, "guide.")
+        # A guide with a state is as it was fitted; pruning may leave points among other weights.
+        _check_moments(tensors, sites, is_whole=bool(state) and family.guide in GUIDES)
+        if carried and family.prior == PREVIOUS_POSTERIOR:
+            _check_moments(carried, sites, is_whole=True, are_points=False)
+        for prefix, name, rest in (
+            ("guide.", family.guide, state),
+            ("prior.", family.prior, carried),
+        ):
+            for key, value in rest.items():
+                if not is_code(name) and not is_finite(value):
+                    raise ValueError(f"{prefix}{key} has values that are not finite")
         return {
-            "base": about["base"],
+            "base": _text(about, "base"),
             "groups": groups,
-            "alpha": about["alpha"],
+            "alpha": _positive(about, "alpha"),
             "mean": {name: tensors[f"{name}.mean"] for name in sites},
             "stddev": {name: tensors[f"{name}.stddev"] for name in sites},
             "family": family if prior is None else family.with_file(prior),
-            "state": _named(tensors, "guide."),
-            "revision": about.get("revision"),
+            "state": state,
+            "revision": None if about.get("revision") is None else _text(about, "revision"),
             "prior_tensors": carried,
             "pooling": _pooling(about.get("pooling"), groups),
         }
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path} is damaged or of another version ({error}); fit again, or give another run"
+            f"{path} is damaged or of another version ({reason(error)}); fit again, or give "
+            "another run"
         ) from None
+
+
+def _check_moments(
+    tensors: Mapping[str, Tensor],
+    sites: Mapping[str, tuple[int, ...]],
+    is_whole: bool,
+    are_points: bool = True,
+) -> None:
+    """Refuse means and deviations that can't be.
+
+    Args:
+        tensors: `SITE.mean` and `SITE.stddev` of every site.
+        sites: Site name -> shape.
+        is_whole: A site must be a density in all its elements, or a point in all of them.
+        are_points: A site may be a point, of deviation 0.
+
+    Raises:
+        KeyError, ValueError: Naming the first.
+    """
+    for name, shape in sites.items():
+        for key in (f"{name}.mean", f"{name}.stddev"):
+            value = tensors[key]
+            if tuple(value.shape) != shape or value.dtype not in (torch.float32, torch.float64):
+                what = f"{tuple(value.shape)} of {value.dtype}"
+                raise ValueError(f"{key} is {what}, and not {shape} of torch.float32")
+            if not is_finite(value):
+                raise ValueError(f"{key} has values that are not finite")
+        stddev = tensors[f"{name}.stddev"]
+        low, high = torch.aminmax(stddev)
+        if low < 0 or (low == 0 and (not are_points or (is_whole and high > 0))):
+            raise ValueError(f"{name}.stddev has deviations that are not above 0")
+
+
+def _family(about: Mapping[str, Any]) -> Family:
+    arguments, hashes = about["prior_args"], about.get("code_sha256")
+    if not isinstance(arguments, dict) or not isinstance(hashes, dict | None):
+        raise ValueError("'prior_args' or 'code_sha256' are no JSON objects")
+    prior, guide = _text(about, "prior"), _text(about, "guide")
+    if prior == PREVIOUS_POSTERIOR:
+        if arguments.keys() - {"inflation"}:
+            raise ValueError(f"'prior_args' has {', '.join(arguments)}")
+        arguments = {name: _positive(arguments, name) for name in arguments}
+    return Family(prior, arguments, guide, runs_code=False, code_sha256=hashes)
+
+
+def _text(stored: Mapping[str, Any], name: str) -> str:
+    if not isinstance(value := stored[name], str):
+        raise ValueError(f"'{name}' is {value!r:.60}, no text")
+    return value
+
+
+def _positive(stored: Mapping[str, Any], name: str) -> float:
+    value = stored[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"'{name}' is {value!r:.60}, no number above 0")
+    return value
+
+
+def _list_of(stored: Mapping[str, Any], name: str, kind: Any) -> list[Any]:
+    value = stored[name]
+    if not isinstance(value, list) or not all(isinstance(one, kind) for one in value):
+        raise ValueError(f"'{name}' is {value!r:.60}")
+    return value
 
 
 def _named(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -94,14 +172,37 @@ def _named(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _group(stored: dict[str, Any]) -> Group:
-    lists = {name: tuple(stored[name]) for name in ("modules", "weight_stddevs")}
-    return Group(**{**stored, **lists})
+    modules = tuple(_list_of(stored, "modules", str))
+    stddevs = tuple(_list_of(stored, "weight_stddevs", float | int))
+    group = Group(**{**stored, "modules": modules, "weight_stddevs": stddevs})
+    for name in ("out_features", "in_features", "rank"):
+        if type(stored[name]) is not int or stored[name] < 1:
+            raise ValueError(f"'{name}' is {stored[name]!r:.60}")
+    if not modules or len({*modules}) < len(modules) or len(stddevs) not in (0, len(modules)):
+        raise ValueError("'modules' and 'weight_stddevs' do not belong together")
+    if not all(0 <= one < math.inf for one in stddevs) or not re.fullmatch(
+        r"(_r\d+)*", _text({"suffix": "", **stored}, "suffix")
+    ):
+        raise ValueError("'weight_stddevs' or 'suffix' can't be")
+    return group
 
 
 def _pooling(stored: dict[str, Any] | None, groups: tuple[Group, ...]) -> Pooling | None:
     if stored is None:
         return None
-    pooling = Pooling(**{**stored, "domains": tuple(stored["domains"])})
+    domains = tuple(_list_of(stored, "domains", str))
+    try:
+        for name in domains:
+            check_name(name, "a domain")
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    if (
+        not domains
+        or len({*domains}) < len(domains)
+        or stored["kind"] not in ("hierarchical", "none")
+    ):
+        raise ValueError("'domains' or 'kind' can't be")
+    pooling = Pooling(**{**stored, "domains": domains, "scale": _positive(stored, "scale")})
     if pooling.stack(pooling.unstack(groups)) != groups:
         raise ValueError("its layers are not those of its domains")
     return pooling

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 
 from blora_pyro.data import DOMAINS, LANGUAGES, is_hub_id
 from blora_pyro.errors import UserError
+from blora_pyro.families import is_code
 from blora_pyro.files import write_json
 from blora_pyro.hub import REPO_ID, is_run_id
 from blora_pyro.options import POCKET
@@ -183,7 +184,7 @@ def _public_names(config: Mapping[str, Any], about: Mapping[str, Any]) -> dict[s
     runs = [config["prior_from"], *(link["run"] for link in about.get("chain", ()))]
     runs += [about.get("pruned", {}).get("from"), *about.get("combined", {}).get("from", ())]
     local += [name for name in runs if name and not is_run_id(name)]
-    local += [name for name in (config["prior"], config["guide"]) if str(name).endswith(".py")]
+    local += [name for name in (config["prior"], config["guide"]) if is_code(name)]
     names = _last_parts(local)
     pairs = [(name, domain) for name in backward for domain in domains]
     return names | {f"{one} ({of})": f"{names.get(one, one)} ({of})" for one, of in pairs}

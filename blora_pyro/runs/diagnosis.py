@@ -29,6 +29,7 @@ def diagnose(
     output: str | Path | None = None,
     *,
     prior: str | None = None,
+    trust_prior_file: bool = False,
     khat: bool = True,
     draws: int = KHAT_DRAWS,
     device: str = "cpu",
@@ -40,6 +41,7 @@ def diagnose(
         run: Folder of a fit, or its Hub id.
         output: Folder for the plots; None is `diagnostics` in the run's folder.
         prior: File of the prior, if the run was fitted with a user's own: its code is run.
+        trust_prior_file: Run the file that the run names; see `Posterior.load`.
         khat: Compute k-hat, on up to 64 utterances of the run's training set.
         draws: Draws for k-hat, 30 or more.
         device: A torch device, for k-hat.
@@ -51,7 +53,7 @@ def diagnose(
     """
     if draws < MIN_RATIOS:
         raise UserError(f"draws is {draws}; k-hat needs {MIN_RATIOS} or more")
-    posterior, record = read_run(run, device, prior)
+    posterior, record = read_run(run, device, prior, trust_prior_file=trust_prior_file)
     if record.made_of:
         how, origin = record.made_of
         raise UserError(f"{run} is a {how} run, and has no prior; diagnose {origin}")

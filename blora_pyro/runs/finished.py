@@ -160,6 +160,7 @@ def transcribe(
     revision: str | None = None,
     local_files_only: bool = False,
     prior: str | None = None,
+    trust_prior_file: bool = False,
     task: str | None = None,
     strength: float = 1.0,
     strength_by: str = SCALE,
@@ -185,6 +186,7 @@ def transcribe(
         revision: Revision of a base on the Hub; None is that of the fit, unless a base is given.
         local_files_only: Look for Hub ids in the Hub's local cache alone.
         prior: File of the prior, if draws are asked for and the run has one: its code is run.
+        trust_prior_file: Run the file of the prior that the run names; see `Posterior.load`.
         task: `transcribe` or `translate`; None is that of the fit, or `transcribe`.
         strength: Strength of the adapter's update, see `at_strength`.
         strength_by: See `at_strength`.
@@ -204,7 +206,12 @@ def transcribe(
     posterior, config = None, FitConfig(device=device)
     if adapter is not None:
         posterior, record = read_run(
-            adapter, device, prior, pooled=True, local_files_only=local_files_only
+            adapter,
+            device,
+            prior,
+            pooled=True,
+            local_files_only=local_files_only,
+            trust_prior_file=trust_prior_file,
         )
         posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
         config = record.resolved

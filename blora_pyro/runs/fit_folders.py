@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from blora_pyro.errors import UserError
-from blora_pyro.families import is_code
+from blora_pyro.families import ROLES, check_code, check_hashes, code_hashes, is_code
 from blora_pyro.files import replace_file, write_json
 from blora_pyro.fitting.checkpoints import stored_step
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
 from blora_pyro.guides import with_prior_arguments
 from blora_pyro.options import FitConfig
-from blora_pyro.posterior import Family, Posterior
+from blora_pyro.posterior import Posterior
 from blora_pyro.runs.chains import Previous, previous_of
 from blora_pyro.runs.folders import (
     CHECKPOINT,
@@ -79,7 +79,9 @@ class FitFolder:
                 raise UserError(f"output and prior_from are both {path}; give another output")
             record.chain = previous.link(config.prior_inflation)
         folder = cls(path, config, record, previous)
-        _ = folder.with_prior  # a prior that can't be is refused before anything is written
+        # A prior that can't be is refused before anything is written.
+        names = {role: getattr(folder.with_prior, role) for role in ROLES}
+        record.code_sha256 = code_hashes(names) or None
         if path is not None:
             claim(path, overwrite)
             folder._occupied = any((path / name).exists() for name in (RUN, *RESULTS))
@@ -92,13 +94,14 @@ class FitFolder:
         return folder
 
     @classmethod
-    def reopen(cls, path: Path, config: FitConfig) -> "FitFolder":
+    def reopen(cls, path: Path, config: FitConfig, trust_prior_file: bool = False) -> "FitFolder":
         """Open the folder of a fit that has been started.
 
         Args:
             path: The folder.
             config: Its given options must be those of the fit. A prior or guide that is a user's
                 file must be among them: its code is run only where it is named.
+            trust_prior_file: It need not be among them.
 
         Raises:
             UserError: If there is none, it is damaged, an option is another, or the run that it
@@ -116,18 +119,18 @@ class FitFolder:
             ) from None
         # objects of Python, which are texts in the file, are given again
         config = FitConfig(**{**stored, **given})
-        wanted, resolved = json.loads(json.dumps(config.to_json())), content.get("config", {})
+        wanted, resolved = json.loads(json.dumps(config.to_json())), content.get("config") or {}
         for name in given:
             if wanted[name] not in (stored.get(name), resolved.get(name)):
                 raise UserError(
                     f"the fit in {path} has {name} = {stored.get(name)}, not {wanted[name]}; leave "
                     "the option out, or start another fit in another output"
                 )
-        for name in ("prior", "guide"):
-            if is_code(stored.get(name)) and name not in given:
-                raise UserError(
-                    f"the run's {name} is code, in {stored[name]}; name it with --{name} to run it"
-                )
+        named = [given[role] for role in ROLES if role in given]
+        for names in (stored, resolved):
+            if not trust_prior_file:
+                check_code(names, named, "the run", "name it with --{role} to run it")
+            check_hashes(names, record.code_sha256, "the run")
         going_on = record.state == FITTING
         previous = previous_of(config, record.chain or []) if going_on else None
         return cls(path, config, record, previous)
@@ -259,7 +262,7 @@ class FitFolder:
         """Return how to go on, in words."""
         if self.path is None or self._occupied:
             return "start again"
-        files = [(name, str(getattr(self.config, name))) for name in ("prior", "guide")]
+        files = [(role, getattr(self.config, role)) for role in ROLES]
         options = [f"--{name} {shlex.quote(file)}" for name, file in files if is_code(file)]
         line = ["blora-pyro fit --resume --output", shlex.quote(str(self.path)), *options]
         return f"go on with: {' '.join(line)}"
@@ -278,10 +281,11 @@ class FitFolder:
         """
         assert self.path is not None
         loaded, config = Posterior.load(self.path), self.resolved
+        if {*loaded.family.files} <= {config.prior, config.guide}:  # which `reopen` let pass
+            loaded = replace(loaded, family=loaded.family.trusted())
         if self.record.history is None:
             raise UserError(f"{self.path}/{RUN} is damaged (no 'history'); fit again")
-        family = Family(config.prior, config.prior_args, str(config.guide))
-        return replace(loaded, family=family), self.record.history
+        return loaded, self.record.history
 
     def metrics(self) -> dict[str, Any]:
         """Return what was measured, once it is kept.

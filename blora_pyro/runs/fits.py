@@ -69,6 +69,7 @@ def fit(
     resume: bool = False,
     checkpoint_every: int | None = None,
     progress: Listener | None = None,
+    trust_prior_file: bool = False,
 ) -> Run:
     """Fit BLoRA to a new domain, and measure what was gained and what was forgotten.
 
@@ -102,6 +103,9 @@ def fit(
             none has been started, the configuration starts one.
         checkpoint_every: Steps between two checkpoints; None is by time, see `Checkpoints`.
         progress: Is called with stages and steps.
+        trust_prior_file: Run the files of code that the fit in `output` names as its prior or
+            guide. Without it they are run only if they are among the options of this call, and in
+            any case only if they are those that the fit was started with, by their SHA-256.
 
     Raises:
         UserError: On bad options or data, a full disk or memory, or options that are not those of
@@ -122,7 +126,7 @@ def fit(
     processes = Processes.join(_device(output, config))
     progress = (processes.is_main and progress) or Listener()
     try:
-        folder = _open_together(processes, output, config, overwrite, resume)
+        folder = _open_together(processes, output, config, overwrite, resume, trust_prior_file)
         if folder.state == FINISHED or (folder.state != FITTING and not processes.is_main):
             progress.stage("finished already: reading")
             if processes.is_main:
@@ -165,23 +169,30 @@ def _open_together(
     config: FitConfig,
     overwrite: bool,
     resume: bool,
+    trust_prior_file: bool,
 ) -> FitFolder:
     """Return the folder in the main process, and in the others what they need to know of it."""
     opened: list[FitFolder] = []
 
     def open_folder() -> dict[str, Any]:
-        opened.append(_open(output, config, overwrite, resume))
+        opened.append(_open(output, config, overwrite, resume, trust_prior_file))
         return {name: getattr(opened[0].record, name) for name in ("state", "options", "chain")}
 
     about = processes.from_main(open_folder)
     if opened:
         return opened[0]
     if about["state"] != FITTING:
-        return FitFolder.reopen(Path(str(output)), config)
+        return FitFolder.reopen(Path(str(output)), config, trust_prior_file)
     return FitFolder.follow(about, config)
 
 
-def _open(output: str | Path | None, config: FitConfig, overwrite: bool, resume: bool) -> FitFolder:
+def _open(
+    output: str | Path | None,
+    config: FitConfig,
+    overwrite: bool,
+    resume: bool,
+    trust_prior_file: bool,
+) -> FitFolder:
     """Return the folder of a new fit, or of one that is to go on."""
     path = None if output is None else Path(output)
     if resume and (path is None or overwrite):
@@ -189,7 +200,7 @@ def _open(output: str | Path | None, config: FitConfig, overwrite: bool, resume:
         raise UserError(f"resume is given with {wrong}; give the output of a fit and resume")
     if resume and path is not None:
         if (path / RUN).exists():
-            folder = FitFolder.reopen(path, config)
+            folder = FitFolder.reopen(path, config, trust_prior_file)
             if folder.state != FINISHED:
                 check_device(folder.config.device)
                 check_trackers(folder.config.track, path)
@@ -258,7 +269,7 @@ def _fit_and_keep(
         processes=processes,
     )
     parts.loader.report_skipped(folder.list_skipped(parts.loader.skipped))  # of a stream
-    family = Family(config.prior, config.prior_args, str(config.guide))
+    family = Family.of(config.prior, config.prior_args, str(config.guide))
     posterior = Posterior.from_guide(parts.scoring.base.name, model, guide, family, config.revision)
     folder.save(posterior, history, stopping, time.monotonic() - started)
     return posterior, history

@@ -131,6 +131,7 @@ def read_run(
     *,
     pooled: bool = False,
     local_files_only: bool = False,
+    trust_prior_file: bool = False,
 ) -> tuple[Posterior, RunRecord]:
     """Return the posterior of a run folder, and what its `run.json` says.
 
@@ -140,6 +141,7 @@ def read_run(
         prior: File of the prior, if it is a user's own and its code is to be run.
         pooled: Allow a run of several domains with factors of their own.
         local_files_only: Look for a Hub id in the Hub's local cache alone.
+        trust_prior_file: Run the file of the prior that the run names; see `Posterior.load`.
 
     Raises:
         UserError: If it is no run folder, unfinished, or damaged, or has several domains.
@@ -150,7 +152,7 @@ def read_run(
             f"the fit in {folder} is not finished; go on with: blora-pyro fit --resume --output "
             f"{shlex.quote(str(folder))}"
         )
-    posterior = Posterior.load(found, prior)
+    posterior = Posterior.load(found, prior, trust_prior_file)
     if posterior.pooling is not None and not pooled:
         raise UserError(
             f"{folder} was fitted with pooling {posterior.pooling.kind}, of which evaluate, "

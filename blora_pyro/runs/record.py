@@ -32,6 +32,7 @@ class RunRecord:
         training_tokens: N, their number of target tokens, likewise.
         temperature: T = beta · N.
         adapter_weights: Number of elements of A and B.
+        code_sha256: SHA-256 of the user's files among prior and guide, see `code_hashes`.
         versions: Versions of Python and of the packages that the fit depends on.
         seconds: Duration of the `fit`, and in `total`.
         skipped_steps: Steps whose loss or gradient was not finite.
@@ -52,6 +53,7 @@ class RunRecord:
     training_tokens: int | None = None
     temperature: float | None = None
     adapter_weights: int | None = None
+    code_sha256: dict[str, str] | None = None
     versions: dict[str, str] | None = None
     seconds: dict[str, float] | None = None
     skipped_steps: int | None = None

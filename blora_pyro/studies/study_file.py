@@ -34,7 +34,7 @@ from typing import Any
 
 from blora_pyro.declarations import check_names, suggestion
 from blora_pyro.errors import UserError
-from blora_pyro.families import is_code
+from blora_pyro.families import check_code
 from blora_pyro.options import POCKET, FitConfig
 from blora_pyro.sources import Source, named_sources
 from blora_pyro.studies.definition import SETTING, Setting, Study
@@ -93,7 +93,7 @@ def search_of(
     if "seeds" in content:
         options["seed"] = content["seeds"][0]
     check_names(FitConfig, options, f"{where}, options")
-    check_code([options], code, where)
+    check_all([options], code, where)
     search = dict(content["search"])
     about = {name: search.pop(name) for name in ("trials", "timeout") if name in search}
     for name, ends in search.items():
@@ -131,7 +131,7 @@ def study_of(content: Mapping[str, Any], where: str, code: Sequence[str] = ()) -
     methods_by_name = choose_methods(methods, read_methods(content.get("method", {}), where))
     every = [options, *settings.values(), *bases.values()]
     knobs = [{str(one.knob): value} for one in methods_by_name.values() for value in one.values]
-    check_code([*every, *(one.options for one in methods_by_name.values()), *knobs], code, where)
+    check_all([*every, *(one.options for one in methods_by_name.values()), *knobs], code, where)
     neighbours = content.get("neighbours", True)
     if not isinstance(neighbours, bool):
         raise UserError(f"{where}: neighbours is {neighbours!r}; give true or false")
@@ -150,19 +150,14 @@ def study_of(content: Mapping[str, Any], where: str, code: Sequence[str] = ()) -
     )
 
 
-def check_code(given: Sequence[Mapping[str, Any]], code: Sequence[str], where: str) -> None:
+def check_all(given: Sequence[Mapping[str, Any]], code: Sequence[str], where: str) -> None:
     """Refuse files of code that nobody but a study file names: they would be run.
 
     Raises:
         UserError: Naming the first.
     """
     for options in given:
-        for name in ("prior", "guide"):
-            path = options.get(name)
-            if is_code(path) and path not in code:
-                raise UserError(
-                    f"{where} names {path}, a file of code; give --code {path} to let it run"
-                )
+        check_code(options, code, where, "give --code {name} to let it run")
 
 
 def _is_list(value: Any, kind: Any) -> bool:

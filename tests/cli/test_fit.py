@@ -255,6 +255,11 @@ def test_code_that_only_a_file_names_is_not_run(handed_on, tmp_path):
     file.write_text(f'prior = "{code}/"\n')
     message = complaint(run("fit", "--config", file))
     assert f"names code as prior, {code}/; name it with --prior to run it" in message
+    content = FitConfig().to_json() | {"guide": str(code)}
+    (tmp_path / "run.json").write_text(json.dumps({"config": content}))
+    for more in ([], ["--prior", "normal"]):
+        message = complaint(run("fit", "--config", tmp_path / "run.json", *more))
+        assert f"names code as guide, {code}; name it with --guide to run it" in message
     assert not handed_on
 
 

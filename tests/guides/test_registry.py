@@ -1,3 +1,8 @@
+import importlib.util
+import marshal
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
 import pyro
 import pytest
 import torch
@@ -278,3 +283,19 @@ def test_an_argument_that_is_no_number_is_refused(value):
 def test_a_prior_may_take_arguments_that_it_does_not_name(write):
     path = write(LAPLACE.replace("scale=0.05", "scale=0.05, **rest"))
     assert build_prior(path, scale="0.1").scale == 0.1
+
+
+def test_the_text_of_a_file_is_run_and_no_bytecode_beside_it(write, tmp_path):
+    path = write("kind = 'written'\n")
+    compiled = compile("kind = 'compiled elsewhere'\n", path, "exec")
+    cached = Path(importlib.util.cache_from_source(path))
+    cached.parent.mkdir()
+    source = Path(path).stat()
+    head = [0, int(source.st_mtime), source.st_size]  # by which Python takes it for the file's
+    numbers = b"".join(number.to_bytes(4, "little") for number in head)
+    cached.write_bytes(importlib.util.MAGIC_NUMBER + numbers + marshal.dumps(compiled))
+    loaded: dict = {}
+    exec(SourceFileLoader("mine", path).get_code("mine"), loaded)
+    assert loaded["kind"] == "compiled elsewhere"
+    assert load_family(path).kind == "written"
+    assert [*cached.parent.iterdir()] == [cached]

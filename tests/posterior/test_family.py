@@ -1,14 +1,20 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from blora_pyro.diagnostics.explanations import Shrinkage, how_it_shrinks
+from blora_pyro.diagnostics.summaries import summarise
 from blora_pyro.errors import UserError
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA
 from blora_pyro.posterior import Family, Posterior
+from blora_pyro.posterior.storage import POSTERIOR_FILE
 
-from .conftest import logits, posterior_of
+from .conftest import fitted, logits, posterior_of
 
 MINE = """
 from pathlib import Path
@@ -46,7 +52,7 @@ def own_run(net, own_file, tmp_path) -> tuple[Path, list[dict[str, torch.Tensor]
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    family = Family(str(own_file), {"scale": 0.2}, str(own_file))
+    family = Family.of(str(own_file), {"scale": 0.2}, str(own_file))
     posterior = Posterior.from_guide("tiny", model, guide, family)
     posterior.save(tmp_path / "run")
     torch.manual_seed(5)
@@ -96,7 +102,59 @@ def test_the_file_may_have_moved(own_file, own_run, tmp_path):
         next(Posterior.load(folder, prior=str(own_file)).draws(1))
 
 
-def test_a_file_of_another_guide_is_refused(own_file, own_run):
+def test_the_files_that_a_run_names_may_be_trusted(own_file, own_run):
+    folder, expected = own_run
+    (draw,) = Posterior.load(folder, trust_prior_file=True).draws(1, seed=5)
+    assert all(torch.equal(value, expected[0][name]) for name, value in draw.items())
+
+
+def describe_anew(folder: Path, **changes) -> None:
+    """Change the description of a posterior."""
+    path = folder / POSTERIOR_FILE
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["blora_pyro"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors, path, metadata={"blora_pyro": json.dumps({**about, **changes})})
+
+
+@pytest.mark.parametrize("role", ["prior", "guide"])
+@pytest.mark.parametrize("spelling", ["{}/", "{}/.", "./{}", "link", "LINK.PY", "package", "prior"])
+def test_no_spelling_of_a_file_is_run_unless_it_is_named(
+    own_file, tmp_path, monkeypatch, role, spelling
+):
+    monkeypatch.chdir(own_file.parent)
+    monkeypatch.syspath_prepend(own_file.parent)
+    Path("link").symlink_to(own_file)
+    Path("LINK.PY").symlink_to(own_file)
+    Path("package").mkdir()
+    Path("package/__init__.py").write_text(MINE, encoding="utf-8")
+    fitted("normal").save(tmp_path / "run")
+    describe_anew(tmp_path / "run", **{role: spelling.format(own_file.name)})
+    loaded = Posterior.load(tmp_path / "run")
+    for part in (
+        lambda: next(loaded.draws(1)),
+        lambda: loaded.prior,
+        lambda: loaded.guide,
+        lambda: loaded.to_arviz(draws=1),
+        lambda: how_it_shrinks(summarise(loaded), Shrinkage.of(loaded, summarise(loaded)), 1.0),
+    ):
+        with pytest.raises(UserError, match="name it with --prior"):
+            part()
+    assert not Path("ran").exists() and not Path("package/ran").exists()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_file_that_is_not_the_fitted_one_is_refused_and_not_run(own_file, own_run, named):
+    own_file.write_text(MINE.replace("guides.normal", "guides.point"), encoding="utf-8")
+    given = {"prior": str(own_file)} if named else {"trust_prior_file": True}
+    with pytest.raises(UserError, match="is not the file that the run was fitted with") as caught:
+        Posterior.load(own_run[0], **given)
+    assert "\n" not in str(caught.value)
+    assert not (own_file.parent / "ran").exists()
+
+
+def test_a_file_of_another_guide_is_refused_where_there_is_no_hash(own_file, own_run):
+    describe_anew(own_run[0], code_sha256=None)  # as earlier versions wrote it
     own_file.write_text(MINE.replace("guides.normal", "guides.point"), encoding="utf-8")
     loaded = Posterior.load(own_run[0], prior=str(own_file))
     with pytest.raises(UserError, match="is not the fitted one") as caught:

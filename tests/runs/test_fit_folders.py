@@ -1,12 +1,14 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 
 from blora_pyro.errors import UserError
 from blora_pyro.options import FitConfig
-from blora_pyro.posterior import Posterior
+from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.fit_folders import FitFolder, SkippedRows
+from blora_pyro.runs.fits import fit
 from blora_pyro.runs.folders import CHECKPOINT, METRICS, SKIPPED
 from blora_pyro.runs.loading import SkippedRow
 from blora_pyro.runs.record import EVALUATING, FINISHED, FITTING, RUN, RunRecord
@@ -121,10 +123,33 @@ def test_code_of_a_fit_is_run_only_if_it_is_named_again(tmp_path):
     code = tmp_path / "mine.py"
     code.write_text("from blora_pyro.guides.normal import Guide, Prior\n")
     begun(tmp_path / "run", replace(CONFIG, prior=str(code)))
-    with pytest.raises(UserError, match=r"the run's prior is code, in .*; name it with --prior"):
+    with pytest.raises(UserError, match=r"the run names code as prior, .*; name it with --prior"):
         FitFolder.reopen(tmp_path / "run", FitConfig())
     folder = FitFolder.reopen(tmp_path / "run", FitConfig(prior=str(code)))
     assert folder.way_on().endswith(f"--output {tmp_path / 'run'} --prior {code}")
+
+
+@pytest.mark.parametrize("part", ["options", "config", "posterior"])
+@pytest.mark.parametrize("role", ["prior", "guide"])
+def test_a_finished_run_that_names_code_is_not_read_with_it(finished_run, tmp_path, part, role):
+    folder, code = tmp_path / "run", tmp_path / "mine.py"
+    code.write_text(
+        "from pathlib import Path\nfrom blora_pyro.guides.normal import Guide, Prior\n"
+        "Path(__file__).with_name('ran').touch()"
+    )
+    shutil.copytree(finished_run.output, folder)
+    if part == "posterior":
+        replace(finished_run.posterior, family=Family(**{role: f"{code}/"})).save(folder)
+    else:
+        content = json.loads((folder / RUN).read_text())
+        content[part][role] = f"{code}/"
+        (folder / RUN).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"the run names code as {role}, .*; name it with --"):
+        next(fit(output=folder, resume=True).posterior.draws(1))
+    assert not (tmp_path / "ran").exists()
+    if part != "posterior":  # which names another file than the run: no trust in that one
+        trusted = fit(output=folder, resume=True, trust_prior_file=True)
+        assert next(trusted.posterior.draws(1))
 
 
 def test_another_process_follows_by_what_the_main_one_sends(tmp_path):

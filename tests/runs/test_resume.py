@@ -363,12 +363,20 @@ def test_a_prior_of_ones_own_is_run_only_where_it_is_named(options, tmp_path):
     code.write_text("from blora_pyro.guides.normal import Guide, Prior\nimport numpy\n")
     mine = {**options, "prior": str(code), "steps": 10}
     folder = crashed(tmp_path / "run", mine, step=7)
-    with pytest.raises(UserError, match=r"the run's prior is code, in .*mine\.py; name it"):
+    with pytest.raises(UserError, match=r"the run names code as prior, .*mine\.py; name it"):
         fit(output=folder, resume=True)
     run = fit(FitConfig(prior=str(code)), folder, resume=True)
     assert next(run.posterior.draws(1))
     other = fit(FitConfig(**mine), tmp_path / "straight")
     assert run.history == other.history
+    with pytest.raises(UserError, match=r"the run names code as prior"):
+        fit(output=folder, resume=True)
+    again = fit(output=folder, resume=True, trust_prior_file=True)
+    assert next(again.posterior.draws(1))
+    code.write_text("raise SystemExit('run')")
+    for options, trust in (({"prior": str(code)}, False), ({}, True)):
+        with pytest.raises(UserError, match=r"is not the file that the run was fitted with"):
+            fit(FitConfig(**options), folder, resume=True, trust_prior_file=trust)
 
 
 def test_pythons_and_numpys_random_numbers_go_on_too(options, tmp_path):

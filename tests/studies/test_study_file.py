@@ -81,11 +81,13 @@ def test_a_study_file_names_all_that_is_fitted(tmp_path):
         ("[options]\nseed = 2", "options sets seed; give data and seeds at the top"),
         ("bases = 3", 'bases is 3; give a list, such as ["pocket"], or a table'),
         ("[search]\nbeta = [1, 2]\n[method.a]\n", "both methods and a search"),
-        ("[options]\nprior = 'mine.py'", "names mine.py, a file of code; give --code mine.py"),
+        ("[options]\nprior = 'mine.py'", "names code as prior, mine.py; give --code mine.py"),
+        ("[options]\nguide = './mine.py/'", "names code as guide, ./mine.py/; give --code"),
+        ("[options]\nprior = 'mine'", "names code as prior, mine; give --code mine"),
         (
             "methods = ['x']\n[method.x]\ntitle = 'x'\nfamily = 'lora'\nknob = 'prior'\n"
             "values = ['mine.py']",
-            "names mine.py, a file of code; give --code mine.py",
+            "names code as prior, mine.py; give --code mine.py",
         ),
         ("neighbours = 'no'", "neighbours is 'no'; give true or false"),
     ],
