@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 from blora_pyro.data import Examples
+from blora_pyro.languages import Language, is_unspaced
 from blora_pyro.metrics import (
-    WITHOUT_SPACES,
     Counts,
     cer_counts,
     check_tags,
-    is_unspaced,
     mer_counts,
     pier_counts,
     points_of_interest,
@@ -72,7 +71,7 @@ def rate_summary(sets: Sequence[Evaluation], measure: str | None = None) -> dict
     counts = [one.counts[measure or one.metric] for one in sets]
     rate, (low, high) = macro_rate(counts), macro_bootstrap_interval(counts)
     summary = {"rate": _number(rate), "interval": [_number(low), _number(high)]}
-    raw = _raws(sets, measure)
+    raw = _raws(sets)
     return summary | ({"raw": rate_summary(raw, measure)} if raw else {})
 
 
@@ -85,14 +84,12 @@ def change_summary(
     )
     difference, low, high = paired_macro_bootstrap(counts, others)
     summary = {"difference": _number(difference), "interval": [_number(low), _number(high)]}
-    raw, other = _raws(before, measure), _raws(after, measure)
+    raw, other = _raws(before), _raws(after)
     return summary | ({"raw": change_summary(raw, other, measure)} if raw else {})
 
 
-def _raws(sets: Sequence[Evaluation], measure: str | None) -> list[Evaluation]:
-    """Raw evaluations of the sets that have the measure; some lack `pier`."""
-    raw = [one.raw for one in sets if one.raw is not None]
-    return [one for one in raw if (measure or one.metric) in one.counts]
+def _raws(sets: Sequence[Evaluation]) -> list[Evaluation]:
+    return [one.raw for one in sets if one.raw is not None]
 
 
 def _number(value: float) -> float | None:
@@ -100,16 +97,17 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def main_measure(texts: Sequence[str], languages: Sequence[str]) -> str:
-    """The main measure of a set, by its languages, or by the text where the language is unknown.
+def main_measure(texts: Sequence[str], languages: Sequence[Language]) -> str:
+    """The main measure of a set, by the languages and the scripts of its texts.
 
-    `cer` if all utterances are in languages without spaces, `mer` if some are, otherwise `wer`.
+    `cer` if all utterances are in languages without spaces, `mer` if some are, or hold a script
+    without spaces, otherwise `wer`. Where the language is unknown the text decides alone.
     """
-    unspaced = []
+    unspaced: set[bool] = set()
     for text, language in zip(texts, languages, strict=True):
-        codes = language.split("-")
-        unspaced += [code in WITHOUT_SPACES if code else is_unspaced(text) for code in codes]
-    return "cer" if all(unspaced) else "mer" if any(unspaced) else "wer"
+        by_script = is_unspaced(text)
+        unspaced |= {*(language.unspaced or (by_script,)), *([True] if by_script else [])}
+    return "mer" if len(unspaced) > 1 else "cer" if unspaced == {True} else "wer"
 
 
 def score(
@@ -122,7 +120,7 @@ def score(
     Raises:
         UserError: If an utterance's words and word_languages differ in number.
     """
-    metric = main_measure(examples.texts, examples.languages)
+    metric = main_measure(examples.texts, examples.written)
     raw = _score(metric, examples, hypotheses, Normalizer("none"))
     return _score(metric, examples, hypotheses, normalizer or Normalizer(), raw)
 
@@ -135,18 +133,18 @@ def _score(
     raw: Evaluation | None = None,
 ) -> Evaluation:
     references, guesses = (
-        [normalizer(text, code) for text, code in zip(texts, examples.languages, strict=True)]
+        [normalizer(text, one.code) for text, one in zip(texts, examples.written, strict=True)]
         for texts in (examples.texts, hypotheses)
     )
     spoken = [row for row, text in enumerate(examples.texts) if text.strip()]
-    switched = [row for row in spoken if "-" in examples.languages[row]]
+    switched = [row for row in spoken if len(examples.written[row].codes) > 1]
     tags: dict[int, list[str]] = {}
     for row in switched if all(examples.word_languages[row] for row in switched) else []:
-        normalize = partial(normalizer, language=examples.languages[row])
+        normalize = partial(normalizer, language=examples.written[row].code)
         given = examples.texts[row], examples.word_languages[row]
         references[row], tags[row] = _normalize_tagged(metric, *given, normalize)
     counts = {name: COUNTERS[name](references, guesses) for name in dict.fromkeys((metric, "cer"))}
-    embedded = {row: examples.languages[row].split("-")[1] for row in tags}
+    embedded = {row: examples.written[row].codes[1] for row in tags}
     texts = [references[row] for row in tags], [guesses[row] for row in tags]
     pier = pier_counts(*texts, [*tags.values()], [*embedded.values()], metric)
     if len(pier.lengths):  # else no utterance mixes the languages

@@ -1,12 +1,191 @@
-"""Languages as people write them, and as Whisper's tokens do."""
+"""What is called a language: the one spoken, the one written, the prompt's, its script, its region.
+
+One definition of scripts that are written without spaces serves labels, measures, the joining of
+segments and subtitles: `UNSPACED`.
+"""
 
 import functools
+import itertools
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import regex
 
 from blora_pyro.errors import UserError
 
-_JOINT = re.compile(r"[-_]")
-_REGION = re.compile(r"[A-Z]{2}|\d{3}|[A-Z][a-z]{3}")  # BCP 47: a region, or a script
+# ISO 15924's code and Unicode's name of every script without spaces between words.
+UNSPACED_SCRIPTS = {
+    "Hani": "Han",
+    "Hira": "Hiragana",
+    "Kana": "Katakana",
+    "Thai": "Thai",
+    "Laoo": "Lao",
+    "Khmr": "Khmer",
+    "Mymr": "Myanmar",
+    "Tibt": "Tibetan",
+    "Java": "Javanese",
+    "Lana": "Tai_Tham",
+    "Tale": "Tai_Le",
+    "Talu": "New_Tai_Lue",
+    "Tavt": "Tai_Viet",
+}
+# The inside of a character class for `regex`; the sound marks of kana belong to no script.
+UNSPACED = "".join(rf"\p{{{name}}}" for name in UNSPACED_SCRIPTS.values()) + "ーｰ"
+UNSPACED_LANGUAGES = {"zh", "yue", "ja", "th", "lo", "km", "my", "bo"}  # in their usual script
+
+_MIXED_SCRIPTS = {"Hans", "Hant", "Jpan", "Hrkt"}  # ISO's names for parts and mixtures of them
+_OTHER_SCRIPTS = {
+    *("Arab", "Armn", "Beng", "Cyrl", "Deva", "Ethi", "Geor", "Grek", "Gujr", "Guru", "Hang"),
+    *("Hebr", "Knda", "Kore", "Latn", "Mlym", "Mong", "Orya", "Sinh", "Taml", "Telu"),
+}
+_SCRIPTS = {*UNSPACED_SCRIPTS, *_MIXED_SCRIPTS, *_OTHER_SCRIPTS}
+
+# Codes that others use for a language of Whisper's.
+_OTHER_CODES = {"cmn": "zh", "nb": "no", "nob": "no", "nno": "nn", "jv": "jw", "jav": "jw"}
+_OTHER_CODES |= {"fil": "tl", "iw": "he", "ji": "yi"}
+
+_REGIONS = frozenset(  # ISO 3166-1
+    "AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR "
+    "BS BT BV BW BY BZ CA CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ "
+    "EC EE EG EH ER ES ET FI FJ FK FM FO FR GA GB GD GE GF GG GH GI GL GM GN GP GQ GR GS GT GU GW "
+    "GY HK HM HN HR HT HU ID IE IL IM IN IO IQ IR IS IT JE JM JO JP KE KG KH KI KM KN KP KR KW KY "
+    "KZ LA LB LC LI LK LR LS LT LU LV LY MA MC MD ME MF MG MH MK ML MM MN MO MP MQ MR MS MT MU MV "
+    "MW MX MY MZ NA NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PN PR PS PT PW PY "
+    "QA RE RO RS RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG "
+    "TH TJ TK TL TM TN TO TR TT TV TW TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM "
+    "ZW".split()
+)
+# Languages of the regions whose code is also that of a language: "fr-be" is French of Belgium, and
+# "fr-es" French with Spanish.
+_SPOKEN_IN = {
+    "AF": "fa ps uz tk", "AM": "hy", "AR": "es", "BA": "bs hr sr", "BE": "nl fr de", "BN": "ms",
+    "BO": "es", "BR": "pt", "CA": "en fr", "CY": "el tr", "ES": "es ca gl eu oc", "ET": "am so",
+    "FI": "fi sv", "FO": "fo da", "FR": "fr br oc eu ca", "GL": "da", "HT": "ht fr",
+    "ID": "id jw su ms", "IT": "it de", "KM": "ar fr", "LA": "lo", "LB": "ar fr", "MG": "mg fr",
+    "MK": "mk sq", "ML": "fr", "MR": "ar fr", "MT": "mt en", "MY": "ms en zh ta", "NE": "fr ha",
+    "NO": "no nn", "PA": "es", "PS": "ar", "RU": "ru tt ba", "SA": "ar", "SD": "ar", "SI": "sl",
+    "SN": "fr", "SO": "so ar", "SR": "nl", "SV": "es", "TG": "fr", "TL": "pt", "UZ": "uz ru",
+}  # fmt: skip
+
+_JOINT = re.compile(r"([-_])")
+_LETTER = regex.compile(r"[\p{L}\p{N}]")
+_CHARACTER = regex.compile(f"[{UNSPACED}]")
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language in its roles, or two that are mixed; see `read_language`.
+
+    Attributes:
+        codes: Whisper's codes of what is spoken, matrix language first: the tokens of the prompt.
+        script: ISO 15924's code of the script in which the first is written; "" is the usual one.
+        region: That of the first, for which Whisper has no token.
+    """
+
+    codes: tuple[str, ...] = ()
+    script: str = ""
+    region: str = ""
+
+    @property
+    def code(self) -> str:
+        """The codes, joined: "de", or "de-en" for code-switched speech; "" is unknown."""
+        return "-".join(self.codes)
+
+    @property
+    def tag(self) -> str:
+        """The whole of it, as `read_language` reads it: "zh-Hant-TW", "ca-spanish"."""
+        from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+        parts = [part for part in (*self.codes[:1], self.script, self.region) if part]
+        for before, code in itertools.pairwise(self.codes):
+            is_clear = before not in _SPOKEN_IN.get(code.upper(), "").split()
+            parts.append(code if is_clear else LANGUAGES[code])
+        return "-".join(parts)
+
+    @property
+    def unspaced(self) -> tuple[bool, ...]:
+        """Whether it is written without spaces between words, for every code."""
+        known = [code in UNSPACED_LANGUAGES for code in self.codes]
+        if known and self.script:
+            known[0] = self.script in {*UNSPACED_SCRIPTS, *_MIXED_SCRIPTS}
+        return tuple(known)
+
+    def written(self, task: str) -> "Language":
+        """The language of the transcript, which normaliser and measure go by."""
+        return ENGLISH if task == "translate" else self
+
+
+ENGLISH = Language(("en",))  # what Whisper translates into, and all that an English-only base knows
+
+
+@functools.cache
+def read_language(text: str) -> Language:
+    """Read a language, or several joined, as people write them: "German", "de-AT", "zh_hant_tw".
+
+    Code-switched speech is joined, matrix language first: "de-en", "German-English". What follows a
+    language may also be its script ("zh-Hant") or region ("pt-BR", "pt_br", "es-419"). Where a
+    region's code is a language's, too, capitals or an underscore make it a region. Names are those
+    of transformers' table for Whisper. What is not in it stays as it is, since a tokenizer may know
+    more.
+
+    Raises:
+        UserError: If what follows the hyphen may be a region or a language, as in "ca-es".
+    """
+    first, *rest = _JOINT.split(text)
+    if (main := _code(first)) is None:
+        return Language(tuple(text.split("-")) if text else ())
+    codes, script, region = [main], "", ""
+    shouted = text.isupper()
+    for joint, part in zip(rest[::2], rest[1::2], strict=True):
+        code = _code(part)
+        is_first = len(codes) == 1
+        if part.title() in _SCRIPTS and code in (None, codes[-1]):
+            script = part.title() if is_first else script
+        elif code == codes[-1] or _is_region(part, codes[-1], code, joint, shouted):
+            is_code = part.isdecimal() or part.upper() in _REGIONS
+            region = part.upper() if is_first and is_code else region
+        elif code is None:
+            return Language(tuple(text.split("-")))
+        else:
+            codes.append(code)
+    return Language(tuple(codes), script, region)
+
+
+def _code(name: str) -> str | None:
+    """Return Whisper's code of a name or code; None if it is none."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
+
+    name = name.strip().lower()
+    return name if name in LANGUAGES else TO_LANGUAGE_CODE.get(name) or _OTHER_CODES.get(name)
+
+
+def _is_region(part: str, before: str, code: str | None, joint: str, shouted: bool) -> bool:
+    """Tell a region from a language of this code; None is no language.
+
+    Raises:
+        UserError: If it may be either.
+    """
+    region = part.upper()
+    if region not in _REGIONS:
+        return bool(re.fullmatch(r"\d{3}", part))
+    if code is None or (part.isupper() and not shouted):
+        return True
+    speakers = _SPOKEN_IN.get(region, "").split()
+    if before not in speakers:
+        return False
+    if joint == "_" or (code not in speakers and before != "en"):
+        return True
+    raise UserError(
+        f"the language '{before}-{part}' may be {before} of a region, or code-switched {before} "
+        f"and {code}; give '{before}-{region}', or the second by its name"
+    )
+
+
+def language_code(text: str) -> str:
+    """Return the code of a language, or the joined codes of two, see `read_language`."""
+    return read_language(text).code
 
 
 def is_language(text: str) -> bool:
@@ -14,42 +193,37 @@ def is_language(text: str) -> bool:
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
     try:
-        return all(code in LANGUAGES for code in language_code(text).split("-"))
+        codes = read_language(text).codes
     except UserError:
         return False
+    return bool(codes) and all(code in LANGUAGES for code in codes)
 
 
-@functools.cache
-def language_code(text: str) -> str:
-    """Return a language, or two joined, by Whisper's codes: "de" for "German", "DE" or "de-AT".
+def near_languages(text: str, known: Iterable[str]) -> str:
+    """Return which of some codes may be meant by a text, in words: "such as ka (Georgian)"."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-    Code-switched speech is joined with a hyphen, matrix language first: "de-en" for
-    "German-English". Names are those of transformers' table for Whisper. What is not in it stays as
-    it is, since a tokenizer may know more.
+    names = {name: code for code in known for name in (code, LANGUAGES.get(code, code))}
+    near = get_close_matches(text.lower(), names, cutoff=0.5) or ["en", "de", "zh"]
+    found = dict.fromkeys(names.get(name, name) for name in near)
+    return "such as " + ", ".join(f"{code} ({LANGUAGES.get(code, code).title()})" for code in found)
 
-    Raises:
-        UserError: if what follows the hyphen may be a region or a language, as in "pt-BR".
-    """
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
-    def code(name: str) -> str | None:
-        name = name.strip().lower()
-        return name if name in LANGUAGES else TO_LANGUAGE_CODE.get(name)
+def is_unspaced(text: str) -> bool:
+    """Whether a text has a character of a script that is written without spaces between words."""
+    return _CHARACTER.search(text) is not None
 
-    first, *rest = _JOINT.split(text)
-    if (main := code(first)) is None:
-        return text
-    codes = [main]
-    for part in rest:
-        region = bool(_REGION.fullmatch(part)) and not first.isupper()
-        if (other := code(part)) is None and not region:
-            return text
-        if other is None or (region and other == main):
-            continue
-        if region and len(part) == 2:
-            raise UserError(
-                f"the language {text!r} may be {main} of a region, or code-switched {main} and "
-                f"{other}; give {main!r} or '{main}-{other}'"
-            )
-        codes.append(other)
-    return "-".join(codes)
+
+def begins_unspaced(text: str) -> bool:
+    """Whether the first letter or digit of a text is of such a script."""
+    found = _LETTER.search(text)
+    return found is not None and is_unspaced(found[0])
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """Join pieces of a transcript by spaces, but not where both sides are written without."""
+    joined = ""
+    for text in texts:
+        both = begins_unspaced(joined[::-1]) and begins_unspaced(text)
+        joined += text if both or not joined else f" {text}"
+    return joined

@@ -39,7 +39,7 @@ from blora_pyro.declarations import (
 from blora_pyro.errors import UserError
 from blora_pyro.families import DEPENDENT_ROWS, FAMILIES, GUIDES, PREVIOUS_POSTERIOR
 from blora_pyro.files import check_name
-from blora_pyro.languages import is_language, language_code
+from blora_pyro.languages import is_language, language_code, read_language
 from blora_pyro.sources import (
     Source,
     as_domains,
@@ -621,7 +621,7 @@ def _normalised(config: FitConfig) -> Iterator[tuple[str, Any]]:
     if config.data_weights is not None:
         yield "data_weights", numbers("data_weights", config.data_weights)
     if config.language is not None:
-        yield "language", language_code(config.language)
+        yield "language", read_language(config.language).tag
     if config.distillation_languages is not None:
         languages = separated(config.distillation_languages)
         yield "distillation_languages", tuple(map(language_code, languages))

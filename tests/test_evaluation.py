@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from blora_pyro.data import Examples, read_manifest
 from blora_pyro.evaluation import Evaluation, change_summary, evaluate, rate_summary, score
+from blora_pyro.languages import read_language
 from blora_pyro.metrics import Counts, words
 from blora_pyro.metrics.normalizers import Normalizer
 
@@ -18,6 +19,7 @@ def texts_of(texts, languages, word_languages=None) -> Examples:
     examples = object.__new__(Examples)
     examples.texts = texts
     examples.languages = languages
+    examples.written = [read_language(language) for language in languages]
     examples.word_languages = word_languages or [[] for _ in texts]
     return examples
 
@@ -53,10 +55,20 @@ def test_the_measure_is_chosen_by_the_language(language, metric, measures):
         (["en", "en", "zh"], "mer"),
         (["de", "de-en"], "wer"),
         (["zh-en", "zh"], "mer"),
+        (["km", "bo", "th"], "cer"),
+        (["ja-Latn"], "wer"),
+        (["de", "my"], "mer"),
     ],
 )
 def test_the_measure_of_mixed_sets_is_one_for_all_of_them(languages, metric):
-    texts = {"zh": "我 红", "ja": "こ れ", "en": "red car", "de": "rot", "de-en": "das car"}
+    texts = {
+        "zh": "我 红",
+        "ja": "こ れ",
+        "en": "red car",
+        "de": "rot",
+        "de-en": "das car",
+        "ja-Latn": "kore wa",
+    }
     given = [texts.get(language, "我car") for language in languages]
     result = score(texts_of(given, languages), given)
     assert result.metric == metric
@@ -67,6 +79,19 @@ def test_without_a_language_the_text_decides():
     assert score(texts_of(["red", "我"], ["", "zh"]), ["", ""]).metric == "mer"
     assert score(texts_of(["红", "我"], ["", "zh"]), ["", ""]).metric == "cer"
     assert score(texts_of(["red"], [""]), [""]).metric == "wer"
+
+
+def test_a_script_without_spaces_counts_whatever_the_language_is_called():
+    assert score(texts_of(["red 红", "rot"], ["de", "de"]), ["", ""]).metric == "mer"
+    assert score(texts_of(["ភាសា"], [""]), [""]).metric == "cer"
+    assert score(texts_of(["ok", "我"], ["zh", "zh"]), ["", ""]).metric == "cer"
+
+
+def test_a_translation_is_scored_as_english():
+    examples = texts_of(["$200"], ["zh"])
+    examples.written = [language.written("translate") for language in examples.written]
+    result = score(examples, ["two hundred dollars"])
+    assert (result.metric, result.main.edits.tolist()) == ("wer", [0])
 
 
 def test_rates_are_those_counted_by_hand():
@@ -139,13 +164,6 @@ def test_a_transcript_without_word_languages_leaves_no_pier_raw_or_normalised():
     result = score(examples, ["das red", ""])
     assert "pier" not in result.counts
     assert "pier" not in result.raw.counts
-
-
-def test_pier_may_be_of_the_normalised_text_alone():
-    # Raw, "red-我" is one word, of which the first part tells the language.
-    result = score(texts_of(["red-我"], ["de-en"], [["en", "de"]]), ["red 我"])
-    assert "raw" not in result.summary()["pier"]
-    assert "raw" not in change_summary([result], [result], "pier")
 
 
 def test_words_in_brackets_go_with_their_languages():

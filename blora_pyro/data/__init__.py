@@ -5,7 +5,7 @@ from blora_pyro.data.collation import IGNORED, Batch, Examples, SoftTargets, bat
 from blora_pyro.data.feature_cache import Digests
 from blora_pyro.data.features import Features, OnNote, featurise, trim, usable_cores
 from blora_pyro.data.manifest import read_manifest
-from blora_pyro.data.prompts import Encoder, language_codes, prompt_ids, text_ids
+from blora_pyro.data.prompts import Encoder, Suppressed, language_codes, prompt_ids, text_ids
 from blora_pyro.data.rows import BadRow, OnBadRow, all_bad, stop
 from blora_pyro.data.splits import (
     DOMAINS,
@@ -40,6 +40,7 @@ __all__ = [
     "SoftTargets",
     "Stream",
     "StreamPosition",
+    "Suppressed",
     "all_bad",
     "batch_indices",
     "corpus_dir",

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from blora_pyro.data.features import Features, OnNote, OnProgress, load_features, trim
-from blora_pyro.data.prompts import EncodedRow, Encoder
+from blora_pyro.data.prompts import NOTHING, EncodedRow, Encoder, Suppressed
 from blora_pyro.data.rows import BadRow, BadRows, OnBadRow, all_bad, stop
 from blora_pyro.errors import UserError
 
@@ -75,7 +75,8 @@ class Examples:
 
     Attributes:
         texts: the n transcripts.
-        languages: the n languages by their codes, "de" or "de-en".
+        languages: the n languages that are spoken, by their codes, "de" or "de-en".
+        written: the n languages of the transcripts: English where the task is to translate.
         word_languages: n lists of language codes, one for each token of the text, or empty.
         origins: where each row was read, such as "corpus/test.csv, line 7".
         audio_paths: n paths of audio files, None where a row's audio has none.
@@ -96,6 +97,7 @@ class Examples:
         max_tokens: int = 448,
         *,
         language: str | None = None,
+        suppressed: Suppressed = NOTHING,
         on_bad: OnBadRow = stop,
         trim: bool = False,
         on_progress: OnProgress = lambda done, total: None,
@@ -109,7 +111,8 @@ class Examples:
             tokenizer: the model's.
             task: "transcribe" or "translate".
             max_tokens: the decoder's length, the model's `max_target_positions`.
-            language: of rows that name none, see `language_code`.
+            language: of rows that name none, see `read_language`.
+            suppressed: tokens that the model's `generate` never says.
             on_bad: called with the error of every bad row: one whose audio cannot be read or is
                 longer than the window, whose language is unknown to the tokenizer, or whose
                 transcript is longer than the decoder. Where it does not raise, the row is left out.
@@ -121,7 +124,7 @@ class Examples:
             UserError: with the row's origin, by `on_bad`; or if all rows of a source are bad.
         """
         bad = BadRows(on_bad)
-        encoder = Encoder(tokenizer, language, task, max_tokens)
+        encoder = Encoder(tokenizer, language, task, max_tokens, suppressed)
         encoded = _encode(dataset, encoder, bad)
         numbers = list(encoded)
         features, contents = load_features(
@@ -160,7 +163,8 @@ class Examples:
     ) -> None:
         self.features, self._end, self._trim = features, end, trim
         self.texts = [row.text for row in rows]
-        self.languages = [row.language for row in rows]
+        self.languages = [row.language.code for row in rows]
+        self.written = [row.written for row in rows]
         self.word_languages = [row.word_languages for row in rows]
         self.origins = [row.origin for row in rows]
         self.audio_paths = [row.audio_path for row in rows]

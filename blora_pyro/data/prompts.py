@@ -1,13 +1,20 @@
 """The token sequences of Whisper's decoder: prompts and targets."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from blora_pyro.data.rows import located
 from blora_pyro.errors import UserError
-from blora_pyro.languages import language_code
+from blora_pyro.languages import (
+    ENGLISH,
+    Language,
+    begins_unspaced,
+    language_code,
+    near_languages,
+    read_language,
+)
 from blora_pyro.options import TASKS
 
 if TYPE_CHECKING:
@@ -16,6 +23,8 @@ if TYPE_CHECKING:
 START, END, NO_TIMESTAMPS = "<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>"
 
 _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
+_SPELLED = re.compile(r"<\|[\w.]+\|>")  # a special token or a timestamp
+_MAX_LISTED = 12  # languages in a message
 _ENGLISH_ONLY_END = 50256
 _MAX_CHARACTERS = 100  # a token; longer texts are not worth tokenising
 
@@ -36,36 +45,80 @@ def prompt_ids(
     """Return the decoder's prompt: start, language or languages, task, no timestamps.
 
     Code-switched speech ("de-en") gets the tokens of both languages, the matrix language's first.
-    English-only checkpoints have neither language nor task in their prompt, whatever is given.
+    English-only checkpoints have neither language nor task in their prompt.
 
     Raises:
-        UserError: if the tokenizer lacks a language, none is given, or the task is not Whisper's.
+        UserError: if the base lacks a language or the task, or no language is given.
     """
     vocabulary = tokenizer.get_vocab()  # convert_tokens_to_ids would turn unknown tokens into END
     if task not in TASKS:
         raise UserError(f"no task is called {task!r}; choose from {', '.join(TASKS)}")
     if not (known := language_codes(tokenizer)):
+        if language not in ("", ENGLISH.code):
+            raise UserError(f"the base is English-only, and the language is {language!r}")
+        if task != "transcribe":
+            raise UserError(f"the base is English-only, and the task is {task!r}")
         return [vocabulary[START], vocabulary[NO_TIMESTAMPS]]
     if not language:
-        raise UserError(f"no language given; choose from {', '.join(known)}, or join two: de-en")
+        some = known if len(known) <= _MAX_LISTED else ["en", "de", "zh", "..."]
+        raise UserError(f"no language given; choose from {', '.join(some)}, or join two: de-en")
     codes = language.split("-")
     if unknown := [code for code in codes if code not in known]:
+        it_knows = ", ".join(known)
+        if len(known) > _MAX_LISTED:
+            it_knows = f"{len(known)} others, {near_languages(unknown[0], known)}"
         raise UserError(
             f"the tokenizer does not know the language {unknown[0]!r} of {language!r}; "
-            f"it knows {', '.join(known)}"
+            f"it knows {it_knows}"
         )
     names = [START, *(f"<|{code}|>" for code in codes), f"<|{task}|>", NO_TIMESTAMPS]
     return [vocabulary[name] for name in names]
 
 
-def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+@dataclass(frozen=True)
+class Suppressed:
+    """Tokens that a base's `generate` never says: anywhere, and in the first place."""
+
+    anywhere: frozenset[int] = frozenset()
+    first: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, settings: object) -> "Suppressed":
+        """Return those of a base's generation config."""
+        anywhere = getattr(settings, "suppress_tokens", None) or ()
+        return cls(
+            frozenset(anywhere), frozenset(getattr(settings, "begin_suppress_tokens", None) or ())
+        )
+
+    def of_target(self, target: Sequence[int]) -> list[int]:
+        """Return the tokens of a target, text and end token, that can't be decoded."""
+        found = [token for token in target if token in self.anywhere]
+        return [*target[:1], *found] if target[0] in self.first else found
+
+
+NOTHING = Suppressed()
+
+
+def text_ids(
+    tokenizer: "PreTrainedTokenizerBase", text: str, suppressed: Suppressed = NOTHING
+) -> list[int]:
     """Return the tokens of a transcript, which Whisper begins with a space; [] if it is blank.
 
-    Special tokens spelled out in the text are read as text, so that no transcript can end early.
+    Where `generate` may not begin with a lone space there is none before a script without spaces,
+    nor where the space would be a token of its own. Special tokens spelled out in the text are read
+    as text, so that no transcript can end early.
     """
     if not (text := text.strip()):
         return []
-    return tokenizer.encode(" " + text, add_special_tokens=False, split_special_tokens=True)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    tokens = encode(f" {text}")
+    if suppressed.first and encode(" ")[0] in suppressed.first:
+        if begins_unspaced(text) or tokens[0] in suppressed.first:
+            return encode(text)
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -73,7 +126,8 @@ class EncodedRow:
     """A row of `collation.Examples`, all but its features."""
 
     text: str
-    language: str
+    language: Language
+    written: Language
     word_languages: list[str]
     origin: str
     audio_path: str | None
@@ -92,29 +146,37 @@ class Encoder:
         language: str | None = None,
         task: str = "transcribe",
         max_tokens: int = 448,
+        suppressed: Suppressed = NOTHING,
     ) -> None:
         """Keep what all rows have in common; `language` is that of rows that name none."""
         self.tokenizer, self.language, self.task = tokenizer, language, task
-        self.max_tokens = max_tokens
+        self.max_tokens, self.suppressed = max_tokens, suppressed
+        self._default = read_language(language or "")
+        if not language and not language_codes(tokenizer):
+            self._default = ENGLISH
         self.end = tokenizer.get_vocab()[END]
         self._prompts: dict[str, list[int]] = {}
 
-    def encode(self, text: str, language: str = "") -> tuple[str, list[int], list[int]]:
-        """Return a row's language by its code, its prompt, and its target: text and end token.
+    def encode(self, text: str, language: str = "") -> tuple[Language, list[int], list[int]]:
+        """Return a row's language, its prompt, and its target: text and end token.
 
         Raises:
-            UserError: if the language is unknown, or the text too long.
+            UserError: if the language is unknown, or the text too long, or spells a special token.
         """
-        code = language_code(language or self.language or "")
-        if code not in self._prompts:
-            self._prompts[code] = prompt_ids(self.tokenizer, code, self.task)
-        prompt = self._prompts[code]
+        spoken = read_language(language) if language else self._default
+        if spoken.code not in self._prompts:
+            self._prompts[spoken.code] = prompt_ids(self.tokenizer, spoken.code, self.task)
+        prompt = self._prompts[spoken.code]
+        if spelled := _SPELLED.search(text):
+            raise UserError(
+                f"the text ({text[:30]!r}...) spells the token {spelled[0]}; give the words alone"
+            )
         room = self.max_tokens - len(prompt)
         size = f"{len(text):,} characters"
         if len(text) <= _MAX_CHARACTERS * max(room, 1):
-            target = [*text_ids(self.tokenizer, text), self.end]
+            target = [*text_ids(self.tokenizer, text, self.suppressed), self.end]
             if len(target) - 1 <= room:  # the end is never an input
-                return code, prompt, target
+                return spoken, prompt, target
             size = f"{len(target) - 1} tokens"
         raise UserError(
             f"the text ({text[:30]!r}...) has {size}, but behind its prompt the decoder has room "
@@ -129,7 +191,10 @@ class Encoder:
         """
         origin, text, source = row["origin"], row["text"], row.get("source", 0)
         with located(origin, source):
-            language, prompt, target = self.encode(text, row["language"])
+            spoken, prompt, target = self.encode(text, row["language"])
             tags = [language_code(tag) for tag in row["word_languages"]]
         segment = row["start"], row["end"]
-        return EncodedRow(text, language, tags, origin, path, segment, source, prompt, target)
+        written = spoken.written(self.task)
+        return EncodedRow(
+            text, spoken, written, tags, origin, path, segment, source, prompt, target
+        )

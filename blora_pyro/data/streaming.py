@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blora_pyro.data.collation import Batch, Examples
 from blora_pyro.data.features import row_log_mels
-from blora_pyro.data.prompts import EncodedRow, Encoder
+from blora_pyro.data.prompts import NOTHING, EncodedRow, Encoder, Suppressed
 from blora_pyro.data.rows import (
     BadRow,
     BadRows,
@@ -59,6 +59,7 @@ class Stream:
         max_tokens: int = 448,
         *,
         language: str | None = None,
+        suppressed: Suppressed = NOTHING,
         buffer: int = SHUFFLE_BUFFER,
         seed: int = 0,
         trim: bool = False,
@@ -75,7 +76,7 @@ class Stream:
         """
         self.rows, self.feature_extractor = rows, feature_extractor
         # Rust's tokenizers can't be used by two threads at once.
-        self._encoder = Encoder(copy.deepcopy(tokenizer), language, task, max_tokens)
+        self._encoder = Encoder(copy.deepcopy(tokenizer), language, task, max_tokens, suppressed)
         self.buffer, self.seed, self._trim, self._on_bad = buffer, seed, trim, on_bad
         self.sample = self._sample(BadRows(on_bad))
 

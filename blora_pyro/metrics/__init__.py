@@ -1,7 +1,6 @@
 """Error rates and their intervals, from texts and counts alone."""
 
 from blora_pyro.metrics.error_rates import (
-    WITHOUT_SPACES,
     Aligned,
     Counts,
     align,
@@ -10,7 +9,6 @@ from blora_pyro.metrics.error_rates import (
     check_tags,
     forgetting,
     forgetting_removed,
-    is_unspaced,
     mer_counts,
     new_domain_drop,
     pier_counts,
@@ -22,7 +20,6 @@ from blora_pyro.metrics.error_rates import (
 )
 
 __all__ = [
-    "WITHOUT_SPACES",
     "Aligned",
     "Counts",
     "align",
@@ -31,7 +28,6 @@ __all__ = [
     "check_tags",
     "forgetting",
     "forgetting_removed",
-    "is_unspaced",
     "mer_counts",
     "new_domain_drop",
     "pier_counts",

@@ -15,15 +15,12 @@ import numpy.typing as npt
 import regex
 
 from blora_pyro.errors import UserError
+from blora_pyro.languages import UNSPACED, is_unspaced
 
 IntArray = npt.NDArray[np.int64]
 
-# Languages without spaces between words, scored by character as Whisper's authors do, and their
-# scripts. The sound marks of kana belong to no script.
-WITHOUT_SPACES = {"zh", "ja", "yue", "th", "lo", "my"}
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ーｰ\p{Thai}\p{Lao}\p{Myanmar}"
-_CHARACTER = regex.compile(rf"[{_UNSPACED}]")
-_TOKEN = regex.compile(rf"[{_UNSPACED}][\p{{M}}ﾞﾟ]*|[^\s{_UNSPACED}]+")
+# The sound marks of kana belong to no script.
+_TOKEN = regex.compile(rf"[{UNSPACED}][\p{{M}}ﾞﾟ]*|[^\s{UNSPACED}]+")
 _WORD = regex.compile(r"\S+")
 _OPERATIONS = {"equal": "=", "substitute": "S", "delete": "D", "insert": "I"}
 
@@ -59,15 +56,10 @@ class Aligned(NamedTuple):
 def words(text: str) -> list[str]:
     """Split mixed-script text: each character of a script without spaces alone, the rest at spaces.
 
-    Those scripts are Han, the two kana, Thai, Lao and Burmese; combining marks stay with their
-    character. Other text gives `text.split()`. "我喜欢red bicycle" gives 我, 喜, 欢, red, bicycle.
+    Those scripts are `languages.UNSPACED_SCRIPTS`; combining marks stay with their character. Other
+    text gives `text.split()`. "我喜欢red bicycle" gives 我, 喜, 欢, red, bicycle.
     """
     return _TOKEN.findall(" ".join(text.split()))
-
-
-def is_unspaced(text: str) -> bool:
-    """Whether the text has a character of a script without spaces, see `words`."""
-    return _CHARACTER.search(text) is not None
 
 
 def spans(measure: str, text: str) -> list[tuple[int, int]]:

@@ -203,7 +203,7 @@ def transcribe(
         UserError: If a file or the run can't be read, the language is unknown to the model, draws
             are asked for where there are none, or there is no such strength or domain.
     """
-    posterior, config = None, FitConfig(device=device)
+    posterior, config, own = None, FitConfig(device=device), None
     if adapter is not None:
         posterior, record = read_run(
             adapter,
@@ -216,7 +216,6 @@ def transcribe(
         posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
         config = record.resolved
         own = (record.domain_languages or {}).get(str(domain), record.language)
-        language = language or own
     elif domain is not None:
         raise UserError(f"domain is '{domain}', but there is no adapter; give one")
     elif strength != 1:
@@ -228,11 +227,11 @@ def transcribe(
         revision=revision if base or revision else config.revision,
         local_files_only=local_files_only or config.local_files_only,
     )
-    language = None if language in ("auto", None) else language_code(language)
+    code = language_code(language) if language else own or None
     transcriber = Transcriber(
         base_of(config),
         posterior,
-        language,
+        None if code == "auto" else code,
         task or config.task,
         timestamps=timestamps,
         batch_size=batch_size,

@@ -14,12 +14,14 @@ from blora_pyro.data import (
     OnBadRow,
     OnNote,
     Stream,
+    Suppressed,
     all_bad,
     load_mixture,
     prompt_ids,
     stream_split,
 )
 from blora_pyro.errors import UserError
+from blora_pyro.languages import language_code
 from blora_pyro.metrics import check_tags
 from blora_pyro.models import Base
 from blora_pyro.options import SHUFFLE_BUFFER, FitConfig
@@ -71,7 +73,7 @@ class Loader:
             UserError: If the base does not know the configuration's language.
         """
         if config.language:
-            prompt_ids(base.tokenizer, config.language, config.task)
+            prompt_ids(base.tokenizer, language_code(config.language), config.task)
         self.base, self.config = base, config
         self.on_progress = on_progress
         self.on_note = functools.cache(on_note)  # every set says the same of the cache
@@ -109,6 +111,7 @@ class Loader:
             self.config.task,
             self.base.net.config.max_target_positions,
             language=language or self.config.language,
+            suppressed=Suppressed.of(self.base.net.generation_config),
             trim=self.base.trim_audio,
             on_bad=on_bad,
             on_progress=functools.partial(self.on_progress, f"{', '.join(sources)} {split}"),
@@ -132,6 +135,7 @@ class Loader:
             self.config.task,
             self.base.net.config.max_target_positions,
             language=self.config.language,
+            suppressed=Suppressed.of(self.base.net.generation_config),
             buffer=self.config.shuffle_buffer or SHUFFLE_BUFFER,
             seed=self.config.seed,
             trim=self.base.trim_audio,

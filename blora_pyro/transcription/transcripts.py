@@ -6,21 +6,27 @@ of times with commas, lines of text and an empty line.
 
 import html
 import math
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import regex
+
+from blora_pyro.languages import UNSPACED, join_texts
+
 LINE_COLUMNS = 42  # per line; a Han character takes two
 CUE_LINES = 2  # per cue
 MIN_CUE = 1  # milliseconds
 
-# A line may end at white space and on either side of a character of a script without spaces, but
-# not before closing punctuation.
-_WIDE = r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U0001b000-\U0003fffd]"
-_CLOSING = r"[、。，．：；！？」』）】》\u0300-\u036f]"
-_PART = re.compile(rf"\s*(?:{_WIDE}|(?:(?!{_WIDE})\S)+){_CLOSING}*")
+# A line may end at white space and on either side of a character of a script without spaces, as
+# `metrics.words` has them, but not after an opening bracket or a vowel sign that is written before
+# its consonant, nor before closing punctuation and signs that lean on what is before them.
+_OPENING = r"[\p{Ps}\p{Pi}เ-ไເ-ໄ]"
+_CLOSING = r"[\p{M}\p{Pe}\p{Pf}\p{Lm}、。，．：；！？…・·၊။។ฯຯะาำๅະາຳ་།ﾞﾟ]"
+_PART = regex.compile(
+    rf"\s*(?:{_OPENING}*[{UNSPACED}]|[^\s{UNSPACED}]+?(?=\s|$|{_OPENING}*[{UNSPACED}])){_CLOSING}*"
+)
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,8 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """The whole transcript in one line."""
-        return " ".join(segment.text for segment in self.segments)
+        """The whole transcript in one line, joined as its script is written."""
+        return join_texts(segment.text for segment in self.segments)
 
     def to_json(self) -> Mapping[str, Any]:
         """The transcript for JSON."""

@@ -103,6 +103,19 @@ def test_every_position_of_a_batch_without_labels_counts(examples):
 def test_an_english_only_model_has_neither_language_nor_task(dataset, extractor, english_only):
     examples = Examples(dataset([{"text": "the house"}]), extractor, english_only)
     assert [len(prompt) for prompt in examples.prompts] == [2]
+    assert examples.languages == [one.code for one in examples.written] == ["en"]
+
+
+def test_a_transcript_is_in_the_language_spoken_but_a_translation_in_english(
+    dataset, extractor, tokenizer
+):
+    rows = dataset([{"text": "das haus", "language": "de_DE"}, ROWS[1]])
+    heard, translated = (
+        Examples(rows, extractor, tokenizer, task) for task in ("transcribe", "translate")
+    )
+    assert heard.languages == translated.languages == ["de", "de-en"]
+    assert [one.tag for one in heard.written] == ["de-DE", "de-en"]
+    assert [one.tag for one in translated.written] == ["en", "en"]
 
 
 def test_text_longer_than_the_decoder_is_refused(dataset, extractor, tokenizer):

@@ -1,9 +1,12 @@
+import re
 from types import SimpleNamespace
 
 import pytest
+from transformers import GenerationConfig
 
-from blora_pyro.data.prompts import END, prompt_ids, text_ids
+from blora_pyro.data.prompts import END, Encoder, Suppressed, prompt_ids, text_ids
 from blora_pyro.errors import UserError
+from blora_pyro.languages import read_language
 
 
 def tokens(tokenizer, *args):
@@ -25,6 +28,21 @@ def test_a_prompt_of_two_languages_has_the_matrix_language_first(tokenizer):
 @pytest.mark.parametrize("language", ["", "en"])
 def test_an_english_only_prompt_has_neither_language_nor_task(english_only, language):
     assert tokens(english_only, language) == "<|startoftranscript|><|notimestamps|>"
+
+
+@pytest.mark.parametrize("language", ["de", "de-en", "xx"])
+def test_an_english_only_base_refuses_other_languages(english_only, language):
+    with pytest.raises(UserError, match=f"English-only, and the language is '{language}'"):
+        prompt_ids(english_only, language)
+    with pytest.raises(UserError, match="English-only, and the task is 'translate'"):
+        prompt_ids(english_only, "en", "translate")
+
+
+def test_without_a_language_an_english_only_base_hears_and_writes_english(english_only):
+    assert Encoder(english_only).encode("a bicycle")[0] == read_language("en")
+    assert Encoder(english_only).encode("a bicycle", "en-GB")[0].code == "en"
+    with pytest.raises(UserError, match="English-only"):
+        Encoder(english_only).encode("ein rad", "de")
 
 
 def test_english_only_of_openai_has_untrained_language_tokens():
@@ -59,6 +77,49 @@ def test_special_tokens_in_a_text_are_text(tokenizer):
     ids = text_ids(tokenizer, "a <|endoftext|> b")
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(ids) == " a <|endoftext|> b"
+
+
+SPACE_FORBIDDEN_FIRST = {
+    "我喜欢": "我喜欢",
+    "«ไป": "«ไป",
+    "ភាសា": "ភាសា",
+    "私は red": "私は red",
+    "das 我": " das 我",
+    "мир": "мир",  # here the space would be a token of its own
+}
+
+
+@pytest.mark.parametrize("text", SPACE_FORBIDDEN_FIRST)
+def test_a_label_does_not_begin_with_a_space_that_decoding_may_not_say(tokenizer, text):
+    space, end = tokenizer.encode(" ", add_special_tokens=False)[0], tokenizer.get_vocab()[END]
+    suppressed = Suppressed.of(GenerationConfig(begin_suppress_tokens=[space, end]))
+    ids = text_ids(tokenizer, text, suppressed)
+    assert tokenizer.decode(ids) == SPACE_FORBIDDEN_FIRST[text]
+    assert suppressed.of_target([*ids, end]) == []
+    assert tokenizer.decode(text_ids(tokenizer, text)) == f" {text}"  # nothing is forbidden
+
+
+def test_what_decoding_may_not_say_is_found_in_a_target(tokenizer):
+    colon, end = tokenizer.get_vocab()[":"], tokenizer.get_vocab()[END]
+    suppressed = Suppressed(frozenset([colon]), frozenset([end]))
+    encode = Encoder(tokenizer, "de", suppressed=suppressed).encode
+    assert suppressed.of_target(encode("um 10:30:00")[2]) == [colon, colon]
+    assert suppressed.of_target(encode("um zehn")[2]) == []
+    assert suppressed.of_target(encode("")[2]) == [end]  # silence
+    assert Suppressed.of(GenerationConfig()).of_target([colon, end]) == []
+
+
+@pytest.mark.parametrize("spelled", ["<|en|>", "<|0.00|>", "<|notimestamps|>", "<|startofprev|>"])
+def test_a_text_that_spells_a_special_token_is_refused(tokenizer, spelled):
+    with pytest.raises(UserError, match=rf"spells the token {re.escape(spelled)}; give"):
+        Encoder(tokenizer, "de").encode(f"{spelled} das haus")
+
+
+def test_of_many_languages_the_nearest_are_named(openai_tokenizer):
+    for given, named in [("georgien", "ka (Georgian)"), ("jp", "such as"), ("xx", "such as en")]:
+        with pytest.raises(UserError, match="it knows 99 others") as error:
+            prompt_ids(openai_tokenizer(51865), given)
+        assert named in str(error.value) and len(str(error.value)) < 160
 
 
 def test_a_blank_text_has_no_tokens(tokenizer):

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from blora_pyro.languages import is_unspaced
 from blora_pyro.metrics import (
     align,
     backward_gain,
     cer_counts,
     forgetting,
     forgetting_removed,
-    is_unspaced,
     mer_counts,
     new_domain_drop,
     pier_counts,
@@ -90,6 +90,8 @@ def test_words_knows_extensions(han):
         ("ที่ไหน free", "ที่ ไ ห น free"),
         ("ບໍ່ມີ", "ບໍ່ ມີ"),
         ("မြန်မာ", "မြ န် မာ"),
+        ("ភាសា", "ភា សា"),
+        ("བོད", "བོ ད"),
     ],
 )
 def test_words_splits_scripts_without_spaces(text, tokens):

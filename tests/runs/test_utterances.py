@@ -5,6 +5,7 @@ import pytest
 from blora_pyro.data import Examples, read_manifest
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import score
+from blora_pyro.languages import read_language
 from blora_pyro.runs.utterances import (
     choose,
     read_utterances,
@@ -18,6 +19,7 @@ def examples_of(texts, languages, word_languages=None) -> Examples:
     """`Examples` without features."""
     examples = object.__new__(Examples)
     examples.texts, examples.languages = texts, languages
+    examples.written = [read_language(language) for language in languages]
     examples.word_languages = word_languages or [[] for _ in texts]
     examples.origins = [f"test.jsonl, line {index + 1}" for index in range(len(texts))]
     examples.audio_paths = [f"{index}.wav" for index in range(len(texts))]

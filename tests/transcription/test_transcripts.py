@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blora_pyro.transcription.transcripts import (
+    _PART,
     CUE_LINES,
     LINE_COLUMNS,
     Segment,
@@ -20,6 +21,11 @@ def test_the_text_is_that_of_all_segments_in_a_line():
     segments = (Segment(0.0, 1.0, "das rad"), Segment(1.0, 2.0, "ist red"))
     assert Transcript("a.wav", "de-en", 2.0, segments).text == "das rad ist red"
     assert Transcript("a.wav", "de-en", 2.0, ()).text == ""
+
+
+def test_segments_without_spaces_between_words_are_joined_without():
+    segments = (Segment(0, 1, "我喜欢。"), Segment(1, 2, "你好"), Segment(2, 3, "red"))
+    assert Transcript("a.wav", "zh-en", 3, segments).text == "我喜欢。你好 red"
 
 
 def test_words_are_in_the_json_only_if_there_are_draws():
@@ -66,6 +72,20 @@ def test_long_text_is_shared_out_in_proportion():
 def test_han_characters_take_two_columns_and_need_no_space_for_a_line_to_end():
     (cue,) = cues([Segment(0, 1, "我" * 22 + "red bicycle")])
     assert cue.lines == ("我" * 21, "我red bicycle")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("我喜欢red bike。「好」", ["我", "喜", "欢", "red", " bike。", "「好」"]),
+        ("한국어 좋아요", ["한국어", " 좋아요"]),
+        ("เข้าใจกะทิ", ["เข้า", "ใจ", "กะ", "ทิ"]),
+        ("ភាសា។ល", ["ភា", "សា។", "ល"]),
+        ("スーパー、々", ["スー", "パー、々"]),
+    ],
+)
+def test_a_line_may_end_where_a_word_does(text, parts):
+    assert _PART.findall(text) == parts
 
 
 def test_no_line_begins_with_a_mark_that_closes():
