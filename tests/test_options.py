@@ -204,7 +204,7 @@ def test_the_json_of_a_config_makes_the_same_config():
         ({"on_bad_row": "ignore"}, "^on_bad_row is 'ignore'; give stop or skip$"),
         ({"prior": "norml"}, "^prior is 'norml'; give one of normal.*; did you mean 'normal'[?]$"),
         ({"guide": "pont"}, "^guide is 'pont'; .*auto-normal, or .* did you mean 'point'[?]$"),
-        ({"language": "pt-BR"}, "'pt-BR' may be pt of a region"),
+        ({"language": "ca-es"}, "'ca-es' may be ca of a region"),
         ({"data": ()}, "data names no source"),
         ({"data_weights": (1, 2)}, r"data_weights is 1, 2 for 1 source\(s\)"),
         ({"data": ("a", "b"), "data_weights": "1,x"}, "data_weights is '1,x'; give numbers"),
