@@ -24,7 +24,7 @@ from blora_pyro.metrics.bootstrap import (
     macro_rate,
     paired_macro_bootstrap,
 )
-from blora_pyro.metrics.normalizers import Normalizer
+from blora_pyro.metrics.normalizers import NORMALIZERS, Normalizer
 from blora_pyro.models import Base
 from blora_pyro.transcription import transcribe_features
 
@@ -115,7 +115,7 @@ def score(
 ) -> Evaluation:
     """Count edits of `hypotheses`, one per example, raw and normalised.
 
-    None as the normalizer is Whisper's.
+    None as the normalizer is the default one.
 
     Raises:
         UserError: If an utterance's words and word_languages differ in number.
@@ -191,7 +191,7 @@ def normalizer_for(base: Base, name: str) -> Normalizer:
     return Normalizer(name, base.tokenizer.english_spelling_normalizer)
 
 
-def evaluate(base: Base, examples: Examples, normalizer: str = "whisper") -> Evaluation:
+def evaluate(base: Base, examples: Examples, normalizer: str = NORMALIZERS[0]) -> Evaluation:
     """Transcribe and score one set."""
     hypotheses = transcribe_features(base, examples.features, examples.prompts)
     return score(examples, hypotheses, normalizer_for(base, normalizer))

@@ -348,10 +348,11 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         panel=EARLY_STOPPING,
     )
     normalizer: str = option(
-        "Of texts before scoring: Whisper's own by language (English, or basic for everything "
-        "else), its basic one for all, or none.",
-        "whisper",
-        choices=("whisper", "basic", "none"),
+        "Of texts before scoring: unicode keeps letters, marks and the language's own case "
+        "(English is by Whisper's English one); whisper is Whisper's own by language (English, or "
+        "basic for everything else), as in papers; basic for all; or none.",
+        "unicode",
+        choices=("unicode", "whisper", "basic", "none"),
         panel=SCORING,
     )
     track: str | Sequence[str] | None = option(

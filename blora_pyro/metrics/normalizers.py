@@ -1,22 +1,48 @@
-"""Normalisation of texts before they are compared: Whisper's own two normalisers, or none.
+"""Normalisation of texts before they are compared.
 
-Both are transformers' code, which is OpenAI's. The basic one lowers case, drops text in brackets,
-and replaces every other symbol, punctuation mark and *combining mark* by a space. The last of these
-splits words in scripts that spell with marks, such as Devanagari or Tamil: use the raw rate there.
-The English one also expands contractions and titles, writes numbers as digits, drops "uh" and "um",
-and uses American spellings if the checkpoint lists them (its `normalizer.json`).
+`unicode` is the default: English by Whisper's own English normaliser, every other language by
+Unicode's categories. That lowers case by the rules of the language, drops text in brackets, and
+keeps letters, digits, combining marks and apostrophes inside words; all else becomes a space.
+
+Whisper's own two normalisers, which papers use, are transformers' code, which is OpenAI's. The
+basic one replaces *combining marks* by spaces, too, which splits the words of scripts that spell
+with marks and drops their vowels (Hindi, Thai, Arabic with vowel signs), and it lowers Turkish as
+if it were English. The English one also expands contractions and titles, writes numbers as digits,
+drops "uh" and "um", and uses American spellings if the checkpoint lists them (its
+`normalizer.json`).
 """
 
+import unicodedata
 from collections.abc import Mapping
 
+import regex
 from transformers.models.whisper.english_normalizer import (
     BasicTextNormalizer,
     EnglishTextNormalizer,
 )
 
 from blora_pyro.errors import UserError
+from blora_pyro.languages import UNSPACED
 
-NORMALIZERS = ("whisper", "basic", "none")
+NORMALIZERS = ("unicode", "whisper", "basic", "none")  # the first is the default
+
+DOTLESS = {"tr", "az"}  # where I is the capital of ı, and İ that of i
+_BRACKETS = regex.compile(r"[<\[][^>\]]*[>\]]|\([^)]+?\)")  # as Whisper's normalisers have them
+# What only shapes the letters around it: joiners, marks of direction, variants, the Arabic stretch.
+# A zero-width space (U+200B) is a space.
+_INVISIBLE = regex.compile(
+    "[\u00ad\u0640\u200c-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe00-\ufe0f\ufeff]"
+)
+_APOSTROPHES = regex.compile("[\u2018\u2019\u02bb\u02bc`]")
+_DOTS = regex.compile("(?<=i)\u0307")  # an i has its dot already
+_LETTER = rf"[\p{{L}}--[{UNSPACED}]]"
+_UNSEEN = r"[\p{Cf}\p{Co}]*"  # such as what marks the language of words in `evaluation`
+_DROPPED = regex.compile(
+    rf"(?<!{_LETTER}\p{{M}}*{_UNSEEN})'|'(?!{_UNSEEN}{_LETTER})|[\p{{P}}\p{{S}}\p{{Z}}\p{{Cc}}\u200b--[']]"
+    # an enclosing mark, and what is left of a symbol with an accent
+    rf"|\p{{Me}}|(?<![\p{{L}}\p{{N}}\p{{M}}]{_UNSEEN})\p{{M}}+",
+    regex.VERSION1,
+)
 
 
 class Normalizer:
@@ -26,12 +52,15 @@ class Normalizer:
     contractions and numbers of any language, and merge words of different languages.
     """
 
-    def __init__(self, name: str = "whisper", spellings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str = NORMALIZERS[0], spellings: Mapping[str, str] | None = None
+    ) -> None:
         """Create a normaliser.
 
-        The name is `whisper` (English by Whisper's English normaliser, all other languages by its
-        basic one), `basic` (all by the basic one) or `none` (white space alone). `spellings` maps
-        British to American ones, for English; None leaves them alone.
+        The name is `unicode` or `whisper` (English by Whisper's English normaliser, all other
+        languages by Unicode's categories, or by Whisper's basic one), `basic` (all by the basic
+        one) or `none` (white space alone). `spellings` maps British to American ones, for English;
+        None leaves them alone.
 
         Raises:
             UserError: If the name is unknown, or `spellings` does not map strings to strings.
@@ -51,7 +80,19 @@ class Normalizer:
 
     def __call__(self, text: str, language: str = "") -> str:
         """The text, normalised for its language, such as "de" or "de-en"."""
-        if self.name != "none":
-            english = self.name == "whisper" and language == "en"
-            text = (self._english if english else self._basic)(text)
+        if self.name in ("unicode", "whisper") and language == "en":
+            text = self._english(text)
+        elif self.name == "unicode":
+            text = _by_categories(text, language)
+        elif self.name != "none":
+            text = self._basic(text)
         return " ".join(text.split())
+
+
+def _by_categories(text: str, language: str) -> str:
+    """Lower case and keep what `unicode` keeps; mixed languages have the case of the first."""
+    text = unicodedata.normalize("NFKC", _BRACKETS.sub("", text))
+    if language.split("-")[0] in DOTLESS:
+        text = text.replace("I", "ı").replace("İ", "i")
+    text = _DOTS.sub("", _INVISIBLE.sub("", _APOSTROPHES.sub("'", text.lower())))
+    return unicodedata.normalize("NFKC", _DROPPED.sub(" ", text))

@@ -21,6 +21,7 @@ from blora_pyro.files import write_json
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import DevError, EarlyStopping
 from blora_pyro.languages import is_language
+from blora_pyro.metrics.normalizers import NORMALIZERS
 from blora_pyro.models import Base, base_of
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
@@ -157,7 +158,7 @@ def measure(
     sets: dict[str, Examples],
     on_set: Callable[[str], None],
     keep: Path | None = None,
-    normalizer: str = "whisper",
+    normalizer: str = NORMALIZERS[0],
 ) -> dict[str, Evaluation]:
     """Evaluate the net as it is on every set. Examples under two names are transcribed once.
 

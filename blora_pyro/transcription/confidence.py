@@ -33,7 +33,7 @@ from blora_pyro.transcription.transcripts import Word
 
 _TIMESTAMP = re.compile(r"<\|\d+\.\d+\|>")
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
-BASIC = Normalizer("basic")
+NORMALIZER = Normalizer()
 
 
 @dataclass(frozen=True)
@@ -115,4 +115,4 @@ class Tally:
 
 def word_key(word: str) -> str:
     """A word without case and punctuation, unless nothing would be left."""
-    return BASIC(word).replace(" ", "") or word
+    return re.sub("[ ']", "", NORMALIZER(word)) or word
