@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from datasets import Dataset
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
+from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
 
 from blora_pyro.data import (
     MODEL_DIR,
@@ -18,6 +18,7 @@ from blora_pyro.data import (
     BadRow,
     Digests,
     Encoder,
+    Suppressed,
     load_split,
     prompt_ids,
     read_audio,
@@ -47,6 +48,7 @@ NOTES = {
     "empty text": "empty text",
     "characters": "characters that the tokenizer can't spell",
     "bytes": "characters that it spells byte by byte",
+    "suppressed": "tokens that the base's generation config suppresses, and a fit allows",
     "duration": "a stated duration that is wrong",
     "tags": "words and word_languages differ in number",
     "repeated": "audio that an earlier row has, too",
@@ -153,10 +155,12 @@ def check_data(
     Raises:
         UserError: If a source or the base can't be read at all.
     """
-    tokenizer, feature_extractor, max_tokens = load_processor(base, revision, local_files_only)
+    tokenizer, feature_extractor, max_tokens, suppressed = load_processor(
+        base, revision, local_files_only
+    )
     if language:
         prompt_ids(tokenizer, language_code(language))  # refuses a language without a token
-    encoder = Encoder(tokenizer, language, max_tokens=max_tokens)
+    encoder = Encoder(tokenizer, language, max_tokens=max_tokens, suppressed=suppressed)
     window = feature_extractor.chunk_length
     earlier = _EarlierRows()
     sets = [
@@ -169,8 +173,10 @@ def check_data(
 
 def load_processor(
     base: str, revision: str | None = None, local_files_only: bool = False
-) -> tuple[WhisperTokenizer, WhisperFeatureExtractor, int]:
-    """Return a base's tokenizer, feature extractor and decoder length, without its weights.
+) -> tuple[WhisperTokenizer, WhisperFeatureExtractor, int, Suppressed]:
+    """Return a base's tokenizer, feature extractor, decoder length and what it never says.
+
+    Its weights are not loaded.
 
     Raises:
         UserError: If they can't be loaded.
@@ -183,7 +189,10 @@ def load_processor(
     try:
         tokenizer = WhisperTokenizer.from_pretrained(folder)
         extractor = WhisperFeatureExtractor.from_pretrained(folder)
-        return tokenizer, extractor, WhisperConfig.from_pretrained(folder).max_target_positions
+        length = WhisperConfig.from_pretrained(folder).max_target_positions
+        has_settings = (folder / "generation_config.json").is_file()
+        settings = GenerationConfig.from_pretrained(folder) if has_settings else None
+        return tokenizer, extractor, length, Suppressed.of(settings)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -271,7 +280,10 @@ def _row_problems(
     """Return kind and message of what is wrong with a row taken alone."""
     problems = [("audio", recording.error)] if recording.error else []
     try:
-        encoder.encode(row["text"], row["language"])
+        _, _, target = encoder.encode(row["text"], row["language"])
+        if unsaid := encoder.suppressed.of_target(target):
+            texts = dict.fromkeys(encoder.tokenizer.decode([token]) for token in unsaid)
+            problems.append(("suppressed", ", ".join(map(repr, texts))))
     except UserError as error:
         problems.append(("transcript", str(error)))
     if not row["text"].strip():

@@ -6,7 +6,7 @@ element by element; ΔW = alpha/rank · B A can.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -121,6 +121,7 @@ def posterior_of(like: Posterior, layers: Mapping[str, LayerFactors]) -> Posteri
         stddev,
         Family(NO_PRIOR, {}, "normal"),
         revision=like.revision,
+        unsuppressed=like.unsuppressed,
     )
 
 
@@ -156,6 +157,8 @@ def combine(
     shares = _check(posteriors, method, weights)
     for number, other in enumerate(posteriors[1:], 2):
         check_alike(posteriors[0], other, ("run 1", f"run {number}"))
+    allowed = tuple(sorted({token for one in posteriors for token in one.unsuppressed}))
+    posteriors = [replace(one, unsuppressed=allowed) for one in posteriors]
     runs = [posterior_factors(one) for one in posteriors]
     largest = min(min(one.shape) for one in runs[0].values())
     if rank is not None and not 1 <= rank <= largest:

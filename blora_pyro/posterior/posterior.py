@@ -20,6 +20,7 @@ from blora_pyro.guides.contracts import TensorPrior
 from blora_pyro.hub import find_run
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
+from blora_pyro.models.decoding import allow, allowing
 from blora_pyro.posterior.draws import point_scales, prior_variances, traces
 from blora_pyro.posterior.family import Family, normal_guide
 from blora_pyro.posterior.inference_data import to_inference_data
@@ -50,6 +51,8 @@ class Posterior:
         pooling: Layout of a fit to several domains with factors of their own: groups, moments,
             prior and guide then cover all rows (see `models.pooling`), and `for_domain` gives the
             posterior that can be applied to a net. None for any other fit.
+        unsuppressed: Tokens that the training texts hold although the base's generation config
+            suppresses them: a net that is adapted, or merged, may say them.
     """
 
     base: str
@@ -62,10 +65,17 @@ class Posterior:
     revision: str | None = None
     prior_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     pooling: Pooling | None = None
+    unsuppressed: tuple[int, ...] = ()
 
     @classmethod
     def from_guide(
-        cls, base: str, model: BLoRA, guide: Guide, family: Family, revision: str | None = None
+        cls,
+        base: str,
+        model: BLoRA,
+        guide: Guide,
+        family: Family,
+        revision: str | None = None,
+        unsuppressed: tuple[int, ...] = (),
     ) -> "Posterior":
         """The posterior that `guide` holds now."""
         assert isinstance(guide, torch.nn.Module)
@@ -75,7 +85,9 @@ class Posterior:
         tensors = prior.tensors if isinstance(prior, TensorPrior) else {}
         pooling = model.pooling if isinstance(model, PooledBLoRA) else None
         groups, alpha = model.groups, model.alpha
-        return cls(base, groups, alpha, *moments, family, state, revision, tensors, pooling)
+        return cls(
+            base, groups, alpha, *moments, family, state, revision, tensors, pooling, unsuppressed
+        )
 
     def for_domain(self, domain: str | None = None) -> "Posterior":
         """The posterior of one domain's factors, or of the part that all domains share.
@@ -252,7 +264,7 @@ class Posterior:
         device = next(net.parameters()).device
         placed = {name: value.to(device) for name, value in (factors or self.mean).items()}
         try:
-            with adapters.using(placed):
+            with adapters.using(placed), allowing(net, self.unsuppressed):
                 yield
         finally:
             adapters.remove()
@@ -269,6 +281,7 @@ class Posterior:
         for name, delta in self.delta_weights():
             weight = net.get_parameter(f"{name}.weight")
             weight.copy_(weight.float() + delta.to(weight.device))
+        allow(net, self.unsuppressed)
 
     def save(self, folder: Path) -> None:
         """Write `posterior.safetensors`, and the mean as a PEFT adapter next to it.

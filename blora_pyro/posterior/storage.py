@@ -49,6 +49,8 @@ def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
         about["code_sha256"] = dict(family.code_sha256)
     if attributes["pooling"] is not None:
         about["pooling"] = asdict(attributes["pooling"])
+    if attributes["unsuppressed"]:
+        about["unsuppressed"] = list(attributes["unsuppressed"])
     tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     save_file(tensors, path, metadata={"blora_pyro": json.dumps(about)})
 
@@ -94,6 +96,7 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
             "revision": None if about.get("revision") is None else _text(about, "revision"),
             "prior_tensors": carried,
             "pooling": _pooling(about.get("pooling"), groups),
+            "unsuppressed": tuple(_list_of({"unsuppressed": [], **about}, "unsuppressed", int)),
         }
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(

@@ -270,7 +270,8 @@ def _fit_and_keep(
     )
     parts.loader.report_skipped(folder.list_skipped(parts.loader.skipped))  # of a stream
     family = Family.of(config.prior, config.prior_args, str(config.guide))
-    posterior = Posterior.from_guide(parts.scoring.base.name, model, guide, family, config.revision)
+    name, allowed = parts.scoring.base.name, parts.unsuppressed
+    posterior = Posterior.from_guide(name, model, guide, family, config.revision, allowed)
     folder.save(posterior, history, stopping, time.monotonic() - started)
     return posterior, history
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 import torch
 
-from blora_pyro.data import Examples, Stream, split_names
+from blora_pyro.data import Examples, Stream, Suppressed, split_names
 from blora_pyro.errors import UserError
 from blora_pyro.fitting import Teacher
 from blora_pyro.fitting.checkpoints import RandomState
@@ -40,6 +40,7 @@ class Parts:
         train: Training data.
         size: Their numbers of target `tokens` and `utterances`; None if unknown.
         scoring: The base and the test sets; no sets if nothing is to be scored.
+        unsuppressed: Tokens that the adapted base may say, see `Posterior`.
         fit: Program, guide, teacher and early stopping; None once the fit is done.
     """
 
@@ -48,6 +49,7 @@ class Parts:
     train: Examples | Stream
     size: dict[str, int | None]
     scoring: Scoring
+    unsuppressed: tuple[int, ...] = ()
     fit: tuple[BLoRA, Guide, Teacher | None, EarlyStopping | None] | None = None
 
     @classmethod
@@ -70,7 +72,9 @@ class Parts:
         scoring = Scoring(base, sets, config.normalizer, progress)
         parts = cls(config, loader, train, size, scoring)
         if folder.state == FITTING:
-            stopping = early_stopping(loader, config, progress.evaluated, processes)
+            earlier = folder.previous.posterior.unsuppressed if folder.previous else ()
+            allowed = tuple(sorted({*unsuppressed(loader, train), *earlier}))
+            stopping = early_stopping(loader, config, progress.evaluated, processes, allowed)
             model, guide = build(base, config, folder.previous, train)
             regularise(model, loader, progress.stage)
             teacher = teacher_of(base, model, config, size["utterances"])
@@ -80,7 +84,8 @@ class Parts:
             counts = size["utterances"], size["tokens"], model.num_weights
             folder.begin(config, train.main_language, *counts, languages)
             progress.built(model, guide)
-            parts = replace(parts, fit=(model, guide, teacher, stopping))
+            fitting = model, guide, teacher, stopping
+            parts = replace(parts, unsuppressed=allowed, fit=fitting)
         loader.report_skipped(folder.list_skipped(loader.skipped))
         return parts
 
@@ -95,6 +100,26 @@ def training_set(
         return stream, {"tokens": None, "utterances": None}
     examples = loader.load(config.sources, "train", limit=config.max_utterances)
     return examples, {"tokens": examples.num_tokens, "utterances": len(examples)}
+
+
+def unsuppressed(loader: Loader, train: Examples | Stream) -> tuple[int, ...]:
+    """Return tokens of the training texts that the base's `generate` suppresses, and note them.
+
+    They are what the adapted base may say all the same; of a stream those of its first rows.
+    """
+    suppressed = Suppressed.of(loader.base.net.generation_config)
+    targets = train.targets if isinstance(train, Examples) else train.sample.targets
+    found = [tokens for target in targets if (tokens := suppressed.of_target(target))]
+    lifted = tuple(sorted({token for tokens in found for token in tokens}))
+    if lifted:
+        tokenizer = loader.base.tokenizer
+        some = ", ".join(repr(tokenizer.decode([token])) for token in lifted[:8])
+        loader.on_note(
+            f"{len(found):,} of {len(targets):,} training texts hold tokens that the base's "
+            f"generation config suppresses ({some}{', ...' if len(lifted) > 8 else ''}); "
+            "the adapted model may say them"
+        )
+    return lifted
 
 
 def teacher_of(

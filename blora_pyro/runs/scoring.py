@@ -23,6 +23,7 @@ from blora_pyro.fitting.stopping import DevError, EarlyStopping
 from blora_pyro.languages import is_language
 from blora_pyro.metrics.normalizers import NORMALIZERS
 from blora_pyro.models import Base, base_of
+from blora_pyro.models.decoding import allowing
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.listeners import Listener
@@ -120,6 +121,7 @@ def early_stopping(
     config: FitConfig,
     on_error: Callable[[DevError, DevError], None],
     processes: Processes | None = None,
+    unsuppressed: Sequence[int] = (),
 ) -> EarlyStopping | None:
     """Return what measures the net on the new domain's dev set during a fit; None if nothing is to.
 
@@ -128,6 +130,7 @@ def early_stopping(
         config: Options of the fit.
         on_error: See `EarlyStopping`.
         processes: Those of the fit, of which the main one measures for all.
+        unsuppressed: Tokens that the net may say, see `Posterior`.
 
     Raises:
         UserError: If there is no dev set.
@@ -144,7 +147,8 @@ def early_stopping(
     examples = loader.load(source, split)
 
     def dev_error() -> float:
-        return evaluate(loader.base, examples, config.normalizer).main.rate
+        with allowing(loader.base.net, unsuppressed):
+            return evaluate(loader.base, examples, config.normalizer).main.rate
 
     measure = partial((processes or Processes()).from_main, dev_error)
     return EarlyStopping(measure, config.eval_every, config.patience, on_error)

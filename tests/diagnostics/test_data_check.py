@@ -122,6 +122,16 @@ def test_what_a_fit_takes_is_a_note(folder, fluent_folder, kind, row):
     assert not found.refused and found.sets[0].count(NOTES)[kind] == 1
 
 
+def test_tokens_that_the_base_suppresses_are_told(folder, fluent_base, tmp_path):
+    settings, vocabulary = fluent_base.net.generation_config, fluent_base.tokenizer.get_vocab()
+    settings.suppress_tokens = [vocabulary["0"], vocabulary[":"]]
+    fluent_base.save_pretrained(tmp_path / "base")
+    row = {"text": "um 10:30", "word_languages": None}
+    found = check_data(folder("train", {}, row), str(tmp_path / "base"))
+    (note,) = [one for one in found.sets[0].findings if one.kind == "suppressed"]
+    assert (note.origin[-6:], note.message) == ("line 2", "'0', ':'") and not found.refused
+
+
 def test_a_duration_may_be_rounded_or_that_of_a_segment(folder, fluent_folder):
     rows = [{"duration": 0.55}, {"duration": 0.25, "start": 0.1, "end": 0.35}]
     assert kinds(check_data(folder("train", *rows), str(fluent_folder))) == []

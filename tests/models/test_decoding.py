@@ -6,6 +6,8 @@ import torch
 
 from blora_pyro.data import featurise, prompt_ids, read_audio
 from blora_pyro.models.decoding import (
+    allow,
+    allowing,
     decode,
     decode_timed,
     detect_languages,
@@ -39,6 +41,22 @@ def test_every_row_follows_its_own_prompt(fluent_base, features):
     assert together == alone
     assert together[0] != decode(fluent_base, encoded[:1], prompts[1:2])[0]
     assert all(fluent_base.net.config.eos_token_id not in row for row in together)
+
+
+def test_suppressed_tokens_are_said_where_they_are_allowed(fluent_base, features):
+    net, prompts = fluent_base.net, [prompt_ids(fluent_base.tokenizer, "de")]
+    encoded = encode(fluent_base, features[3:])  # "das rote"
+    (said,) = decode(fluent_base, encoded, prompts)
+    net.generation_config.suppress_tokens = [said[-1], 0]
+    net.generation_config.begin_suppress_tokens = [said[0]]
+    (unlike,) = decode(fluent_base, encoded, prompts)
+    assert said[-1] not in unlike and unlike[:1] != said[:1]
+    with allowing(net, said):
+        assert net.generation_config.suppress_tokens == [0]
+        assert decode(fluent_base, encoded, prompts) == [said]
+    assert decode(fluent_base, encoded, prompts) == [unlike]
+    allow(net, said)
+    assert decode(fluent_base, encoded, prompts) == [said]
 
 
 def test_languages_are_detected(fluent_base, features):

@@ -65,6 +65,19 @@ def test_the_revision_of_the_base_is_kept(posterior, tmp_path):
 # ---- save and load
 
 
+def test_tokens_that_may_be_said_are_kept_and_allowed(net, posterior, tmp_path):
+    net.generation_config.suppress_tokens = [3, 5, 7]
+    allowing = replace(posterior, unsuppressed=(3, 7))
+    allowing.save(tmp_path)
+    loaded = Posterior.load(tmp_path)
+    assert loaded.unsuppressed == (3, 7)
+    with loaded.applied(net):
+        assert net.generation_config.suppress_tokens == [5]
+    assert net.generation_config.suppress_tokens == [3, 5, 7]
+    loaded.merge(net)
+    assert net.generation_config.suppress_tokens == [5]
+
+
 def test_save_and_load_return_every_bit(posterior, tmp_path):
     posterior.save(tmp_path / "new" / "run")
     loaded = Posterior.load(tmp_path / "new" / "run")

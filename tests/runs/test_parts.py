@@ -5,10 +5,12 @@ from blora_pyro.errors import UserError
 from blora_pyro.fitting.distillation import Distillation
 from blora_pyro.fitting.encoder_cache import EncoderCache
 from blora_pyro.guides import point, with_prior_arguments
-from blora_pyro.models import BLoRA, PooledBLoRA
+from blora_pyro.models import BLoRA, PooledBLoRA, load_base
 from blora_pyro.options import FitConfig
+from blora_pyro.runs.finished import merge_run
+from blora_pyro.runs.fits import fit
 from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.parts import build, regularise, teacher_of, training_set
+from blora_pyro.runs.parts import build, regularise, teacher_of, training_set, unsuppressed
 
 
 @pytest.fixture
@@ -28,6 +30,29 @@ def test_the_training_set_comes_with_its_size_unless_it_is_a_stream(make):
     assert training_set(make(max_utterances=1), print)[1]["utterances"] == 1
     stream, size = training_set(make(streaming=True), print)
     assert size == {"tokens": None, "utterances": None} and len(stream.sample) == 2
+
+
+def test_tokens_that_the_base_suppresses_are_allowed_where_the_training_texts_hold_them(
+    make, fluent_base, fit_options, tmp_path
+):
+    train, _ = training_set(make(), print)
+    (used, *_), first = train.targets[0], train.targets[1][0]
+    (unused, *_) = {*range(200)}.difference(*train.targets)
+    settings = fluent_base.net.generation_config
+    settings.suppress_tokens, settings.begin_suppress_tokens = [used, unused], [first]
+    base = tmp_path / "base"
+    fluent_base.save_pretrained(base)
+    notes = []
+    loader = Loader(load_base(str(base)), make().config, on_note=notes.append)
+    tokens = tuple(sorted({used, first}))
+    assert unsuppressed(loader, training_set(loader, print)[0]) == tokens
+    assert len(notes) == 1 and "2 of 2 training texts hold tokens" in notes[0]
+
+    options = {**fit_options, "base": str(base), "steps": 1}
+    run = fit(FitConfig(**options), tmp_path / "run", evaluate=False)
+    assert run.posterior.unsuppressed == tokens
+    merge_run(tmp_path / "run", tmp_path / "merged")
+    assert load_base(str(tmp_path / "merged")).net.generation_config.suppress_tokens == [unused]
 
 
 def test_program_and_guide_are_those_of_the_configuration(make, fluent_base):
