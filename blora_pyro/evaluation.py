@@ -43,6 +43,7 @@ class Evaluation:
         hypotheses: Normalised hypotheses.
         points: Per utterance, which tokens of the reference PIER counts; [] if it counts none.
         raw: The evaluation of the raw texts; None in the raw one itself.
+        examples: Fingerprint of the data set, see `Examples`; "" is not known.
     """
 
     metric: str
@@ -51,6 +52,7 @@ class Evaluation:
     hypotheses: list[str]
     points: list[list[bool]]
     raw: "Evaluation | None" = None
+    examples: str = ""
 
     @property
     def main(self) -> Counts:

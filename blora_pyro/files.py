@@ -1,14 +1,28 @@
-"""Files that are replaced as a whole: whoever reads, finds the old one or the new one."""
+"""Files and folders that are replaced as a whole: whoever reads, finds the old one or the new one.
 
+A lock of the operating system, which ends with its process, keeps two from writing at once.
+"""
+
+import ctypes
+import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from blora_pyro.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: there are no locks
+    fcntl = None  # type: ignore[assignment]
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _NAME = re.compile(r"[\w-][\w.-]*")
 _LONGEST = 200  # bytes: file systems take 255, endings included
 
@@ -69,20 +83,171 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
 
     Raises:
         OSError: If it can't be read.
-        ValueError: If it is no JSON.
+        ValueError: If it holds no JSON object.
     """
-    return parse_json(path.read_bytes())
+    content = parse_json(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole and on the disk."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     replace_file(path, text.encode())
+
+
+# ---- folders
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock on what is written to `path`, a folder that need not exist.
+
+    It is a lock on the file `.NAME.lock` beside it, which the operating system frees with the
+    process. Where a file system has no locks there is none.
+
+    Raises:
+        UserError: If another holds it.
+        OSError: If its file can't be written.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = path.parent if os.access(path.parent, os.W_OK) or not path.is_dir() else path
+    file = place / f".{path.name}.lock"
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                f"'{path}' is being written by another process; wait for it, or give another output"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                os.close(descriptor)
+                raise
+        if _is_at(descriptor, file):  # not removed by its last holder in the meantime
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def new_folder(path: Path, own: Sequence[str] = ()) -> Iterator[Path]:
+    """Give an empty folder that takes the place of the one at `path` as a whole at the end.
+
+    At an error, or a kill at any moment, the earlier one is there as it was. Of what that holds,
+    names that match a pattern of `own` go with it, and the rest stays. A folder that can't be
+    renamed (it is mounted, or where a program is at work) gets the new files one by one at the end,
+    the one that `own` has first as the last of them.
+
+    Raises:
+        UserError: If another process writes to `path`.
+        OSError: If it can't be written.
+    """
+    path = path.resolve()
+    fixed = path.is_dir() and (
+        path.is_mount() or Path.cwd().is_relative_to(path) or not os.access(path.parent, os.W_OK)
+    )
+    fresh, old = (
+        path / f".{end}" if fixed else path.with_name(f".{path.name}.{end}")
+        for end in ("new", "old")
+    )
+    with locked(path):
+        if old.exists() and not path.exists():  # killed between two renames
+            os.rename(old, path)
+        for left in (fresh, old):
+            shutil.rmtree(left, ignore_errors=True)
+        fresh.mkdir()
+        try:
+            yield fresh
+            for one in (*fresh.rglob("*"), fresh):
+                sync(one)
+            rest = [one for one in path.iterdir() if one != fresh] if path.is_dir() else []
+            rest = [one for one in rest if not any(fnmatch(one.name, name) for name in own)]
+            if fixed:
+                _move(fresh, path, rest, own)
+            else:
+                for one in rest:
+                    _link(one, fresh / one.name)
+                _put(fresh, path, old)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _move(fresh: Path, path: Path, rest: Sequence[Path], own: Sequence[str]) -> None:
+    """Move what a folder holds into another, of whose content the rest stays.
+
+    What `own` has first is removed first and comes last: without it a folder is no whole one.
+    """
+    key = own[0] if own else None
+    for one in sorted(path.iterdir(), key=lambda one: one.name != key):
+        if one != fresh and (one not in rest or (fresh / one.name).exists()):
+            remove(one)
+    for one in sorted(fresh.iterdir(), key=lambda one: one.name == key):
+        os.replace(one, path / one.name)
+
+
+def _link(old: Path, new: Path) -> None:
+    """Have a file or folder in a second place, too, unless something is there."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other, follow_symlinks=False)
+        except OSError:  # a file system without hard links
+            shutil.copy2(one, other, follow_symlinks=False)
+
+    if os.path.lexists(new):
+        return
+    if old.is_dir() and not old.is_symlink():
+        shutil.copytree(old, new, symlinks=True, copy_function=link)
+    else:
+        link(str(old), str(new))
+
+
+def _put(fresh: Path, path: Path, old: Path) -> None:
+    """Put a folder in the place of another: in one step, where the system has one."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    names = os.fsencode(fresh), os.fsencode(path)
+    if not path.exists():
+        os.rename(fresh, path)
+    elif swap is None or swap(_HERE, names[0], _HERE, names[1], _EXCHANGE):
+        os.rename(path, old)
+        try:
+            os.rename(fresh, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def cache_dir() -> Path | None:

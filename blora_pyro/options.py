@@ -61,6 +61,7 @@ SHUFFLE_BUFFER = 1000
 POOLING_SCALE = 0.5
 
 TASKS = ("transcribe", "translate")
+MACHINE_OPTIONS = ("device", "local_files_only", "track")  # they decide nothing of what is found
 
 Schedule = Literal["cosine", "linear", "constant"]
 PoolingKind = Literal["complete", "hierarchical", "none"]
@@ -492,7 +493,9 @@ class OutputOptions:
 
     PANEL: ClassVar[str] = OUTPUT
 
-    output: Path | None = option("Run folder.", unset="runs/DATA-PRIOR-seedSEED")
+    output: Path | None = option(
+        "Run folder.", unset="runs/DATA-PRIOR-seedSEED, longer with other options"
+    )
     overwrite: bool = option("Write over what is there.", False)
     resume: bool = option("Go on with the fit in --output; no other option need be given.", False)
     checkpoint_every: int | None = option(

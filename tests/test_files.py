@@ -1,9 +1,12 @@
 import json
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
-from blora_pyro.files import cache_dir, replace_file, write_json
+from blora_pyro.errors import UserError
+from blora_pyro.files import cache_dir, locked, new_folder, read_json, replace_file, write_json
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
@@ -43,3 +46,163 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("BLORA_PYRO_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "blora-pyro"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b'{"a":' * 100_000, b"1" * 5000])
+def test_what_is_no_json_object_is_a_value_error(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(OSError):
+        read_json(tmp_path / "none.json")
+
+
+# ---- folders
+
+OLD, NEW = {"key": "old", "result": "old", "mine": "mine"}, {"key": "new", "mine": "mine"}
+OWN = ("key", "result*")
+
+
+def content_of(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def fill(folder, content):
+    folder.mkdir(exist_ok=True)
+    for name, text in content.items():
+        (folder / name).write_text(text)
+
+
+def replace(path):
+    with new_folder(path, OWN) as folder:
+        fill(folder, {"key": "new"})
+
+
+def test_a_new_folder_is_there_at_the_end_with_what_is_nobodys_of_the_old(tmp_path):
+    path = tmp_path / "below" / "out"
+    replace(path)
+    assert content_of(path) == {"key": "new"}
+    fill(path, OLD)
+    (path / "folder").mkdir()
+    (path / "folder" / "note").write_text("mine")
+    (path / "folder" / "link").symlink_to("nowhere")
+    replace(path)
+    assert content_of(path) == {**NEW, "folder/note": "mine"}
+    assert (path / "folder" / "link").is_symlink()
+    assert [*path.parent.iterdir()] == [path]
+
+
+def test_an_error_leaves_the_old_folder_and_nothing_beside_it(tmp_path):
+    fill(tmp_path / "out", OLD)
+    for path in (tmp_path / "out", tmp_path / "none"):
+        with pytest.raises(OSError, match="full"), new_folder(path, OWN) as folder:
+            (folder / "key").write_text("n")
+            raise OSError("full")
+    assert content_of(tmp_path / "out") == OLD and [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "link", "rename"])
+def test_an_error_at_the_end_leaves_the_old_folder(tmp_path, monkeypatch, step):
+    path = tmp_path / "out"
+    fill(path, OLD)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: None)  # no exchange in one step
+
+    def fails(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, step, fails)
+    if step == "link":  # which only spares a copy
+        replace(path)
+        assert content_of(path) == NEW
+        return
+    with pytest.raises(OSError, match="No space left"):
+        replace(path)
+    monkeypatch.undo()
+    assert content_of(path) == OLD and [*tmp_path.iterdir()] == [path]
+
+
+def test_without_an_exchange_a_failed_second_rename_brings_the_old_folder_back(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "out"
+    fill(path, OLD)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: None)
+    rename, calls = os.rename, []
+
+    def second_fails(*names):
+        calls.append(names)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(*names)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="Input/output"):
+        replace(path)
+    assert len(calls) == 3 and content_of(path) == OLD
+    replace(path)
+    assert content_of(path) == NEW
+
+
+def killed_at(event: int, work) -> bool:
+    """Whether a copy of this process dies at its n-th call of the system, at work."""
+    if (child := os.fork()) == 0:
+        left = [event]
+
+        def hook(name, _):
+            if name == "open" or name.startswith(("os.", "shutil.", "ctypes.")):
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_and_the_next_call_works(tmp_path):
+    seen, event = [], 0
+    while True:
+        path = tmp_path / str(event) / "out"
+        path.parent.mkdir()
+        fill(path, OLD)
+        if not killed_at(event, lambda path=path: replace(path)):
+            break
+        seen.append(content_of(path))
+        replace(path)
+        assert content_of(path) == NEW and [*path.parent.iterdir()] == [path]
+        event += 1
+    assert OLD in seen and NEW in seen and all(one in (OLD, NEW) for one in seen)
+
+
+def test_a_folder_that_cannot_be_renamed_gets_its_key_last(tmp_path, monkeypatch):
+    fill(tmp_path / "out", OLD)
+    monkeypatch.chdir(tmp_path / "out")
+    moved, move = [], os.replace
+
+    def listed(old, new):
+        assert not Path("key").exists()
+        moved.append(Path(new).name)
+        move(old, new)
+
+    monkeypatch.setattr(os, "replace", listed)
+    with new_folder(Path("."), OWN) as folder:
+        fill(folder, {"key": "new", "result-2": "new"})
+    assert content_of(Path(".")) == {**NEW, "result-2": "new"} and moved[-1] == "key"
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
+def test_two_do_not_write_to_one_folder_and_a_dead_ones_lock_is_free(tmp_path):
+    path = tmp_path / "out"
+    with locked(path):
+        for other in (locked(path), new_folder(path)):
+            with pytest.raises(UserError, match="is being written by another process"), other:
+                pass
+        with locked(tmp_path / "other"):
+            pass
+    (tmp_path / ".out.lock").touch()  # of a process that was killed
+    with locked(path):
+        pass
+    assert not [*tmp_path.iterdir()]

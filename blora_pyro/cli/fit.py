@@ -1,6 +1,8 @@
 """`blora-pyro fit`."""
 
+import json
 from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from blora_pyro.families import ROLES, check_code
 from blora_pyro.launched import is_main
 from blora_pyro.options import (
     GROUPS,
+    MACHINE_OPTIONS,
     CommandOptions,
     FitConfig,
     OutputOptions,
@@ -92,12 +95,30 @@ def with_stored(config: FitConfig, folder: Path) -> FitConfig:
 
 
 def default_folder(config: FitConfig) -> Path:
-    """Return `runs/DATA-PRIOR-seedSEED`."""
-    domain = "+".join(Path(describe_source(source)).stem for source in config.sources)
-    prior = Path(config.prior).stem
+    """Return `runs/DATA-PRIOR-seedSEED`, with beta and a hash of other options that are given.
+
+    Fits that differ have folders that differ, but for options of the machine.
+    """
+    sources = [describe_source(source) for source in config.sources]
+    domain, prior = "+".join(Path(one).stem for one in sources), Path(config.prior).stem
     belief = f"after-{Path(config.prior_from).name}" if config.prior_from else prior
-    how = f"{belief}-{config.pooling}" if config.pooling else belief
-    return Path("runs") / f"{domain}-{how}-seed{config.seed}"
+    parts = [domain, belief, *([config.pooling] if config.pooling else [])]
+    default, told = FitConfig(), {*MACHINE_OPTIONS, "pooling", "seed"}
+    if config.beta != default.beta:
+        told.add("beta")
+        beta = config.beta if isinstance(config.beta, str) else f"{config.beta:g}"
+        parts.append(f"beta{beta}")
+    if [Path(one).stem for one in config.domains] == sources:  # else there is more to a path
+        told.add("data")
+    if prior == config.prior:
+        told.add("prior")
+    usual, content = default.to_json(), config.to_json()
+    rest = {name: one for name, one in content.items() if name not in told and one != usual[name]}
+    parts.append(f"seed{config.seed}")
+    if rest:
+        text = json.dumps(rest, sort_keys=True)
+        parts.append(sha256(text.encode()).hexdigest()[:8])
+    return Path("runs") / "-".join(parts)
 
 
 def show_resolved(config: FitConfig, resumed: Path | None, as_json: bool) -> None:

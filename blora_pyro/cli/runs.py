@@ -360,13 +360,12 @@ def push_to_hub(
     with one_line_errors():
         quiet_libraries()
         from blora_pyro.publishing.uploads import push_run, write_public_run
-        from blora_pyro.runs.folders import claim
+        from blora_pyro.runs.folders import written_folder
 
         card = {"revision": revision, "base": base, "license": license}
         if output is not None:
-            if output.resolve() == run.resolve():
-                raise UserError(f"output is {output}, the run's own folder; give another")
-            write_public_run(run, claim(output, overwrite), repo_id, **card)
+            with written_folder(output, overwrite, run) as folder:
+                write_public_run(run, folder, repo_id, **card)
             typer.echo(f"not uploaded, but written to: {output}")
             return
         url = push_run(

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,18 @@ class Posterior:
     def num_weights(self) -> int:
         """Number of adapter weights: all elements of A and B."""
         return sum(mean.numel() for mean in self.mean.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of layers, alpha, means and deviations."""
+        groups = [asdict(group) for group in self.groups]
+        total = sha256(json.dumps([groups, self.alpha]).encode())
+        tensors = {f"{name}.mean": value for name, value in self.mean.items()}
+        tensors |= {f"{name}.stddev": value for name, value in self.stddev.items()}
+        for name, value in sorted(tensors.items()):
+            total.update(f"{name} {tuple(value.shape)}".encode())
+            total.update(value.detach().cpu().contiguous().numpy().data)
+        return total.hexdigest()
 
     def draws(self, count: int, seed: int = 0) -> Iterator[dict[str, Tensor]]:
         """`count` independent draws from q, one at a time: site name -> tensor.

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from blora_pyro.data import is_hub_id
 from blora_pyro.declarations import declarations, default_of, flag_of
 from blora_pyro.hub import is_run_id
-from blora_pyro.options import POCKET, FitConfig
+from blora_pyro.options import MACHINE_OPTIONS, POCKET, FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS
 from blora_pyro.runs.report import fit_tables, prune_tables
@@ -19,7 +19,6 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TASK = "automatic-speech-recognition"
 HUB_METRICS = ("wer", "cer")  # MER of the Hub is another measure, the match error rate
 ISO_CODES = {"jw": "jv"}  # where Whisper's code is not ISO's
-NOT_OF_THE_FIT = ("device", "local_files_only", "track")  # options of the machine
 
 
 def model_card(
@@ -121,7 +120,13 @@ def _measured(about: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
         return report_markdown([before, *prune_tables(metrics)])
     if not any(metrics.get(name) for name in ("new_domain", "domains", "backward")):
         return ""
-    return report_markdown(fit_tables(metrics))
+    parts = fit_tables(metrics)
+    if "adapter" not in metrics:
+        parts.append(
+            "measured by an older version of blora-pyro, which did not keep the adapter's "
+            "fingerprint with the results"
+        )
+    return report_markdown(parts)
 
 
 def _origin(about: Mapping[str, Any]) -> str:
@@ -155,7 +160,7 @@ def _fit_table(posterior: Posterior, about: Mapping[str, Any]) -> str:
     for name in declarations(FitConfig):
         value = config.get(name)
         is_off = value is False or (value == 0 and isinstance(default_of(FitConfig, name), float))
-        if (text := _text(value)) and not is_off and name not in NOT_OF_THE_FIT:
+        if (text := _text(value)) and not is_off and name not in MACHINE_OPTIONS:
             options.add_row(flag_of(FitConfig, name), text)
     return report_markdown([table, options])
 

@@ -5,7 +5,6 @@ copied; of every local path, to data, code or runs, only the last part is kept. 
 the test sets (`utterances.jsonl`), checkpoints and plots are not uploaded.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -30,7 +29,7 @@ from blora_pyro.hub import REPO_ID, is_run_id
 from blora_pyro.options import POCKET
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS, POSTERIOR_FILE
 from blora_pyro.publishing.model_card import model_card
-from blora_pyro.runs.folders import ADAPTER, METRICS, read_run
+from blora_pyro.runs.folders import ADAPTER, METRICS, read_metrics, read_run
 from blora_pyro.runs.record import RUN
 
 UPLOADED = (*ADAPTER, POSTERIOR_FILE, RUN, METRICS, f"{DOMAIN_FOLDERS}/*", "README.md")
@@ -137,7 +136,9 @@ def write_public_run(
     config["revision"] = config["revision"] if base is None else None
     config["local_files_only"] = False
     content = _public(about, names)
-    metrics = _public(_read_metrics(Path(run)), names)
+    is_measured = (Path(run) / METRICS).is_file()
+    metrics = read_metrics(Path(run), record, posterior) if is_measured else {}
+    metrics = _public(metrics, names)
     family = posterior.family
     prior, guide = (names.get(name, name) for name in (family.prior, family.guide))
     family = replace(family, prior=prior, guide=guide, prior_args=_public(family.prior_args, names))
@@ -148,16 +149,6 @@ def write_public_run(
         write_json(folder / METRICS, metrics)
     card = model_card(repo_id, posterior, content, metrics, revision, license)
     (folder / "README.md").write_text(str(card).rstrip() + "\n", encoding="utf-8")
-
-
-def _read_metrics(run: Path) -> dict[str, Any]:
-    """Return what was measured, {} for a run without an evaluation."""
-    if not (run / METRICS).is_file():
-        return {}
-    try:
-        return dict(json.loads((run / METRICS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{run / METRICS} is damaged ({error}); evaluate again") from None
 
 
 def _public_base(name: str, given: str | None) -> str:

@@ -6,10 +6,8 @@ arXiv 1710.10628). A and B must mean the same in both fits, so base, layers, ran
 same.
 """
 
-import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,19 +68,10 @@ class Previous:
             f"{name}.stddev": value.cpu() for name, value in self.posterior.stddev.items()
         }
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of layers, alpha, means and deviations."""
-        groups = [asdict(group) for group in self.posterior.groups]
-        total = hashlib.sha256(json.dumps([groups, self.posterior.alpha]).encode())
-        for name, value in sorted(self.tensors.items()):
-            total.update(f"{name} {tuple(value.shape)}".encode())
-            total.update(value.contiguous().numpy().data)
-        return total.hexdigest()
-
     def link(self, inflation: float | None) -> list[dict[str, Any]]:
         """Return the `chain` in `run.json` of the next fit: all runs before it, oldest first."""
-        own = {"run": self.folder, "fingerprint": self.fingerprint, "inflation": inflation or 1.0}
+        fingerprint = self.posterior.fingerprint
+        own = {"run": self.folder, "fingerprint": fingerprint, "inflation": inflation or 1.0}
         return [*self.chain, own]
 
     def complete(self, config: FitConfig) -> FitConfig:

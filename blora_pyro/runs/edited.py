@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from blora_pyro.errors import UserError
-from blora_pyro.files import write_json
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.combining import MEAN, PRODUCT, check_alike, combine
 from blora_pyro.posterior.pruning import prune
-from blora_pyro.runs.folders import METRICS, claim, read_run
+from blora_pyro.runs.folders import read_run, write_run, written_folder
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.record import FINISHED, RunRecord
 from blora_pyro.runs.scoring import Scoring, compare
@@ -51,19 +50,17 @@ def prune_run(
     progress = progress or Listener()
     posterior, record = read_run(folder, device)
     pruned = prune(posterior, rank=rank, snr=snr, sparsity=sparsity)
-    target = claim(Path(out), overwrite)
     size = {"full": _size(posterior), "pruned": _size(pruned)}
-    metrics: dict[str, Any] = {"size": size}
-    if evaluate:
-        config = record.resolved
-        scoring = Scoring.of(config, "test", progress)
-        full = scoring.score(posterior, "full adapter")
-        fewer = scoring.score(pruned, "pruned adapter")
-        metrics |= compare(pruned, full, fewer, config)
-    pruned.save(target)
-    write_json(target / METRICS, metrics)
+    metrics: dict[str, Any] = {"size": size, "adapter": pruned.fingerprint}
     by = {"rank": rank, "snr": snr, "sparsity": sparsity}
-    replace(record, pruned={"from": str(folder), **by, **size}).write(target)
+    with written_folder(Path(out), overwrite, folder) as target:
+        if evaluate:
+            scoring = Scoring.of(record.resolved, "test", progress)
+            full = scoring.score(posterior, "full adapter")
+            fewer = scoring.score(pruned, "pruned adapter")
+            metrics |= compare(pruned, full, fewer, record.resolved)
+        how = {"from": str(folder), **by, **size}
+        write_run(target, pruned, replace(record, pruned=how), metrics)
     return metrics
 
 
@@ -125,10 +122,10 @@ def combine_runs(
         "adapter_weights": combined.num_weights,
         "kept_norm": kept,
     }
-    target = claim(Path(out), overwrite)
-    combined.save(target)
     language = languages.pop() if len(languages) == 1 else None
-    RunRecord(FINISHED, config=read[0][1].config, language=language, combined=how).write(target)
+    record = RunRecord(FINISHED, config=read[0][1].config, language=language, combined=how)
+    with written_folder(Path(out), overwrite, *folders) as target:
+        write_run(target, combined, record)
     return how
 
 

@@ -11,7 +11,7 @@ from blora_pyro.models import DTYPES, base_of, check_dtype
 from blora_pyro.models.base import check_merge, distance, probe
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior.strength import SCALE, at_strength
-from blora_pyro.runs.folders import claim, claim_file, read_run
+from blora_pyro.runs.folders import claim_file, read_run, written_folder
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.scoring import Scoring, compare
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
@@ -72,7 +72,7 @@ def evaluate_run(
     scoring = Scoring.of(config, split, progress)
     before, after = scoring.score(None, "base"), scoring.score(posterior, "adapted")
     if output is not None:
-        rows = utterance_rows(scoring.sets, {"base": before, "adapted": after})
+        rows = utterance_rows(scoring.sets, {"base": before, "adapted": after}, posterior)
         try:
             write_utterances(Path(output), rows)
         except OSError as error:
@@ -134,19 +134,20 @@ def merge_run(
     posterior, record = read_run(folder, pooled=True)
     posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
     base = base_of(replace(record.resolved, dtype="float32"))
-    plain = probe(base.net)
-    with posterior.applied(base.net):
-        adapted = probe(base.net)
-    posterior.merge(base.net)
-    check_merge(str(folder), adapted, probe(base.net))
-    base.net.to(DTYPES[dtype])
-    lost, gained = distance(adapted, probe(base.net)), distance(adapted, plain)
-    if lost > gained / 2:  # of an adapter that changes nothing there is nothing to lose
-        on_note(
-            f"rounding to {dtype} moves the logits by {lost:.2%}, and the adapter by "
-            f"{gained:.2%}; merge to float32, or use the adapter unmerged"
-        )
-    base.save_pretrained(claim(out, overwrite))
+    with written_folder(out, overwrite, folder, base.folder or folder) as target:
+        plain = probe(base.net)
+        with posterior.applied(base.net):
+            adapted = probe(base.net)
+        posterior.merge(base.net)
+        check_merge(str(folder), adapted, probe(base.net))
+        base.net.to(DTYPES[dtype])
+        lost, gained = distance(adapted, probe(base.net)), distance(adapted, plain)
+        if lost > gained / 2:  # of an adapter that changes nothing there is nothing to lose
+            on_note(
+                f"rounding to {dtype} moves the logits by {lost:.2%}, and the adapter by "
+                f"{gained:.2%}; merge to float32, or use the adapter unmerged"
+            )
+        base.save_pretrained(target)
 
 
 def transcribe(

@@ -23,10 +23,12 @@ from blora_pyro.runs.folders import (
     METRICS,
     RESULTS,
     SKIPPED,
+    TRACKING,
     TRANSCRIPTS,
     UNFINISHED,
     UTTERANCES,
     claim,
+    read_metrics,
     remove_files,
     save_posterior,
 )
@@ -191,8 +193,8 @@ class FitFolder:
         self.record.adapter_weights, self.record.versions = weights, versions()
         if self.path is not None:
             self.record.write(self.path)
-            if self._occupied:
-                remove_files(self.path, *RESULTS)
+            kept = () if self._occupied else (SKIPPED, TRACKING)  # its own; a fit has no results
+            remove_files(self.path, *(name for name in RESULTS if name not in kept))
         self._occupied = False
 
     def list_skipped(self, rows: Sequence[SkippedRow]) -> str:
@@ -294,13 +296,7 @@ class FitFolder:
             UserError: If it is damaged.
         """
         assert self.path is not None
-        try:
-            return json.loads((self.path / METRICS).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.path / METRICS} is missing or damaged ({error}); measure again with: "
-                f"blora-pyro evaluate {shlex.quote(str(self.path))}"
-            ) from None
+        return read_metrics(self.path, self.record)
 
 
 class SkippedRows:

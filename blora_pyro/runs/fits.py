@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +22,10 @@ from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.chains import continued
 from blora_pyro.runs.fit_folders import FitFolder
+from blora_pyro.runs.folders import writing
 from blora_pyro.runs.listeners import Listener, check_trackers, tracked
 from blora_pyro.runs.parts import Parts
-from blora_pyro.runs.record import FINISHED, FITTING, RUN
+from blora_pyro.runs.record import FINISHED, FITTING, RUN, state_of
 from blora_pyro.runs.scoring import compare
 from blora_pyro.runs.utterances import utterance_rows
 from blora_pyro.sources import Source
@@ -125,8 +126,11 @@ def fit(
         config = config.with_options(**given)
     processes = Processes.join(_device(output, config))
     progress = (processes.is_main and progress) or Listener()
-    try:
-        folder = _open_together(processes, output, config, overwrite, resume, trust_prior_file)
+    with ExitStack() as ends:
+        ends.callback(processes.leave)
+        folder = _open_together(
+            processes, output, config, overwrite, resume, trust_prior_file, ends
+        )
         if folder.state == FINISHED or (folder.state != FITTING and not processes.is_main):
             progress.stage("finished already: reading")
             if processes.is_main:
@@ -140,8 +144,6 @@ def fit(
             tracked(progress, track, folder.path) as listener,
         ):
             return _fit(folder, evaluate, checkpoint_every, listener, interrupts, processes)
-    finally:
-        processes.leave()
 
 
 def _device(output: str | Path | None, config: FitConfig) -> str:
@@ -170,11 +172,17 @@ def _open_together(
     overwrite: bool,
     resume: bool,
     trust_prior_file: bool,
+    ends: ExitStack,
 ) -> FitFolder:
-    """Return the folder in the main process, and in the others what they need to know of it."""
+    """Return the folder in the main process, and in the others what they need to know of it.
+
+    The main process holds its lock until `ends`, unless there is a finished fit to be read.
+    """
     opened: list[FitFolder] = []
 
     def open_folder() -> dict[str, Any]:
+        if output is not None and not (resume and state_of(Path(output)) == FINISHED):
+            ends.enter_context(writing(Path(output)))
         opened.append(_open(output, config, overwrite, resume, trust_prior_file))
         return {name: getattr(opened[0].record, name) for name in ("state", "options", "chain")}
 
@@ -237,7 +245,7 @@ def _fit(
         posterior, history = folder.fitted()
     after = parts.scoring.score(posterior, "adapted", folder.transcripts("adapted"))
     metrics = compare(posterior, before, after, parts.config)
-    rows = utterance_rows(parts.scoring.sets, {"base": before, "adapted": after})
+    rows = utterance_rows(parts.scoring.sets, {"base": before, "adapted": after}, posterior)
     folder.finish(metrics, rows, time.monotonic() - started)
     progress.measured(metrics, history[-1].step if history else 0)
     return Run(parts.config, posterior, history, metrics, folder.path, folder.record.dev)

@@ -1,39 +1,55 @@
 """Run folders: claiming, writing and reading them."""
 
+import errno
 import os
 import shlex
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from blora_pyro.errors import UserError
-from blora_pyro.files import sync
+from blora_pyro.errors import UserError, reason
+from blora_pyro.files import locked, new_folder, read_json, remove, sync, write_json
 from blora_pyro.fitting import checkpoints
 from blora_pyro.hub import find_run
-from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HUB_FILES
 from blora_pyro.posterior import Posterior, storage
 from blora_pyro.runs.record import EVALUATING, FITTING, RUN, RunRecord, state_of
 
 METRICS, CHECKPOINT, SKIPPED = "metrics.json", checkpoints.FILE, "skipped_rows.jsonl"
 UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
-TRACKING = "tracking"  # folder that trackers write to
+PLOTS, TRACKING = "diagnostics", "tracking"  # the second is a folder that trackers write to
 TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
 ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-RESULTS = (
+RESULTS = (  # names, and patterns of those of several splits and strengths
     storage.POSTERIOR_FILE,
     *ADAPTER,
     storage.DOMAIN_FOLDERS,
-    METRICS,
-    UTTERANCES,
+    "metrics*.json",
+    "utterances*.jsonl",
     SKIPPED,
     STRENGTH_PLOT,
+    PLOTS,
     TRACKING,
 )
 HALF_WRITTEN = "posterior.new"
 UNFINISHED = (CHECKPOINT, *TRANSCRIPTS.values())
 WITHOUT_STEP = {RUN, SKIPPED, TRACKING, *TRANSCRIPTS.values()}  # files of a fit without checkpoint
+OWN = (
+    RUN,
+    *RESULTS,
+    *UNFINISHED,
+    f"{RUN}.new",
+    "*.json.new",
+    HALF_WRITTEN,
+    "README.md",
+    *HUB_FILES,
+)
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def save_posterior(folder: Path, fitted: Posterior) -> None:
@@ -58,19 +74,32 @@ def save_posterior(folder: Path, fitted: Posterior) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def write_run(
+    folder: Path, posterior: Posterior, record: RunRecord, metrics: Mapping[str, Any] | None = None
+) -> None:
+    """Write a run that is finished to an empty folder: posterior, adapter, metrics and record.
+
+    Raises:
+        OSError: If that fails.
+    """
+    posterior.save(folder)
+    if metrics:
+        write_json(folder / METRICS, metrics)
+    record.write(folder)
+
+
 def remove_files(folder: Path, *names: str) -> None:
-    """Remove files (or folders), and what a killed process left half-written."""
-    shutil.rmtree(folder / HALF_WRITTEN, ignore_errors=True)
+    """Remove files (or folders) by names or patterns, and what a killed process left of them."""
+    remove(folder / HALF_WRITTEN)
     for name in names:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-            continue
-        for file in (folder / name, folder / f"{name}.new"):
-            file.unlink(missing_ok=True)
+        for one in (*folder.glob(name), *folder.glob(f"{name}.new")):
+            remove(one)
 
 
 def claim(folder: Path, overwrite: bool) -> Path:
     """Make a folder for a run; files of a fit that has no checkpoint yet are removed.
+
+    Whoever writes there holds its lock, see `locked`: what looks like a dead fit is none otherwise.
 
     Raises:
         UserError: If it can't be made or written, or holds something and `overwrite` is off.
@@ -79,13 +108,15 @@ def claim(folder: Path, overwrite: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".blora-pyro").touch()
         (folder / ".blora-pyro").unlink()
-        left = {path.name.removesuffix(".new") for path in folder.iterdir()}
-        if state_of(folder) == FITTING and left <= WITHOUT_STEP:
+        ours = {f".{folder.resolve().name}.lock", ".new"}  # see `locked` and `new_folder`
+        found = {path.name for path in folder.iterdir()} - ours
+        left = {name.removesuffix(".new") for name in found}
+        is_dead = found <= {f"{RUN}.new"}  # killed at the first write
+        if is_dead or (state_of(folder) == FITTING and left <= WITHOUT_STEP):
             remove_files(folder, *left)
             left = set()
     except OSError as error:
-        why = error.strerror
-        raise UserError(f"output '{folder}' can't be written ({why}); give another") from None
+        raise unwritable(folder, error) from None
     if left and not overwrite and state_of(folder) in (FITTING, EVALUATING):
         raise UserError(
             f"output '{folder}' holds an unfinished fit; --resume to go on with it, give another "
@@ -94,6 +125,64 @@ def claim(folder: Path, overwrite: bool) -> Path:
     if left and not overwrite:
         raise UserError(f"output '{folder}' is not empty; give another, or --overwrite")
     return folder
+
+
+def unwritable(output: Path, error: OSError) -> UserError:
+    """Return the error of an output that can't be written."""
+    what = "free some space, or " if error.errno in FULL else ""
+    return UserError(f"output '{output}' can't be written ({error.strerror}); {what}give another")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is written bit by bit.
+
+    Raises:
+        UserError: If another process holds it, or it can't be written.
+    """
+    with ExitStack() as ends:
+        try:
+            ends.enter_context(locked(folder))
+        except OSError as error:
+            raise unwritable(folder, error) from None
+        yield
+
+
+@contextmanager
+def written_folder(output: Path, overwrite: bool, *read: str | Path) -> Iterator[Path]:
+    """Give a folder for what a command makes, which is at `output`, whole, at the end.
+
+    What is there is replaced, but for files of nobody here; see `new_folder`.
+
+    Args:
+        output: The folder.
+        overwrite: Replace what is there.
+        read: Folders of what the command reads, and Hub ids.
+
+    Raises:
+        UserError: If it can't be written, holds something and `overwrite` is off, another process
+            writes there, or something that is read would be replaced.
+    """
+    for one in read:
+        if Path(one).exists() and Path(one).resolve().is_relative_to(output.resolve()):
+            raise UserError(
+                f"output {output} is the run's own folder, or its base's, or holds them ({one}); "
+                "give another"
+            )
+    try:
+        with new_folder(output, OWN) as folder:
+            if output.exists():
+                claim(output, overwrite)
+            yield folder
+    except SafetensorError as error:
+        full = OSError(None, reason(error).rpartition("error: ")[2])
+        raise unwritable(output, full) from None
+    except OSError as error:
+        at = Path(str(error.filename or output)).resolve()
+        mine = any(part.startswith(f".{output.resolve().name}.") for part in at.parts)
+        if not (mine or at.is_relative_to(output.resolve()) or output.resolve().is_relative_to(at)):
+            raise
+        raise unwritable(output, error) from None
 
 
 def claim_file(file: Path, overwrite: bool) -> None:
@@ -164,3 +253,45 @@ def read_run(
         raise UserError(f"{found / RUN} is missing or damaged (no 'config'); fit again")
     record.config = replace(record.config, device=device)
     return posterior, record
+
+
+def check_measured(
+    file: Path, adapter: str | None, posterior: Posterior, record: RunRecord
+) -> None:
+    """Refuse results that were measured with another adapter than the run's.
+
+    Args:
+        file: Where they are.
+        adapter: The fingerprint in them; older versions kept none, and what they measured in a
+            folder is taken for the run's own unless that was made of others.
+        posterior: Of the run.
+        record: Of the run.
+
+    Raises:
+        UserError: If it is another.
+    """
+    if adapter != posterior.fingerprint and (adapter is not None or record.combined is not None):
+        raise UserError(
+            f"{file} was not measured with the adapter beside it; remove it, and measure this one: "
+            f"blora-pyro evaluate {shlex.quote(str(file.parent))}"
+        )
+
+
+def read_metrics(
+    folder: Path, record: RunRecord, posterior: Posterior | None = None
+) -> dict[str, Any]:
+    """Return what was measured with the adapter of a run; None as the posterior reads it.
+
+    Raises:
+        UserError: If it is missing, damaged, or was measured with another adapter.
+    """
+    file = folder / METRICS
+    try:
+        metrics = read_json(file)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file} is missing or damaged ({reason(error)}); measure again with: blora-pyro "
+            f"evaluate {shlex.quote(str(folder))}"
+        ) from None
+    check_measured(file, metrics.get("adapter"), posterior or Posterior.load(folder), record)
+    return metrics

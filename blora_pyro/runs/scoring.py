@@ -1,8 +1,7 @@
 """What a fit gained and what was forgotten: its sets, scored before and after, and compared."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from blora_pyro.evaluation import (
     rate_summary,
     score,
 )
-from blora_pyro.files import write_json
+from blora_pyro.files import read_json, write_json
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import DevError, EarlyStopping
 from blora_pyro.languages import is_language
@@ -177,25 +176,37 @@ def measure(
     known = _read_transcripts(keep)
     results, transcribed = {}, {}
     for name, examples in sets.items():
-        if len(known.get(name, ())) != len(examples):
+        fingerprint, texts = known.get(name, ("", []))
+        if len(texts) != len(examples) or fingerprint not in ("", examples.fingerprint):
             if examples not in transcribed:
                 on_set("the new domain" if name == NEW_DOMAIN else name)
                 transcribed[examples] = transcribe_features(
                     base, examples.features, examples.prompts
                 )
-            known[name] = transcribed[examples]
+            texts = transcribed[examples]
+            known[name] = examples.fingerprint, texts
             if keep:
                 write_json(keep, known)
-        results[name] = score(examples, known[name], normalize)
+        found = score(examples, texts, normalize)
+        results[name] = replace(found, examples=examples.fingerprint)
     return results
 
 
-def _read_transcripts(path: Path | None) -> dict[str, list[str]]:
-    """Return transcripts by set; none if there is no such file, or it is damaged."""
+def _read_transcripts(path: Path | None) -> dict[str, tuple[str, list[str]]]:
+    """Return fingerprint and transcripts by set; none if there is no such file, or it is damaged.
+
+    Older versions kept transcripts alone, whose fingerprint is "".
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        return {name: [str(text) for text in texts] for name, texts in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        content = read_json(path) if path else {}
+        pairs = {
+            name: ("", one) if all(isinstance(text, str) for text in one) else one
+            for name, one in content.items()
+        }
+        return {
+            name: (str(one), [str(text) for text in texts]) for name, (one, texts) in pairs.items()
+        }
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -279,11 +290,14 @@ def compare(
 ) -> dict[str, Any]:
     """Return the content of `metrics.json`: rates before and after, forgetting, sparsity.
 
+    `adapter` and `sets` are fingerprints of the posterior and of the sets: nobody else's results.
     With factors for every domain there is `domains`, by name, and no `new_domain`.
     """
     metrics: dict[str, Any] = {
         "normalizer": config.normalizer,
         "split": split,
+        "adapter": posterior.fingerprint,
+        "sets": {name: one.examples for name, one in before.items()},
         "backward": {},
         "sparsity": posterior.sparsity(),
     }

@@ -83,6 +83,8 @@ def strength_curve(
         "normalizer": config.normalizer,
         "new_domain": domain_name(config, split),
         "metric": results[0.0][NEW_DOMAIN].metric,
+        "adapter": posterior.fingerprint,
+        "sets": {name: examples.fingerprint for name, examples in sets.items()},
         "points": _points(results),
     }
     save_strength_plot(file, curve)
@@ -175,7 +177,9 @@ def save_strength_plot(file: Path, curve: Mapping[str, Any]) -> None:
     """
     check_plot_file(file)
     content = io.BytesIO()
-    strength_plot(curve).savefig(content, format=file.suffix[1:], dpi=200)
+    kind = file.suffix[1:]
+    note = {"Subject" if kind == "pdf" else "Description": f"adapter {curve.get('adapter')}"}
+    strength_plot(curve).savefig(content, format=kind, dpi=200, metadata=note)
     try:
         replace_file(file, content.getvalue())
     except OSError as error:

@@ -10,11 +10,15 @@ from blora_pyro.errors import UserError, check_positive
 from blora_pyro.evaluation import Evaluation
 from blora_pyro.files import replace_file
 from blora_pyro.metrics import align
-from blora_pyro.runs.folders import UTTERANCES
+from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.storage import POSTERIOR_FILE
+from blora_pyro.runs.folders import UTTERANCES, check_measured, read_run
 
 
 def utterance_rows(
-    sets: Mapping[str, Examples], states: Mapping[str, Mapping[str, Evaluation]]
+    sets: Mapping[str, Examples],
+    states: Mapping[str, Mapping[str, Evaluation]],
+    posterior: Posterior | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each utterance of each set in each state of the model.
 
@@ -25,13 +29,17 @@ def utterance_rows(
     Args:
         sets: Examples by name of the set.
         states: Results by name of the set, by name of the state, such as "base" and "adapted".
+        posterior: Of the adapted state; the rows carry its fingerprint, and that of the set.
     """
+    adapter = None if posterior is None else posterior.fingerprint
     for name, examples in sets.items():
         for state, results in states.items():
             for index, (start, end) in enumerate(examples.segments):
                 yield {
                     "set": name,
+                    "set_fingerprint": examples.fingerprint,
                     "state": state,
+                    "adapter": None if state == "base" else adapter,
                     "utterance": index,
                     "origin": examples.origins[index],
                     "audio": examples.audio_paths[index],
@@ -85,7 +93,8 @@ def read_utterances(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a file, or of a run folder.
 
     Raises:
-        UserError: If there is no such file, or it is damaged.
+        UserError: If there is no such file, it is damaged, or a run has an adapter that the rows in
+            its folder were not measured with.
     """
     path = Path(path)
     file = path / UTTERANCES if path.is_dir() else path
@@ -102,11 +111,14 @@ def read_utterances(path: str | Path) -> list[dict[str, Any]]:
             f"{file} can't be read ({error.strerror}); give the folder of a fit that was measured, "
             "or what 'blora-pyro evaluate --output' wrote"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{file} is damaged ({error}); write it again with 'blora-pyro evaluate RUN --output "
             "FILE'"
         ) from None
+    if path.is_dir() and (path / POSTERIOR_FILE).is_file():
+        for adapter in {row.get("adapter") for row in rows}:
+            check_measured(file, adapter, *read_run(path, pooled=True))
     return rows
 
 

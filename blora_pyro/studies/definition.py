@@ -11,7 +11,7 @@ from typing import Any
 from blora_pyro.data import split_names
 from blora_pyro.errors import UserError
 from blora_pyro.guides import with_prior_arguments
-from blora_pyro.options import POCKET, FitConfig, fit_command
+from blora_pyro.options import MACHINE_OPTIONS, POCKET, FitConfig, fit_command
 from blora_pyro.runs.record import RUN
 from blora_pyro.runs.scoring import DEV_SPLITS
 from blora_pyro.sources import Source, describe_source
@@ -24,7 +24,6 @@ from blora_pyro.studies.methods import (
 from blora_pyro.studies.results import BASE, DEV, TEST, Key, ScoredFit
 
 SETTING = re.compile(r"(all|[1-9]\d*)x([1-9]\d*)")
-MACHINE_OPTIONS = ("device", "local_files_only", "track")  # they decide nothing of what is found
 
 
 @dataclass(frozen=True)

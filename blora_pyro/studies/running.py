@@ -270,9 +270,8 @@ class StudyRun:
             scoring = Scoring(bench.base, sets, config.normalizer, self.progress)
             after = scoring.score(posterior)
             write_json(metrics_file, compare(posterior, before, after, config, spec.split))
-            write_utterances(
-                utterances_file, utterance_rows(sets, {BASE: before, "adapted": after})
-            )
+            rows = utterance_rows(sets, {BASE: before, "adapted": after}, posterior)
+            write_utterances(utterances_file, rows)
         return scored_run(named, folder)
 
     def _check_weights(self, scored: ScoredFit) -> None:

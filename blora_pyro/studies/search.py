@@ -13,9 +13,8 @@ from blora_pyro.declarations import declarations, is_number, value_types
 from blora_pyro.errors import UserError
 from blora_pyro.guides import describe_prior, with_prior_arguments
 from blora_pyro.metrics.pareto import knee, pareto_front
-from blora_pyro.options import FitConfig, fit_command
+from blora_pyro.options import MACHINE_OPTIONS, FitConfig, fit_command
 from blora_pyro.runs.scoring import NEW_DOMAIN
-from blora_pyro.studies.definition import MACHINE_OPTIONS
 from blora_pyro.studies.trials import RUN_FOLDER
 
 Ranges = dict[str, tuple[float, float]]  # name -> lowest and highest value

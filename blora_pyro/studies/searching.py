@@ -171,7 +171,7 @@ class _Searcher:
             after = self._measure(f"trial {number}")
         metrics_file, utterances_file = score_files(folder, DEV)
         write_json(metrics_file, compare(run.posterior, before, after, self.config, DEV))
-        rows = utterance_rows(self.sets, {BASE: before, "adapted": after})
+        rows = utterance_rows(self.sets, {BASE: before, "adapted": after}, run.posterior)
         write_utterances(utterances_file, rows)
         names = [name for name in before if name != NEW_DOMAIN]
         pairs = [before[name] for name in names], [after[name] for name in names]

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from blora_pyro.cli.fit import default_folder
 from blora_pyro.declarations import declarations, flag_of
 from blora_pyro.options import FitConfig, OutputOptions, fit_command
 from blora_pyro.runs import fits
+from blora_pyro.runs.record import RunRecord
 
 from .conftest import complaint, parsed, run, well
 
@@ -54,7 +57,7 @@ def test_what_is_given_is_known_where_a_run_is_continued(handed_on):
     well(
         "fit", "--prior-from", "runs/first", "--prior-inflation", 2, "--data", "es-en", "--seed", 3
     )
-    assert handed_on["folder"] == Path("runs/es-en-after-first-seed3")
+    assert re.fullmatch(r"runs/es-en-after-first-seed3-\w{8}", str(handed_on["folder"]))
     assert handed_on["config"].given_options == {
         "prior_from": "runs/first",
         "prior_inflation": 2.0,
@@ -161,7 +164,23 @@ def test_other_options_reach_the_configuration(handed_on):
         0.2,
         True,
     )
-    assert handed_on["folder"] == Path("runs/de-en+es-en-normal-hierarchical-seed0")
+    folder = str(handed_on["folder"])
+    assert re.fullmatch(r"runs/de-en\+es-en-normal-hierarchical-seed0-\w{8}", folder)
+
+
+def test_folders_of_fits_that_differ_differ_by_name(tmp_path):
+    options = [
+        *({}, {"beta": 1e-5}, {"beta": "auto"}, {"beta": 0}, {"steps": 3}, {"steps": 4}),
+        *({"seed": 1}, {"data": "es-en"}, {"data": {"a": "de-en"}}, {"data": {"b": "de-en"}}),
+        *({"data": str(tmp_path / "de-en")}, {"prior": "laplace"}, {"prior": "x/laplace.py"}),
+        *({"prior_from": "a/r"}, {"prior_from": "b/r"}, {"pooling": "none", "data": ["a", "b"]}),
+    ]
+    folders = [default_folder(FitConfig(**one)) for one in options]
+    assert len({*folders}) == len(options)
+    assert folders[0] == Path("runs/de-en-normal-seed0")
+    assert folders[1] == Path("runs/de-en-normal-beta1e-05-seed0")
+    machine = FitConfig(device="cuda", track="tensorboard", local_files_only=True)
+    assert default_folder(machine) == folders[0]
 
 
 def test_no_option_is_left_out_of_these_tests():
@@ -181,7 +200,7 @@ def test_several_sources_and_named_sets_reach_the_configuration(handed_on, monke
     assert config.data == ("de-en", "corpora/mine.csv")
     assert config.data_weights == (3, 1)
     assert config.backward == {"de": "de", "en": "en", "mine": "a", "a,b": "a,b"}
-    assert handed_on["folder"] == Path("runs") / "de-en+mine-normal-seed0"
+    assert handed_on["folder"].name.startswith("de-en+mine-normal-seed0-")
 
 
 def test_an_option_given_at_its_default_counts_as_given(handed_on, tmp_path):
@@ -306,7 +325,8 @@ def test_the_run_folder_is_named_after_data_prior_and_seed(
 ):
     monkeypatch.chdir(tmp_path)
     well(*short, "--seed", 3)
-    assert (tmp_path / "runs" / f"{tones_folder.name}-normal-seed3" / "run.json").is_file()
+    (file,) = tmp_path.glob(f"runs/{tones_folder.name}-normal-*seed3-*/run.json")
+    assert RunRecord.read(file.parent).options["seed"] == 3
 
 
 def test_a_fit_with_a_dev_set_tells_its_errors_and_its_end(short, tones_folder, tmp_path):

@@ -1,6 +1,7 @@
 """What goes up to the Hub comes down again as it was, and nothing else goes up."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,30 @@ def test_paths_with_the_same_last_part_get_numbers(run, tmp_path):
     with safe_open(tmp_path / "up/posterior.safetensors", "pt") as file:
         assert "secret" not in json.dumps(file.metadata())
     assert "secret" not in (tmp_path / "up/README.md").read_text()
+
+
+def test_results_of_another_adapter_are_not_published(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    posterior = Posterior.load(run)
+    mean = {name: 2 * value for name, value in posterior.mean.items()}
+    replace(posterior, mean=mean).save(tmp_path / "run")
+    with pytest.raises(UserError, match="was not measured with the adapter beside it"):
+        write_public_run(tmp_path / "run", tmp_path / "out", "me/adapter", base="someone/fluent")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "run" / "metrics.json").unlink()
+    write_public_run(tmp_path / "run", tmp_path / "out", "me/adapter", base="someone/fluent")
+    assert "Nothing: there was no evaluation" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_card_tells_of_results_whose_adapter_is_not_known(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    del metrics["adapter"], metrics["sets"]
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    for folder, told in ((tmp_path / "run", True), (run, False)):
+        write_public_run(folder, tmp_path / f"out-{told}", "me/adapter", base="someone/fluent")
+        card = (tmp_path / f"out-{told}" / "README.md").read_text(encoding="utf-8")
+        assert ("an older version of blora-pyro, which did not keep" in card) == told
 
 
 def test_what_a_run_no_longer_has_is_gone_from_the_repository(hub, run, tmp_path):

@@ -100,7 +100,7 @@ def test_the_run_says_what_it_comes_after(chained, earlier, options, tmp_path):
     about = read_json(chained.output / "run.json")
     (link,) = about["chain"]
     assert link["run"] == str(earlier) and link["inflation"] == 2
-    assert link["fingerprint"] == Previous.read(earlier).fingerprint
+    assert link["fingerprint"] == Previous.read(earlier).posterior.fingerprint
     assert about["config"]["prior"] == "previous-posterior"
     assert about["config"]["prior_from"] == str(earlier)
     third = {**options, "prior_from": chained.output, "steps": 1}

@@ -1,8 +1,10 @@
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.errors import UserError
@@ -12,7 +14,7 @@ from blora_pyro.runs.diagnosis import diagnose
 from blora_pyro.runs.edited import combine_runs, prune_run
 from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import fit
-from blora_pyro.runs.folders import read_run
+from blora_pyro.runs.folders import read_metrics, read_run
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,52 @@ def test_the_folder_is_an_adapter_for_peft_and_every_command(
     (said,) = transcribe(audio, out, language="de-en", samples=samples)
     (again,) = transcribe(audio, base=str(tmp_path / "merged"), language="de-en")
     assert said.text == again.text
+
+
+def test_results_of_what_was_there_go_with_it(folders, finished_run, tmp_path):
+    for number, make in enumerate(
+        (
+            lambda out: combine_runs(folders, out, overwrite=True),
+            lambda out: prune_run(folders[0], out, rank=1, evaluate=False, overwrite=True),
+        )
+    ):
+        out = tmp_path / str(number)
+        shutil.copytree(finished_run.output, out)
+        (out / "notes.txt").touch()
+        make(out)
+        names = {path.name for path in out.iterdir()}
+        assert "utterances.jsonl" not in names and "notes.txt" in names
+        if (out / "metrics.json").exists():
+            assert read_metrics(out, *read_run(out)[::-1]).keys() == {"size", "adapter"}
+        assert (out / "metrics.json").exists() == bool(number)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_edit_that_fails_leaves_what_was_there(folders, finished_run, tmp_path, monkeypatch):
+    shutil.copytree(finished_run.output, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    def full(self, folder):
+        (folder / "posterior.safetensors").touch()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(Posterior, "save", full)
+    for out in ("run", "none"):
+        for make in (
+            lambda out: combine_runs(folders, out, overwrite=True),
+            lambda out: prune_run(folders[0], out, rank=1, evaluate=False, overwrite=True),
+        ):
+            with pytest.raises(UserError, match=r"can't be written \(No space left on device\)"):
+                make(tmp_path / out)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_run_is_not_pruned_into_itself(finished_run):
+    before = {path.name: path.read_bytes() for path in finished_run.output.iterdir()}
+    with pytest.raises(UserError, match="is the run's own folder"):
+        prune_run(finished_run.output, finished_run.output, rank=1, evaluate=False, overwrite=True)
+    assert {path.name: path.read_bytes() for path in finished_run.output.iterdir()} == before
 
 
 def test_the_languages_of_the_runs_stay_only_if_they_are_one(folders, tmp_path):

@@ -1,5 +1,8 @@
+import errno
 import json
+import resource
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +16,11 @@ from blora_pyro.runs.folders import (
     claim,
     claim_file,
     default_output,
+    read_metrics,
     read_run,
     remove_files,
+    writing,
+    written_folder,
 )
 from blora_pyro.runs.record import RunRecord
 
@@ -50,6 +56,107 @@ def test_a_fit_without_a_checkpoint_makes_room_and_one_with_a_checkpoint_does_no
     with pytest.raises(UserError, match="holds an unfinished fit; --resume to go on with it"):
         claim(tmp_path, overwrite=False)
     assert (tmp_path / CHECKPOINT).exists()
+
+
+def test_a_fit_that_was_killed_at_its_very_first_write_is_in_nobodys_way(tmp_path):
+    (tmp_path / "run.json.new").write_text('{"sta')
+    claim(tmp_path, overwrite=False)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run.json.new").touch()
+    (tmp_path / "mine.new").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        claim(tmp_path, overwrite=False)
+
+
+# ---- folders that are written as a whole
+
+
+def test_a_folder_is_written_whole_over_another_run_and_keeps_what_is_the_users(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    stale = ("metrics.json", "utterances-dev.jsonl", "strength.png", "model-00001-of-00002.x")
+    for name in (*stale, "notes.txt"):
+        (out / name).touch()
+    with pytest.raises(UserError, match="is not empty"), written_folder(out, False):
+        raise AssertionError
+    with written_folder(out, True) as folder:
+        (folder / "run.json").write_text("{}")
+        assert (out / "metrics.json").exists()
+    assert {path.name for path in out.iterdir()} == {"run.json", "notes.txt", stale[-1]}
+
+
+@pytest.mark.parametrize("name", ["run", ".", "run/../run", "link"])
+def test_what_a_command_reads_is_not_written_over(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").touch()
+    (tmp_path / "link").symlink_to("run")
+    with pytest.raises(UserError, match="the run's own folder, or its base's, or holds them"):
+        with written_folder(tmp_path / name, True, "owner/name", tmp_path / "run"):
+            raise AssertionError
+    assert [*(tmp_path / "run").iterdir()] == [tmp_path / "run" / "run.json"]
+    with written_folder(tmp_path / "run" / "below", True, tmp_path / "run"):
+        pass
+
+
+def full_disk(folder):
+    raise OSError(errno.ENOSPC, "No space left on device", str(folder / "file"))
+
+
+def large_file(folder):
+    (folder / "file").write_bytes(bytes(100_000))
+
+
+@pytest.mark.parametrize("write", [full_disk, large_file])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, write):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for out in (tmp_path / "none", tmp_path / "run"):
+        with pytest.raises(UserError, match=r"can't be written \(.*\); free some space, or give"):
+            try:
+                with written_folder(out, True) as folder:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+                    write(folder)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert not (tmp_path / "none").exists()
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "run.json").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "run.json"]
+
+
+def test_errors_of_other_files_are_not_those_of_the_output(tmp_path):
+    with pytest.raises(FileNotFoundError), written_folder(tmp_path / "out", False):
+        (tmp_path / "data").read_text()
+
+
+def test_a_folder_that_is_being_written_is_refused_by_every_command(tmp_path):
+    out = tmp_path / "out"
+    with writing(out):
+        for other in (writing(out), written_folder(out, True)):
+            with pytest.raises(UserError, match="another process"), other:
+                raise AssertionError
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="can't be written"), writing(tmp_path / "file" / "out"):
+        raise AssertionError
+
+
+def test_metrics_are_those_of_the_adapter_beside_them(finished_run):
+    posterior, record = read_run(finished_run.output)
+    metrics = read_metrics(finished_run.output, record)
+    assert metrics["adapter"] == posterior.fingerprint
+    assert metrics["sets"].keys() == {"new_domain", *metrics["backward"]}
+    assert len({*metrics["sets"].values()}) == 3
+    other = replace(posterior, alpha=1.0)
+    with pytest.raises(UserError, match=r"was not measured with the adapter beside it; remove it"):
+        read_metrics(finished_run.output, record, other)
+
+
+def test_metrics_of_an_older_version_are_a_runs_own_unless_it_is_combined(finished_run, tmp_path):
+    posterior, record = read_run(finished_run.output)
+    (tmp_path / "metrics.json").write_text('{"backward": {}}')
+    assert read_metrics(tmp_path, record, posterior) == {"backward": {}}
+    combined = replace(record, combined={"from": ["a", "b"]})
+    with pytest.raises(UserError, match="was not measured with the adapter"):
+        read_metrics(tmp_path, combined, posterior)
 
 
 def test_a_file_is_claimed_where_there_is_none_or_to_be_overwritten(tmp_path):

@@ -315,6 +315,34 @@ def test_what_never_came_to_a_checkpoint_is_in_nobodys_way(options, straight, tm
     assert_same_run(folder, straight.output)
 
 
+def test_a_fit_that_was_killed_at_its_first_write_can_be_resumed_or_started(options, tmp_path):
+    for number, how in enumerate(({"resume": True}, {})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "run.json.new").write_text('{"state": "fit')
+        with pytest.raises(Crash):
+            fit(FitConfig(**options), folder, progress=Crashing(stage="loading"), **how)
+        assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+def test_two_fits_do_not_write_to_one_folder(options, tmp_path):
+    refused = []
+
+    class Second(Listener):
+        def stage(self, name):
+            for how in ({}, {"overwrite": True}, {"resume": True}):
+                with pytest.raises(UserError, match="is being written by another process") as found:
+                    fit(FitConfig(**options), tmp_path / "run", **how)
+                refused.append(str(found.value))
+            raise Crash
+
+    with pytest.raises(Crash):
+        fit(FitConfig(**options), tmp_path / "run", progress=Second())
+    assert len(refused) == 3 and (tmp_path / "run" / "run.json").exists()
+    crashed(tmp_path / "run", options, stage="loading")  # the lock went with the first
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_an_earlier_run_is_kept_until_the_new_one_is_loaded(straight, options, tmp_path):
     shutil.copytree(straight.output, tmp_path / "run")
     with pytest.raises(UserError, match="nowhere"):

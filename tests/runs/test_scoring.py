@@ -50,6 +50,19 @@ def test_transcripts_that_are_kept_are_only_scored(fluent_base, tones_folder, tm
     assert stages == ["de"] and found.hypotheses == ["das rote", "falsch"]
 
 
+def test_kept_transcripts_of_another_set_are_not_taken(fluent_base, tones_folder, tmp_path):
+    german, english = (
+        load_examples(fluent_base, str(tones_folder / f"{name}.jsonl"), "test")
+        for name in ("de", "en")
+    )
+    file, stages = tmp_path / "transcripts.json", []
+    measure(fluent_base, {"x": german}, stages.append, file)
+    measure(fluent_base, {"x": german}, stages.append, file)
+    found = measure(fluent_base, {"x": english}, stages.append, file)["x"]
+    assert stages == ["x", "x"] and found.examples == english.fingerprint
+    assert found.references == english.texts
+
+
 def test_scores_before_and_after_are_compared_by_set(fluent_base, tones_folder, random_posterior):
     sets = {
         name: load_examples(fluent_base, str(tones_folder / f"{file}.jsonl"), "test")

@@ -1,4 +1,6 @@
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -24,6 +26,7 @@ def examples_of(texts, languages, word_languages=None) -> Examples:
     examples.origins = [f"test.jsonl, line {index + 1}" for index in range(len(texts))]
     examples.audio_paths = [f"{index}.wav" for index in range(len(texts))]
     examples.segments = [(None, 1.5)] * len(texts)
+    examples.fingerprint = "5e7"
     return examples
 
 
@@ -46,7 +49,9 @@ def rows():
 def test_a_row_by_hand(rows):
     assert rows[0] == {
         "set": "new_domain",
+        "set_fingerprint": "5e7",
         "state": "base",
+        "adapter": None,
         "utterance": 0,
         "origin": "test.jsonl, line 1",
         "audio": "0.wav",
@@ -205,3 +210,14 @@ def test_the_worst_have_the_most_edits_then_the_highest_rate():
     assert worst(made, 1) == [made[4]]
     with pytest.raises(UserError, match="top is 0"):
         worst(made, 0)
+
+
+def test_rows_of_a_run_are_those_of_its_adapter(finished_run, tmp_path):
+    adapters = {row["adapter"] for row in read_utterances(finished_run.output)}
+    assert adapters == {None, finished_run.posterior.fingerprint}
+    shutil.copytree(finished_run.output, tmp_path / "run")
+    posterior = finished_run.posterior
+    replace(posterior, mean={n: 2 * v for n, v in posterior.mean.items()}).save(tmp_path / "run")
+    with pytest.raises(UserError, match="was not measured with the adapter beside it"):
+        read_utterances(tmp_path / "run")
+    assert read_utterances(tmp_path / "run" / "utterances.jsonl")  # a file has no adapter beside it
