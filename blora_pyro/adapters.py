@@ -6,20 +6,23 @@ arXiv 2106.09685). Layers of one shape form a `Group`, and all their A (or B) ar
 tensor, one Pyro sample statement, however deep the model is.
 """
 
+import math
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import pyro
+import regex
 import torch
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, reason
 from blora_pyro.low_rank import add_low_rank_update
 
 Factors = Mapping[str, Tensor]
@@ -27,6 +30,8 @@ Projection = Callable[[Tensor], Tensor]
 
 ALL_LINEAR = "all-linear"
 SAME_WEIGHTS = 1e-3  # relative difference of standard deviations, for another dtype's rounding
+LONGEST_PATTERN, MOST_REPEATS = 1000, 1000  # characters; product of all numbers in braces
+PATTERN_SECONDS = 2.0
 _REGEX_SIGNS = re.compile(r"[\\^$*+?()\[\]{}|]")
 
 
@@ -109,18 +114,49 @@ class Group:
         return pyro.plate(f"modules_{self.key}", len(self.modules), dim=-1)
 
 
+def whole_match(pattern: str) -> Callable[[str], bool]:
+    """Return whether a whole name matches a regular expression, as in PEFT, within bounds.
+
+    The expression may be anyone's: its length and counted repeats are bounded, which its compiler
+    writes out, and so is the time that it takes for all names together.
+
+    Raises:
+        UserError: If it is no regular expression or beyond the bounds; also as it is called.
+    """
+    shown, left = f"target modules '{pattern:.80}'", PATTERN_SECONDS
+    repeats = (float(one) for one in re.findall(r"\d+", "".join(re.findall(r"{[^}]*", pattern))))
+    if len(pattern) > LONGEST_PATTERN or math.prod(one or 1 for one in repeats) > MOST_REPEATS:
+        raise UserError(f"{shown} is too large a regex; give a simpler one, or names of layers")
+    try:
+        re.compile(pattern)  # else what only the package `regex` knows would do something else
+        compiled = regex.compile(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{shown} is no regex: {reason(error)}") from None
+
+    def matches(name: str) -> bool:
+        nonlocal left
+        started = time.monotonic()
+        try:
+            found = compiled.fullmatch(name, timeout=left)
+        except TimeoutError:
+            found, left = None, 0.0
+        left -= time.monotonic() - started
+        if left <= 0:
+            raise UserError(f"{shown} takes too long; give a simpler regex, or names of layers")
+        return found is not None
+
+    return matches
+
+
 def match_names(names: Iterable[str], pattern: str) -> list[str]:
     """Return the names that a pattern matches: comma-separated suffixes, or a regex of whole names.
 
     Raises:
-        UserError: If the pattern has characters of a regular expression, but is not one.
+        UserError: If the pattern has characters of a regular expression, but is not one, or takes
+            too long.
     """
     if _REGEX_SIGNS.search(pattern):
-        try:
-            regex = re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"target modules '{pattern}' is no regex: {error}") from None
-        return [name for name in names if regex.fullmatch(name)]
+        return [*filter(whole_match(pattern), names)]
     suffixes = [suffix.strip() for suffix in pattern.split(",")]
     return [
         name

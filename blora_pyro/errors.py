@@ -3,6 +3,11 @@
 import math
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# What torch, oneDNN, the C++ library and the operating system say of full memory.
+OUT_OF_MEMORY = (
+    *("out of memory", "not enough memory", "can't allocate memory", "annot allocate memory"),
+    *("could not create a primitive", "bad_alloc", "nable to allocate"),
+)
 
 
 class UserError(Exception):
@@ -48,6 +53,11 @@ def check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{name} is {value}; give a number above 0")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is full, the machine's or a GPU's."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def printable(value: object, limit: int = 300) -> str:

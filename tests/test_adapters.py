@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from blora_pyro.adapters import Adapters, Group, find_targets, group_by_shape
+from blora_pyro.adapters import Adapters, Group, find_targets, group_by_shape, is_finite
 from blora_pyro.errors import UserError
 
 quick = settings(
@@ -271,3 +271,31 @@ def test_a_refused_net_is_left_without_hooks(net):
     with pytest.raises(UserError):
         Adapters(net, (good, Group(("nowhere",), 16, 16, rank=2)), alpha=4.0)
     assert not any(module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (r"(?:(?:\w|.)+)+[!?]", "takes too long; give a simpler regex"),
+        ("a*" * 501, "is too large a regex"),
+        ("(?:(?:a{99}){99}){99}", "is too large a regex"),
+        ("(" * 450 + ")" * 450, "is no regex"),
+        ("(?R)", "is no regex"),
+    ],
+)
+def test_a_regex_beyond_the_bounds_is_refused(net, monkeypatch, pattern, words):
+    monkeypatch.setattr("blora_pyro.adapters.PATTERN_SECONDS", 0.05)
+    with pytest.raises(UserError, match=words) as caught:
+        find_targets(net, pattern)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_finite_is_what_has_neither_nan_nor_infinity():
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        values = torch.zeros(3, 4, dtype=dtype)
+        assert is_finite(values) and is_finite(values[:0])
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            values[1, 2] = bad
+            assert not is_finite(values)
+    assert is_finite(torch.arange(3)) and is_finite(torch.tensor([True]))
+    assert not is_finite(torch.zeros(2, dtype=torch.complex64))

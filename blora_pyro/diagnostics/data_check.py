@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from datasets import Dataset
-from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
+from transformers import WhisperFeatureExtractor, WhisperTokenizer
 
 from blora_pyro.data import (
     MODEL_DIR,
@@ -27,10 +27,11 @@ from blora_pyro.data import (
     text_ids,
     usable_cores,
 )
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, reason
 from blora_pyro.languages import language_code
 from blora_pyro.metrics import check_tags
-from blora_pyro.models import adapter_in, find_folder
+from blora_pyro.models.folders import adapter_in, check_chain, find_folder
+from blora_pyro.models.stored_config import read_config, read_extractor, read_generation
 from blora_pyro.options import POCKET
 from blora_pyro.sources import Source, as_sources, describe_source
 
@@ -172,11 +173,14 @@ def check_data(
 
 
 def load_processor(
-    base: str, revision: str | None = None, local_files_only: bool = False
+    base: str,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    above: tuple[str, ...] = (),
 ) -> tuple[WhisperTokenizer, WhisperFeatureExtractor, int, Suppressed]:
     """Return a base's tokenizer, feature extractor, decoder length and what it never says.
 
-    Its weights are not loaded.
+    Its weights are not loaded. `above` are the adapters that lead to this base.
 
     Raises:
         UserError: If they can't be loaded.
@@ -185,20 +189,19 @@ def load_processor(
     if base != POCKET:
         folder = find_folder(base, revision, local_files_only, weights=False)
         if adapter := adapter_in(base, folder):
-            return load_processor(*adapter, local_files_only)
+            above = check_chain(base, folder, above)
+            return load_processor(*adapter, local_files_only, above)
+    extractor, config = read_extractor(base, folder), read_config(base, folder)
+    has_settings = (folder / "generation_config.json").is_file()
+    settings = read_generation(base, folder) if has_settings else None
     try:
         tokenizer = WhisperTokenizer.from_pretrained(folder)
-        extractor = WhisperFeatureExtractor.from_pretrained(folder)
-        length = WhisperConfig.from_pretrained(folder).max_target_positions
-        has_settings = (folder / "generation_config.json").is_file()
-        settings = GenerationConfig.from_pretrained(folder) if has_settings else None
-        return tokenizer, extractor, length, Suppressed.of(settings)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever transformers raises for damaged files
         raise UserError(
-            f"base model '{base}' can't be loaded ({reason}); "
+            f"base model '{base}' can't be loaded ({reason(error)}); "
             "give 'pocket', a folder with a Whisper checkpoint, or a Hub id within reach"
         ) from None
+    return tokenizer, extractor, config.max_target_positions, Suppressed.of(settings)
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
+from blora_pyro.adapters import is_finite
 from blora_pyro.data import MODEL_DIR, language_codes
 from blora_pyro.data.prompts import END, NO_TIMESTAMPS, START
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, is_out_of_memory, reason
 from blora_pyro.models import encoder
 from blora_pyro.models.folders import (
     ADAPTER_WEIGHTS,
     TOKENIZER_FILES,
     adapter_in,
+    check_chain,
     check_folder,
     find_folder,
+)
+from blora_pyro.models.peft_adapters import lora_config
+from blora_pyro.models.stored_config import (
+    check_sizes,
+    read_config,
+    read_extractor,
+    read_generation,
 )
 from blora_pyro.options import POCKET, TASKS, BaseOptions
 
@@ -31,9 +39,6 @@ DTYPES = {
     "float16": torch.float16,
 }
 MERGE_ROUNDING = 1e-3  # of the logits' norm; float32 itself is off by 1e-6
-
-# What transformers, PEFT and safetensors raise for damaged files.
-_DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ def load_base(
     dtype: str = "float32",
     revision: str | None = None,
     local_files_only: bool = False,
+    *,
+    above: tuple[str, ...] = (),
 ) -> Base:
     """Load a Whisper of any size, multilingual or English-only.
 
@@ -112,10 +119,11 @@ def load_base(
         dtype: Dtype of the loaded weights, `float32`, `bfloat16` or `float16`.
         revision: Branch, tag or commit of a Hub id.
         local_files_only: Look for a Hub id in the local cache alone.
+        above: Adapters that lead to this base.
 
     Raises:
-        UserError: If there is no such checkpoint, it is not a Whisper or not complete, or the
-            device can't be used.
+        UserError: If there is no such checkpoint, it is not a Whisper or not complete, has values
+            that are not finite, or the device can't be used.
     """
     check_device(device)
     check_dtype(dtype)
@@ -123,27 +131,35 @@ def load_base(
         raise UserError(f"revision '{revision}' is given with the pocket base; leave it out")
     folder = MODEL_DIR if name == POCKET else find_folder(name, revision, local_files_only)
     if adapter := adapter_in(name, folder):
-        below = load_base(adapter[0], "cpu", "float32", adapter[1], local_files_only)
+        above = check_chain(name, folder, above)
+        below = load_base(adapter[0], "cpu", "float32", adapter[1], local_files_only, above=above)
         net = _merged(name, below.net, folder).to(device, DTYPES[dtype])
         return replace(below, name=name, net=net.eval())
     check_folder(name, folder)
+    config = read_config(name, folder)
+    check_sizes(name, folder, config)
+    settings, feature_extractor = read_generation(name, folder), read_extractor(name, folder)
     try:
         net, report = WhisperForConditionalGeneration.from_pretrained(
             folder,
+            config=config,
+            generation_config=settings,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
         tokenizer = WhisperTokenizer.from_pretrained(folder)
-        feature_extractor = WhisperFeatureExtractor.from_pretrained(folder)
-    except _DAMAGED as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever transformers raises for damaged files
+        if is_out_of_memory(error):
+            raise
         raise UserError(
-            f"base model '{name}' can't be loaded ({reason}); download it again, or give another"
+            f"base model '{name}' can't be loaded ({reason(error)}); download it again, or give "
+            "another"
         ) from None
     base = Base(name, net.to(device).eval(), tokenizer, feature_extractor, folder)
     _check_parts(base, report)
+    check_finite(name, base.net)
     _complete(base)
     return base
 
@@ -152,23 +168,27 @@ def _merged(
     name: str, net: WhisperForConditionalGeneration, folder: Path
 ) -> WhisperForConditionalGeneration:
     """Return a float32 net with a PEFT adapter merged into its weights."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would look for pickled ones
         raise UserError(
             f"base model '{name}' is an adapter without {ADAPTER_WEIGHTS}; give another"
         )
     try:
-        adapted = PeftModel(net, PeftConfig.from_pretrained(folder))
+        adapted = PeftModel(net, lora_config(name, folder, net))
         # PEFT's own `from_pretrained` only warns of keys that are missing, and passes over others.
         found = adapted.load_adapter(folder, "default", torch_device="cpu")
         _check_keys(name, found.unexpected_keys, found.missing_keys)
         unmerged = probe(net.eval())
         merged = adapted.merge_and_unload().requires_grad_(True)
-    except _DAMAGED as error:
-        reason = " ".join(str(error).split())[:200]
+    except UserError:
+        raise
+    except Exception as error:  # whatever PEFT raises for damaged files
+        if is_out_of_memory(error):
+            raise
         raise UserError(
-            f"base model '{name}' is an adapter that can't be merged ({reason}); give another"
+            f"base model '{name}' is an adapter that can't be merged ({reason(error)}); give "
+            "another"
         ) from None
     check_merge(name, unmerged, probe(merged))
     return merged
@@ -216,6 +236,16 @@ def check_merge(name: str, unmerged: Tensor, merged: Tensor) -> None:
             f"{MERGE_ROUNDING:.1%} at most; adapt no layer that shares its weight, or use it "
             "unmerged"
         )
+
+
+def check_finite(name: str, net: nn.Module) -> None:
+    """Raise UserError, naming the first, if a tensor of a base has a NaN or an infinity."""
+    for tensor, values in net.state_dict().items():
+        if not is_finite(values):
+            raise UserError(
+                f"base model '{name}' has values that are not finite, in {tensor}; download it "
+                "again, or give another dtype or base"
+            )
 
 
 def base_of(options: BaseOptions) -> Base:

@@ -1,10 +1,11 @@
 """The files of a base model: where they are, and whether they are complete before loading."""
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 from blora_pyro.errors import UserError
+from blora_pyro.files import read_json
 from blora_pyro.hub import BASE, download
 
 TOKENIZER_FILES = (
@@ -18,6 +19,7 @@ TOKENIZER_FILES = (
 )
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")  # in the folder, and in no other
 HUB_FILES = (
     *TOKENIZER_FILES,
     "config.json",
@@ -66,7 +68,7 @@ def adapter_in(name: str, folder: Path) -> tuple[str, str | None] | None:
     """
     if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         return None
-    config = _read_json(name, folder, ADAPTER_CONFIG)
+    config = read_json_of(name, folder, ADAPTER_CONFIG)
     base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
     if not isinstance(base, str) or base == name:
         raise UserError(
@@ -74,6 +76,24 @@ def adapter_in(name: str, folder: Path) -> tuple[str, str | None] | None:
             "give what `blora-pyro merge` makes of it"
         )
     return base, revision
+
+
+LONGEST_CHAIN = 20
+
+
+def check_chain(name: str, folder: Path, above: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the folders of the adapters that lead to a base, `folder`, an adapter's, among them.
+
+    Raises:
+        UserError: If they lead in a circle, or there are too many.
+    """
+    own = str(folder.resolve())
+    if own in above or len(above) >= LONGEST_CHAIN:
+        raise UserError(
+            f"base model '{name}' is an adapter that leads back to itself through {len(above)} "
+            "adapters, or through too many; give what `blora-pyro merge` makes of it"
+        )
+    return *above, own
 
 
 def check_folder(name: str, folder: Path) -> None:
@@ -86,10 +106,10 @@ def check_folder(name: str, folder: Path) -> None:
             f"base model '{name}' holds an adapter ({ADAPTER_CONFIG}) beside a model; give a "
             "folder with one of them, or what `blora-pyro merge` made of it"
         )
-    config = _read_json(name, folder, "config.json")
+    config = read_json_of(name, folder, "config.json")
     if (kind := config.get("model_type")) != "whisper":
         raise UserError(f"base model '{name}' is no Whisper but a '{kind}' model; give a Whisper")
-    _check_weights(name, folder)
+    weight_files(name, folder)
     files = {path.name for path in folder.iterdir()}
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
         raise UserError(
@@ -103,16 +123,22 @@ def check_folder(name: str, folder: Path) -> None:
         )
 
 
-def _check_weights(name: str, folder: Path) -> None:
-    if (folder / WEIGHTS).exists():
-        return
+def weight_files(name: str, folder: Path) -> list[Path]:
+    """Return the files of a checkpoint's weights, all of them in its folder.
+
+    Raises:
+        UserError: If one is missing, or there are only pickled ones.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if (folder / INDEX).exists():
-        shards = set(_read_json(name, folder, INDEX).get("weight_map", {}).values())
-        if not shards or not all(str(shard).endswith(".safetensors") for shard in shards):
+        stored = read_json_of(name, folder, INDEX).get("weight_map")
+        shards = _texts(stored)
+        if not shards or not all(_SHARD.fullmatch(shard) for shard in shards):
             raise UserError(f"base model '{name}' has a damaged {INDEX}; download it again")
         if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
             raise UserError(f"base model '{name}' lacks {', '.join(missing)}; download it again")
-        return
+        return [folder / shard for shard in sorted(shards)]
     pickled = "pytorch_model.bin, which is pickled, is never read"
     raise UserError(
         f"base model '{name}' has no safetensors weights ({WEIGHTS}); {pickled}: where you trust "
@@ -121,14 +147,25 @@ def _check_weights(name: str, folder: Path) -> None:
     )
 
 
-def _read_json(name: str, folder: Path, file: str) -> dict[str, Any]:
+def _texts(stored: object) -> set[str]:
+    """Return the values of a mapping, none if there is something else than texts."""
+    values = [*stored.values()] if isinstance(stored, dict) else []
+    return {*values} if all(isinstance(one, str) for one in values) else set()
+
+
+def read_json_of(name: str, folder: Path, file: str) -> dict[str, Any]:
+    """Return the content of a JSON file of a base model.
+
+    Raises:
+        UserError: If there is none, or it is damaged.
+    """
     if not (folder / file).is_file():
         raise UserError(
             f"base model '{name}' has no {file}; give a folder with a Whisper checkpoint, as "
             "save_pretrained writes it"
         )
     try:
-        content = json.loads((folder / file).read_text(encoding="utf-8"))
+        content = read_json(folder / file)
         if not isinstance(content, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:

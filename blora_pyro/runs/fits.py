@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from blora_pyro.declarations import check_value
-from blora_pyro.errors import Interrupted, ProcessLost, UserError
+from blora_pyro.errors import Interrupted, ProcessLost, UserError, is_out_of_memory
 from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.interrupts import Interrupts
@@ -315,16 +313,9 @@ def explained_ends(folder: FitFolder) -> Iterator[None]:
             f"right, then {folder.way_on()}"
         ) from None
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"out of memory; {folder.safe()}; free some and {folder.way_on()} (or start another "
             "fit with gradient_accumulation, gradient_checkpointing or a smaller batch_size)"
         ) from None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that memory is full, a GPU's or the machine's."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
-    return isinstance(error, kinds) or any(word in str(error) for word in words)

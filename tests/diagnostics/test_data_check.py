@@ -221,7 +221,7 @@ def test_what_cannot_be_read_at_all(folder, fluent_folder, tmp_path):
     source = folder("train", {})
     for sources, base, message in [
         ("nowhere", str(fluent_folder), "no data at 'nowhere'"),
-        (source, str(tmp_path), "base model '.*' can't be loaded"),
+        (source, str(tmp_path), "base model '.*' has no preprocessor_config.json"),
     ]:
         with pytest.raises(UserError, match=message):
             check_data(sources, base)
