@@ -1,6 +1,5 @@
 import os
-import subprocess
-import sys
+import time
 
 import numpy as np
 import pytest
@@ -24,6 +23,8 @@ from blora_pyro.data.features import (
 from blora_pyro.data.manifest import read_manifest
 from blora_pyro.data.rows import BadRow
 from blora_pyro.errors import UserError
+
+from ..forks import start
 
 
 @pytest.fixture(scope="session")
@@ -246,37 +247,28 @@ def test_torch_keeps_its_number_of_threads(noises, window):
 
 # ---- real processes, killed
 
-# Forks four times, and kills each child a little later than the one before.
-SERVER = """
-import os, signal, sys, time
-from transformers import WhisperFeatureExtractor
-from blora_pyro.data import features
-from blora_pyro.data.manifest import read_manifest
 
-features.SHARD = 2
-dataset = read_manifest(sys.argv[1])
-window = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
-for number in range(4):
-    there, here = os.pipe()
-    child = os.fork()
-    if not child:
-        features.load_features(dataset, window, on_progress=lambda *now: os.write(here, b"."))
-        os._exit(0)
-    os.read(there, 1)  # two are done
-    time.sleep(0.003 * number)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-"""
+def load_in_shards(manifest, mark):
+    """What a process does; the mark is there once two are done."""
+    module.SHARD = 2
+    window = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    load_features(read_manifest(manifest), window, on_progress=lambda *now: mark.touch())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_killed_processes_leave_nothing_that_is_wrong(
     noises, window, tmp_path, computed, monkeypatch
 ):
     dataset = noises(40)
     plain, _ = load_features(dataset, window, cache=False)
     computed.clear()
-    subprocess.run([sys.executable, "-c", SERVER, str(tmp_path / "train.jsonl")], check=True)
+    for number in range(4):  # each a little later than the one before
+        mark = tmp_path / f"mark{number}"
+        process = start(load_in_shards, tmp_path / "train.jsonl", mark)
+        while not mark.exists() and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(0.003 * number)
+        process.kill()
+        process.join()
     monkeypatch.setattr(module, "SHARD", 2)
     features, _ = load_features(dataset, window)
     assert torch.equal(features[:], plain[:])

@@ -1,12 +1,8 @@
-"""The processes of `test_processes.py`, and what they do; not a test itself.
-
-All that takes long to import is imported once: a pair is forked off for each line of input.
-"""
+"""What the processes of `test_processes.py` do; not a test itself."""
 
 import json
 import os
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -38,7 +34,6 @@ INDICES = [0, 1, 1, 1, 0]  # of unequal parts
 
 
 def main(base_folder: str, manifest: str, output: str) -> None:
-    torch.set_num_threads(1)
     together = Processes.join("cpu")
     base = load_base(base_folder)
     examples = Examples(read_manifest(Path(manifest)), base.feature_extractor, base.tokenizer)
@@ -180,29 +175,10 @@ class Forked(Processes):
         return Processes(0, 2, shared_noise=True).noise(device)
 
 
-def serve() -> None:
-    """Start two processes for every line, tell their ids and then their exit codes."""
-    for line in sys.stdin:
-        pids = []
-        for rank in range(2):
-            if not (pid := os.fork()):
-                return become(rank, **json.loads(line))
-            pids.append(pid)
-        print(json.dumps(pids), flush=True)
-        ended = dict(os.wait() for _ in pids)
-        print(json.dumps([os.waitstatus_to_exitcode(ended[pid]) for pid in pids]), flush=True)
-
-
-def become(rank: int, port: int, logs: str, command: list[str]) -> None:
+def become(rank: int, port: int, command: list[str]) -> None:
     """Be one of two as `torchrun` starts them, without one to watch over them."""
     signal.alarm(240)
     here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(here, RANK=str(rank), LOCAL_RANK=str(rank))
     os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    for stream in (1, 2):
-        os.dup2(os.open(f"{logs}-{rank}-{stream}", os.O_WRONLY | os.O_CREAT), stream)
     app(command) if command[0] == "fit" else main(*command)
-
-
-if __name__ == "__main__":
-    serve()

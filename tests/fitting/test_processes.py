@@ -1,10 +1,7 @@
 import json
-import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,27 +12,26 @@ from blora_pyro.fitting.checkpoints import stored_step
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.runs.fits import fit
 
-from .fit_in_processes import Stops
-
-SERVER = Path(__file__).parent / "fit_in_processes.py"
+from .. import forks
+from .fit_in_processes import Stops, become
 
 
 class Pair:
     """Two processes; with "fit" as its first word, a command is one of the command line."""
 
-    def __init__(self, server: subprocess.Popen, logs: Path, command: list[str]) -> None:
-        self.server, self.logs = server, logs
+    def __init__(self, logs: Path, command: list[str]) -> None:
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             port = one.getsockname()[1]
-        request = {"port": port, "logs": str(logs), "command": command}
-        print(json.dumps(request), file=server.stdin, flush=True)
-        self.pids = json.loads(server.stdout.readline())
+        self.logs = [[Path(f"{logs}-{i}-{k}") for k in (1, 2)] for i in range(2)]
+        self.processes = [
+            forks.start(become, rank, port, command, streams=self.logs[rank]) for rank in range(2)
+        ]
 
     def ended(self) -> list[tuple[int, str, str]]:
         """Exit code, output and errors of each."""
-        codes = json.loads(self.server.stdout.readline())
-        texts = [[Path(f"{self.logs}-{i}-{k}").read_text() for k in (1, 2)] for i in range(2)]
+        codes = forks.ended(*self.processes)
+        texts = [[path.read_text() for path in paths] for paths in self.logs]
         return [(code, *both) for code, both in zip(codes, texts, strict=True)]
 
 
@@ -43,16 +39,7 @@ class Pair:
 def start(tmp_path_factory):
     """Starts pairs, one after the other."""
     logs = tmp_path_factory.mktemp("logs")
-    server = subprocess.Popen(
-        [sys.executable, str(SERVER)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    with server:
-        yield lambda command: Pair(server, logs / secrets.token_hex(4), command)
-        server.stdin.close()
+    return lambda command: Pair(logs / secrets.token_hex(4), command)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +125,7 @@ def test_a_fit_outlives_its_processes_and_goes_on_in_another_number(start, fit_o
     # of two the second is killed: the first says so in one line
     pair = start(command)
     wait_for(lambda: checkpoint.exists(), pair)
-    os.kill(pair.pids[1], signal.SIGKILL)
+    pair.processes[1].kill()
     (code, out, errors), _ = pair.ended()
     assert (code, out) == (2, "")
     (line,) = [one for one in errors.splitlines() if one.startswith("blora-pyro: ")]
@@ -155,7 +142,7 @@ def test_a_fit_outlives_its_processes_and_goes_on_in_another_number(start, fit_o
     # and two again; a signal to the second ends both, and the first reports
     pair = start(["fit", "--resume", "--output", str(folder), "--checkpoint-every", "1"])
     wait_for(lambda: (stored_step(checkpoint) or 0) > later + 1, pair)
-    os.kill(pair.pids[1], signal.SIGTERM)
+    pair.processes[1].terminate()
     (code, out, errors), (other, *silent) = pair.ended()
     assert (code, other, out) == (143, 143, "")
     assert "blora-pyro: interrupted; the checkpoint of step" in errors
@@ -166,8 +153,7 @@ def wait_for(done, pair, seconds=200):
     for _ in range(10 * seconds):
         if done():
             return
-        for pid in pair.pids:
-            os.kill(pid, 0)  # raises if it has ended
+        assert all(process.is_alive() for process in pair.processes)
         time.sleep(0.1)
     raise TimeoutError
 

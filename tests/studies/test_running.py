@@ -1,9 +1,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +10,17 @@ from optuna.trial import TrialState
 
 from blora_pyro.data import load_split
 from blora_pyro.errors import Interrupted, UserError
+from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.record import FINISHED, state_of
 from blora_pyro.studies import running
 from blora_pyro.studies.definition import ScoreSpec
 from blora_pyro.studies.methods import Candidate
 from blora_pyro.studies.results import DEV, TEST, read_results
 from blora_pyro.studies.running import METRICS, StudyRun, commit, run_study
-from blora_pyro.studies.trials import Trials, quiet_optuna
+from blora_pyro.studies.trials import DATABASE, Trials, quiet_optuna
 
-from .conftest import Stages, made_up
+from ..forks import ended, start
+from .conftest import Stages, made_up, no_heartbeat_for_an_hour
 
 
 @pytest.fixture
@@ -242,29 +241,23 @@ def test_an_interrupted_study_says_what_is_safe_and_goes_on(study, tmp_path):
     assert not any(title.startswith("base") for title in stages.seen)
 
 
-WORKER = """
-import os, signal, sys
-from pathlib import Path
-from blora_pyro.runs.listeners import Listener
-from blora_pyro.studies.study_file import read_study_file, study_of
-from blora_pyro.studies.running import run_study
-
 class Told(Listener):
+    def __init__(self, dies):
+        self.dies = dies
+
     def stage(self, name):
         print(name, flush=True)
+
     def step(self, step):
-        if how == "dies" and step.step == 3:
+        if self.dies and step.step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-file, output, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-study = study_of(read_study_file(file), file.name)
-run_study(study, output, heartbeat=5, progress=Told())
-"""
 
+def work(file, output, dies=False):
+    """What a process does."""
+    from blora_pyro.studies.study_file import read_study_file, study_of
 
-def start(file, output, how):
-    command = [sys.executable, "-c", WORKER, str(file), str(output), how]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    run_study(study_of(read_study_file(file), file.name), output, progress=Told(dies))
 
 
 def test_a_killed_fit_goes_on_with_its_folder_and_two_processes_share_the_rest(
@@ -272,18 +265,18 @@ def test_a_killed_fit_goes_on_with_its_folder_and_two_processes_share_the_rest(
 ):
     text = study_file.read_text().replace("steps = 2\n", "steps = 6\n")
     study_file.write_text(text)
-    dead = start(study_file, tmp_path / "out", "dies")
-    titles = dead.communicate()[0].splitlines()
-    assert dead.returncode == -signal.SIGKILL
+    told = [tmp_path / name for name in ("dead", "one", "two")]
+    dead = start(work, study_file, tmp_path / "out", dies=True, streams=told[:1])
+    assert ended(dead) == [-signal.SIGKILL]
+    titles = told[0].read_text().splitlines()
     assert [title.split(",")[0] for title in titles] == ["base", "lora:0.01"]
     begun = json.loads((tmp_path / "out/fits/lora-0.01_fluent_mix_seed0/run.json").read_text())
     assert begun["state"] == "fitting"
 
-    began = time.monotonic()
-    workers = [start(study_file, tmp_path / "out", "lives") for _ in range(2)]
-    outputs = [worker.communicate()[0].splitlines() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
-    assert time.monotonic() - began < 300
+    no_heartbeat_for_an_hour(tmp_path / "out" / DATABASE)
+    workers = [start(work, study_file, tmp_path / "out", streams=[path]) for path in told[1:]]
+    assert ended(*workers) == [0, 0]
+    outputs = [path.read_text().splitlines() for path in told[1:]]
     names = [title.partition(";")[0] for output in outputs for title in output]
     assert len(names) == len({*names})  # none was made twice
     assert any(name.startswith("lora:0.01") for name in names)

@@ -2,8 +2,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,11 +13,13 @@ from blora_pyro.data import read_manifest
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
+from blora_pyro.runs.listeners import Listener
 from blora_pyro.studies import searching
 from blora_pyro.studies.searching import METRICS, sweep
-from blora_pyro.studies.trials import Trials, quiet_optuna
+from blora_pyro.studies.trials import DATABASE, Trials, quiet_optuna
 
-from .conftest import Stages
+from ..forks import ended, start
+from .conftest import Stages, no_heartbeat_for_an_hour
 
 SEARCH = {"beta": (1e-6, 1e-3), "prior_scale": (0.01, 0.3)}
 
@@ -131,42 +131,35 @@ def test_a_signal_ends_a_sweep_that_the_same_call_goes_on_with(options, tmp_path
     assert first.params == second.params
 
 
-WORKER = """
-import json, os, signal, sys
-from blora_pyro.runs.listeners import Listener
-from blora_pyro.studies.searching import sweep
-
-class Told(Listener):
+class Dies(Listener):
     def step(self, step):
-        if how == "dies" and step.step == 3:
+        if step.step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-options, output, how = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
-found = sweep(options, output, trials=3, heartbeat=5, progress=Told())
-print(json.dumps(found.to_json()["trials"]))
-"""
 
-
-def start(options, output, how):
-    command = [sys.executable, "-c", WORKER, json.dumps(options), str(output), how]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+def work(options, output, file=None):
+    """What a process does; without a file for the trials it dies in the first."""
+    found = sweep(options, output, trials=3, progress=Listener() if file else Dies())
+    file.write_text(json.dumps(found.to_json()["trials"]))
 
 
 def test_a_killed_trial_goes_on_and_two_processes_share_the_others(options, tmp_path):
     given = {**options, "steps": 6}
-    dead = start(given, tmp_path / "sweep", "dies")
-    dead.communicate()
-    assert dead.returncode == -signal.SIGKILL
+    dead = start(work, given, tmp_path / "sweep")
+    assert ended(dead) == [-signal.SIGKILL]
     begun = read(tmp_path / "sweep" / "trial-0" / "run.json")
     assert begun["state"] == "fitting"
-    workers = [start(given, tmp_path / "sweep", "lives") for _ in range(2)]
-    outputs = [json.loads(worker.communicate()[0].splitlines()[-1]) for worker in workers]
+    no_heartbeat_for_an_hour(tmp_path / "sweep" / DATABASE)
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    workers = [start(work, given, tmp_path / "sweep", file) for file in files]
+    assert ended(*workers) == [0, 0]
+    outputs = [read(file) for file in files]
     assert outputs[0] == outputs[1] and len(outputs[0]) == 3
     assert len({one["values"]["beta"] for one in outputs[0]}) == 3
     (gone_on,) = [one for one in outputs[0] if one["folder"] == "trial-0"]
     assert gone_on["number"] > 0
-    ended = read(tmp_path / "sweep" / "trial-0" / "run.json")
-    assert ended["config"]["beta"] == begun["options"]["beta"] == gone_on["values"]["beta"]
+    last = read(tmp_path / "sweep" / "trial-0" / "run.json")
+    assert last["config"]["beta"] == begun["options"]["beta"] == gone_on["values"]["beta"]
     folders = {path.name for path in (tmp_path / "sweep").glob("trial-*")}
     assert folders == {one["folder"] for one in outputs[0]}
 

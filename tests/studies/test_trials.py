@@ -1,4 +1,3 @@
-import subprocess
 import sys
 import time
 
@@ -9,6 +8,7 @@ from optuna.trial import TrialState
 from blora_pyro.errors import UserError
 from blora_pyro.studies.trials import DATABASE, MISSED, RUN_FOLDER, Trials, quiet_optuna
 
+from ..forks import ended, start
 from .conftest import no_heartbeat_for_an_hour
 
 METRICS = ("error",)
@@ -139,34 +139,29 @@ def test_a_process_that_was_taken_for_dead_loses_its_trial_and_nothing_else(open
     assert states(slow) == [TrialState.FAIL, TrialState.WAITING]
 
 
-WORKER = """
-import sys, time
-from pathlib import Path
-from blora_pyro.studies.trials import Trials, quiet_optuna
+def work(folder, name):
+    """What a process does, once three are ready."""
+    (folder / f"ready-{name}").touch()
+    while len(list(folder.glob("ready-*"))) < 3:
+        time.sleep(0.01)
 
-folder, name = Path(sys.argv[1]), sys.argv[2]
-(folder / f"ready-{name}").touch()
-while len(list(folder.glob("ready-*"))) < 3:
-    time.sleep(0.01)
+    def objective(trial):
+        if not trials.is_first(trial) and trial.user_attrs:
+            raise AssertionError
+        with open(folder / "done", "a") as file:
+            file.write(trial.user_attrs.get("run", "none") + " ")
+        return 1.0
 
-def objective(trial):
-    if not trials.is_first(trial) and trial.user_attrs:
-        raise AssertionError
-    with open(folder / "done", "a") as file:
-        file.write(trial.user_attrs.get("run", "none") + " ")
-    return 1.0
-
-with quiet_optuna():
-    trials = Trials(folder / "out", ("error",))
-    for number in range(5):
-        trials.run_next(objective, {"run": f"{name}-{number}"})
-"""
+    with quiet_optuna():
+        trials = Trials(folder / "out", METRICS)
+        for number in range(5):
+            trials.run_next(objective, {RUN_FOLDER: f"{name}-{number}"})
 
 
 def test_processes_that_start_at_once_share_the_trials_and_do_none_twice(tmp_path, opened):
-    command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    workers = [subprocess.Popen([*command, name], stderr=subprocess.PIPE) for name in "abc"]
-    assert [worker.communicate()[1] for worker in workers] == [b""] * 3
+    told = tmp_path / "errors"
+    workers = [start(work, tmp_path, name, streams=[None, told]) for name in "abc"]
+    assert ended(*workers) == [0, 0, 0] and told.read_text() == ""
     done = (tmp_path / "done").read_text().split()
     wanted = {f"{name}-{number}" for name in "abc" for number in range(5)}
     assert len([one for one in done if one != "none"]) == len({*done} - {"none"})
