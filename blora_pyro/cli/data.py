@@ -38,6 +38,9 @@ def check(
     ] = None,
     revision: Revision = None,
     local_files_only: LocalFilesOnly = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Check rows, texts and paths; open no audio.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check data before a fit: lengths, languages, bad rows, duplicates.
@@ -52,7 +55,14 @@ def check(
 
         with TerminalProgress() as progress:
             found = check_data(
-                sources, base, split, language, progress.audio, revision, local_files_only
+                sources,
+                base,
+                split,
+                language,
+                progress.audio,
+                revision,
+                local_files_only,
+                fast=fast,
             )
         print_result(found.to_json(), as_json, lambda: data_check_tables(found))
         if found.refused:

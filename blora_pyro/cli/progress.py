@@ -59,7 +59,8 @@ class TerminalProgress(Listener):
             return
         if self.counting is None:
             count = TextColumn("{task.completed}/{task.total}")
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), count)
+            bar, left = BarColumn(bar_width=20), TimeRemainingColumn()
+            columns = (TextColumn("{task.description}"), bar, count, left)
             self.counting = Progress(*columns, console=self.console, transient=True)
             self.counting.add_task(escape(what), total=total)
             self.counting.start()

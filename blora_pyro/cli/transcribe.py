@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 def transcribe(
     audio: Annotated[
-        list[Path], typer.Argument(help="wav, flac, ogg/opus or mp3 files, or folders of them.")
+        list[Path],
+        typer.Argument(
+            help="Audio files (wav, flac, ogg, mp3, m4a, webm, ...) or folders of them."
+        ),
     ],
     adapter: Annotated[
         Path | None,

@@ -1,12 +1,22 @@
 """Manifests, audio, features, prompts and batches, and the built-in pocket corpora."""
 
-from blora_pyro.data.audio import SAMPLING_RATE, AudioHeader, read_audio, read_header
+from blora_pyro.data.audio import SAMPLING_RATE, read_audio
 from blora_pyro.data.collation import IGNORED, Batch, Examples, SoftTargets, batch_indices
+from blora_pyro.data.containers import AUDIO_SUFFIXES
 from blora_pyro.data.feature_cache import Digests
-from blora_pyro.data.features import Features, OnNote, featurise, trim, usable_cores
+from blora_pyro.data.features import (
+    Features,
+    Heard,
+    OnNote,
+    decode_row,
+    duration_notes,
+    featurise,
+    trim,
+    usable_cores,
+)
 from blora_pyro.data.manifest import read_manifest
 from blora_pyro.data.prompts import Encoder, Suppressed, language_codes, prompt_ids, text_ids
-from blora_pyro.data.rows import BadRow, OnBadRow, all_bad, stop
+from blora_pyro.data.rows import BadRow, Columns, OnBadRow, all_bad, stop
 from blora_pyro.data.splits import (
     DOMAINS,
     LANGUAGES,
@@ -16,25 +26,28 @@ from blora_pyro.data.splits import (
     is_hub_id,
     load_mixture,
     load_split,
+    row_batches,
     split_names,
     stream_split,
 )
 from blora_pyro.data.streaming import Stream, StreamPosition
 
 __all__ = [
+    "AUDIO_SUFFIXES",
     "DOMAINS",
     "IGNORED",
     "LANGUAGES",
     "MODEL_DIR",
     "POCKET_DIR",
     "SAMPLING_RATE",
-    "AudioHeader",
     "BadRow",
     "Batch",
+    "Columns",
     "Digests",
     "Encoder",
     "Examples",
     "Features",
+    "Heard",
     "OnBadRow",
     "OnNote",
     "SoftTargets",
@@ -44,6 +57,8 @@ __all__ = [
     "all_bad",
     "batch_indices",
     "corpus_dir",
+    "decode_row",
+    "duration_notes",
     "featurise",
     "is_hub_id",
     "language_codes",
@@ -51,8 +66,8 @@ __all__ = [
     "load_split",
     "prompt_ids",
     "read_audio",
-    "read_header",
     "read_manifest",
+    "row_batches",
     "split_names",
     "stop",
     "stream_split",

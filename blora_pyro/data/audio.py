@@ -1,25 +1,67 @@
 """Audio files and arrays, read as Whisper takes them: one channel, 16 kHz."""
 
 import io
+import math
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
+import av
 import numpy as np
 import numpy.typing as npt
-import soundfile
 import soxr
 
+from blora_pyro.data.containers import DamagedAudio, Sound, opened
 from blora_pyro.errors import UserError, printable, reason
 
 SAMPLING_RATE = 16_000  # Hz
-SLACK = 0.01  # seconds that a segment may end after its file: manifests round
-CUT_OFF = 0.1  # seconds that an mp3's header may promise too much; it estimates
-BLOCK = 1 << 16  # frames decoded at a time
+SLACK = 0.05  # seconds that a segment may end after its file: manifests round to a tenth
+LOUDEST = 10.0  # times full scale that samples may reach, which decoders and filters overshoot
+CLIPPED = 0.001  # share of the samples that reach full scale from which on audio is called clipped
+SILENT = 0.001  # of full scale, -60 dB, that silent audio nowhere reaches
 
 Wave = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class DecodedAudio:
+    """Audio at its own rate, the channels averaged.
+
+    Attributes:
+        name: in messages.
+        wave: (samples,); full scale is [-1, 1].
+        rate: Hz.
+        channels: number of them in the file.
+        notes: messages by kind, "clipped" or "silent", of what is worth knowing.
+    """
+
+    name: str
+    wave: Wave
+    rate: int
+    channels: int
+    notes: dict[str, str]
+
+    @property
+    def seconds(self) -> float:
+        """Length in seconds."""
+        return len(self.wave) / self.rate
+
+    def resampled(self, rate: int = SAMPLING_RATE) -> Wave:
+        """Return the samples, (samples,), at another rate; `UserError` if that can't be."""
+        if self.rate == rate:
+            return self.wave
+        try:
+            wave = soxr.resample(self.wave, self.rate, rate)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"cannot resample {self.name} from {self.rate} Hz: {reason(error)}"
+            ) from error
+        if not len(wave):
+            raise UserError(f"{self.name} is empty; drop it")
+        return wave
 
 
 def read_audio(
@@ -29,73 +71,69 @@ def read_audio(
     end: float | None = None,
     max_seconds: float | None = None,
 ) -> Wave:
-    """Read audio, or a segment of it, as one channel at `sampling_rate` Hz.
+    """Return the samples of `decode_audio`, (samples,), at `sampling_rate` Hz."""
+    return decode_audio(audio, start, end, max_seconds).resampled(sampling_rate)
 
-    Only the segment is kept in memory. In mp3 and ogg/vorbis, whose seeking is not exact, what lies
-    before it is decoded too.
+
+def decode_audio(
+    audio: Mapping[str, Any],
+    start: float | None = None,
+    end: float | None = None,
+    max_seconds: float | None = None,
+) -> DecodedAudio:
+    """Decode audio, or a segment of it.
+
+    Only the segment is kept in memory. Where seeking is not exact (ogg/vorbis, and all that FFmpeg
+    reads), what lies before it is decoded too.
 
     Args:
-        audio: {"path", "bytes"}, an encoded file that soundfile knows (wav, flac, ogg with vorbis
-            or opus, mp3), the bytes first; or {"array", "sampling_rate"}, (samples,) floats.
-        sampling_rate: of the result, in Hz.
+        audio: {"path", "bytes"}, an encoded file (wav, flac, ogg with vorbis or opus, mp3, m4a,
+            aac, webm, ...), the bytes first; or {"array", "sampling_rate"}, (samples,) floats.
         start: of the segment, in seconds; None is the beginning.
         end: of the segment, in seconds; None is the end.
-        max_seconds: refuse more than this, before any of it is decoded.
-
-    Returns:
-        The samples, (samples,), the channels averaged; full scale is [-1, 1].
+        max_seconds: refuse more than this; no more of it is decoded.
 
     Raises:
-        UserError: if the audio cannot be read, is empty, cut off, too long or not finite, or lacks
-            the segment.
+        UserError: if the audio cannot be read, is empty, cut off, too long, not finite or beyond
+            all scale, or lacks the segment.
     """
     name = audio_name(audio)
-    segment = partial(_segment, name, start=start, end=end, max_seconds=max_seconds)
     if audio.get("array") is not None:
         wave, rate = check_array(audio)
-        seconds = len(wave) / rate
-        first, count = segment(seconds, rate)
-        wave = wave[first : first + count]
+        _check_segment(name, len(wave) / rate, start, end, max_seconds)
+        wave = wave[round((start or 0) * rate) : None if end is None else round(end * rate)]
+        channels = 1
     else:
         with _opened(audio) as sound:
-            rate, seconds = sound.samplerate, sound.frames / sound.samplerate
-            first, count = segment(seconds, rate)
-            wave = _read_frames(sound, first, count)
-    if len(wave) < count - CUT_OFF * rate:
-        raise UserError(
-            f"{name} is cut off {(count - len(wave)) / rate:.2f} s before the end of the "
-            f"{seconds:.2f} s that it should last; write it anew"
-        )
-    if not np.isfinite(wave).all():
-        raise UserError(f"{name} has samples that are not finite numbers; write it anew")
-    if rate != sampling_rate:
-        try:
-            wave = soxr.resample(wave, rate, sampling_rate)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"cannot resample {name} from {rate} Hz: {reason(error)}") from error
-    if not len(wave):
-        raise UserError(f"{name} is empty; drop it")
-    return wave
-
-
-@dataclass(frozen=True)
-class AudioHeader:
-    """The header of an audio file: sampling rate in Hz, channels, length in seconds."""
-
-    sampling_rate: int
-    channels: int
-    seconds: float
-
-
-def read_header(audio: Mapping[str, Any]) -> AudioHeader:
-    """Read the header of a file, {"path", "bytes"}, or raise `UserError`; nothing is decoded."""
-    with _opened(audio) as sound:
-        return AudioHeader(sound.samplerate, sound.channels, sound.frames / sound.samplerate)
+            rate, channels = sound.rate, sound.channels
+            if sound.frames is not None:  # so that nothing is decoded in vain
+                _check_segment(name, sound.frames / rate, start, end, max_seconds)
+            wave = _segment(sound, name, start, end, max_seconds)
+    return DecodedAudio(name, wave, rate, channels, _check_samples(name, wave))
 
 
 def audio_name(audio: Mapping[str, Any]) -> str:
     """Return the name of audio in messages."""
     return printable(audio.get("path") or "audio without a path")
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Refuse what is no file before it is opened: a device may do anything, a pipe waits.
+
+    Raises:
+        UserError: if it does not exist, or is something else.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "that cannot be a path"
+        gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+        raise UserError(
+            f"the audio file '{printable(path)}' "
+            + ("does not exist" if gone else f"cannot be read: {why}")
+        ) from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"the audio file '{printable(path)}' is no file, but a folder or a device")
 
 
 def check_array(audio: Mapping[str, Any]) -> tuple[Wave, int]:
@@ -117,76 +155,87 @@ def check_array(audio: Mapping[str, Any]) -> tuple[Wave, int]:
         return wave.astype(np.float32), int(rate)
 
 
-class _SoundFile(soundfile.SoundFile):
-    """An audio file whose blocks are read one behind the other.
-
-    soundfile seeks after every read, which in mp3 and ogg/vorbis is not exact (libsndfile issue
-    885): blocks would not fit together.
-    """
-
-    def seekable(self) -> bool:
-        """Tell whether seeking is possible and exact."""
-        inexact = self.format == "MP3" or self.subtype == "VORBIS"
-        return not inexact and super().seekable()
-
-
 @contextmanager
-def _opened(audio: Mapping[str, Any]) -> Iterator[soundfile.SoundFile]:
+def _opened(audio: Mapping[str, Any]) -> Iterator[Sound]:
     """Open a file, {"path", "bytes"}; what goes wrong with it inside is a `UserError`."""
     name = audio_name(audio)
     data: Any = audio.get("bytes")
     path: Any = audio.get("path")
     if data is None and path is None:
         raise UserError(f"cannot read {name}: there are neither bytes nor an array; drop it")
+    if data is None:
+        check_file(path)
     try:
-        # Opened here, since soundfile would ask for a rate where a name ends in .raw.
-        with (
-            io.BytesIO(data) if data is not None else open(path, "rb") as file,
-            _SoundFile(file) as sound,
-        ):
-            yield sound
-    # RuntimeError is libsndfile's; the others: a path that cannot be.
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        why = getattr(error, "error_string", None) or reason(error)
-        raise UserError(f"cannot read {name} as wav, flac, ogg or mp3: {why}") from error
+        with io.BytesIO(data) if data is not None else open(path, "rb") as file:
+            with opened(file) as sound:
+                yield sound
+    except DamagedAudio as error:
+        raise UserError(f"{name} is {error}; write it anew") from error
+    # RuntimeError is libsndfile's; TypeError and ValueError are of what cannot be.
+    except (OSError, RuntimeError, TypeError, ValueError, av.error.FFmpegError) as error:
+        why = getattr(error, "error_string", None) or getattr(error, "strerror", None)
+        raise UserError(
+            f"cannot read {name} as wav, flac, ogg, mp3, m4a, aac or webm: {why or reason(error)}"
+        ) from error
 
 
-def _segment(
-    name: str,
-    seconds: float,
-    rate: int,
-    start: float | None,
-    end: float | None,
-    max_seconds: float | None,
-) -> tuple[int, int]:
-    """Return the first frame and the number of frames of a segment of audio of `seconds`."""
+def _check_segment(
+    name: str, seconds: float, start: float | None, end: float | None, max_seconds: float | None
+) -> None:
+    """Refuse a segment that is not in audio of `seconds`, or longer than `max_seconds`."""
     first, last = start or 0.0, seconds if end is None else end
     segmented = start is not None or end is not None
     if segmented and not (0 <= first < last <= seconds + SLACK and first < seconds):
         raise UserError(
             f"{name} lasts {seconds:.2f} s, so it has no segment from {first:g} s to {last:g} s"
         )
-    last = min(last, seconds)
-    if max_seconds is not None and last - first > max_seconds:
-        advice = "shorten the segment" if segmented else "split it, or give start and end"
-        raise UserError(
-            f"{name} lasts {last - first:.2f} s, but the model hears {max_seconds:g} s at a time; "
-            f"{advice}"
-        )
-    return round(first * rate), round(last * rate) - round(first * rate)
+    if max_seconds is not None and min(last, seconds) - first > max_seconds:
+        raise _too_long(name, f"{min(last, seconds) - first:.2f} s", segmented, max_seconds)
 
 
-def _read_frames(sound: soundfile.SoundFile, first: int, count: int) -> Wave:
-    """Return (count,) frames from the first, the channels averaged; fewer if there are no more."""
-    if first and sound.seekable():
-        sound.seek(first)
-        first = 0
-    blocks, position = [], 0
-    while position < first + count:
-        block = sound.read(min(BLOCK, first + count - position), dtype="float32", always_2d=True)
-        if not len(block):
-            break
+def _too_long(name: str, lasts: str, segmented: bool, max_seconds: float) -> UserError:
+    advice = "shorten the segment" if segmented else "split it, or give start and end"
+    return UserError(
+        f"{name} lasts {lasts}, but the model hears {max_seconds:g} s at a time; {advice}"
+    )
+
+
+def _segment(
+    sound: Sound, name: str, start: float | None, end: float | None, max_seconds: float | None
+) -> Wave:
+    """Return a segment, (frames,), the channels averaged; no more than it is decoded."""
+    first = round((start or 0) * sound.rate)
+    most = math.inf if max_seconds is None else first + math.ceil(max_seconds * sound.rate)
+    last = most + 1 if end is None else min(round(end * sound.rate), most + 1)
+    blocks: list[Wave] = []
+    for place, block in sound.blocks(first):
         with np.errstate(invalid="ignore", over="ignore"):  # not finite then, and refused
-            blocks.append(block[max(0, first - position) :].mean(axis=1))
-        position += len(block)
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+            blocks.append(block[max(0, first - place) :].mean(axis=1))
+        if sound.position >= last:
+            break
+    else:  # the end of the file, so that its length is known
+        _check_segment(name, sound.position / sound.rate, start, end, max_seconds)
+    if max_seconds is not None and last > most and sound.position > most:
+        raise _too_long(name, f"more than {max_seconds:g} s", start is not None, max_seconds)
+    wave = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    return wave if math.isinf(last) else wave[: int(last) - first]
+
+
+def _check_samples(name: str, wave: Wave) -> dict[str, str]:
+    """Return what is worth knowing of samples, or raise `UserError` where they are unusable."""
+    if not len(wave):
+        raise UserError(f"{name} is empty; drop it")
+    loudest = float(np.abs(wave).max())
+    if not math.isfinite(loudest):
+        raise UserError(f"{name} has samples that are not finite numbers; write it anew")
+    if loudest > LOUDEST:
+        raise UserError(
+            f"{name} has samples up to {loudest:,.0f}, but full scale is 1; divide them by the "
+            "full scale of what they were, such as 32,768"
+        )
+    share = float((np.abs(wave) >= 0.999).mean())
+    if share >= CLIPPED:
+        return {"clipped": f"{share:.1%} of the samples are at full scale or beyond it"}
+    if loudest < SILENT:
+        return {"silent": f"no sample is above {SILENT:g} of full scale"}
+    return {}

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from blora_pyro.data.features import Features, OnNote, OnProgress, load_features, trim
+from blora_pyro.data.features import Features, Heard, OnNote, OnProgress, load_features, trim
 from blora_pyro.data.prompts import NOTHING, EncodedRow, Encoder, Suppressed
 from blora_pyro.data.rows import BadRow, BadRows, OnBadRow, all_bad, stop
 from blora_pyro.errors import UserError
@@ -85,6 +85,7 @@ class Examples:
         prompts: n lists of token ids, the decoder's prompts.
         targets: n lists of token ids, text and end token; the prompts are never targets.
         features: log-mel spectrograms, as good as a tensor (n, mels, frames), float16 on the CPU.
+        heard: what is known of their audio; None for the sample of a stream.
         fingerprint: a text that changes with the content of audio, segments, prompts or targets.
     """
 
@@ -127,15 +128,15 @@ class Examples:
         encoder = Encoder(tokenizer, language, task, max_tokens, suppressed)
         encoded = _encode(dataset, encoder, bad)
         numbers = list(encoded)
-        features, contents = load_features(
+        features, heard = load_features(
             dataset if len(numbers) == len(dataset) else dataset.select(numbers),
             feature_extractor,
             on_bad=bad,
             on_progress=on_progress,
             on_note=on_note,
         )
-        rows = [encoded[numbers[number]] for number in contents]
-        self._keep(rows, features, list(contents.values()), encoder.end, trim)
+        rows = [encoded[numbers[number]] for number in heard]
+        self._keep(rows, features, list(heard.values()), encoder.end, trim)
         for source in sorted({error.source for error in bad} - set(self.sources)):
             raise UserError(all_bad([error for error in bad if error.source == source]))
 
@@ -157,7 +158,7 @@ class Examples:
         self,
         rows: Sequence[EncodedRow],
         features: Features,
-        contents: list[str] | None,
+        heard: list[Heard] | None,
         end: int,
         trim: bool,
     ) -> None:
@@ -173,7 +174,8 @@ class Examples:
         self.prompts = [row.prompt for row in rows]
         self.targets = [row.target for row in rows]
         total = sha256()
-        columns = [] if contents is None else [contents]
+        self.heard = heard
+        columns = [] if heard is None else [[one.content for one in heard]]
         for values in zip(*columns, self.languages, self.texts, strict=True):
             total.update(json.dumps(values).encode())
         self.fingerprint = total.hexdigest()

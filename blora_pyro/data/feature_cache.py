@@ -1,10 +1,11 @@
 """Log-mels kept on disk, so that no utterance is featurised twice.
 
 They lie in `$BLORA_PYRO_CACHE/features/` (by default `~/.cache/blora-pyro/features/`), a folder for
-each way of computing them, in shards: safetensors files with the log-mels of up to 64 utterances.
-An utterance is found by its key, the SHA-256 of its audio's content, its segment and all that the
-features depend on besides, so that nothing in the cache is ever out of date; what is damaged fails
-its checksum and is computed again. The folder may be deleted at any time.
+each way of computing them, in shards: safetensors files with the log-mels of up to 64 utterances,
+and what else was found of their audio. An utterance is found by its key, the SHA-256 of its audio's
+content, its segment and all that the features depend on besides, so that nothing in the cache is
+ever out of date; what is damaged fails its checksum and is computed again. The folder may be
+deleted at any time.
 """
 
 import json
@@ -23,16 +24,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from blora_pyro.data.audio import audio_name
+from blora_pyro.data.audio import audio_name, check_file
 from blora_pyro.errors import UserError, printable, reason
 from blora_pyro.files import cache_dir
 
 SUFFIX, HALF_WRITTEN = ".safetensors", ".new"
-_TENSOR, _ROWS = "features", "keys_and_crc32"  # names in a shard: its tensor, its list of rows
+_TENSOR, _ROWS = "features", "rows"  # names in a shard: its tensor; key, CRC-32 and notes of each
 _HOUR = 3600.0
 _DAMAGED = (SafetensorError, LookupError, TypeError, ValueError, RecursionError)
 
 CachedRow = tuple[Tensor, int]  # a block, (k, mels, frames), and the number of a row of it
+About = list[Any]  # what is known of an utterance's audio, as JSON has it
 
 
 class FeatureCache:
@@ -40,6 +42,9 @@ class FeatureCache:
 
     Safe against kills and other processes: a shard gets its name when it is whole, and is never
     changed after that. A failure of the cache is never one of the caller.
+
+    Attributes:
+        about: what was stored beside the log-mels, by key.
     """
 
     def __init__(
@@ -53,14 +58,16 @@ class FeatureCache:
         """
         self._on_note = on_note
         self._index: dict[str, tuple[Path, int, int]] = {}  # shard, row and checksum of a key
+        self.about: dict[str, About] = {}
         self._blocks: dict[Path, Tensor] = {}
         self._folder: Path | None = None  # to write to
         if settings is not None and (root := cache_dir()) is not None:
             self._folder = root / "features" / sha256(settings.encode()).hexdigest()[:16]
             for shard in _shards(self._folder):
                 with self._dropped_if_damaged(shard), safe_open(shard, framework="pt") as file:
-                    rows = enumerate(json.loads(file.metadata()[_ROWS]))
-                    self._index |= {str(key): (shard, row, total) for row, (key, total) in rows}
+                    for row, (key, total, about) in enumerate(json.loads(file.metadata()[_ROWS])):
+                        self._index[str(key)] = shard, row, total
+                        self.about[str(key)] = about
 
     def find(self, keys: Iterable[str]) -> dict[str, CachedRow]:
         """Return those log-mels that are cached and whole."""
@@ -73,21 +80,27 @@ class FeatureCache:
                 if shard not in self._blocks:
                     self._blocks[shard] = _map(shard)
                 block = self._blocks[shard]
-                if checksum(key, block[row]) != total:
+                if checksum(key, block[row], self.about[key]) != total:
                     raise ValueError(f"the checksum of {shard} is wrong")
                 found[key] = block, row
         return found
 
-    def store(self, features: Mapping[str, Tensor]) -> dict[str, CachedRow]:
-        """Store log-mels by key, (mels, frames) each; return them, in memory or mapped."""
+    def store(
+        self, features: Mapping[str, Tensor], about: Mapping[str, About]
+    ) -> dict[str, CachedRow]:
+        """Store log-mels by key, (mels, frames) each; return them, in memory or mapped.
+
+        `about` is kept beside them, the same as `FeatureCache.about`.
+        """
         if not features:
             return {}
+        self.about |= {key: about[key] for key in features}
         keys = sorted(features)  # whoever computes them writes the same shard
         block = torch.stack([features[key] for key in keys])
         if self._folder is not None:
             shard = self._folder / (sha256(" ".join(keys).encode()).hexdigest()[:32] + SUFFIX)
             try:
-                _write(shard, keys, block)
+                _write(shard, [(key, self.about[key]) for key in keys], block)
                 block = _map(shard)
             except (OSError, SafetensorError) as error:
                 self._on_note(
@@ -123,9 +136,12 @@ def _shards(folder: Path) -> list[Path]:
     return [path for path in entries if path.suffix == SUFFIX]
 
 
-def _write(path: Path, keys: list[str], block: Tensor) -> None:
+def _write(path: Path, keys: list[tuple[str, About]], block: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [(key, checksum(key, row)) for key, row in zip(keys, block, strict=True)]
+    rows = [
+        (key, checksum(key, row, about), about)
+        for (key, about), row in zip(keys, block, strict=True)
+    ]
     content = save({_TENSOR: block}, {_ROWS: json.dumps(rows)})
     fresh = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{HALF_WRITTEN}")
     try:
@@ -136,10 +152,10 @@ def _write(path: Path, keys: list[str], block: Tensor) -> None:
         raise
 
 
-def checksum(key: str, features: Tensor) -> int:
-    """Return the CRC-32 of a key and its log-mels, (mels, frames)."""
-    about = f"{key} {tuple(features.shape)}".encode()
-    return zlib.crc32(features.contiguous().numpy().data, zlib.crc32(about))
+def checksum(key: str, features: Tensor, about: About) -> int:
+    """Return the CRC-32 of a key, its log-mels, (mels, frames), and what lies beside them."""
+    start = f"{key} {tuple(features.shape)} {json.dumps(about)}".encode()
+    return zlib.crc32(features.contiguous().numpy().data, zlib.crc32(start))
 
 
 def _map(shard: Path) -> Tensor:
@@ -165,10 +181,11 @@ class Digests:
         path = str(audio.get("path"))
         if path not in self._known:
             try:
+                check_file(path)
                 state = _state(path)
                 with open(path, "rb") as file:
                     self._known[path] = state, file_digest(file, "sha256").hexdigest()
-            except (OSError, ValueError):
+            except (OSError, ValueError, UserError):
                 return None
         return self._known[path][1]
 

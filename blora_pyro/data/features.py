@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import av
 import numpy as np
 import numpy.typing as npt
 import soundfile
@@ -26,8 +27,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from blora_pyro.data import audio as audio_module
-from blora_pyro.data.audio import SAMPLING_RATE, read_audio
-from blora_pyro.data.feature_cache import CachedRow, Digests, FeatureCache
+from blora_pyro.data import containers as containers_module
+from blora_pyro.data.audio import SAMPLING_RATE, DecodedAudio, decode_audio
+from blora_pyro.data.feature_cache import About, CachedRow, Digests, FeatureCache
 from blora_pyro.data.rows import BadRow, OnBadRow, stop
 from blora_pyro.errors import UserError
 
@@ -35,11 +37,26 @@ if TYPE_CHECKING:
     from transformers import WhisperFeatureExtractor
 
 MARGIN = 50  # frames of 10 ms that are left: Whisper was never taught to stop right after a word
+TOLERANCE = 0.1  # seconds by which a stated duration may be wrong
 SHARD = 64  # utterances that are featurised, and written, at a time
-_CODE = (audio_module.__file__, __file__)  # what computes features
+_CODE = (audio_module.__file__, containers_module.__file__, __file__)  # what computes features
 
 OnProgress = Callable[[int, int], object]  # called with the utterances done, and their number
 OnNote = Callable[[str], object]  # called with a note of one line
+
+
+class Heard(NamedTuple):
+    """What is known of a row's audio.
+
+    Attributes:
+        content: a text that changes with the file or the segment.
+        seconds: its length.
+        notes: kind and message of what is worth knowing, see `DecodedAudio`.
+    """
+
+    content: str
+    seconds: float
+    notes: tuple[tuple[str, str], ...]
 
 
 class Features:
@@ -123,7 +140,7 @@ def load_features(
     on_bad: OnBadRow = stop,
     on_progress: OnProgress = lambda done, total: None,
     on_note: OnNote = lambda note: None,
-) -> tuple[Features, dict[int, str]]:
+) -> tuple[Features, dict[int, Heard]]:
     """Return the features of n rows, from the cache where they are in it.
 
     They are bit by bit the same with and without cache, and whatever the number of cores.
@@ -138,11 +155,11 @@ def load_features(
         on_note: called with one line if the cache cannot be written.
 
     Returns:
-        The features, and the contents of their audio by the number of the row.
+        The features, and what is known of their audio by the number of the row.
     """
     settings = feature_settings(feature_extractor)
     store = FeatureCache(settings if cache else None, on_note)
-    wanted = ["audio", "start", "end", "origin", "source"]
+    wanted = ["audio", "start", "end", "duration", "origin", "source"]
     rows = dataset.select_columns([name for name in wanted if name in dataset.column_names])
     digests = Digests()
     keys: dict[int, str] = {}  # by the number of the row
@@ -161,14 +178,22 @@ def load_features(
             missing = {keys[n]: row for n, row in chunk.items() if keys[n] not in found}
             compute = partial(_compute, feature_extractor=feature_extractor, digests=digests)
             made = dict(zip(missing, pool.map(compute, missing.values()), strict=True))
-            found |= store.store({key: one for key, one in made.items() if isinstance(one, Tensor)})
+            good = {key: one for key, one in made.items() if not isinstance(one, UserError)}
+            about = {key: known for key, (_, known) in good.items()}
+            found |= store.store({key: mels for key, (mels, _) in good.items()}, about)
             for number, row in chunk.items():
                 if isinstance(error := made.get(keys[number]), UserError):
                     del contents[number]
                     on_bad(BadRow(row["origin"], str(error), row.get("source", 0)))
             on_progress(first + len(chunk), len(rows))
     shape = (feature_extractor.feature_size, feature_extractor.nb_max_frames)
-    return Features([found[keys[number]] for number in contents], shape), contents
+    heard = {}
+    stated = rows["duration"][:] if "duration" in rows.column_names else [None] * len(rows)
+    for number, content in contents.items():
+        seconds, notes = store.about[keys[number]]
+        notes = {**dict(notes), **duration_notes({"duration": stated[number]}, seconds)}
+        heard[number] = Heard(content, seconds, tuple(notes.items()))
+    return Features([found[keys[number]] for number in contents], shape), heard
 
 
 def row_log_mels(row: Mapping[str, Any], feature_extractor: "WhisperFeatureExtractor") -> Tensor:
@@ -177,20 +202,44 @@ def row_log_mels(row: Mapping[str, Any], feature_extractor: "WhisperFeatureExtra
     Raises:
         UserError: if its audio cannot be read, or is longer than the feature extractor's window.
     """
-    window = feature_extractor.chunk_length
-    wave = read_audio(row["audio"] or {}, start=row["start"], end=row["end"], max_seconds=window)
-    return log_mels(wave, feature_extractor)
+    return _log_mels_of(decode_row(row, feature_extractor.chunk_length), feature_extractor)
+
+
+def decode_row(row: Mapping[str, Any], window: float) -> DecodedAudio:
+    """Decode the audio of a row with the columns of `read_manifest`.
+
+    Raises:
+        UserError: see `decode_audio`; or if it is longer than `window` seconds.
+    """
+    return decode_audio(row["audio"] or {}, row["start"], row["end"], max_seconds=window)
+
+
+def duration_notes(row: Mapping[str, Any], seconds: float) -> dict[str, str]:
+    """Return a note if the duration that a row states is not that of its audio, else none."""
+    stated = row.get("duration")
+    if stated is None or abs(stated - seconds) <= TOLERANCE:
+        return {}
+    return {"duration": f"duration is {stated:.2f} s, the audio lasts {seconds:.2f} s"}
+
+
+def _log_mels_of(heard: DecodedAudio, feature_extractor: "WhisperFeatureExtractor") -> Tensor:
+    mels = log_mels(heard.resampled(), feature_extractor)
+    if not mels.isfinite().all():
+        raise UserError(f"{heard.name} has features that are not finite numbers; drop it")
+    return mels
 
 
 def _compute(
     row: Mapping[str, Any], feature_extractor: "WhisperFeatureExtractor", digests: Digests
-) -> Tensor | UserError:
+) -> tuple[Tensor, About] | UserError:
+    """Return log-mels, and length and notes of their audio; or what is wrong with it."""
     try:
-        mels = row_log_mels(row, feature_extractor)
+        heard = decode_row(row, feature_extractor.chunk_length)
+        mels = _log_mels_of(heard, feature_extractor)
         digests.check(row["audio"])
     except UserError as error:
         return error
-    return mels
+    return mels, [heard.seconds, [*map(list, heard.notes.items())]]
 
 
 def feature_settings(feature_extractor: "WhisperFeatureExtractor") -> str | None:
@@ -204,7 +253,7 @@ def feature_settings(feature_extractor: "WhisperFeatureExtractor") -> str | None
         return None
     names = ("processor_class", "feature_extractor_type")
     filters = np.asarray(feature_extractor.mel_filters)
-    libraries = (np, soundfile, soxr, torch, transformers)
+    libraries = (av, np, soundfile, soxr, torch, transformers)
     about = {
         "settings": {k: v for k, v in feature_extractor.to_dict().items() if k not in names},
         "filters": [str(filters.dtype), filters.shape, sha256(filters.tobytes()).hexdigest()],

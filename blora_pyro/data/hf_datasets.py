@@ -2,6 +2,7 @@
 
 import glob
 import itertools
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from blora_pyro.data.rows import (
     ALIASES,
     DETAILS,
     KNOWN,
-    BadRow,
+    Columns,
     LocatedRecord,
     OnBadRow,
     Record,
@@ -36,6 +37,8 @@ from blora_pyro.data.rows import (
     good_rows,
     parse_details,
     parse_located,
+    renamed,
+    renaming,
     stop,
     to_dataset,
 )
@@ -45,11 +48,14 @@ HfDataset: TypeAlias = Dataset | DatasetDict | IterableDataset | IterableDataset
 
 SHARDS = 64  # that a data set on disk is streamed in
 IN_MEMORY = 1 << 26  # bytes of parquet files that are read into memory, not through a cache
-CHUNK = 200  # streamed rows that become one table: Arrow's binary columns hold 2 GB each
 
 
 def dataset_split(
-    data: HfDataset, split: str, name: str = "the data set", on_bad: OnBadRow = stop
+    data: HfDataset,
+    split: str,
+    name: str = "the data set",
+    on_bad: OnBadRow = stop,
+    columns: Columns | None = None,
 ) -> Dataset:
     """Return a split of a `datasets` object for `load_split`; `name` is the data's in messages.
 
@@ -57,7 +63,7 @@ def dataset_split(
     {"array", "sampling_rate"}; torchcodec is not needed. A stream, and arrays, are gathered row by
     row in memory; any other audio stays where it is.
     """
-    data, name = _select_split(data, split, name)
+    data, name = _select_split(data, split, name, columns or {})
     if isinstance(data, Dataset) and len(data):
         feature = data.features[check_columns(data.column_names)["audio"]]
         if not (isinstance(feature, dict) and "array" in feature):
@@ -65,12 +71,14 @@ def dataset_split(
     return _gathered(data, name, on_bad)
 
 
-def dataset_stream(data: HfDataset, split: str, name: str = "the data set") -> RowStream:
+def dataset_stream(
+    data: HfDataset, split: str, name: str = "the data set", columns: Columns | None = None
+) -> RowStream:
     """Return the rows of `dataset_split` as a stream.
 
     A stream must not be shuffled yet: its buffer would be lost whenever a fit is resumed.
     """
-    data, name = _select_split(data, split, name)
+    data, name = _select_split(data, split, name, columns or {})
     if data.column_names is not None:
         data = data.select_columns(sorted(KNOWN & set(data.column_names)))
     data = _undecoded(data, name)
@@ -90,7 +98,9 @@ def _streamed_row(record: Record, name: str) -> Row:
     return parse_located(f"{name}, the row with {said!r}", record)
 
 
-def _select_split(data: HfDataset, split: str, name: str) -> tuple[Dataset | IterableDataset, str]:
+def _select_split(
+    data: HfDataset, split: str, name: str, columns: Columns
+) -> tuple[Dataset | IterableDataset, str]:
     """Return one split, its columns checked, and its name in messages."""
     if isinstance(data, dict):
         if split not in data:
@@ -99,11 +109,21 @@ def _select_split(data: HfDataset, split: str, name: str) -> tuple[Dataset | Ite
         data, name = data[split], f"{name}, {split}"
     data = data.with_format(None)  # torch's or numpy's, if the user has set one
     try:
+        if columns:
+            data = _renamed(_undecoded(data, name), columns)
         if data.column_names is not None:
             check_columns(data.column_names)
     except UserError as error:
         raise UserError(f"the columns of {name}: {error}") from error
     return data, name
+
+
+def _renamed(data: Any, columns: Columns) -> Any:
+    if data.column_names is None:  # a stream that has not begun
+        return data.map(partial(renamed, columns=columns))
+    new = renaming(data.column_names, columns)
+    data = data.remove_columns([name for name, known in new.items() if known is None])
+    return data.rename_columns({name: known for name, known in new.items() if known})
 
 
 def split_keys(data: HfDataset) -> list[str]:
@@ -215,16 +235,18 @@ def _checked(data: Dataset, name: str, on_bad: OnBadRow) -> Dataset:
     audio = _cast_audio(data.select_columns([given]), name, given)
     audio = audio if given == "audio" else audio.rename_column(given, "audio")
     others = data.select_columns(sorted(KNOWN & set(data.column_names) - {given}))
-    rows, good = [], []
-    for number, (origin, record) in enumerate(_records(others, name)):
-        try:
-            rows.append(parse_located(origin, record, partial(parse_details, text=text)))
-        except BadRow as error:
-            on_bad(error)
-        else:
-            good.append(number)
+    parse = partial(parse_details, text=text, audio=given)
+    good = array("q")
+
+    def rows() -> Iterator[Row]:
+        for number, (origin, record) in enumerate(_records(others, name)):
+            for row in good_rows([(origin, record)], parse, on_bad):
+                good.append(number)
+                yield row
+
+    details = to_dataset(rows(), DETAILS)
     audio = audio if len(good) == len(data) else audio.select(good)
-    return concatenate_datasets([audio, to_dataset(rows, DETAILS)], axis=1)
+    return concatenate_datasets([audio, details], axis=1)
 
 
 def _gathered(data: Dataset | IterableDataset, name: str, on_bad: OnBadRow) -> Dataset:
@@ -232,11 +254,7 @@ def _gathered(data: Dataset | IterableDataset, name: str, on_bad: OnBadRow) -> D
     records = _records(_undecoded(data, name), name)
     if (first := next(records, None)) is None:
         raise UserError(f"{name} has no rows; give data with rows")
-    rows = good_rows(itertools.chain([first], records), on_bad=on_bad)
-    parts = [to_dataset([])]
-    while chunk := list(itertools.islice(rows, CHUNK)):
-        parts.append(to_dataset(chunk))
-    return concatenate_datasets(parts)
+    return to_dataset(good_rows(itertools.chain([first], records), on_bad=on_bad))
 
 
 def _records(data: Iterable[Record], name: str) -> Iterator[LocatedRecord]:

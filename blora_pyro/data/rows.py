@@ -7,21 +7,26 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import pyarrow
 import soundfile
 from datasets import Audio, Dataset, Features, IterableDataset, List, Value
 
-from blora_pyro.data.audio import check_array
+from blora_pyro.data.audio import check_array, check_file
 from blora_pyro.errors import UserError, printable
 
+NEMO, COMMON_VOICE = "audio_filepath", "path"  # what their columns of audio are called
 ALIASES = {
-    "audio": ("audio", "audio_filepath", "file_name"),
+    "audio": ("audio", NEMO, "file_name", COMMON_VOICE),
     "text": ("text", "sentence", "transcription"),
 }
-OPTIONAL = ("language", "word_languages", "duration", "start", "end")
+CHUNK = 200  # rows that become Arrow at a time, whose binary columns hold 2 GB each
+SECONDS = ("duration", "start", "end", "offset")
+OPTIONAL = ("language", "word_languages", *SECONDS)
 KNOWN = {*OPTIONAL, *(name for names in ALIASES.values() for name in names)}
 DETAILS = Features(
     {
@@ -40,6 +45,7 @@ FEATURES = Features({"audio": {"bytes": Value("binary"), "path": Value("string")
 Row = dict[str, Any]  # of `FEATURES`
 Record = Mapping[str, Any]  # a value by column name, as a file or a table has it
 LocatedRecord = tuple[str, Record | UserError]  # an origin, and a record or why there is none
+Columns = Mapping[str, Sequence[str]]  # names that a column may have, first choice first
 
 
 class BadRow(UserError):
@@ -111,68 +117,121 @@ def check_columns(names: Iterable[str]) -> dict[str, str]:
     """Return by which name "audio" and "text" go; refuse none, or two for one of them."""
     names = set(names)
     found = {wanted: [name for name in ALIASES[wanted] if name in names] for wanted in ALIASES}
+    if len(found["audio"]) > 1 and COMMON_VOICE in found["audio"]:  # a path beside the audio
+        found["audio"].remove(COMMON_VOICE)
     if missing := [wanted for wanted in ALIASES if not found[wanted]]:
         needs = " and ".join(f"{first} (or {', '.join(rest)})" for first, *rest in ALIASES.values())
-        raise UserError(f"no {' and no '.join(missing)}; a row needs {needs}")
+        raise UserError(
+            f"no {' and no '.join(missing)}; a row needs {needs}, or --column {missing[0]}=NAME"
+        )
     for wanted, given in found.items():
         if len(given) > 1:
-            raise UserError(f"{' and '.join(given)} both say what the {wanted} is; keep one")
+            raise UserError(
+                f"{' and '.join(given)} both say what the {wanted} is; keep one, or choose: "
+                f"--column {wanted}={given[0]}"
+            )
     return {wanted: given[0] for wanted, given in found.items()}
 
 
-def parse_row(record: Record, folder: Path | None = None) -> Row:
+def renaming(names: Iterable[str], columns: Columns) -> dict[str, str | None]:
+    """Return the known name of every column that `columns` chooses, by its own.
+
+    None is for those that say the same, and give way.
+
+    Raises:
+        UserError: if there is no such column.
+    """
+    names, found = list(names), dict[str, str | None]()
+    for wanted, choices in columns.items():
+        if (chosen := next((name for name in choices if name in names), None)) is None:
+            there = printable(", ".join(names[:20]), 200) or "none"
+            raise UserError(
+                f"no column {' or '.join(choices)} for {wanted}; its columns are: {there}"
+            )
+        found |= {name: None for name in ALIASES.get(wanted, (wanted,)) if name in names}
+        found[chosen] = wanted
+    return found
+
+
+def renamed(record: Record, columns: Columns) -> Record:
+    """Return a record with its columns called as `columns` says; see `renaming`."""
+    if not columns:
+        return record
+    new = renaming(record, columns)
+    return {new.get(name, name) or "": one for name, one in record.items()}
+
+
+def parse_row(record: Record, folder: str | None = None) -> Row:
     """Return a record as a row of `FEATURES`, all but its origin; further columns are dropped.
 
     `folder` is that of a manifest, None for a table; see `parse_audio`.
     """
-    for names in ALIASES.values():  # a null is no value where another name has one
-        given = {name for name in names if record.get(name) is not None}
-        nulls = set(names) - given if given else set()
-        record = {name: one for name, one in record.items() if name not in nulls}
-    audio, text = check_columns(record).values()
-    return {"audio": parse_audio(record[audio], folder), **parse_details(record, text)}
+    audio, text = _named(record, "audio"), _named(record, "text")
+    if audio is None or text is None:
+        audio, text = check_columns(record).values()
+    clips = folder is not None and audio == COMMON_VOICE
+    parsed = parse_audio(record[audio], folder, clips)
+    return {"audio": parsed, **parse_details(record, text, audio)}
 
 
-def parse_details(record: Record, text: str) -> Row:
-    """Return what `parse_row` does without the audio; `text` is the name of that column."""
+def _named(record: Record, wanted: str) -> str | None:
+    """Return the one column that says it, nulls aside; None if there is none, or not one."""
+    found = [name for name in ALIASES[wanted] if record.get(name) is not None]
+    if len(found) == 2 and found[1] == COMMON_VOICE:
+        del found[1]
+    return found[0] if len(found) == 1 else None
+
+
+def parse_details(record: Record, text: str, audio: str) -> Row:
+    """Return what `parse_row` does without the audio; `text`, `audio` name these columns."""
     codes = record.get("word_languages")
     if isinstance(codes, str):
         codes = codes.split()
     if codes is not None and not isinstance(codes, list | tuple):
         raise UserError(f"word_languages must be a list of texts, got {shown(codes)}")
     language = record.get("language")
-    row: Row = {
+    duration, start, end, offset = (_seconds(name, record.get(name)) for name in SECONDS)
+    segmented = start is not None or end is not None
+    if offset is not None and segmented:
+        raise UserError("offset, and start or end, both say what the segment is; keep one")
+    if not segmented and (offset is not None or audio == NEMO):  # duration is the segment's there
+        start = offset
+        end = None if duration is None else (offset or 0.0) + duration
+    if end is not None and end <= (start or 0.0):
+        raise UserError(f"the segment starts at {start or 0.0:g} s, but ends at {end:g} s")
+    return {
         "text": _text("text", record[text]),
         "language": "" if language is None else _text("language", language),
         "word_languages": [_text("word_languages", code) for code in codes or []],
-        **{name: _seconds(name, record.get(name)) for name in ("duration", "start", "end")},
+        "duration": duration,
+        "start": start,
+        "end": end,
     }
-    start, end = row["start"] or 0.0, row["end"]
-    if end is not None and end <= start:
-        raise UserError(f"the segment starts at {start:g} s, but ends at {end:g} s")
-    return row
 
 
-def parse_audio(value: object, folder: Path | None = None) -> dict[str, Any]:
+def parse_audio(value: object, folder: str | None = None, clips: bool = False) -> dict[str, Any]:
     """Return audio as {"path", "bytes"}, not decoded; arrays become wav, 32-bit floats.
 
-    With a folder, the value is the path of a file that exists, relative to it; without one a path,
-    encoded bytes, {"path", "bytes"}, or {"array", "sampling_rate"}.
+    With a folder, the value is the path of a file that exists, relative to it, or with `clips` to
+    its folder of that name, which comes first; without one a path, encoded bytes,
+    {"path", "bytes"}, or {"array", "sampling_rate"}.
     """
     if folder is not None:
-        path = _text("audio", value)
-        if not path.strip():
+        given = _text("audio", value)
+        if not given.strip():
             raise UserError("audio is empty; give a path")
-        if not os.path.isfile(folder / path):
-            raise UserError(f"the audio file '{printable(folder / path)}' does not exist")
-        return {"bytes": None, "path": str(folder / path)}
+        path = os.path.join(folder, given)
+        if clips and os.path.isfile(inside := os.path.join(folder, "clips", given)):
+            path = inside
+        check_file(path)
+        return {"bytes": None, "path": path}
     if isinstance(value, str | Path):
         value = {"path": value}
     elif isinstance(value, bytes | bytearray):
         value = {"bytes": value}
     if isinstance(value, Mapping):
-        given, content = value.get("path"), value.get("bytes")
-        name = _text("audio", str(given)) if isinstance(given, str | Path) else None
+        source, content = value.get("path"), value.get("bytes")
+        name = _text("audio", str(source)) if isinstance(source, str | Path) else None
         if not isinstance(content, bytes | bytearray) and value.get("array") is not None:
             wave, rate = check_array(value)
             file = io.BytesIO()
@@ -213,10 +272,13 @@ def good_rows(
             yield row
 
 
-def to_dataset(rows: list[Row], features: Features = FEATURES) -> Dataset:
+def to_dataset(rows: Iterable[Row], features: Features = FEATURES) -> Dataset:
     """Return rows as a data set in memory, its audio not decoded."""
-    columns = {name: [row[name] for row in rows] for name in features}
-    dataset = Dataset.from_dict(columns, features=features)
+    schema, rows = features.arrow_schema, iter(rows)
+    batches = []
+    while some := list(islice(rows, CHUNK)):
+        batches.append(pyarrow.RecordBatch.from_pylist(some, schema=schema))
+    dataset = Dataset(pyarrow.Table.from_batches(batches, schema))
     return dataset.cast_column("audio", Audio(decode=False)) if "audio" in features else dataset
 
 

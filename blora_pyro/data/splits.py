@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,8 +23,14 @@ from blora_pyro.data.hf_datasets import (
     parquet_files,
     split_keys,
 )
-from blora_pyro.data.manifest import FORMATS, manifest_splits, manifest_stream, read_manifest
-from blora_pyro.data.rows import BadRows, OnBadRow, RowStream, all_bad, stop
+from blora_pyro.data.manifest import (
+    FORMATS,
+    manifest_rows,
+    manifest_splits,
+    manifest_stream,
+    read_manifest,
+)
+from blora_pyro.data.rows import BadRows, Columns, OnBadRow, Row, RowStream, all_bad, stop
 from blora_pyro.errors import UserError, printable
 from blora_pyro.files import cache_dir
 from blora_pyro.options import POCKET_DOMAINS as DOMAINS
@@ -38,7 +45,9 @@ _OBJECT = "<"  # how `describe_source` describes an object, and no source is nam
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
 
 
-def load_split(source: Source, split: str, on_bad: OnBadRow = stop) -> Dataset:
+def load_split(
+    source: Source, split: str, on_bad: OnBadRow = stop, columns: Columns | None = None
+) -> Dataset:
     """Read a split of a source, with the columns of `read_manifest`.
 
     Args:
@@ -55,17 +64,40 @@ def load_split(source: Source, split: str, on_bad: OnBadRow = stop) -> Dataset:
         split: "train", "dev", "test", or whatever the source has.
         on_bad: called with the error of every bad row; where it does not raise, the row is left
             out, and there may be none left.
+        columns: names that columns have in the source, by those of `read_manifest`; the built-in
+            corpora keep theirs.
 
     Raises:
         UserError: if the source is none of these, lacks the split, or `read_manifest` raises.
     """
-    found = _find(source, split)
+    found = _find(source, split, columns)
     if found.load is None:
-        return read_manifest(found.name, found.pick, on_bad)
-    return dataset_split(found.load(False), split, found.name, on_bad)
+        return read_manifest(found.name, found.pick, on_bad, found.columns)
+    return dataset_split(found.load(False), split, found.name, on_bad, found.columns)
 
 
-def stream_split(source: Source, split: str) -> RowStream:
+def row_batches(
+    source: Source, split: str, on_bad: OnBadRow, columns: Columns | None, size: int
+) -> Iterator[tuple[list[Row], int]]:
+    """Yield the rows of `load_split` in lists of `size`, and about how many rows there are.
+
+    No more than a list of a manifest's is in memory.
+    """
+    found = _find(source, split, columns)
+    if found.load is None:
+        with open(found.name, "rb") as file:
+            about = sum(piece.count(b"\n") for piece in iter(partial(file.read, 1 << 20), b""))
+        rows = manifest_rows(found.name, found.pick, on_bad, found.columns)
+        while batch := list(islice(rows, size)):
+            yield batch, about
+        return
+    data = dataset_split(found.load(False), split, found.name, on_bad, found.columns)
+    for some in data.iter(size):
+        values = zip(*some.values(), strict=True)
+        yield [dict(zip(some, row, strict=True)) for row in values], len(data)
+
+
+def stream_split(source: Source, split: str, columns: Columns | None = None) -> RowStream:
     """Return a split of a source of `load_split` as a stream.
 
     Shards are the files of a data set of the Hub or of a folder of parquet files, parts of one that
@@ -74,10 +106,10 @@ def stream_split(source: Source, split: str) -> RowStream:
     Raises:
         UserError: if the source is none of these, or lacks the split or columns.
     """
-    found = _find(source, split)
+    found = _find(source, split, columns)
     if found.load is None:
-        return manifest_stream(found.name, found.pick)
-    return dataset_stream(found.load(True), split, found.name)
+        return manifest_stream(found.name, found.pick, found.columns)
+    return dataset_stream(found.load(True), split, found.name, found.columns)
 
 
 def load_mixture(
@@ -86,6 +118,7 @@ def load_mixture(
     on_bad: OnBadRow = stop,
     limit: int | None = None,
     seed: int = 0,
+    columns: Columns | None = None,
 ) -> Dataset:
     """Read a split of one or more sources, one after the other, as `load_split` reads it.
 
@@ -98,7 +131,7 @@ def load_mixture(
     parts = []
     for index, source in enumerate(as_sources(sources)):
         bad = BadRows(on_bad, index)
-        part = load_split(source, split, bad)
+        part = load_split(source, split, bad, columns)
         if not len(part):
             raise UserError(f"{printable(describe_source(source))}, {split}: {all_bad(bad)}")
         part = part.add_column("source", [index] * len(part))
@@ -109,7 +142,7 @@ def load_mixture(
     return concatenate_datasets(parts)
 
 
-def split_names(source: Source) -> list[str]:
+def split_names(source: Source, columns: Columns | None = None) -> list[str]:
     """Return the names of the splits that a source has; [] where it is one set for them all.
 
     Raises:
@@ -119,7 +152,7 @@ def split_names(source: Source) -> list[str]:
         return split_keys(source)
     name = str(source)
     if os.path.isfile(name):
-        return [] if _is_parquet(name) else manifest_splits(name)
+        return [] if _is_parquet(name) else manifest_splits(name, columns)
     if is_hub_id(name):
         return hub_splits(name)
     folder = _folder(name)
@@ -128,8 +161,10 @@ def split_names(source: Source) -> list[str]:
     files = [path for path in folder.iterdir() if path.suffix.lower() in FORMATS]
     names = {path.stem for path in files if path.is_file() and path.stem != "metadata"}
     names |= {path.name for path in folder.iterdir() if path.is_dir() and _only(path, "metadata")}
+    if (folder / "clips").is_dir():  # Common Voice's, whose other tables are no splits
+        names = names & {"train", "dev", "test"} or names
     if not names and (manifest := _only(folder, "metadata")):
-        return manifest_splits(manifest)
+        return manifest_splits(manifest, columns)
     return sorted(names or parquet_files(folder))
 
 
@@ -169,28 +204,34 @@ class _Found:
     name: str  # the manifest's path, or the data set's name in messages
     pick: str | None = None  # the split to be picked from the rows of a manifest; None is all
     load: Callable[[bool], HfDataset] | None = None  # a data set, as a stream or not
+    columns: Columns | None = None  # what its columns are called; None is as usual
 
 
-def _find(source: Source, split: str) -> _Found:
+def _find(source: Source, split: str, columns: Columns | None) -> _Found:
     if is_table(source):
-        return _Found("the data set", load=lambda streaming: source)
+        return _Found("the data set", load=lambda streaming: source, columns=columns)
     name = str(source)
     if os.path.isfile(name):
         if _is_parquet(name):
-            return _Found(printable(name), load=partial(load_parquet, [Path(name)], split))
-        return _Found(name, split)
+            load = partial(load_parquet, [Path(name)], split)
+            return _Found(printable(name), load=load, columns=columns)
+        return _Found(name, split, columns=columns)
     if is_hub_id(name):
-        return _Found(f"{name}, {split}", load=partial(load_hub, name, split))
+        load = partial(load_hub, name, split)
+        return _Found(f"{name}, {split}", load=load, columns=columns)
     folder = _folder(name)
+    if not os.path.exists(name):  # a built-in corpus
+        columns = None
     if is_saved(folder):
-        return _Found(printable(folder), load=lambda streaming: load_saved(folder))
+        return _Found(printable(folder), None, lambda streaming: load_saved(folder), columns)
     if manifest := _only(folder, split) or _only(folder / split, "metadata"):
-        return _Found(str(manifest))
+        return _Found(str(manifest), columns=columns)
     if manifest := _only(folder, "metadata"):
-        return _Found(str(manifest), split)
+        return _Found(str(manifest), split, columns=columns)
     if files := parquet_files(folder).get(split):
-        return _Found(f"{printable(folder)}, {split}", load=partial(load_parquet, files, split))
-    splits = ", ".join(split_names(folder)) or "none"
+        load = partial(load_parquet, files, split)
+        return _Found(f"{printable(folder)}, {split}", load=load, columns=columns)
+    splits = ", ".join(split_names(folder, columns)) or "none"
     raise UserError(
         f"{printable(folder)} has no {split}.jsonl (.csv, .tsv, or {split}/metadata.csv); "
         f"its splits are: {splits}"

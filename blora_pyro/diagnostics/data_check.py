@@ -1,6 +1,8 @@
 """Data checked before a fit: what they hold, what a fit would refuse, and what is worth knowing."""
 
-from collections import Counter, defaultdict
+import math
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -8,25 +10,24 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from datasets import Dataset
 from transformers import WhisperFeatureExtractor, WhisperTokenizer
 
 from blora_pyro.data import (
     MODEL_DIR,
-    SAMPLING_RATE,
-    AudioHeader,
     BadRow,
+    Columns,
     Digests,
     Encoder,
+    Heard,
     Suppressed,
-    load_split,
+    decode_row,
+    duration_notes,
     prompt_ids,
-    read_audio,
-    read_header,
+    row_batches,
     split_names,
-    text_ids,
     usable_cores,
 )
+from blora_pyro.diagnostics.row_notes import NOTES, Characters, RowNotes
 from blora_pyro.errors import UserError, reason
 from blora_pyro.languages import language_code
 from blora_pyro.metrics import check_tags
@@ -35,26 +36,15 @@ from blora_pyro.models.stored_config import read_config, read_extractor, read_ge
 from blora_pyro.options import POCKET
 from blora_pyro.sources import Source, as_sources, describe_source
 
-CHUNK = 64  # recordings that are decoded at a time
-TOLERANCE = 0.1  # seconds by which a stated duration may be wrong
+CHUNK = 256  # rows that are read, and decoded, at a time
+KEPT = 1000  # findings of a kind and a set that are kept; the others are counted
 
-# Kinds of findings that a fit refuses, and kinds that it takes.
+# Kinds of findings that a fit refuses; those that it takes are `NOTES`.
 REFUSED = {
     "row": "rows that can't be read",
     "audio": "audio that can't be used",
     "transcript": "text or language that can't be used",
     "word_languages": "words and word_languages differ in number",
-}
-NOTES = {
-    "empty text": "empty text",
-    "characters": "characters that the tokenizer can't spell",
-    "bytes": "characters that it spells byte by byte",
-    "suppressed": "tokens that the base's generation config suppresses, and a fit allows",
-    "duration": "a stated duration that is wrong",
-    "tags": "words and word_languages differ in number",
-    "repeated": "audio that an earlier row has, too",
-    "shared audio": "audio that is in another set too",
-    "shared text": "text that is in another set too",
 }
 
 
@@ -80,6 +70,8 @@ class Finding:
 class SetCheck:
     """What was found in a split of a source; findings are in the order of the rows.
 
+    Of each kind the first `KEPT` findings are there, and `counts` has the number of all.
+
     Attributes:
         split: "" where the source has no splits.
         rows: Number of rows, the bad ones among them.
@@ -88,6 +80,7 @@ class SetCheck:
         sampling_rates: Number of rows by rate, in Hz.
         channels: Number of rows by number of channels.
         languages: Number of rows by language code.
+        refused_rows: Number of rows that a fit would refuse.
     """
 
     source: str
@@ -99,6 +92,8 @@ class SetCheck:
     channels: dict[int, int]
     languages: dict[str, int]
     findings: list[Finding]
+    counts: dict[str, int]
+    refused_rows: int
 
     @property
     def name(self) -> str:
@@ -107,17 +102,20 @@ class SetCheck:
 
     def count(self, kinds: Iterable[str]) -> dict[str, int]:
         """Return the number of findings by kind, in the order of `kinds`, without zeros."""
-        counts = Counter(one.kind for one in self.findings)
-        return {kind: counts[kind] for kind in kinds if counts[kind]}
+        return {kind: self.counts[kind] for kind in kinds if self.counts.get(kind)}
 
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What was found in all sets, for a base that takes audio of `window` seconds."""
+    """What was found in all sets, for a base that takes audio of `window` seconds.
+
+    `fast`: No audio was opened.
+    """
 
     base: str
     window: float
     sets: list[SetCheck]
+    fast: bool = False
 
     @property
     def refused(self) -> bool:
@@ -141,17 +139,23 @@ def check_data(
     on_progress: Callable[[str, int, int], object] = lambda name, done, total: None,
     revision: str | None = None,
     local_files_only: bool = False,
+    fast: bool = False,
+    columns: Columns | None = None,
 ) -> DataCheck:
     """Read data as a fit would, decode every recording, and return what was found.
+
+    No more than a chunk of a manifest's rows is in memory.
 
     Args:
         sources: See `load_split`.
         base: The base model of the fit; its weights are not loaded.
         split: The only split to check; None is all that a source has.
         language: Language of rows that name none.
-        on_progress: Called with a set's name, its number of decoded recordings, and of all.
+        on_progress: Called with a set's name, its number of rows looked at, and of all, about.
         revision: Branch, tag or commit of a base on the Hub.
         local_files_only: Look for a base in the Hub's local cache alone.
+        fast: Look at rows, texts and whether files exist; open no audio.
+        columns: Names of columns, see `load_split`.
 
     Raises:
         UserError: If a source or the base can't be read at all.
@@ -163,13 +167,15 @@ def check_data(
         prompt_ids(tokenizer, language_code(language))  # refuses a language without a token
     encoder = Encoder(tokenizer, language, max_tokens=max_tokens, suppressed=suppressed)
     window = feature_extractor.chunk_length
-    earlier = _EarlierRows()
+    notes = RowNotes()
     sets = [
-        _check_set(source, name, encoder, window, earlier, on_progress)
+        _SetChecker(source, name, encoder, None if fast else window, notes).check(
+            columns, on_progress
+        )
         for source in as_sources(sources)
-        for name in ([split] if split else split_names(source) or [""])
+        for name in ([split] if split else split_names(source, columns) or [""])
     ]
-    return DataCheck(base, window, sets)
+    return DataCheck(base, window, sets, fast)
 
 
 def load_processor(
@@ -206,152 +212,121 @@ def load_processor(
 
 @dataclass(frozen=True)
 class _Recording:
-    """A row's audio: its length and header if the file can be read, else the error."""
+    """A row's audio: its rate, channels and the rest if it can be used, else the error."""
 
-    seconds: float | None
-    header: AudioHeader | None
-    content: str | None
-    error: str | None = None
-
-
-def _check_set(
-    source: Source,
-    split: str,
-    encoder: Encoder,
-    window: float,
-    earlier: "_EarlierRows",
-    on_progress: Callable[[str, int, int], object],
-) -> SetCheck:
-    described = describe_source(source)
-    label = f"{described} {split}".strip()
-    bad: list[BadRow] = []
-    dataset = load_split(source, split or "train", bad.append)
-    findings = [Finding("row", error.origin, error.reason) for error in bad]
-    lengths: list[float] = []
-    headers: list[AudioHeader] = []
-    languages: list[str] = []
-    for row, recording in _decode(dataset, window, partial(on_progress, label)):
-        lengths += [] if recording.seconds is None else [recording.seconds]
-        headers += [recording.header] if recording.header else []
-        languages.append(_language_of(row, encoder))
-        problems = _row_problems(row, recording, encoder, split)
-        problems += earlier.compare(label, row, recording)
-        findings += [Finding(kind, row["origin"], message) for kind, message in problems]
-    findings += _check_characters(dataset, encoder.tokenizer)
-    return SetCheck(
-        described,
-        split,
-        len(dataset) + len(bad),
-        sum(lengths) / 3600,
-        {"min": min(lengths), "median": median(lengths), "max": max(lengths)} if lengths else None,
-        _counts(header.sampling_rate for header in headers),
-        _counts(header.channels for header in headers),
-        _counts(languages),
-        findings,
-    )
+    rate: int = 0
+    channels: int = 0
+    heard: Heard | None = None
+    error: str = ""
 
 
-def _decode(
-    dataset: Dataset, window: float, on_progress: Callable[[int, int], object]
-) -> Iterator[tuple[dict[str, Any], _Recording]]:
-    """Yield every row and its decoded recording."""
-    decode = partial(_decode_row, window=window, digests=Digests())
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        for first in range(0, len(dataset), CHUNK):
-            chunk = [dataset[row] for row in range(first, min(first + CHUNK, len(dataset)))]
-            yield from zip(chunk, pool.map(decode, chunk), strict=True)
-            on_progress(first + len(chunk), len(dataset))
+class _SetChecker:
+    """Checks the rows of a split; without a `window`, of seconds, no audio is opened."""
+
+    def __init__(
+        self, source: Source, split: str, encoder: Encoder, window: float | None, notes: RowNotes
+    ) -> None:
+        self.source, self.split, self.encoder = source, split, encoder
+        self.window, self.notes = window, notes
+        self.described = describe_source(source)
+        self.label = f"{self.described} {split}".strip()
+        self.findings: list[Finding] = []
+        self.kinds: Counter[str] = Counter()
+        self.rows = self.refused = 0
+        self.lengths, self.characters = array("d"), Characters()
+        self.rates, self.channels, self.languages = Counter[int](), Counter[int](), Counter[str]()
+
+    def check(
+        self, columns: Columns | None, on_progress: Callable[[str, int, int], object]
+    ) -> SetCheck:
+        """Read and check all rows."""
+        batches = row_batches(self.source, self.split or "train", self._bad, columns, CHUNK)
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            for batch, about in batches:
+                for row, recording in zip(batch, self._decoded(batch, pool), strict=True):
+                    self._add(row, recording)
+                on_progress(self.label, self.rows, max(about, self.rows))
+        on_progress(self.label, self.rows, self.rows)
+        for note in self.characters.notes(self.encoder.tokenizer):
+            self._find(*note)
+        known = self.lengths
+        extremes = (
+            {"min": min(known), "median": median(known), "max": max(known)} if known else None
+        )
+        return SetCheck(
+            self.described,
+            self.split,
+            self.rows,
+            math.fsum(known) / 3600,
+            extremes,
+            dict(self.rates.most_common()),
+            dict(self.channels.most_common()),
+            dict(self.languages.most_common()),
+            self.findings,
+            dict(self.kinds),
+            self.refused,
+        )
+
+    def _find(self, kind: str, origin: str, message: str) -> None:
+        self.kinds[kind] += 1
+        if self.kinds[kind] <= KEPT:
+            self.findings.append(Finding(kind, origin, message))
+
+    def _bad(self, error: BadRow) -> None:
+        self.rows += 1
+        self.refused += 1
+        self._find("row", error.origin, error.reason)
+
+    def _decoded(
+        self, batch: Sequence[Mapping[str, Any]], pool: ThreadPoolExecutor
+    ) -> Iterable[_Recording]:
+        if self.window is None:
+            return [_Recording()] * len(batch)
+        return pool.map(partial(_decode, window=self.window, digests=Digests()), batch)
+
+    def _add(self, row: Mapping[str, Any], recording: _Recording) -> None:
+        self.rows += 1
+        origin, text, heard = row["origin"], row["text"], recording.heard
+        if heard is not None:
+            self.lengths.append(heard.seconds)
+            self.rates[recording.rate] += 1
+            self.channels[recording.channels] += 1
+        self.characters.add(text, origin)
+        problems = [("audio", origin, recording.error)] if recording.error else []
+        problems += self._problems(row)
+        self.refused += any(kind in REFUSED for kind, *_ in problems)
+        scored = self.split != "train"
+        problems += self.notes.of(self.label, origin, text, row["word_languages"], heard, scored)
+        for problem in problems:
+            self._find(*problem)
+
+    def _problems(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+        """Yield kind, origin and message of what the base can't take of texts and languages."""
+        code = row["language"] or self.encoder.language or ""
+        try:
+            spoken, _, target = self.encoder.encode(row["text"], row["language"])
+            for tag in row["word_languages"]:
+                language_code(tag)
+            code = spoken.code
+            if unsaid := self.encoder.suppressed.of_target(target):
+                texts = dict.fromkeys(self.encoder.tokenizer.decode([token]) for token in unsaid)
+                yield "suppressed", row["origin"], ", ".join(map(repr, texts))
+        except UserError as error:
+            yield "transcript", row["origin"], str(error)
+        self.languages[code] += 1
+        if self.split != "train":
+            try:
+                check_tags(row["text"], row["word_languages"])
+            except UserError as error:
+                yield "word_languages", row["origin"], str(error)
 
 
-def _decode_row(row: Mapping[str, Any], window: float, digests: Digests) -> _Recording:
-    audio, start, end = row["audio"] or {}, row["start"], row["end"]
-    digest, header, seconds = digests.of(audio), None, None
-    content = None if digest is None else f"{digest} {start} {end}"
+def _decode(row: Mapping[str, Any], window: float, digests: Digests) -> _Recording:
     try:
-        header = read_header(audio)
-        seconds = min(end or header.seconds, header.seconds) - (start or 0.0)
-        wave = read_audio(audio, start=start, end=end, max_seconds=window)
-        return _Recording(len(wave) / SAMPLING_RATE, header, content)
+        audio = decode_row(row, window)
     except UserError as error:
-        seconds = seconds if seconds is not None and seconds > 0 else None
-        return _Recording(seconds, header, content, str(error))
-
-
-def _row_problems(
-    row: Mapping[str, Any], recording: _Recording, encoder: Encoder, split: str
-) -> list[tuple[str, str]]:
-    """Return kind and message of what is wrong with a row taken alone."""
-    problems = [("audio", recording.error)] if recording.error else []
-    try:
-        _, _, target = encoder.encode(row["text"], row["language"])
-        if unsaid := encoder.suppressed.of_target(target):
-            texts = dict.fromkeys(encoder.tokenizer.decode([token]) for token in unsaid)
-            problems.append(("suppressed", ", ".join(map(repr, texts))))
-    except UserError as error:
-        problems.append(("transcript", str(error)))
-    if not row["text"].strip():
-        problems.append(("empty text", "the fit will learn that nothing is said"))
-    try:
-        check_tags(row["text"], row["word_languages"])
-    except UserError as error:
-        problems.append(("tags" if split == "train" else "word_languages", str(error)))
-    stated, found = row["duration"], recording.seconds
-    if stated is not None and found is not None and abs(stated - found) > TOLERANCE:
-        message = f"duration is {stated:.2f} s, the audio lasts {found:.2f} s"
-        problems.append(("duration", message))
-    return problems
-
-
-def _language_of(row: Mapping[str, Any], encoder: Encoder) -> str:
-    """Return the code of a row's language, or the language as given if it has none."""
-    given = row["language"] or encoder.language or ""
-    try:
-        return language_code(given)
-    except UserError:
-        return given
-
-
-class _EarlierRows:
-    """The first row of every set with an audio, or with a text."""
-
-    def __init__(self) -> None:
-        self.audio: dict[str, dict[str, str]] = defaultdict(dict)  # content -> set -> origin
-        self.texts: dict[str, dict[str, str]] = defaultdict(dict)
-
-    def compare(
-        self, label: str, row: Mapping[str, Any], recording: _Recording
-    ) -> Iterator[tuple[str, str]]:
-        """Yield kind and message of what an earlier row had, too, and add this row."""
-        if recording.content:
-            origins = self.audio[recording.content]
-            if label in origins:
-                yield "repeated", f"the same audio as {origins[label]}"
-            elif origins:
-                yield "shared audio", f"the same audio as {next(iter(origins.values()))}"
-            origins.setdefault(label, row["origin"])
-        if text := row["text"].strip():
-            origins = self.texts[text]
-            if origins and label not in origins:
-                yield "shared text", f"{text[:40]!r} as {next(iter(origins.values()))}"
-            origins.setdefault(label, row["origin"])
-
-
-def _check_characters(dataset: Dataset, tokenizer: WhisperTokenizer) -> Iterator[Finding]:
-    """Yield the characters that the tokenizer has no token for."""
-    origins: dict[str, list[str]] = defaultdict(list)
-    for text, origin in zip(dataset["text"], dataset["origin"], strict=True):
-        for char in sorted({*"".join(text.split())}):
-            origins[char].append(origin)
-    for char, (origin, *others) in origins.items():
-        message = f"{char!r} (U+{ord(char):04X}), rows: {1 + len(others)}"
-        if tokenizer.decode(text_ids(tokenizer, char)) != f" {char}":
-            yield Finding("characters", origin, message)
-            continue
-        tokens = tokenizer.encode(char, add_special_tokens=False, split_special_tokens=True)
-        if 1 < len(char.encode()) <= len(tokens):
-            yield Finding("bytes", origin, message)
-
-
-def _counts(values: Iterable[Any]) -> dict[Any, int]:
-    """Return how often each value comes, the most frequent first."""
-    return dict(Counter(values).most_common())
+        return _Recording(error=str(error))
+    content = f"{digests.of(row['audio'] or {})} {row['start']} {row['end']}"
+    notes = {**audio.notes, **duration_notes(row, audio.seconds)}
+    heard = Heard(content, audio.seconds, tuple(notes.items()))
+    return _Recording(audio.rate, audio.channels, heard)

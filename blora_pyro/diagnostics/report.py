@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.text import Text
 
-from blora_pyro.diagnostics.data_check import NOTES, REFUSED, DataCheck, SetCheck
+from blora_pyro.diagnostics.data_check import REFUSED, DataCheck, SetCheck
 from blora_pyro.diagnostics.explanations import Shrinkage
 from blora_pyro.diagnostics.khat import Khat
 from blora_pyro.diagnostics.layers import KindSummary, LayerPosition
+from blora_pyro.diagnostics.row_notes import NOTES
 from blora_pyro.diagnostics.summaries import Summary
 from blora_pyro.guides import Argument, FamilyReport
 from blora_pyro.tables import NONE, Part, Table, figure_columns, number, percent, text_columns
@@ -178,10 +179,12 @@ def data_check_tables(found: DataCheck) -> list[Part]:
     """Return the sets, what a fit would refuse in them, and what is worth knowing."""
     refused = _findings_table(found, REFUSED, "a fit would refuse")
     notes = _findings_table(found, NOTES, "worth knowing; a fit takes it")
-    bad = {(one.name, row.origin) for one in found.sets for row in one.findings if row.refused}
+    bad = sum(one.refused_rows for one in found.sets)
     end = "a fit would take every row"
+    if found.fast:
+        end += ", if it can use the audio, which was not opened (--fast)"
     if bad:
-        end = f"a fit would stop at {len(bad):,} bad rows; --on-bad-row skip leaves them out"
+        end = f"a fit would stop at {bad:,} bad rows; --on-bad-row skip leaves them out"
     return [_sets_table(found), *(table for table in (refused, notes) if table.rows), end]
 
 

@@ -279,6 +279,11 @@ def _fit_and_keep(
     name, allowed = parts.scoring.base.name, parts.unsuppressed
     posterior = Posterior.from_guide(name, model, guide, family, config.revision, allowed)
     folder.save(posterior, history, stopping, time.monotonic() - started)
+    if skipped := folder.record.skipped_steps:
+        progress.note(
+            f"{skipped} of {skipped + len(history)} steps were skipped, because their loss or "
+            "gradient was not finite; try a smaller --lr"
+        )
     return posterior, history
 
 

@@ -20,6 +20,7 @@ from blora_pyro.data import (
     prompt_ids,
     stream_split,
 )
+from blora_pyro.diagnostics.row_notes import Characters, Note, RowNotes, told
 from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.metrics import check_tags
@@ -78,6 +79,7 @@ class Loader:
         self.on_progress = on_progress
         self.on_note = functools.cache(on_note)  # every set says the same of the cache
         self.skipped: list[SkippedRow] = []
+        self._notes, self._looked_at = RowNotes(), dict[str, list[Note]]()
         self._reported = 0
 
     def load(
@@ -104,7 +106,7 @@ class Loader:
         dataset = load_mixture(source, split, on_bad, limit, self.config.seed)
         if split != "train":  # which is not scored
             dataset = without_bad_tags(dataset, on_bad)
-        return Examples(
+        examples = Examples(
             dataset,
             self.base.feature_extractor,
             self.base.tokenizer,
@@ -117,6 +119,19 @@ class Loader:
             on_progress=functools.partial(self.on_progress, f"{', '.join(sources)} {split}"),
             on_note=self.on_note,
         )
+        self._look_at(sources, split, examples)
+        return examples
+
+    def _look_at(self, sources: Sequence[str], split: str, examples: Examples) -> None:
+        """Keep what is worth knowing of a set, unless it has been looked at before."""
+        if (label := f"{', '.join(sources)} {split}") in self._looked_at:
+            return
+        notes, characters = self._looked_at.setdefault(label, []), Characters()
+        columns = (examples.origins, examples.texts, examples.word_languages, examples.heard or [])
+        for origin, text, tags, heard in zip(*columns, strict=True):
+            characters.add(text, origin)
+            notes += self._notes.of(label, origin, text, tags, heard, split != "train")
+        notes += characters.notes(self.base.tokenizer)
 
     def stream(self, source: Source, on_skipped: Callable[[SkippedRow], object]) -> Stream:
         """Return the train split of a source, read, featurised and tokenised as it is drawn.
@@ -162,9 +177,16 @@ class Loader:
         return on_bad
 
     def report_skipped(self, where: str = "") -> None:
-        """Note in one line which rows were left out, if there are new ones, listed in `where`."""
-        if len(self.skipped) == self._reported:
-            return
+        """Note in one line which rows were left out, if there are new ones, listed in `where`.
+
+        In another, what is worth knowing of the others.
+        """
+        if len(self.skipped) > self._reported:
+            self._report_skipped(where)
+        if line := told(self._looked_at):
+            self.on_note(line)
+
+    def _report_skipped(self, where: str) -> None:
         self._reported = len(self.skipped)
         counts = Counter(f"{row.source} {row.split}" for row in self.skipped)
         sets = ", ".join(f"{count} of {name}" for name, count in counts.items())

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from blora_pyro.data import AUDIO_SUFFIXES
 from blora_pyro.errors import UserError
 from blora_pyro.files import replace_file
 from blora_pyro.transcription.transcripts import Transcript, srt, vtt
@@ -18,7 +19,6 @@ FORMATS: dict[str, tuple[str, Callable[[Transcript], str]]] = {  # suffix and co
     "srt": (".srt", srt),
     "vtt": (".vtt", vtt),
 }
-AUDIO_SUFFIXES = (".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")  # files picked from folders
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ def test_data_check_exits_with_1_if_a_fit_would_refuse(fluent_folder, tones_fold
 def test_data_check_hands_every_option_on(monkeypatch):
     seen = []
 
-    def check(*arguments):
-        seen.append(arguments)
+    def check(*arguments, **options):
+        seen.append((*arguments, options))
         return DataCheck("b", 30, [])
 
     monkeypatch.setattr(data_check, "check_data", check)
     options = ["--base", "b", "--split", "s", "--language", "German", "--revision", "v1"]
-    well("data", "check", "x", "y", *options, "--local-files-only")
+    well("data", "check", "x", "y", *options, "--local-files-only", "--fast")
     assert seen[0][:4] == (["x", "y"], "b", "s", "German")
-    assert seen[0][5:] == ("v1", True)
+    assert seen[0][5:] == ("v1", True, {"fast": True})

@@ -1,5 +1,7 @@
 import functools
 import io
+import os
+import socket
 import tracemalloc
 
 import numpy as np
@@ -8,7 +10,8 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blora_pyro.data.audio import BLOCK, read_audio, read_header
+from blora_pyro.data.audio import decode_audio, read_audio
+from blora_pyro.data.containers import BLOCK
 from blora_pyro.errors import UserError
 
 
@@ -97,12 +100,13 @@ def test_blocks_fit_together(kind):
     soundfile.write(file, 0.3 * bursts * rng.standard_normal(count), 16_000, **FORMATS[kind])
     file.seek(0)
     whole, rate = soundfile.read(file, dtype="float32")
-    np.testing.assert_allclose(read_audio({"bytes": file.getvalue()}, rate), whole, atol=1e-6)
+    np.testing.assert_allclose(read_audio({"bytes": file.getvalue()}, rate), whole, atol=1e-5)
 
 
 def test_an_array_has_segments_too():
-    audio = {"array": np.arange(100.0), "sampling_rate": 100}
-    np.testing.assert_array_equal(read_audio(audio, 100, 0.25, 0.5), np.arange(25.0, 50.0))
+    audio = {"array": np.arange(100.0) / 128, "sampling_rate": 100}
+    expected = np.arange(25.0, 50.0) / 128
+    np.testing.assert_array_equal(read_audio(audio, 100, 0.25, 0.5), expected)
 
 
 @pytest.mark.parametrize(
@@ -134,19 +138,6 @@ def test_ten_hours_are_refused_unread_and_their_segments_read(tmp_path):
     tracemalloc.stop()
     with pytest.raises(UserError, match=r"long\.wav lasts 40\.00 s, but .*; shorten the segment"):
         read_audio({"path": path}, start=10, end=50, max_seconds=30)
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_file_that_is_cut_off_is_refused(kind):
-    data, _ = encoded(kind)
-    cut = {"bytes": data[: len(data) // 2], "path": "x"}
-    if kind in ("wav", "vorbis", "opus"):  # these end wherever the file ends
-        assert 0 < len(read_audio(cut)) < 6 * 16_000
-    else:
-        with pytest.raises(
-            UserError, match=r"cannot read x|x is cut off \d\.\d\d s before the end"
-        ):
-            read_audio(cut)
 
 
 def test_channels_are_averaged(tmp_path):
@@ -189,10 +180,10 @@ def test_an_array_that_is_no_wave_is_refused(array):
 def test_a_file_that_is_no_audio_is_refused(tmp_path, name):
     (tmp_path / name).write_text("no audio")
     for path in (tmp_path / name, tmp_path / "gone" / name, tmp_path):
-        with pytest.raises(UserError, match=f"cannot read {path} as wav, flac, ogg or mp3"):
+        with pytest.raises(UserError, match=f"cannot read {path} as wav|'{path}' (does not|is no)"):
             read_audio({"path": str(path), "bytes": None})
     for nothing in ({}, {"path": None, "bytes": None}, {"path": "a\0", "bytes": None}):
-        with pytest.raises(UserError, match="cannot read"):
+        with pytest.raises(UserError, match=r"cannot (read|be read)"):
             read_audio(nothing)
 
 
@@ -208,7 +199,7 @@ def test_empty_and_non_finite_audio_is_refused(tmp_path):
 
 
 def test_messages_stay_on_one_line():
-    with pytest.raises(UserError, match=r"cannot read a\ufffdb\.wav") as caught:
+    with pytest.raises(UserError, match=r"'a\ufffdb\.wav' does not exist") as caught:
         read_audio({"path": "a\nb.wav"})
     assert str(caught.value).isprintable()
 
@@ -245,11 +236,41 @@ def test_a_damaged_file_is_audio_or_an_error_of_one_line(kind, edits):
     read_or_refuse(bytes(data))
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_header_is_that_of_the_file(kind):
-    data, rate = encoded(kind, seconds=2.0)
-    header = read_header({"bytes": data, "path": None})
-    assert (header.sampling_rate, header.channels) == (rate, 2)
-    assert header.seconds == pytest.approx(2.0, abs=0.1)
-    with pytest.raises(UserError, match="cannot read x as wav"):
-        read_header({"bytes": b"noise", "path": "x"})
+# ---- what the samples say
+
+
+@pytest.mark.parametrize("scale", [3e38, 2**31, 32_768, 128])
+def test_samples_beyond_all_scale_are_refused(tmp_path, scale):
+    wave = scale * np.sin(np.arange(800)) * 0.9
+    soundfile.write(tmp_path / "a.wav", wave, 16_000, subtype="FLOAT")
+    for audio in ({"path": tmp_path / "a.wav"}, {"array": wave, "sampling_rate": 16_000}):
+        with pytest.raises(UserError, match=r"has samples up to [\d,]+, but full scale is 1; div"):
+            read_audio(audio)
+
+
+@pytest.mark.parametrize(
+    ("gain", "kinds"), [(0.9, []), (1.5, ["clipped"]), (4.0, ["clipped"]), (5e-4, ["silent"])]
+)
+def test_clipped_and_silent_audio_is_noted(gain, kinds):
+    wave = gain * np.sin(np.arange(8_000) * 0.05)
+    for one in (wave, wave.clip(-1, 1)):
+        assert [*decode_audio({"array": one, "sampling_rate": 8_000}).notes] == kinds
+    few = np.zeros(8_000)
+    few[:4] = 1
+    assert decode_audio({"array": few, "sampling_rate": 8_000}).notes == {}
+
+
+def test_channels_that_cancel_out_are_silent(tmp_path):
+    wave = 0.5 * np.sin(np.arange(800))
+    soundfile.write(tmp_path / "a.wav", np.stack([wave, -wave], axis=1), 16_000, subtype="FLOAT")
+    heard = decode_audio({"path": tmp_path / "a.wav"})
+    assert [*heard.notes] == ["silent"] and heard.channels == 2 and heard.seconds == 0.05
+
+
+def test_what_is_no_file_is_refused_unopened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.wav"))
+        for path in (tmp_path / "pipe.wav", tmp_path / "socket.wav", "/dev/zero", tmp_path):
+            with pytest.raises(UserError, match=f"'{path}' is no file, but a folder or a device"):
+                read_audio({"path": str(path)})

@@ -155,7 +155,7 @@ def test_a_segment_has_the_features_of_its_part(speak, manifest, extractor, toke
     ("row", "gist"),
     [
         ({}, "lasts 10.00 s, but the model hears 3 s at a time; split it, or give start and end"),
-        ({"audio": "noise.wav"}, "noise.wav as wav, flac, ogg or mp3"),
+        ({"audio": "noise.wav"}, "noise.wav as wav, flac, ogg, mp3, m4a"),
     ],
 )
 def test_bad_audio_is_named_by_file_and_row(

@@ -10,12 +10,13 @@ from blora_pyro.data import feature_cache
 from blora_pyro.data.feature_cache import FeatureCache
 
 MELS = {f"{name}": torch.randn(4, 6).half() for name in ("c", "a", "b")}
+ABOUT = {name: [0.5, [["silent", name]]] for name in MELS}
 
 
 @pytest.fixture
 def shard(cache_dir):
     """A cache with one shard: its only file."""
-    FeatureCache("settings").store(MELS)
+    FeatureCache("settings").store(MELS, ABOUT)
     (file,) = cache_dir.rglob("*.*")
     return file
 
@@ -32,15 +33,17 @@ def assert_all(mels):
 def test_what_is_stored_is_found_by_the_next_process(cache_dir):
     cache = FeatureCache("settings")
     assert cache.find(MELS) == {}
-    assert_all({key: block[row] for key, (block, row) in cache.store(MELS).items()})
+    assert_all({key: block[row] for key, (block, row) in cache.store(MELS, ABOUT).items()})
     assert_all(found())
+    later = FeatureCache("settings")
+    assert cache.about == later.about == ABOUT
     assert found("other settings") == {}
     assert FeatureCache("settings").find(["d"]) == {}
 
 
 def test_the_same_features_are_the_same_file(shard):
     before = shard.read_bytes()
-    FeatureCache("settings").store(dict(reversed(MELS.items())))
+    FeatureCache("settings").store(dict(reversed(MELS.items())), ABOUT)
     assert [file.read_bytes() for file in shard.parent.iterdir()] == [before]
 
 
@@ -79,7 +82,7 @@ def test_damaged_features_are_never_returned(shard, data):
         shard.write_bytes(content)
         for key, mels in found().items():
             assert torch.equal(mels, MELS[key])
-        FeatureCache("settings").store(MELS)
+        FeatureCache("settings").store(MELS, ABOUT)
         assert_all(found())
     finally:
         shard.write_bytes(whole)
@@ -121,7 +124,7 @@ def test_a_cache_that_cannot_be_written_is_noted_once(cache_dir, monkeypatch, ca
     monkeypatch.setattr(where, call, full)
     cache = FeatureCache("settings", notes.append)
     for mels in (MELS, MELS):
-        assert_all({key: block[row] for key, (block, row) in cache.store(mels).items()})
+        assert_all({key: block[row] for key, (block, row) in cache.store(mels, ABOUT).items()})
     assert len(notes) == 1
     assert notes[0].endswith(
         "can't be written ([Errno 28] No space left on device); going on without it"
@@ -133,13 +136,15 @@ def test_a_file_in_place_of_the_folder_costs_the_cache_alone(cache_dir):
     cache_dir.parent.mkdir(parents=True, exist_ok=True)
     cache_dir.write_text("a file")
     notes = []
-    FeatureCache("settings", notes.append).store(MELS)
+    FeatureCache("settings", notes.append).store(MELS, ABOUT)
     assert len(notes) == 1 and cache_dir.read_text() == "a file"
 
 
 def test_without_a_folder_or_settings_nothing_is_kept(monkeypatch, cache_dir):
-    FeatureCache(None).store(MELS)
+    FeatureCache(None).store(MELS, ABOUT)
     monkeypatch.setenv("BLORA_PYRO_CACHE", "")
-    assert_all({k: block[row] for k, (block, row) in FeatureCache("settings").store(MELS).items()})
+    assert_all(
+        {k: block[row] for k, (block, row) in FeatureCache("settings").store(MELS, ABOUT).items()}
+    )
     assert found() == {}
     assert not cache_dir.exists()

@@ -13,6 +13,7 @@ from blora_pyro.data.audio import read_audio
 from blora_pyro.data.features import (
     MARGIN,
     Features,
+    decode_row,
     feature_settings,
     featurise,
     load_features,
@@ -164,14 +165,21 @@ def test_other_filters_code_and_libraries_change_the_settings(window, monkeypatc
     assert feature_settings(other) in known
     other.mel_filters = other.mel_filters * 2
     known.add(feature_settings(other))
-    for library in (module.np, module.soundfile, module.soxr, module.torch, module.transformers):
+    for library in (
+        module.av,
+        module.np,
+        module.soundfile,
+        module.soxr,
+        module.torch,
+        module.transformers,
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(library, "__version__", "0")
             known.add(feature_settings(window))
     (tmp_path / "code.py").write_text("another")
     monkeypatch.setattr(module, "_CODE", (tmp_path / "code.py",))
     known.add(feature_settings(window))
-    assert len(known) == 8
+    assert len(known) == 9
 
 
 def test_what_depends_on_chance_or_unknown_code_is_not_cached(noises, window, cache_dir):
@@ -221,12 +229,12 @@ def test_bad_audio_is_reported_in_order_or_left_out(noises, window, tmp_path, mo
 def test_a_file_that_changes_while_it_is_read_is_refused(noises, window, monkeypatch, cache_dir):
     dataset = noises(1)
 
-    def late(audio, **options):
-        wave = read_audio(audio, **options)
-        os.utime(audio["path"], (0, 0))
-        return wave
+    def late(row, window):
+        heard = decode_row(row, window)
+        os.utime(row["audio"]["path"], (0, 0))
+        return heard
 
-    monkeypatch.setattr(module, "read_audio", late)
+    monkeypatch.setattr(module, "decode_row", late)
     with pytest.raises(BadRow, match=r"0\.wav was changed while it was read; start again"):
         load_features(dataset, window)
     assert not cache_dir.exists()

@@ -2,6 +2,7 @@ import csv
 import io
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from blora_pyro.data.audio import read_audio
 from blora_pyro.data.manifest import manifest_splits, read_manifest
 from blora_pyro.data.rows import BadRow, Unreadable, stop
+from blora_pyro.data.splits import split_names
 from blora_pyro.errors import UserError
 
 GIVEN = ["audio", "text", "language", "word_languages", "duration", "start", "end"]
@@ -108,8 +110,8 @@ def table(tmp_path):
     return write
 
 
-@pytest.mark.parametrize(("suffix", "gap"), [(".csv", ","), (".tsv", "\t"), (".TSV", "\t")])
-def test_csv_and_tsv_are_read_as_they_are_quoted(speak, table, suffix, gap):
+@pytest.mark.parametrize("suffix", [".csv", ".CSV"])
+def test_csv_is_read_as_it_is_quoted(speak, table, suffix):
     speak("sub/a.wav")
     lines = [
         " audio,text,language,word_languages,duration,start,end,other",
@@ -120,11 +122,11 @@ def test_csv_and_tsv_are_read_as_they_are_quoted(speak, table, suffix, gap):
         "sub/a.wav,x,,,nan,,0.2,",
     ]
     text = "\ufeff" + "\r\n".join(lines) + "\r\n"
-    path = table(text.replace(",", gap), name="train" + suffix)
+    path = table(text, name="train" + suffix)
     first, second, third = read_manifest(path)
     assert first == {
         "audio": {"bytes": None, "path": str(path.parent / "sub/a.wav")},
-        "text": f'say "no"{gap} then\r\nyes',
+        "text": 'say "no", then\r\nyes',
         "language": "de-en",
         "word_languages": ["de", "en"],
         "duration": 0.5,
@@ -185,16 +187,132 @@ def test_an_unknown_ending_is_refused(table):
 
 def test_a_column_split_picks_the_rows(speak, table):
     speak("a.wav")
-    lines = ["audio,text,split", "a.wav,x,train", "b.wav,y,test", "a.wav,z,"]
+    lines = ["audio,text,split", "a.wav,x,train", "b.wav,y,test", "a.wav,z, train "]
     path = table("\n".join(lines))
     assert manifest_splits(path) == ["test", "train"]
     assert read_manifest(path, "train")["text"][:] == ["x", "z"]
-    assert read_manifest(path, "dev")["text"][:] == ["z"]
     with pytest.raises(UserError, match=r"line 3: .*b\.wav' does not exist"):
         read_manifest(path, "test")
-    path = table("\n".join(lines[:-1]))
     with pytest.raises(UserError, match=r"no rows of split 'dev', but of test, train"):
         read_manifest(path, "dev")
+
+
+@pytest.mark.parametrize("blank", ["", " ", None, ...])
+def test_a_row_without_a_split_is_refused_where_others_have_one(speak, manifest, table, blank):
+    speak("a.wav")
+    row = {"audio": "a.wav", "text": "split"}
+    rows = [row if blank is ... else {**row, "split": blank}, {**row, "split": "train"}]
+    paths = [manifest(*rows)]
+    if isinstance(blank, str):
+        paths.append(table(f"audio,text,split\na.wav,split,{blank}\na.wav,split,train\n"))
+    for path in paths:
+        for split in ("train", "test"):
+            bad: list[BadRow] = []
+            with pytest.raises(UserError, match="split is blank, and in other rows it is train"):
+                read_manifest(path, split)
+            assert len(read_manifest(path, split, bad.append)) == (split == "train")
+            assert len(bad) == 1 and bad[0].reason.endswith("name it")
+    path = manifest(rows[0], rows[0])  # no row has one, so that all are for every split
+    assert manifest_splits(path) == [] and len(read_manifest(path, "test")) == 2
+
+
+# ---- the conventions of others
+
+
+def test_the_segments_of_nemo_are_its_offsets_and_durations(speak, manifest):
+    speak("long.wav", seconds=3.0)
+    rows = [
+        {"audio_filepath": "long.wav", "duration": 1.0, "text": "a"},
+        {"audio_filepath": "long.wav", "offset": 1.0, "duration": 0.5, "text": "b"},
+        {"audio_filepath": "long.wav", "offset": 1.5, "duration": 1.52, "text": "c"},
+        {"audio_filepath": "long.wav", "text": "whole"},
+        {"audio": "long.wav", "duration": 3.0, "text": "whole"},
+        {"audio": "long.wav", "offset": 2, "text": "to the end"},
+        {"audio_filepath": "long.wav", "start": 1, "end": 2, "duration": 1, "text": "ours"},
+    ]
+    segments = [(None, 1.0), (1.0, 1.5), (1.5, 3.02), (None, None), (None, None), (2.0, None)]
+    read = read_manifest(manifest(*rows))
+    assert [(row["start"], row["end"]) for row in read] == [*segments, (1.0, 2.0)]
+    lengths = [len(read_audio(row["audio"], start=row["start"], end=row["end"])) for row in read]
+    assert lengths == [16_000, 8_000, 24_000, 48_000, 48_000, 16_000, 16_000]
+    with pytest.raises(UserError, match="offset, and start or end, both say what the segment is"):
+        read_manifest(manifest({**rows[1], "end": 2}))
+    with pytest.raises(UserError, match='offset must be a number of seconds, got "1"'):
+        read_manifest(manifest({**rows[1], "offset": "1"}))
+
+
+COMMON_VOICE = [
+    "client_id\tpath\tsentence\tup_votes\tlocale\tsegment",
+    '1\ta.mp3\t"Nein", sagte sie.\t2\tde\t',
+    '2\tb.mp3\t"Ich gehe.\t2\tde\t',
+    '3\tc.mp3\tEnde" und aus\t2\tde\t',
+    '4\td.mp3\t"Ganz in Zeichen."\t2\tde\t',
+]
+
+
+def test_the_tables_of_common_voice_are_read_row_by_row(speak, table, tmp_path):
+    for name in "abcd":
+        speak(f"clips/{name}.mp3")
+    speak("d.mp3")
+    rows = read_manifest(table("\n".join(COMMON_VOICE) + "\n", "train.tsv"))
+    assert rows["text"][:] == [line.split("\t")[2] for line in COMMON_VOICE[1:]]
+    names = [f"{tmp_path}/clips/{name}.mp3" for name in "abcd"]
+    assert [row["audio"]["path"] for row in rows] == names
+    for name in ("test.tsv", "reported.tsv", "validated.tsv"):
+        table("sentence_id\tsentence\treason\n", name)
+    assert split_names(tmp_path) == ["test", "train"]
+
+
+def test_a_path_beside_audio_is_not_the_audio(speak, manifest):
+    row = {"audio": speak("a.wav").name, "path": "gone.wav", "sentence": "x"}
+    assert read_manifest(manifest(row))[0]["audio"]["path"].endswith("a.wav")
+    assert read_manifest(manifest({"path": "a.wav", "text": "x"}))["text"][:] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "gist"),
+    [
+        ("a.tsv", 'audio\ttext\na.wav\t"say ""no"""\n', "text looks quoted, .*TSV is not: save it"),
+        ("a.tsv", '"audio"\t"text"\n"a.wav"\t"x"\n', "TSV is not quoted: save it without quotes"),
+        ("a.tsv", "audio,text\na.wav,x\n", "it looks separated by commas: save it with tabs"),
+        ("a.csv", "audio;text\na.wav;x, y\n", "separated by semicolons: save it with commas"),
+        ("a.csv", "audio\ttext\na.wav\tx\n", "it looks separated by tabs: save it with commas"),
+        ("a.csv", 'audio,text\na.wav,"x\na.wav,y"\n', "text holds another row, .*not closed"),
+        ("a.csv", 'text,audio\n"x,a.wav\ny",a.wav\n', "text holds another row"),
+    ],
+)
+def test_what_would_be_misread_is_refused_with_a_hint(speak, table, name, text, gist):
+    speak("a.wav")
+    with pytest.raises(UserError, match=gist):
+        read_manifest(table(text, name))
+
+
+def test_columns_may_be_called_anything(speak, table, manifest):
+    speak("a.wav")
+    columns = {"audio": ["wav"], "text": ["transcript", "raw"], "split": ["part"]}
+    one = {"wav": "a.wav", "transcript": "x", "text": "y", "part": "train", "audio": "gone.wav"}
+    lines = ["wav,transcript,text,part,audio", "a.wav,x,y,train,gone.wav"]
+    for path in (manifest(one), table("\n".join(lines))):
+        assert manifest_splits(path, columns) == ["train"]
+        assert read_manifest(path, "train", columns=columns)["text"][:] == ["x"]
+        text = {**columns, "text": ["raw", "text"]}
+        assert read_manifest(path, "train", columns=text)["text"][:] == ["y"]
+        with pytest.raises(UserError, match="no column typo for text; its columns are: wav, trans"):
+            read_manifest(path, "train", columns={**columns, "text": ["typo"]})
+
+
+def test_a_header_of_many_columns_is_read_once(speak, table):
+    speak("a.wav")
+    many = ",".join(f"c{number}" for number in range(100_000))
+    path = table(f"audio,text,{many}\na.wav,x,{many}\n")
+    assert read_manifest(path)["text"][:] == ["x"]  # would take minutes, were it quadratic
+
+
+def test_a_row_that_names_no_file_is_refused_unopened(manifest, tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    for path in ("pipe.wav", "/dev/zero", "."):
+        with pytest.raises(UserError, match="is no file, but a folder or a device"):
+            read_manifest(manifest({"audio": path, "text": "x"}))
 
 
 def test_bad_rows_are_left_out_and_reported_in_order(speak, manifest):

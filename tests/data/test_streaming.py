@@ -191,7 +191,7 @@ def test_the_first_bad_row_stops(stream):
     with pytest.raises(UserError, match="the row with 'das haus ist 1': the tokenizer does not"):
         stream(spoilt([1]))
     drawn = stream(spoilt([16]), buffer=1).batches(8)
-    with pytest.raises(UserError, match=r"the row with 'no\.wav': cannot read no.wav"):
+    with pytest.raises(UserError, match=r"the row with 'no\.wav'.* 'no\.wav' does not exist"):
         for _ in range(3):
             next(drawn)
 

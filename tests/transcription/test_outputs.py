@@ -29,7 +29,7 @@ def test_folders_give_their_audio_files_and_files_themselves(folder):
 
 
 def test_a_folder_without_audio_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no audio file \(\.flac"):
+    with pytest.raises(UserError, match=r"no audio file \(\.aac, .*\.flac"):
         find_audio([tmp_path])
 
 
