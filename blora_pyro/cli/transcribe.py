@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 def transcribe(
     audio: Annotated[
         list[Path],
-        typer.Argument(
-            help="Audio files (wav, flac, ogg, mp3, m4a, webm, ...) or folders of them."
-        ),
+        typer.Argument(help="Audio files (wav, mp3, m4a, webm, ...), or folders of them."),
     ],
     adapter: Annotated[
         Path | None,
