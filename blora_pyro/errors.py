@@ -2,7 +2,8 @@
 
 import math
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+from blora_pyro.terminal import escaped
+
 # What torch, oneDNN, the C++ library and the operating system say of full memory.
 OUT_OF_MEMORY = (
     *("out of memory", "not enough memory", "can't allocate memory", "annot allocate memory"),
@@ -62,12 +63,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def printable(value: object, limit: int = 300) -> str:
     """Return a path or a name as text that prints on one line; its end, if it is too long."""
-    text = "".join(char if char.isprintable() else REPLACEMENT for char in str(value))
+    text = escaped(str(value)).replace("\n", "\\n").replace("\t", "\\t")
     return text if len(text) <= limit else "…" + text[-limit:]
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
     """Return what an exception of other people's code says, as one line of `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = "".join(char if char.isprintable() else REPLACEMENT for char in text)
+    text = escaped(" ".join(str(error).split()) or type(error).__name__)
     return text if len(text) <= limit else text[:limit] + "…"

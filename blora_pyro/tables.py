@@ -5,14 +5,17 @@ makes it Markdown. Text is literal everywhere: brackets in it are no markup.
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from blora_pyro.terminal import escaped
 
 NONE = "–"  # what is not known, or does not exist
 PIPED_WIDTH = 110  # columns of output that goes to no terminal
@@ -144,7 +147,7 @@ class Table:
         plain: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
         table = RichTable(**({} if self.grid else plain))
         for column in self.columns:
-            table.add_column(Text(column.title), justify=column.align, no_wrap=not column.wrap)
+            table.add_column(_literal(column.title), justify=column.align, no_wrap=not column.wrap)
         for row in self.rows:
             if row is None:
                 table.add_section()
@@ -152,9 +155,9 @@ class Table:
             texts = [_text(cell) for cell in row[0]]
             if self.stack_intervals:
                 texts = [text.replace(" [", "\n[") for text in texts]
-            table.add_row(*map(Text, texts), style=row[1])
-        title = [Text(self.title, "bold")] if self.title else []
-        captions = [Text("\n".join(self.captions), "dim")] if self.captions else []
+            table.add_row(*map(_literal, texts), style=row[1])
+        title = [_literal(self.title, "bold")] if self.title else []
+        captions = [_literal("\n".join(self.captions), "dim")] if self.captions else []
         end = [Text()] if captions and not self.grid else []  # as below a table without captions
         return Group(*title, table, *captions, *end)
 
@@ -172,12 +175,23 @@ class Table:
 Part = Table | Text | str
 
 
+class Terminal(Console):
+    """A console that escapes what would steer the terminal, in whatever it prints."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Yield the segments of an object, their texts escaped; those of rich's own control not."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(escaped(part.text), part.style)
+
+
 def print_report(parts: Iterable[RenderableType]) -> None:
     """Print tables and lines to stdout, wide enough for tables also where no terminal is.
 
     Lines of type `str` are not broken, so that paths and commands can be copied; a `Text` is.
     """
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    console = Terminal(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str), markup=False)
 
@@ -187,6 +201,11 @@ def report_markdown(parts: Iterable[Part]) -> str:
     return "\n\n".join(
         part.to_markdown(0) if isinstance(part, Table) else str(part).strip() for part in parts
     )
+
+
+def _literal(text: str, style: str = "") -> Text:
+    """Return a text that is escaped before its width is measured."""
+    return Text(escaped(text), style)
 
 
 def _text(cell: Cell) -> str:

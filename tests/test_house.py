@@ -11,7 +11,17 @@ import blora_pyro
 HOUSE = Path(blora_pyro.__file__).parent
 TESTS = Path(__file__).parent
 ORDER = (  # of the rooms and of the files beside them, as CONTRIBUTING.md has it
-    *("errors", "files", "hub", "launched", "families", "languages", "sources", "tables"),
+    *(
+        "terminal",
+        "errors",
+        "files",
+        "hub",
+        "launched",
+        "families",
+        "languages",
+        "sources",
+        "tables",
+    ),
     *("plotting", "declarations", "options"),
     *("data", "metrics", "low_rank", "adapters", "models", "guides", "fitting"),
     *("posterior", "diagnostics", "transcription", "evaluation"),

@@ -2,11 +2,13 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from blora_pyro.tables import (
     Column,
     Percent,
     Table,
+    Terminal,
     figure_columns,
     number,
     percent,
@@ -104,3 +106,17 @@ def test_a_report_goes_to_stdout_and_its_lines_are_not_broken(capsys):
     assert err == ""
     assert out.splitlines()[-1] == path
     assert "44.7 [39.8, 49.5]" in out
+
+
+def test_others_words_do_not_steer_the_terminal(capsys):
+    steering = "\x1b]0;title\x07 \x1b[31m \u202e"
+    table = Table([Column(f"head{steering}")], title=f"title{steering}", captions=[steering])
+    table.add_row(f"cell{steering}")
+    print_report([table, f"line{steering}", Text(f"text{steering}")])
+    printed = capsys.readouterr().out
+    assert printed.count(r"\x1b]0;title") == 6 and printed.count(r"\u202e") == 6
+    assert not any(sign in printed for sign in "\x1b\x07\u202e")
+    console = Terminal(force_terminal=True, width=80)
+    with console.capture() as captured:
+        console.print(Text(f"red{steering}", "red"))
+    assert captured.get().startswith("\x1b[31mred\\x1b]0;title")  # rich's own colour is left

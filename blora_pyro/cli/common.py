@@ -1,6 +1,7 @@
 """What the commands share: options, errors in one line, and JSON."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +11,16 @@ from typing import Annotated, Any
 import typer
 
 from blora_pyro.declarations import help_text, metavar_of
-from blora_pyro.errors import Interrupted, OtherProcessFailed, UserError
+from blora_pyro.errors import (
+    Interrupted,
+    OtherProcessFailed,
+    UserError,
+    is_out_of_memory,
+    reason,
+)
 from blora_pyro.launched import is_main
 from blora_pyro.options import FitConfig, OutputOptions
+from blora_pyro.terminal import escaped
 
 # no square brackets, which rich takes as markup
 RUN_HELP = "Folder of a run, or its id on the Hub: OWNER/NAME or OWNER/NAME@REVISION."
@@ -62,13 +70,20 @@ Domain = Annotated[
 def one_line_errors(only_main: bool = False) -> Iterator[None]:
     """Print whatever ends a command early as one line on stderr, never as a traceback.
 
-    Exit codes: 2 for bad input, 1 for a loss that is not finite, 130 for Ctrl-C, 143 for SIGTERM.
+    Exit codes: 2 for bad input, 1 for a loss that is not finite, 130 for Ctrl-C, 143 for SIGTERM. A
+    reader of stdout that is gone ends it without a word.
 
     Args:
         only_main: Of several processes, which all have the same error, only the main one prints it.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed by the shell
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     try:
         yield
+        sys.stdout.flush()  # what can't be written is known here, not at the end of Python
+    except BrokenPipeError:
+        raise  # Typer ends quietly then
     except OtherProcessFailed:
         raise typer.Exit(2) from None
     except UserError as error:
@@ -77,20 +92,38 @@ def one_line_errors(only_main: bool = False) -> Iterator[None]:
         raise typer.Exit(2) from None
     except FloatingPointError as error:
         if is_main():  # the loss is that of all
-            typer.echo(f"blora-pyro: {error}; try a smaller --lr", err=True)
+            print_error(f"{error}; try a smaller --lr")
         raise typer.Exit(1) from None
     except Interrupted as error:
         if is_main():
-            typer.echo(f"blora-pyro: {error}", err=True)
+            print_error(error)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        typer.echo("blora-pyro: interrupted", err=True)
+        print_error("interrupted")
         raise typer.Exit(130) from None
+    except RecursionError:
+        print_error("something given is nested too deeply; give what blora-pyro wrote")
+        raise typer.Exit(2) from None
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            print_error("out of memory; what was written before is whole; free some and try again")
+        elif isinstance(error, OSError):
+            where = f"'{error.filename}'" if error.filename else "standard output"
+            why = error.strerror or reason(error)
+            print_error(f"{where} can't be read or written ({why}); put that right and try again")
+        else:
+            raise
+        raise typer.Exit(2) from None
 
 
-def print_error(error: UserError) -> None:
+def print_error(error: object) -> None:
     """Print an error as one line on stderr."""
-    typer.echo(f"blora-pyro: {' '.join(str(error).split())}", err=True)
+    echo(f"blora-pyro: {' '.join(str(error).split())}", err=True)
+
+
+def echo(text: str, *, nl: bool = True, err: bool = False) -> None:
+    """Print a text that may have others' words in it; every command's plain lines go through it."""
+    typer.echo(escaped(text), nl=nl, err=err)
 
 
 def quiet_libraries() -> None:
@@ -113,5 +146,4 @@ def print_result(content: Any, as_json: bool, parts: Callable[[], Sequence[Any]]
 
 def print_json(content: Any) -> None:
     """Print JSON to stdout, indented by two spaces, without escapes of letters."""
-    json.dump(content, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    echo(escaped(json.dumps(content, indent=2, ensure_ascii=False), json=True))

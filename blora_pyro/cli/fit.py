@@ -6,9 +6,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from blora_pyro.cli.common import (
+    echo,
     one_line_errors,
     print_json,
     print_result,
@@ -141,4 +140,4 @@ def show_resolved(config: FitConfig, resumed: Path | None, as_json: bool) -> Non
     if as_json:
         print_json(options)
     else:
-        typer.echo(to_toml(options), nl=False)
+        echo(to_toml(options), nl=False)

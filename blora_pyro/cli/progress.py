@@ -1,6 +1,5 @@
 """Progress of a run on the terminal."""
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -8,6 +7,7 @@ from blora_pyro.fitting.stopping import DevError
 from blora_pyro.fitting.svi import Step
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.listeners import Listener
+from blora_pyro.tables import Terminal
 
 SMOOTHING = 0.9  # of the figures next to the bar
 
@@ -17,7 +17,7 @@ class TerminalProgress(Listener):
 
     def __init__(self) -> None:
         """Show nothing before the first stage."""
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Terminal(stderr=True, highlight=False)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),

@@ -15,6 +15,7 @@ from blora_pyro.cli.common import (
     RunFolder,
     Strength,
     StrengthBy,
+    echo,
     help_of,
     one_line_errors,
     print_result,
@@ -308,9 +309,9 @@ def merge(
             strength=strength,
             strength_by=strength_by,
             domain=domain,
-            on_note=lambda note: typer.echo(f"note: {note}", err=True),
+            on_note=lambda note: echo(f"note: {note}", err=True),
         )
-        typer.echo(f"merged checkpoint: {out}")
+        echo(f"merged checkpoint: {out}")
 
 
 def push_to_hub(
@@ -366,7 +367,7 @@ def push_to_hub(
         if output is not None:
             with written_folder(output, overwrite, run) as folder:
                 write_public_run(run, folder, repo_id, **card)
-            typer.echo(f"not uploaded, but written to: {output}")
+            echo(f"not uploaded, but written to: {output}")
             return
         url = push_run(
             run,
@@ -376,7 +377,7 @@ def push_to_hub(
             create_pr=create_pr,
             **card,
         )
-        typer.echo(f"pushed: {url}")
+        echo(f"pushed: {url}")
 
 
 def priors(

@@ -15,6 +15,7 @@ from blora_pyro.cli.common import (
     Revision,
     Strength,
     StrengthBy,
+    echo,
     one_line_errors,
     print_error,
     print_json,
@@ -123,9 +124,9 @@ def transcribe(
             if written is not None:
                 written.write(index, transcript)
             elif form == "text" and len(files) > 1:
-                typer.echo(f"{transcript.audio}: {transcript.text}")
+                echo(f"{transcript.audio}: {transcript.text}")
             elif form != "json":
-                typer.echo(render(transcript, form), nl=False)
+                echo(render(transcript, form), nl=False)
 
         with _Bar(len(files), shown=output is not None or not sys.stdout.isatty()) as bar:
             done = finished.transcribe(
@@ -150,7 +151,7 @@ def transcribe(
                 seed=seed,
             )
         if output is not None:
-            typer.echo(f"{len(done)} written to {output}")
+            echo(f"{len(done)} written to {output}")
         elif form == "json" and done:
             print_json([transcript.to_json() for transcript in done])
         if bar.failed:
@@ -161,10 +162,11 @@ class _Bar:
     """A progress bar of files, on a terminal's stderr, and a count of those that failed."""
 
     def __init__(self, total: int, shown: bool) -> None:
-        from rich.console import Console
         from rich.progress import Progress
 
-        console = Console(stderr=True)
+        from blora_pyro.tables import Terminal
+
+        console = Terminal(stderr=True)
         shown = shown and total > 1 and console.is_terminal
         self._progress = Progress(console=console, disable=not shown)
         self._task = self._progress.add_task("transcribing", total=total)
