@@ -12,12 +12,14 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from blora_pyro.errors import UserError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 WIDEST_METAVAR = 16  # so that the help has room for itself in 80 columns
 
 
@@ -214,6 +216,34 @@ def check_names(group: type, names: Iterable[str], where: str) -> None:
             )
 
 
+def known_keywords(
+    name: str, more: type | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Have a function refuse a keyword that it does not take, telling what may have been meant.
+
+    Args:
+        name: Of the function, in the message.
+        more: A group whose options go into another of its arguments.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known = [*inspect.signature(function).parameters]
+
+        @wraps(function)
+        def checked(*args: P.args, **keywords: P.kwargs) -> R:
+            for one in keywords:
+                if one not in known:
+                    hint = suggestion(one, known)
+                    if more is not None and one in declarations(more):
+                        hint = f"; give {more.__name__}({one}=...)"
+                    raise TypeError(f"{name} has no option '{one}'{hint}")
+            return function(*args, **keywords)
+
+        return checked
+
+    return decorate
+
+
 def parse_value(group: type, name: str, value: str | float) -> Any:
     """Return a text as the number that it spells, if the option is one; likewise 3.0 as 3.
 
@@ -249,6 +279,8 @@ def check_kinds(group: type, values: Mapping[str, Any]) -> None:
             continue
         if listed == "commas" and not isinstance(value, str | list | tuple):
             raise UserError(f"{name} is {value!r}; give a list, or a text with commas between")
+        if listed == "commas" and not all(isinstance(one, str | int | float) for one in value):
+            raise UserError(f"{name} is {value!r}; give a list of texts or numbers")
         is_text = listed is None and not choices_of(group, name) and {*kinds} == {str}
         if is_text and not isinstance(value, str | os.PathLike):
             raise UserError(f"{name} is {value!r}; give a text")

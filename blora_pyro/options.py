@@ -28,6 +28,7 @@ from blora_pyro.declarations import (
     flag_of,
     is_number,
     key_values,
+    known_keywords,
     numbers,
     option,
     parse_value,
@@ -38,13 +39,14 @@ from blora_pyro.declarations import (
 )
 from blora_pyro.errors import UserError
 from blora_pyro.families import DEPENDENT_ROWS, FAMILIES, GUIDES, PREVIOUS_POSTERIOR
-from blora_pyro.files import check_name
+from blora_pyro.files import check_name, read_json
 from blora_pyro.languages import is_language, language_code, read_language
 from blora_pyro.sources import (
     Source,
     as_domains,
     as_sources,
     describe_source,
+    is_source,
     is_table,
     named_sources,
 )
@@ -280,7 +282,7 @@ class FittingOptions:
 
 def _remember_given(config: type[T]) -> type[T]:
     """Have the instances of a dataclass know which options they were made with, in `given`."""
-    init: Callable[..., None] = config.__init__
+    init: Callable[..., None] = known_keywords(config.__name__)(config.__init__)
 
     @wraps(init)
     def remembering(self: T, **options: Any) -> None:
@@ -564,11 +566,16 @@ def read_options(file: Path) -> dict[str, Any]:
         UserError: If it can't be read, or holds something else.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
         if file.suffix == ".json":
+            content = read_json(file)
             content = content.get("options") or content["config"]
+        else:
+            content = tomllib.loads(file.read_text(encoding="utf-8"))
         options = {name.replace("-", "_"): value for name, value in content.items()}
+    except RecursionError:
+        raise UserError(
+            f"config '{file}' is nested too deeply; give a TOML file of options"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise UserError(
@@ -627,7 +634,7 @@ def _normalised(config: FitConfig) -> Iterator[tuple[str, Any]]:
     if config.language is not None:
         yield "language", read_language(config.language).tag
     if config.distillation_languages is not None:
-        languages = separated(config.distillation_languages)
+        languages = map(str, separated(config.distillation_languages))
         yield "distillation_languages", tuple(map(language_code, languages))
     if config.prior_from is not None:
         yield "prior_from", str(config.prior_from)
@@ -663,6 +670,10 @@ def _check_data(config: FitConfig) -> None:
                 f"cache_encoder and {name} are given, and with {name} the encoder hears an "
                 "utterance otherwise in every batch; leave one out"
             )
+    for name in ("test", "dev"):
+        source = getattr(config, name)
+        if source is not None and not is_source(source):
+            raise UserError(f"{name} is {source!r}; give a source")
     if config.ewc and not config.backward_sets:
         raise UserError("ewc is given, but no backward set to take Fisher from; give some")
     if config.distillation and not config.taught_languages:

@@ -46,8 +46,8 @@ def as_sources(value: Any) -> tuple[Source, ...]:
     """
     if isinstance(value, Mapping) and not is_table(value):
         value = tuple(value.values())
-    is_one = _is_source(value)
-    if not is_one and not (isinstance(value, list | tuple) and all(map(_is_source, value))):
+    is_one = is_source(value)
+    if not is_one and not (isinstance(value, list | tuple) and all(map(is_source, value))):
         raise UserError(f"data is {value!r}; give a source, or a list of them")
     sources = (value,) if is_one else tuple(value)
     if not sources:
@@ -55,7 +55,8 @@ def as_sources(value: Any) -> tuple[Source, ...]:
     return sources
 
 
-def _is_source(value: object) -> bool:
+def is_source(value: object) -> bool:
+    """Return whether a value can name a data set, or is one."""
     return isinstance(value, str | os.PathLike) or is_table(value)
 
 
@@ -69,7 +70,7 @@ def as_domains(value: Any) -> tuple[Source, ...] | dict[str, Source]:
     """
     sources = as_sources(value)
     if isinstance(value, Mapping) and not is_table(value):
-        return dict(value)
+        return named_sources(value)
     texts = [source for source in sources if isinstance(source, str)]
     if len(texts) == len(sources) and any(map(_name_and_source, texts)):
         return named_sources(texts)
@@ -85,8 +86,11 @@ def named_sources(value: Mapping[str, Source] | Sequence[str]) -> dict[str, Sour
         UserError: If two have one name.
     """
     if isinstance(value, Mapping) and not is_table(value):
-        return dict(value)
-    if not isinstance(value, list | tuple) or not all(map(_is_source, value)):
+        named = {name: one for name, one in value.items() if isinstance(name, str)}
+        if not all(map(is_source, named.values())) or len(named) < len(value):
+            raise UserError(f"sources are {value!r}; give each a name and a source")
+        return named
+    if not isinstance(value, list | tuple) or not all(map(is_source, value)):
         raise UserError("backward must be a list of sources, or sources by name")
     found: dict[str, Source] = {}
     for text in map(str, value):

@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,6 +17,7 @@ from blora_pyro.declarations import (
     is_number,
     is_switch,
     key_values,
+    known_keywords,
     metavar_of,
     numbers,
     option,
@@ -184,3 +186,17 @@ def test_alternatives_and_suggestions_are_in_words():
     assert alternatives(["a", "b", "c"]) == "a, b or c"
     assert alternatives(["a"]) == "a" and alternatives([]) == "another"
     assert suggestion("zzz", ["a"]) == "" and suggestion(3, ["a"]) == ""
+
+
+def test_a_keyword_that_a_function_lacks_is_refused_with_what_was_meant():
+    @known_keywords("bake()", Oven)
+    def bake(minutes: int) -> int:
+        return minutes
+
+    assert bake(minutes=3) == bake(3) == 3
+    for name, words in {
+        "minuets": "; did you mean 'minutes'?",
+        "heat": "; give Oven(heat=...)",
+    }.items():
+        with pytest.raises(TypeError, match=re.escape(f"bake() has no option '{name}'{words}")):
+            bake(**{name: 3})

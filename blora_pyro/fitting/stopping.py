@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,14 @@ class DevError:
 
     step: int
     error: float
+
+
+class DevErrors(TypedDict):
+    """What a fit with a dev set measured, as `run.json` stores it."""
+
+    errors: list[DevError]
+    best_step: int
+    ended_by: str
 
 
 class EarlyStopping:
@@ -99,10 +107,10 @@ class EarlyStopping:
         self._best = {name: value.clone() for name, value in best.items()}
         self.errors = [DevError(**one) for one in errors]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> DevErrors:
         """Return what `run.json` stores once the fit is done."""
         ended = "patience" if self.stops else "steps"
-        errors = [asdict(one) for one in self.errors]
+        errors: list[Any] = [asdict(one) for one in self.errors]
         return {"errors": errors, "best_step": self.best.step, "ended_by": ended}
 
 

@@ -21,6 +21,7 @@ from blora_pyro.models.folders import is_same_place
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.folders import read_run
+from blora_pyro.runs.record import Link
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Previous:
     folder: str
     posterior: Posterior
     target_modules: str
-    chain: tuple[dict[str, Any], ...] = ()
+    chain: tuple[Link, ...] = ()
 
     @classmethod
     def read(cls, folder: str | Path) -> "Previous":
@@ -68,10 +69,10 @@ class Previous:
             f"{name}.stddev": value.cpu() for name, value in self.posterior.stddev.items()
         }
 
-    def link(self, inflation: float | None) -> list[dict[str, Any]]:
+    def link(self, inflation: float | None) -> list[Link]:
         """Return the `chain` in `run.json` of the next fit: all runs before it, oldest first."""
         fingerprint = self.posterior.fingerprint
-        own = {"run": self.folder, "fingerprint": fingerprint, "inflation": inflation or 1.0}
+        own: Link = {"run": self.folder, "fingerprint": fingerprint, "inflation": inflation or 1.0}
         return [*self.chain, own]
 
     def complete(self, config: FitConfig) -> FitConfig:
@@ -152,7 +153,7 @@ def continued(config: FitConfig) -> tuple[FitConfig, Previous | None]:
     return previous.complete(config), previous
 
 
-def previous_of(config: FitConfig, chain: list[dict[str, Any]] | None = None) -> Previous | None:
+def previous_of(config: FitConfig, chain: list[Link] | None = None) -> Previous | None:
     """Return the run that a fit continues; None without `prior_from`.
 
     Raises:

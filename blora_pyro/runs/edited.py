@@ -1,6 +1,6 @@
 """Runs made from other runs: one pruned, or several combined. Every command takes their folders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from blora_pyro.posterior.combining import MEAN, PRODUCT, check_alike, combine
 from blora_pyro.posterior.pruning import prune
 from blora_pyro.runs.folders import read_run, write_run, written_folder
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.record import FINISHED, RunRecord
+from blora_pyro.runs.record import FINISHED, Combined, Pruned, RunRecord, Size
 from blora_pyro.runs.scoring import Scoring, compare
 
 
@@ -50,21 +50,21 @@ def prune_run(
     progress = progress or Listener()
     posterior, record = read_run(folder, device)
     pruned = prune(posterior, rank=rank, snr=snr, sparsity=sparsity)
-    size = {"full": _size(posterior), "pruned": _size(pruned)}
+    how: Pruned = {"from": str(folder), "rank": rank, "snr": snr, "sparsity": sparsity}
+    how |= {"full": _size(posterior), "pruned": _size(pruned)}
+    size = {"full": how["full"], "pruned": how["pruned"]}
     metrics: dict[str, Any] = {"size": size, "adapter": pruned.fingerprint}
-    by = {"rank": rank, "snr": snr, "sparsity": sparsity}
     with written_folder(Path(out), overwrite, folder) as target:
         if evaluate:
             scoring = Scoring.of(record.resolved, "test", progress)
             full = scoring.score(posterior, "full adapter")
             fewer = scoring.score(pruned, "pruned adapter")
             metrics |= compare(pruned, full, fewer, record.resolved)
-        how = {"from": str(folder), **by, **size}
         write_run(target, pruned, replace(record, pruned=how), metrics)
     return metrics
 
 
-def _size(posterior: Posterior) -> Mapping[str, int]:
+def _size(posterior: Posterior) -> Size:
     modules = [(name, group.rank) for group in posterior.groups for name in group.modules]
     return {
         "layers": len(modules),
@@ -82,7 +82,7 @@ def combine_runs(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Combined:
     """Write one adapter made from several runs, in a run folder.
 
     Its test sets are those of the first run; its language is that of the runs, if they have one.
@@ -114,7 +114,7 @@ def combine_runs(
     posteriors = [posterior for posterior, _ in read]
     combined, kept = combine(posteriors, method, weights=weights, rank=rank)
     languages = {record.language for _, record in read}
-    how = {
+    how: Combined = {
         "from": names,
         "method": method,
         "weights": None if weights is None else list(weights),

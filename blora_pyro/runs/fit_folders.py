@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from blora_pyro.declarations import check_names
 from blora_pyro.errors import UserError
 from blora_pyro.families import ROLES, check_code, check_hashes, code_hashes, is_code
 from blora_pyro.files import replace_file, write_json
@@ -110,18 +111,21 @@ class FitFolder:
                 continues has changed before it was fitted.
         """
         given = config.given_options
+        record = RunRecord.read(path, "start again with --overwrite")
+        resolved = {} if record.config is None else record.config.to_json()
+        stored = record.options or resolved
+        if not stored:
+            raise UserError(f"{path / RUN} is damaged (no options); start again with --overwrite")
+        # objects of Python, which are texts in the file, are given again
+        check_names(FitConfig, stored, str(path / RUN))
         try:
-            content = json.loads((path / RUN).read_text(encoding="utf-8"))
-            stored = content.get("options") or content["config"]
             FitConfig(**stored)
-            record = RunRecord.from_json(content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        except UserError as error:
             raise UserError(
                 f"{path / RUN} is damaged ({error}); start again with --overwrite"
             ) from None
-        # objects of Python, which are texts in the file, are given again
         config = FitConfig(**{**stored, **given})
-        wanted, resolved = json.loads(json.dumps(config.to_json())), content.get("config") or {}
+        wanted, stored, resolved = json.loads(json.dumps([config.to_json(), stored, resolved]))
         for name in given:
             if wanted[name] not in (stored.get(name), resolved.get(name)):
                 raise UserError(

@@ -1,6 +1,5 @@
 """A run from base model to table: load, fit, evaluate, and keep it all in one folder."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from blora_pyro.declarations import check_value
+from blora_pyro.declarations import check_value, known_keywords
 from blora_pyro.errors import Interrupted, ProcessLost, UserError, is_out_of_memory
+from blora_pyro.files import read_json
 from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.checkpoints import Checkpoints
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.processes import Processes
+from blora_pyro.fitting.stopping import DevErrors
 from blora_pyro.fitting.svi import Step
 from blora_pyro.models import check_device
 from blora_pyro.options import FitConfig, OutputOptions
@@ -48,9 +49,10 @@ class Run:
     history: list[Step]
     metrics: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
-    dev: dict[str, Any] | None = None
+    dev: DevErrors | None = None
 
 
+@known_keywords("fit()", FitConfig)
 def fit(
     config: FitConfig | None = None,
     output: str | Path | None = None,
@@ -149,9 +151,7 @@ def _device(output: str | Path | None, config: FitConfig) -> str:
     if "device" in config.given or output is None:
         return config.device
     try:
-        return str(
-            json.loads((Path(output) / RUN).read_text(encoding="utf-8"))["options"]["device"]
-        )
+        return str(read_json(Path(output) / RUN)["options"]["device"])
     except (OSError, ValueError, KeyError, TypeError):
         return config.device  # that of a new fit; what is damaged is refused later
 

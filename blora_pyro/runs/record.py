@@ -1,20 +1,59 @@
 """The content of `run.json`, as a typed record."""
 
 import importlib.metadata
-import json
 import platform
-from dataclasses import asdict, dataclass, field, fields
+import sys
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, NotRequired, Self, TypedDict, get_args, get_origin, get_type_hints
 
-from blora_pyro.errors import UserError
-from blora_pyro.files import write_json
+from blora_pyro.errors import UserError, reason
+from blora_pyro.files import read_json, write_json
+from blora_pyro.fitting.stopping import DevErrors
 from blora_pyro.fitting.svi import Step
 from blora_pyro.options import FitConfig
 
 RUN = "run.json"
-FITTING, EVALUATING, FINISHED = "fitting", "evaluating", "finished"  # states of a run
+FITTING: Literal["fitting"] = "fitting"  # states of a run
+EVALUATING: Literal["evaluating"] = "evaluating"
+FINISHED: Literal["finished"] = "finished"
 PACKAGES = ("blora-pyro", "torch", "pyro-ppl", "transformers", "datasets", "peft", "jiwer")
+
+
+class Link(TypedDict):
+    """A run that another continues; see `Previous.link`."""
+
+    run: str
+    fingerprint: str
+    inflation: float
+
+
+# How a run was made of others, and its sizes: see `prune_run` and `combine_runs`.
+Size = dict[str, int]
+Pruned = TypedDict(
+    "Pruned",
+    {
+        "from": str,
+        "rank": NotRequired[int | None],
+        "snr": NotRequired[float | None],
+        "sparsity": NotRequired[float | None],
+        "full": NotRequired[Size],
+        "pruned": NotRequired[Size],
+    },
+)
+Combined = TypedDict(
+    "Combined",
+    {
+        "from": list[str],
+        "method": NotRequired[str],
+        "weights": NotRequired[list[float] | None],
+        "rank": NotRequired[int],
+        "adapter_weights": NotRequired[int],
+        "kept_norm": NotRequired[float],
+    },
+)
 
 
 @dataclass
@@ -43,10 +82,10 @@ class RunRecord:
         other: Further content of the file.
     """
 
-    state: str = FITTING
+    state: Literal["fitting", "evaluating", "finished"] = FITTING
     options: dict[str, Any] | None = None
     config: FitConfig | None = None
-    chain: list[dict[str, Any]] | None = None
+    chain: list[Link] | None = None
     language: str | None = None
     domain_languages: dict[str, str] | None = None
     training_utterances: int | None = None
@@ -58,43 +97,53 @@ class RunRecord:
     seconds: dict[str, float] | None = None
     skipped_steps: int | None = None
     history: list[Step] | None = None
-    dev: dict[str, Any] | None = None
-    pruned: dict[str, Any] | None = None
-    combined: dict[str, Any] | None = None
+    dev: DevErrors | None = None
+    pruned: Pruned | None = None
+    combined: Combined | None = None
     other: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, content: Any) -> Self:
+    def from_json(cls, content: dict[str, Any]) -> Self:
         """Return the record of JSON content, of this version or an earlier one.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError, UserError: If it is none.
+            ValueError: If it is none, naming the key.
         """
-        known = {one.name for one in fields(cls)} - {"other"}
-        values = {name: value for name, value in content.items() if name in known}
-        other = {name: value for name, value in content.items() if name not in known}
+        kinds = get_type_hints(cls)
+        del kinds["other"]
+        values = {name: value for name, value in content.items() if name in kinds}
+        other = {name: value for name, value in content.items() if name not in kinds}
+        for name, kind in kinds.items():
+            stored = dict[str, Any] | None if name == "config" else kind
+            if name in values and not conforms(values[name], stored):
+                raise ValueError(f"'{name}' is {reason(ValueError(values[name]), 60)}")
         record = cls(**{"state": FINISHED, **values}, other=other)
-        for how in (record.pruned, record.combined):
-            if how is not None and not isinstance(how["from"], str | list):
-                raise ValueError(f"'from' is {how['from']!r}")
-        if record.config is not None:
-            record.config = FitConfig(**values["config"])
-            record.language = values["language"]  # may be null, but not missing
-        if record.history is not None:
-            record.history = [Step(**step) for step in values["history"]]
+        try:
+            if record.config is not None:
+                record.config = FitConfig(**values["config"])
+                record.language = values["language"]  # may be null, but not missing
+            if record.history is not None:
+                record.history = [Step(**step) for step in values["history"]]
+        except (KeyError, TypeError, UserError) as error:
+            raise ValueError(str(error)) from None
         return record
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Path, way_on: str = "fit again") -> Self:
         """Return the record of a run folder.
+
+        Args:
+            folder: The folder.
+            way_on: What to do if there is none.
 
         Raises:
             UserError: If there is none, or it is damaged.
         """
         try:
-            return cls.from_json(json.loads((folder / RUN).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-            raise UserError(f"{folder / RUN} is missing or damaged ({error}); fit again") from None
+            return cls.from_json(read_json(folder / RUN))
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or reason(error)
+            raise UserError(f"{folder / RUN} is missing or damaged ({why}); {way_on}") from None
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `run.json`."""
@@ -141,10 +190,50 @@ class RunRecord:
 def state_of(folder: Path) -> str | None:
     """Return the state of the run in a folder; None if there is none, or it can't be read."""
     try:
-        content = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        return str(content.get("state", FINISHED))
-    except (OSError, ValueError, AttributeError):
+        return str(read_json(folder / RUN).get("state", FINISHED))
+    except (OSError, ValueError):
         return None
+
+
+def conforms(value: Any, kind: Any) -> bool:
+    """Return whether a value of JSON is of a type: a class, a union, or what holds such.
+
+    Numbers are finite, and whole ones fit into 64 bits. Of dataclasses and typed dictionaries the
+    keys and the values count.
+    """
+    parts = get_args(kind)
+    match get_origin(kind) or kind:
+        case typing.Union | types.UnionType:
+            return any(conforms(value, part) for part in parts)
+        case typing.Literal:
+            return isinstance(value, str) and value in parts
+        case typing.NotRequired:
+            return conforms(value, parts[0])
+        case origin if origin is dict:
+            return isinstance(value, dict) and all(
+                conforms(one, parts[1]) for one in value.values()
+            )
+        case origin if origin is list:
+            return isinstance(value, list) and all(conforms(one, parts[0]) for one in value)
+        case origin if is_dataclass(origin) or typing.is_typeddict(origin):
+            return isinstance(value, dict) and _conforms_by_key(value, origin)
+        case origin if origin is float:
+            is_number = isinstance(value, float | int) and not isinstance(value, bool)
+            return is_number and abs(value) < sys.float_info.max
+        case origin if origin is int:
+            return type(value) is int and abs(value) < 2**63
+    return kind is Any or isinstance(value, kind)
+
+
+def _conforms_by_key(value: dict[str, Any], kind: Any) -> bool:
+    kinds = get_type_hints(kind, include_extras=True)
+    if is_dataclass(kind):
+        wanted = {one.name for one in fields(kind) if one.default is MISSING}
+    else:
+        wanted = kind.__required_keys__
+    return value.keys() >= wanted and all(
+        name in kinds and conforms(one, kinds[name]) for name, one in value.items()
+    )
 
 
 def versions() -> dict[str, str]:

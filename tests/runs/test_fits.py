@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 
@@ -408,3 +409,13 @@ def test_a_data_set_in_memory_is_fitted_and_resumed_where_it_is_given_again(
         fit(output=tmp_path / "run", resume=True, evaluate=False)
     again = fit(FitConfig(data=rows), tmp_path / "run", resume=True, evaluate=False)
     assert again.history == run.history
+
+
+def test_an_unknown_option_is_refused_with_the_one_that_was_meant():
+    for call, words in {
+        lambda: fit(stpes=3): "has no option 'stpes'; did you mean 'steps'?",
+        lambda: FitConfig(rnk=2): "FitConfig has no option 'rnk'; did you mean 'rank'?",
+        lambda: fit(batch_size=3): "has no option 'batch_size'; give FitConfig(batch_size=...)",
+    }.items():
+        with pytest.raises(TypeError, match=re.escape(words)):
+            call()
