@@ -9,7 +9,6 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -17,10 +16,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, is_out_of_memory, reason
 
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _RUN_ID = re.compile(rf"{REPO_ID.pattern}(@\S+)?")
+# Of a branch, tag or commit, whose parts become folders of the Hub's cache.
+_REVISION = re.compile(r"\w[\w.+@#=-]*(/\w[\w.+@#=-]*)*")
 _POSTERIOR, _ADAPTER = "posterior.safetensors", "adapter_config.json"
 _RUN_FILES = (_POSTERIOR, "run.json", _ADAPTER)
 
@@ -79,8 +80,13 @@ def download(
         files: Patterns of what is wanted.
 
     Raises:
-        UserError: If there is none, or it can't be reached.
+        UserError: If there is none, it can't be reached, or it answers what no Hub does.
     """
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise UserError(
+            f"{kind.name} '{name}' at revision {revision!r:.80}: that is none; give a branch, tag "
+            "or commit"
+        )
     try:
         folder = snapshot_download(
             name, revision=revision, local_files_only=local_files_only, allow_patterns=list(files)
@@ -90,7 +96,9 @@ def download(
         if not folder or kind is not BASE:  # all that a base needs may be there
             what = f"{kind.name} '{name}'" + (f" at revision '{revision}'" if revision else "")
             raise UserError(_unreached(kind, what, error.__cause__, local_files_only)) from None
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # a portal, a drop or a circle is an error of many libraries
+        if is_out_of_memory(error):
+            raise
         raise UserError(_refused(kind, name, revision, error)) from None
     return Path(folder)
 
@@ -102,10 +110,10 @@ def _unreached(kind: Kind, what: str, cause: BaseException | None, local_files_o
             f"{what} is no {kind.local} and not in the Hub's cache, and {why}; leave that out to "
             f"download it, or give {kind.instead}"
         )
-    reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}" if cause else "no word"
+    why = f"{type(cause).__name__}: {reason(cause)}" if cause else "no word"
     return (
         f"{what} is no {kind.local}, is not in the Hub's cache, and the Hub can't be reached "
-        f"({reason}); go online, or give {kind.instead}"
+        f"({why}); go online, or give {kind.instead}"
     )
 
 
@@ -125,6 +133,8 @@ def _refused(kind: Kind, name: str, revision: str | None, error: Exception) -> s
             page = f"https://hf.co/{name}/commits/main"
             why = f"has no revision '{revision}'; give a branch, tag or commit of {page}"
         case _:
-            reason = " ".join(str(error).split())
-            why = f"can't be downloaded ({reason}); try again, or give {kind.instead}"
+            why = (
+                f"can't be downloaded ({type(error).__name__}: {reason(error)}); what the Hub's "
+                f"cache holds is as it was; try again, or give {kind.instead}"
+            )
     return f"{kind.name} '{name}' {why}"

@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
 from blora_pyro import Posterior
 from blora_pyro.errors import UserError
 from blora_pyro.hub import find_run
+from blora_pyro.models.folders import find_folder
 from blora_pyro.options import FitConfig
 from blora_pyro.publishing.uploads import write_public_run
 from blora_pyro.runs.chains import Previous
@@ -94,3 +98,106 @@ def test_plots_of_a_run_on_the_hub_need_a_place(uploaded, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"no folder for strength\.png; give plot"):
         strength_curve(uploaded, (0.0, 1.0))
     assert not Path("me").exists()
+
+
+# ---- a Hub that is none
+
+
+class FalseHub(BaseHTTPRequestHandler):
+    """Answers by the owner of the repository that is asked for, on a port of this machine."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        way = next((one for one in WAYS if f"/{one}/" in self.path), "portal")
+        content = WAYS[way]
+        if way == "drop":
+            return self.connection.close()
+        if way == "circle":
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if way in ("dots", "cut"):
+            what = "info" if "/revision/" in self.path else "tree" if "/tree/" in self.path else ""
+            content = {"info": INFO, "tree": TREES[way]}.get(what, b"short")
+        self.send_response(200)
+        for name, value in (("Content-Type", "text/html"), ("ETag", '"a"'), ("X-Repo-Commit", SHA)):
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content) + 100 * (content == b"short")))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+
+SHA = "a" * 40
+INFO = json.dumps({"id": "x/y", "sha": SHA, "siblings": []}).encode()
+WAYS = {
+    "drop": b"",
+    "circle": b"",
+    "portal": b"<html><title>Please log in</title></html>",
+    "list": b"[]",
+    "number": b'{"sha": 3}',
+    "deep": b"[" * 100_000,
+    "dots": b"",
+    "cut": b"",
+}
+TREES = {
+    way: json.dumps([{"type": "file", "path": path, "size": 105, "oid": "b" * 40}]).encode()
+    for way, path in (
+        ("dots", "model-/../../../../../out-of-1.safetensors"),
+        ("cut", "adapter_config.json"),
+    )
+}
+
+
+@pytest.fixture
+def false_hub(tmp_path, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FalseHub)
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "deep/er/cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries of a download
+    yield
+    server.shutdown()
+    thread.join()
+    server.server_close()
+    huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("find", [find_run, find_folder])
+def test_a_hub_that_drops_circles_or_answers_as_no_hub_does_is_one_line(
+    false_hub, tmp_path, way, find
+):
+    with pytest.raises(UserError, match=f"{way}/x") as caught:
+        find(f"{way}/x")
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    safe = ("what the Hub's cache holds is as it was", "can't be reached", "holds no adapter")
+    assert any(words in message for words in safe)
+    assert not list(tmp_path.rglob("out-of-1*"))
+
+
+@pytest.mark.parametrize(
+    "revision",
+    ["../../../x", "a/../../x", "/etc/x", "a//b", ".git", "a/.b", "", "a\\b", "a\nb", "a/"],
+)
+def test_a_revision_that_is_a_path_elsewhere_is_refused_unasked(hub, uploaded, revision, tmp_path):
+    hub.requests.clear()
+    for local_files_only in (False, True):
+        with pytest.raises(UserError, match="that is none; give a branch, tag or commit"):
+            find_folder(uploaded, revision, local_files_only)
+    if ".." in revision:
+        with pytest.raises(UserError, match="that is none"):
+            Posterior.load(f"{uploaded}@{revision}")
+    assert hub.requests == []

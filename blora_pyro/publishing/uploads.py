@@ -84,7 +84,7 @@ def push_run(
                 allow_patterns=list(UPLOADED),
                 delete_patterns=list(UPLOADED),
             )
-        except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        except (HTTPError, OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
             raise UserError(_refused(repo_id, error)) from None
     return commit.pr_url or commit.commit_url
 
