@@ -63,6 +63,7 @@ SHUFFLE_BUFFER = 1000
 POOLING_SCALE = 0.5
 
 TASKS = ("transcribe", "translate")
+COLUMNS = ("audio", "text", "language", "word_languages", "duration", "start", "end", "offset")
 MACHINE_OPTIONS = ("device", "local_files_only", "track")  # they decide nothing of what is found
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -150,6 +151,13 @@ class DataOptions:
         unset="none",
     )
     task: str = option("Task in every prompt.", "transcribe", choices=TASKS)
+    column: Mapping[str, str] = option(
+        "What a column is called in all data but the built-in ones: text=transcript; with commas, "
+        "the first that a source has.",
+        default_factory=dict,
+        metavar="NAME=COLUMN",
+        listed="repeated",
+    )
     on_bad_row: Literal["stop", "skip"] = option(
         "Stop at a row that can't be used, or skip and list it.", "stop"
     )
@@ -639,6 +647,28 @@ def _normalised(config: FitConfig) -> Iterator[tuple[str, Any]]:
     if config.prior_from is not None:
         yield "prior_from", str(config.prior_from)
     yield "prior_args", key_values("prior-arg", config.prior_args)
+    yield "column", read_columns(config.column)
+
+
+def read_columns(value: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+    """Return what columns are called, also of texts "text=transcript".
+
+    Raises:
+        UserError: If there is no such column, or its name is no text.
+    """
+    found = key_values("column", value)
+    for name, called in found.items():
+        if name not in COLUMNS or not isinstance(called, str) or not all(separated(called)):
+            raise UserError(
+                f"column is '{name}={called}'; give NAME=COLUMN, with a name among "
+                f"{', '.join(COLUMNS)}{suggestion(name, COLUMNS)}"
+            )
+    return found
+
+
+def column_names(column: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the names that columns may have, first choice first."""
+    return {name: separated(called) for name, called in column.items()}
 
 
 def _backward(value: Any) -> Any:

@@ -44,6 +44,9 @@ Revision = Annotated[
 LocalFilesOnly = Annotated[
     bool, typer.Option("--local-files-only", help=help_of("local_files_only"))
 ]
+Column = Annotated[
+    list[str] | None, typer.Option(metavar=metavar_of(FitConfig, "column"), help=help_of("column"))
+]
 Device = Annotated[str, typer.Option(help=help_of("device"))]
 STRENGTH_HELP = "Strength of the update: 0 is the base, 1 the fit"
 Strength = Annotated[float, typer.Option(help=f"{STRENGTH_HELP}.")]

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from blora_pyro.cli.common import (
+    Column,
     Json,
     LocalFilesOnly,
     Revision,
@@ -36,6 +37,7 @@ def check(
     language: Annotated[
         str | None, typer.Option(help="Language of rows that name none.", show_default="none")
     ] = None,
+    column: Column = None,
     revision: Revision = None,
     local_files_only: LocalFilesOnly = False,
     fast: Annotated[
@@ -52,6 +54,7 @@ def check(
         from blora_pyro.cli.progress import TerminalProgress
         from blora_pyro.diagnostics.data_check import check_data
         from blora_pyro.diagnostics.report import data_check_tables
+        from blora_pyro.options import column_names, read_columns
 
         with TerminalProgress() as progress:
             found = check_data(
@@ -63,6 +66,7 @@ def check(
                 revision,
                 local_files_only,
                 fast=fast,
+                columns=column_names(read_columns(column or [])),
             )
         print_result(found.to_json(), as_json, lambda: data_check_tables(found))
         if found.refused:

@@ -8,6 +8,7 @@ import typer
 
 from blora_pyro.cli.common import (
     STRENGTH_HELP,
+    Column,
     Device,
     Domain,
     Json,
@@ -31,6 +32,7 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Data set to score.", show_default="the fit's test sets")
     ] = None,
+    column: Column = None,
     normalizer: Annotated[
         str | None,
         typer.Option(
@@ -116,6 +118,7 @@ def evaluate(
                 strength=strengths[0],
                 strength_by=strength_by,
                 domain=domain,
+                column=column,
             )
         more = [f"utterances: {output}"] if output else []
         print_result(metrics, as_json, lambda: [*fit_tables(metrics), *more])

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -70,7 +70,7 @@ def read_manifest(
             blank and in others not; None reads all.
         on_bad: called with the error of every bad line; where it does not raise, the line is left
             out, and there may be no rows left.
-        columns: names that columns have in this manifest, by the names above (and "split").
+        columns: names that columns have in this manifest, by the names above.
 
     Raises:
         UserError: if the file cannot be read or has no rows, or `on_bad` raises.
@@ -87,7 +87,7 @@ def manifest_rows(
     """Yield the rows of `read_manifest`."""
     records = manifest_records(path, split, columns)
     if (first := next(records, None)) is None:
-        names = ", ".join(manifest_splits(path, columns))
+        names = ", ".join(manifest_splits(path))
         lacks = f"no rows of split {split!r}, but of {names}" if names else "no rows"
         raise UserError(f"{printable(path)} has {lacks}; a row needs audio and text")
     parse = partial(parse_row, folder=os.path.dirname(path))
@@ -98,7 +98,7 @@ def manifest_records(
     path: str | Path, split: str | None = None, columns: Columns | None = None
 ) -> Iterator[LocatedRecord]:
     """Yield origins, and records or why there is none; see `read_manifest`."""
-    splits = [] if split is None else manifest_splits(path, columns)
+    splits = [] if split is None else manifest_splits(path)
     name = printable(path)
     for line, record in _records(Path(path), columns or {}):
         if splits and not isinstance(record, UserError):
@@ -128,11 +128,9 @@ def _streamed_row(streamed: Record, folder: str) -> Row:
     return parse_located(**streamed, parse=partial(parse_row, folder=folder))
 
 
-def manifest_splits(path: str | Path, columns: Columns | None = None) -> list[str]:
+def manifest_splits(path: str | Path) -> list[str]:
     """Return the names in a manifest's column `split`, sorted; [] without one."""
-    columns = columns or {}
-    having = columns.get("split", ["split"])
-    records = (record for _, record in _records(Path(path), columns, having))
+    records = (record for _, record in _records(Path(path), None))
     names = {_split_of(record) for record in records if not isinstance(record, UserError)}
     return sorted(printable(name) for name in names if name)
 
@@ -142,10 +140,10 @@ def _split_of(record: Record) -> str:
     return "" if given is None else str(given).strip()
 
 
-def _records(path: Path, columns: Columns, having: Sequence[str] = ()) -> NumberedRecords:
+def _records(path: Path, columns: Columns | None) -> NumberedRecords:
     """Yield the records of a file, of which no more than one is in memory.
 
-    With `having`, records without such a column may be left out.
+    Without `columns` only their splits are wanted: those without one may be left out.
     """
     if (suffix := path.suffix.lower()) not in FORMATS:
         raise UserError(
@@ -159,7 +157,7 @@ def _records(path: Path, columns: Columns, having: Sequence[str] = ()) -> Number
         why = getattr(error, "strerror", None) or "there is no such file"
         raise UserError(f"cannot read the manifest '{printable(path)}': {why}") from error
     with file:
-        yield from reader(file, columns, having)
+        yield from reader(file, columns)
 
 
 def _check_decoded(text: str) -> None:
@@ -170,11 +168,10 @@ def _check_decoded(text: str) -> None:
         raise UserError("not UTF-8 text; save the manifest as UTF-8") from error
 
 
-def _json_records(lines: Iterable[str], columns: Columns, having: Sequence[str]) -> NumberedRecords:
-    keys = [json.dumps(name) for name in having]
+def _json_records(lines: Iterable[str], columns: Columns | None) -> NumberedRecords:
     for number, line in enumerate(lines, start=1):
-        if not line.isspace() and (not keys or any(key in line for key in keys)):
-            yield number, _parse_json(line, columns)
+        if not line.isspace() and (columns is not None or '"split"' in line):
+            yield number, _parse_json(line, columns or {})
 
 
 def _parse_json(line: str, columns: Columns) -> Record | UserError:
@@ -192,8 +189,7 @@ def _parse_json(line: str, columns: Columns) -> Record | UserError:
 
 def _csv_records(
     lines: Iterable[str],
-    columns: Columns,
-    having: Sequence[str],
+    columns: Columns | None,
     delimiter: str,
     quoting: Literal[0, 3],
 ) -> NumberedRecords:
@@ -212,7 +208,7 @@ def _csv_records(
             if header is None:
                 header = _parse_header(cells, columns, delimiter)
                 known = {n: name for n, name in enumerate(header) if name in {*KNOWN, "split"}}
-                if having and "split" not in header:
+                if columns is None and "split" not in header:
                     return
             else:
                 yield line, _parse_cells(header, known, cells, quoting)
@@ -225,7 +221,7 @@ def _csv_records(
                 return
 
 
-def _parse_header(cells: list[str], columns: Columns, delimiter: str) -> list[str]:
+def _parse_header(cells: list[str], columns: Columns | None, delimiter: str) -> list[str]:
     """Return the names of the columns; those that give way to others have none."""
     _check_decoded("".join(cells))
     names = [cell.strip() for cell in cells]
@@ -233,9 +229,10 @@ def _parse_header(cells: list[str], columns: Columns, delimiter: str) -> list[st
     if count > 1:
         raise UserError(f"two columns are called {shown(name)}")
     try:
-        new = renaming(names, columns)
-        names = [new.get(name, name) or "" for name in names]
-        check_columns(names)
+        if columns is not None:
+            new = renaming(names, columns)
+            names = [new.get(name, name) or "" for name in names]
+            check_columns(names)
     except UserError as error:
         advice = ""
         if other := next((d for d in _DELIMITERS if d != delimiter and d in "".join(cells)), ""):
@@ -282,9 +279,7 @@ def _parse_number(cell: str) -> float | str | None:
 
 
 class _Reader(Protocol):
-    def __call__(
-        self, lines: Iterable[str], columns: Columns, having: Sequence[str]
-    ) -> NumberedRecords: ...
+    def __call__(self, lines: Iterable[str], columns: Columns | None) -> NumberedRecords: ...
 
 
 # What reads a file's lines, and what ends them: JSON may hold U+2028 and a carriage return as they

@@ -142,7 +142,7 @@ def load_mixture(
     return concatenate_datasets(parts)
 
 
-def split_names(source: Source, columns: Columns | None = None) -> list[str]:
+def split_names(source: Source) -> list[str]:
     """Return the names of the splits that a source has; [] where it is one set for them all.
 
     Raises:
@@ -152,7 +152,7 @@ def split_names(source: Source, columns: Columns | None = None) -> list[str]:
         return split_keys(source)
     name = str(source)
     if os.path.isfile(name):
-        return [] if _is_parquet(name) else manifest_splits(name, columns)
+        return [] if _is_parquet(name) else manifest_splits(name)
     if is_hub_id(name):
         return hub_splits(name)
     folder = _folder(name)
@@ -164,7 +164,7 @@ def split_names(source: Source, columns: Columns | None = None) -> list[str]:
     if (folder / "clips").is_dir():  # Common Voice's, whose other tables are no splits
         names = names & {"train", "dev", "test"} or names
     if not names and (manifest := _only(folder, "metadata")):
-        return manifest_splits(manifest, columns)
+        return manifest_splits(manifest)
     return sorted(names or parquet_files(folder))
 
 
@@ -231,7 +231,7 @@ def _find(source: Source, split: str, columns: Columns | None) -> _Found:
     if files := parquet_files(folder).get(split):
         load = partial(load_parquet, files, split)
         return _Found(f"{printable(folder)}, {split}", load=load, columns=columns)
-    splits = ", ".join(split_names(folder, columns)) or "none"
+    splits = ", ".join(split_names(folder)) or "none"
     raise UserError(
         f"{printable(folder)} has no {split}.jsonl (.csv, .tsv, or {split}/metadata.csv); "
         f"its splits are: {splits}"

@@ -173,7 +173,7 @@ def check_data(
             columns, on_progress
         )
         for source in as_sources(sources)
-        for name in ([split] if split else split_names(source, columns) or [""])
+        for name in ([split] if split else split_names(source) or [""])
     ]
     return DataCheck(base, window, sets, fast)
 

@@ -14,7 +14,7 @@ from blora_pyro.diagnostics.report import Diagnosis
 from blora_pyro.diagnostics.summaries import Summary, summarise
 from blora_pyro.errors import UserError
 from blora_pyro.models import base_of
-from blora_pyro.options import FitConfig
+from blora_pyro.options import FitConfig, column_names
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.inference_data import MIN_RATIOS
 from blora_pyro.runs.folders import claim, default_output, read_run
@@ -96,7 +96,8 @@ def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draw
     try:
         base = base_of(config)
         on_bad: OnBadRow = stop if config.on_bad_row == "stop" else lambda error: None
-        dataset = load_mixture(config.data, "train", on_bad, config.max_utterances, config.seed)
+        limit, columns = config.max_utterances, column_names(config.column)
+        dataset = load_mixture(config.data, "train", on_bad, limit, config.seed, columns)
         count = min(KHAT_UTTERANCES, len(dataset))
         chosen = dataset.select(np.linspace(0, len(dataset) - 1, count).round().astype(int))
         examples = Examples(

@@ -1,6 +1,6 @@
 """Using a finished run: score it again, merge it, transcribe with it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.models import DTYPES, base_of, check_dtype
 from blora_pyro.models.base import check_merge, distance, probe
-from blora_pyro.options import FitConfig
+from blora_pyro.options import FitConfig, read_columns
 from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.folders import claim_file, read_run, written_folder
 from blora_pyro.runs.listeners import Listener
@@ -33,6 +33,7 @@ def evaluate_run(
     strength: float = 1.0,
     strength_by: str = SCALE,
     domain: str | None = None,
+    column: Mapping[str, str] | Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Score a run, base and adapted, on its own test sets or on the test split of `data`.
 
@@ -52,6 +53,8 @@ def evaluate_run(
         strength: Strength of the update, see `at_strength`.
         strength_by: See `at_strength`.
         domain: One of the run's domains.
+        column: What columns are called, see `FitConfig`; None is as in the fit, or in `data` as
+            usual.
 
     Returns:
         The content of `metrics.json`; at another strength than 1 also `strength` and `strength_by`.
@@ -68,7 +71,7 @@ def evaluate_run(
     if domain is not None or data is not None:
         posterior, config = posterior.for_domain(domain), of_domain(config, domain)
     posterior = at_strength(posterior, strength, strength_by)
-    config = scoring_config(config, data, normalizer)
+    config = scoring_config(config, data, normalizer, column)
     scoring = Scoring.of(config, split, progress)
     before, after = scoring.score(None, "base"), scoring.score(posterior, "adapted")
     if output is not None:
@@ -92,11 +95,22 @@ def of_domain(config: FitConfig, domain: str | None) -> FitConfig:
     return replace(config, data=data, data_weights=weights, pooling=None, pooling_scale=None)
 
 
-def scoring_config(config: FitConfig, data: Source | None, normalizer: str | None) -> FitConfig:
-    """Return a configuration with other data or another normaliser to score with; None keeps."""
+def scoring_config(
+    config: FitConfig,
+    data: Source | None,
+    normalizer: str | None,
+    column: Mapping[str, str] | Sequence[str] | None = None,
+) -> FitConfig:
+    """Return a configuration with other data, normaliser or columns to score with; None keeps.
+
+    Other data have their columns called as usual, unless they are given.
+    """
     if data is not None:
         # all the sets of its new domain come from `data`, which are no training data here
         config = replace(config, data=data, data_weights=None, test=data, dev=None, backward={})
+        column = column or {}
+    if column is not None:
+        config = replace(config, column=read_columns(column))
     return config if normalizer is None else replace(config, normalizer=normalizer)
 
 

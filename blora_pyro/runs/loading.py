@@ -25,7 +25,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.metrics import check_tags
 from blora_pyro.models import Base
-from blora_pyro.options import SHUFFLE_BUFFER, FitConfig
+from blora_pyro.options import SHUFFLE_BUFFER, FitConfig, column_names
 from blora_pyro.sources import Source, as_sources, describe_source
 
 OnSetProgress = Callable[[str, int, int], object]  # a set's name, utterances done, of how many
@@ -75,7 +75,7 @@ class Loader:
         """
         if config.language:
             prompt_ids(base.tokenizer, language_code(config.language), config.task)
-        self.base, self.config = base, config
+        self.base, self.config, self.columns = base, config, column_names(config.column)
         self.on_progress = on_progress
         self.on_note = functools.cache(on_note)  # every set says the same of the cache
         self.skipped: list[SkippedRow] = []
@@ -103,7 +103,7 @@ class Loader:
         """
         sources = [describe_source(one) for one in as_sources(source)]
         on_bad = self._on_bad(sources, split)
-        dataset = load_mixture(source, split, on_bad, limit, self.config.seed)
+        dataset = load_mixture(source, split, on_bad, limit, self.config.seed, self.columns)
         if split != "train":  # which is not scored
             dataset = without_bad_tags(dataset, on_bad)
         examples = Examples(
@@ -144,7 +144,7 @@ class Loader:
             UserError: See `stream_split` and `Stream`.
         """
         return Stream(
-            stream_split(source, "train"),
+            stream_split(source, "train", self.columns),
             self.base.feature_extractor,
             self.base.tokenizer,
             self.config.task,

@@ -161,10 +161,11 @@ def test_evaluate_hands_strength_and_split_on(monkeypatch):
 
     monkeypatch.setattr(finished, "evaluate_run", evaluate_run)
     options = ["--strength", 0.25, "--strength-by", "signal-to-noise", "--split", "dev"]
+    options += ["--column", "text=transcript"]
     assert "enough" in complaint(run("evaluate", "r", *options))
     assert (seen["strength"], seen["strength_by"]) == (0.25, "signal-to-noise")
     assert seen["split"] == "dev"
-    assert seen["domain"] is None
+    assert seen["domain"] is None and seen["column"] == ["text=transcript"]
 
 
 def test_evaluate_at_strength_0_is_the_base(finished_run):

@@ -289,11 +289,11 @@ def test_what_would_be_misread_is_refused_with_a_hint(speak, table, name, text, 
 
 def test_columns_may_be_called_anything(speak, table, manifest):
     speak("a.wav")
-    columns = {"audio": ["wav"], "text": ["transcript", "raw"], "split": ["part"]}
-    one = {"wav": "a.wav", "transcript": "x", "text": "y", "part": "train", "audio": "gone.wav"}
-    lines = ["wav,transcript,text,part,audio", "a.wav,x,y,train,gone.wav"]
+    columns = {"audio": ["wav"], "text": ["transcript", "raw"]}
+    one = {"wav": "a.wav", "transcript": "x", "text": "y", "split": "train", "audio": "gone.wav"}
+    lines = ["wav,transcript,text,split,audio", "a.wav,x,y,train,gone.wav"]
     for path in (manifest(one), table("\n".join(lines))):
-        assert manifest_splits(path, columns) == ["train"]
+        assert manifest_splits(path) == ["train"]
         assert read_manifest(path, "train", columns=columns)["text"][:] == ["x"]
         text = {**columns, "text": ["raw", "text"]}
         assert read_manifest(path, "train", columns=text)["text"][:] == ["y"]

@@ -1,11 +1,13 @@
 import json
+import os
 from itertools import chain
 
 import numpy as np
 import pytest
 import soundfile
 
-from blora_pyro.data import DOMAINS
+from blora_pyro.data import DOMAINS, load_split
+from blora_pyro.diagnostics import data_check
 from blora_pyro.diagnostics.data_check import REFUSED, check_data, load_processor
 from blora_pyro.diagnostics.row_notes import NOTES, Characters
 from blora_pyro.errors import UserError
@@ -29,9 +31,18 @@ def folder(tmp_path):
         wave = 0.1 * rng.standard_normal((int(seconds * rate), channels))
         soundfile.write(tmp_path / name, wave, rate)
     soundfile.write(tmp_path / "nan.wav", np.full(800, np.nan), 16_000, subtype="FLOAT")
+    loud = 30_000 * np.sin(np.arange(8_000))
+    soundfile.write(tmp_path / "integers.wav", loud, 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "huge.wav", loud * 1e34, 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "clipped.wav", loud.clip(-1, 1), 16_000)
+    soundfile.write(tmp_path / "silent.wav", loud * 1e-9, 16_000)
+    os.mkfifo(tmp_path / "pipe.wav")
     (tmp_path / "noise.wav").write_bytes(b"noise")
     flac = (tmp_path / "b.flac").read_bytes()
     (tmp_path / "cut.flac").write_bytes(flac[: len(flac) // 2])
+    for name in ("a.wav", "c.ogg"):
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / f"cut.{name}").write_bytes(data[: len(data) // 2])
 
     def write(split, *changes):
         rows = [json.dumps(GOOD | one) if isinstance(one, dict) else one for one in changes]
@@ -56,10 +67,17 @@ BAD = [
     ("row", "?"),
     ("row", {"audio": "gone.wav"}),
     ("row", {"text": None}),
+    ("row", {"audio": "pipe.wav"}),
+    ("row", {"audio": "/dev/zero"}),
+    ("row", {"offset": "1"}),
     ("audio", {"audio": "noise.wav"}),
     ("audio", {"audio": "empty.wav"}),
     ("audio", {"audio": "nan.wav"}),
     ("audio", {"audio": "cut.flac"}),
+    ("audio", {"audio": "cut.a.wav"}),
+    ("audio", {"audio": "cut.c.ogg"}),
+    ("audio", {"audio": "integers.wav"}),
+    ("audio", {"audio": "huge.wav"}),
     ("audio", {"audio": "long.wav"}),
     ("audio", {"audio": "long.wav", "start": 9.5, "end": 11.0}),
     ("transcript", {"text": "wort " * 30, "word_languages": None}),
@@ -80,7 +98,8 @@ def test_it_refuses_what_a_fit_refuses(folder, fluent_folder, fluent_base, split
     source = folder(split, *good, *(row for _, row in BAD), {"text": "", "word_languages": None})
     checked = check_data(source, str(fluent_folder))
     found = checked.sets[0].findings
-    assert checked.refused and checked.sets[0].rows == 21
+    assert checked.refused and checked.sets[0].rows == 28
+    assert checked.sets[0].refused_rows == (23 if split == "train" else 24)
     if split == "test":
         bad = [one for one in kinds(checked) if one[0] in REFUSED]
         assert sorted(bad) == sorted((kind, line) for line, (kind, _) in enumerate(BAD, 4))
@@ -88,7 +107,7 @@ def test_it_refuses_what_a_fit_refuses(folder, fluent_folder, fluent_base, split
     loader.load(source, split)
     skipped = sorted((row.origin, row.reason) for row in loader.skipped)
     assert sorted((one.origin, one.message) for one in found if one.refused) == skipped
-    assert len(skipped) == (16 if split == "train" else 17)
+    assert len(skipped) == checked.sets[0].refused_rows
 
 
 def test_a_language_may_be_given(folder, fluent_folder):
@@ -125,6 +144,61 @@ def test_tokens_that_the_base_suppresses_are_told(folder, fluent_base, tmp_path)
     found = check_data(folder("train", {}, row), str(tmp_path / "base"))
     (note,) = [one for one in found.sets[0].findings if one.kind == "suppressed"]
     assert (note.origin[-6:], note.message) == ("line 2", "'0', ':'") and not found.refused
+
+
+ODD = {
+    "clipped": {"audio": "clipped.wav"},
+    "silent": {"audio": "silent.wav"},
+    "duration": {"audio": "b.flac", "duration": 3},
+    "empty text": {"audio": "c.ogg", "text": "", "word_languages": None},
+    "tags": {"audio": "long.wav", "end": 0.5, "word_languages": ["de"]},
+    "shared audio": {},
+}
+
+
+def test_what_it_notes_a_fit_tells_also_of_features_that_are_cached(
+    folder, fluent_folder, fluent_base
+):
+    folder("test", {"text": "ein haus"})
+    source = folder("train", *ODD.values())
+    found = check_data(source, str(fluent_folder))
+    assert [kind for kind, _ in kinds(found, 1)] == [*ODD] and not found.refused
+    for _ in range(2):
+        notes = []
+        loader = Loader(fluent_base, FitConfig(), on_note=notes.append)
+        for split in ("test", "train"):
+            loader.load(source, split)
+        loader.report_skipped()
+        (line,) = notes
+        assert all(f"1 of {source} train: {NOTES[kind]}" in line for kind in ODD)
+        assert f"the first: {found.sets[1].findings[0].origin}: " in line
+
+
+def test_without_opening_audio_rows_texts_and_paths_are_checked(folder, fluent_folder):
+    rows = [{"audio": "gone.wav"}, {"audio": "noise.wav"}, {"language": "fr"}, "?"]
+    found = check_data(folder("train", *rows), str(fluent_folder), fast=True)
+    assert sorted(kinds(found)) == [("row", 1), ("row", 4), ("transcript", 3)]
+    assert found.sets[0].rows == 4 and found.sets[0].hours == 0 and found.fast
+
+
+def test_findings_are_counted_and_the_first_are_kept(folder, fluent_folder, monkeypatch):
+    monkeypatch.setattr(data_check, "KEPT", 2)
+    monkeypatch.setattr(data_check, "CHUNK", 3)
+    found = check_data(folder("train", *["?"] * 5, *[{}] * 4), str(fluent_folder))
+    (one,) = found.sets
+    assert (one.rows, one.refused_rows, one.count(REFUSED)) == (9, 5, {"row": 5})
+    assert one.count(NOTES) == {"repeated": 3} and len(one.findings) == 4
+
+
+def test_columns_may_have_other_names_in_all_data_but_the_built_in(folder, fluent_base):
+    row = {"audio": "a.wav", "text": "", "transcript": "das red", "word_languages": None}
+    source = folder("train", row)
+    config = FitConfig(column={"text": "transcript"})
+    assert Loader(fluent_base, config).load(source, "train").texts == ["das red"]
+    assert Loader(fluent_base, config).stream(source, print).sample.texts == ["das red"]
+    with pytest.raises(UserError, match="no column typo or raw for text; its columns are: audio"):
+        Loader(fluent_base, FitConfig(column=["text=typo,raw"])).load(source, "train")
+    assert len(load_split("de-en", "test", columns={"text": ["transcript"]}))
 
 
 def test_a_duration_may_be_rounded_or_that_of_a_segment(folder, fluent_folder):

@@ -6,9 +6,10 @@ from blora_pyro.data import BadRow, load_mixture
 from blora_pyro.diagnostics import summarise
 from blora_pyro.diagnostics.data_check import check_data
 from blora_pyro.errors import UserError
+from blora_pyro.fitting import fit_guide
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior.inference_data import MIN_RATIOS
-from blora_pyro.runs import finished, scoring
+from blora_pyro.runs import finished, fits, scoring
 from blora_pyro.runs.diagnosis import measure_khat
 from blora_pyro.runs.finished import evaluate_run
 from blora_pyro.runs.fits import fit
@@ -233,3 +234,11 @@ def test_a_cache_that_cannot_be_written_ends_no_fit(fit_options, monkeypatch, tm
     run = fit(FitConfig(**{**fit_options, "steps": 2}), progress=progress)
     assert run.history == expected
     assert len(progress.notes) == 1 and "can't be written" in progress.notes[0]
+
+
+def test_skipped_steps_are_told_at_the_end(fit_options, tmp_path, monkeypatch):
+    monkeypatch.setattr(fits, "fit_guide", lambda *a, **k: fit_guide(*a, **k)[1:])
+    progress = Notes()
+    fit(FitConfig(**{**fit_options, "steps": 3}), tmp_path / "run", progress=progress)
+    assert any(note.startswith("1 of 3 steps were skipped, because") for note in progress.notes)
+    assert read_json(tmp_path / "run" / "run.json")["skipped_steps"] == 1
