@@ -95,13 +95,12 @@ def test_the_observed_terms_of_a_loss_are_recorded_as_the_elbo_weighs_them(net, 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_accumulation_gives_the_gradient_of_the_batch(net, batch, guide):
     whole = gradients(start(net, batch, guide), batch)
-    for accumulation in (2, 3):
-        objective = start(net, batch, guide, accumulation=accumulation)
-        assert_same(gradients(objective, batch), whole)
+    parts = start(net, batch, guide, accumulation=2)  # of two utterances and of one
+    assert_same(gradients(parts, batch), whole)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("guide", ["normal", "horseshoe", "auto-normal", "a-only"])
+@pytest.mark.parametrize("guide", ["normal", "horseshoe"])
 def test_so_it_does_where_every_utterance_has_the_same_noise_in_the_layers(
     net, batch, guide, estimator, monkeypatch
 ):

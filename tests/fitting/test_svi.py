@@ -88,10 +88,16 @@ def examples(tones_folder, tiny_base) -> Examples:
     return Examples(dataset, tiny_base.feature_extractor, tiny_base.tokenizer)
 
 
+FEW = (
+    r".*encoder\.layers\.1\.fc1|.*decoder.*attn\.(q|v)_proj"  # layers of two shapes, in both halves
+)
+
+
 def start(net, guide="normal", rank=2, seed=0, **how):
     """A model with the prior of the guide's family, or else the normal one; and the guide."""
     pyro.set_rng_seed(seed)
     prior = build_prior(guide if guide in FAMILIES else "normal")
+    how = {"target_modules": FEW, **how}
     model = BLoRA(net, prior, rank=rank, alpha=2.0 * rank, **how)
     return model, build_guide(guide, model)
 
@@ -296,15 +302,6 @@ def test_every_estimator_goes_on_bit_by_bit(net, four, estimator, tmp_path):
     model, straight = start(net)
     history = fit_with(model, straight, four, **options)
     again, rest = in_pieces(net, "normal", four, tmp_path, (5, 6), 2, **options)
-    assert rest == history
-    assert_same(again, straight)
-
-
-@pytest.mark.parametrize("step", [1, 11])
-def test_after_a_crash_at_any_step(net, four, step, tmp_path):
-    model, straight = start(net)
-    history = fit_with(model, straight, four, **OPTIONS)
-    again, rest = in_pieces(net, "normal", four, tmp_path, (step,), 1, **OPTIONS)
     assert rest == history
     assert_same(again, straight)
 
@@ -518,10 +515,8 @@ def test_the_posterior_mean_is_measured_and_no_random_number_is_lost(net, four):
 @pytest.mark.parametrize(
     ("guide", "crashes"),
     [
-        ("normal", (2, 5, 6)),
         ("normal", (3, 9)),
         ("normal", range(1, 9)),
-        ("auto-normal", (4, 7)),
         ("horseshoe", (4, 7)),
     ],
 )
@@ -611,7 +606,7 @@ def test_nine_in_a_row_are_skipped_and_ten_are_too_many(net, four):
 
 @pytest.mark.parametrize(
     ("guide", "lr"),
-    [("normal", 1e30), ("horseshoe", 1e30), ("auto-normal", 1e30), ("normal", 1e3)],
+    [("normal", 1e30), ("horseshoe", 1e30), ("normal", 1e3)],
 )
 def test_a_fit_that_diverges_stops_and_its_checkpoint_is_from_before(
     net, four, guide, lr, tmp_path
