@@ -43,6 +43,7 @@ ACROSS = {
     "runs/test_streamed_runs.py",
     "test_deployment.py",
     "test_docs.py",
+    "test_fuzz.py",
     "test_house.py",
 }
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from blora_pyro.adapters import ALL_LINEAR, is_finite, whole_match
-from blora_pyro.errors import UserError, reason
+from blora_pyro.errors import UserError, printable, reason
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json_of
 
 SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias")
@@ -77,7 +77,9 @@ def _check_keys(name: str, stored: Mapping[str, Any]) -> None:
         raise _refusal(name, f"is of type {kind!r:.40}; only LoRA can be merged")
     for key, value in stored.items():
         if key not in (*READ, *LEFT_OUT) and value:
-            raise _refusal(name, f"has {key} {value!r:.40}, which is no part of plain LoRA")
+            raise _refusal(
+                name, f"has {printable(key, 40)} {value!r:.40}, which is no part of plain LoRA"
+            )
     if (start := stored.get("init_lora_weights")) not in STARTS:
         raise _refusal(name, f"has init_lora_weights {start!r:.40}, which changes the base, too")
     for key in SWITCHES:
@@ -98,7 +100,7 @@ def _ranks(name: str, folder: Path) -> dict[str, int]:
             for key in weights.keys():
                 value = weights.get_tensor(key)
                 if not value.is_floating_point() or not is_finite(value):
-                    raise _refusal(name, f"has values that are not finite in {key}")
+                    raise _refusal(name, f"has values that are not finite in {printable(key)}")
                 if (match := _FACTOR.fullmatch(key)) and value.dim() > 1:
                     ranks[match[1]] = value.shape["AB".index(match[2])]
     except (SafetensorError, OSError) as error:

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor
 
-from blora_pyro.errors import UserError, reason
+from blora_pyro.errors import UserError, printable, reason
 from blora_pyro.models.folders import read_json_of, weight_files
 
 Check = Callable[[Any], bool]
@@ -185,8 +185,8 @@ def _shapes(name: str, folder: Path) -> dict[str, tuple[int, ...]]:
                     part = weights.get_slice(key)
                     if part.get_dtype() not in FLOATS:
                         raise UserError(
-                            f"base model '{name}' has weights of type {part.get_dtype()} ({key}); "
-                            "give one that is not quantized"
+                            f"base model '{name}' has weights of type {part.get_dtype()} "
+                            f"({printable(key)}); give one that is not quantized"
                         )
                     shapes[key.removeprefix("model.")] = tuple(part.get_shape())
         except (SafetensorError, OSError) as error:
