@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from blora_pyro import fit
-from blora_pyro.data import IGNORED, featurise, prompt_ids, text_ids
+from blora_pyro.data import IGNORED, featurise, load_split, prompt_ids, text_ids
 from blora_pyro.models import Base, load_base
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.finished import merge_run
@@ -194,6 +194,6 @@ def test_the_code_of_the_page_runs(base, merged, converted, tmp_path, monkeypatc
     printed = capsys.readouterr().out.splitlines()
     assert [line.strip() for line in printed[:2]] == ["a bicycle", "a bicycle"]
     pocket = scope["pocket"]
-    examples = load_examples(pocket, "de-en", "test")
-    expected = transcribe_features(pocket, examples.features[:4], examples.prompts[:4])
+    examples = load_examples(pocket, load_split("de-en", "test").select(range(4)), "test")
+    expected = transcribe_features(pocket, examples.features, examples.prompts)
     assert [line.strip() for line in printed[2:]] == expected
