@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from blora_pyro.errors import UserError
-from blora_pyro.files import cache_dir, locked, new_folder, read_json, replace_file, write_json
+from blora_pyro.files import (
+    cache_dir,
+    check_name,
+    locked,
+    new_folder,
+    parse_json,
+    read_json,
+    replace_file,
+    write_json,
+)
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
@@ -206,3 +215,41 @@ def test_two_do_not_write_to_one_folder_and_a_dead_ones_lock_is_free(tmp_path):
     with locked(path):
         pass
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        "../x",
+        "/x",
+        ".x",
+        "",
+        "a/b",
+        "a\\b",
+        "a b",
+        "a\n",
+        "a\0",
+        "a:b",
+        "x" * 201,
+        "é" * 101,
+        3,
+        None,
+    ],
+)
+def test_a_name_that_could_lead_elsewhere_is_refused(name):
+    with pytest.raises(UserError, match=r"a set is called .*give a name of letters") as caught:
+        check_name(name, "a set")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plain_name_is_returned():
+    for name in ("de-en", "a.b_c", "-x", "中文", "x" * 200):
+        assert check_name(name, "a set") == name
+
+
+def test_json_that_is_nested_too_deeply_is_an_error_of_values(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(tmp_path / "deep.json")
+    assert parse_json(b'{"a": 1}') == {"a": 1}

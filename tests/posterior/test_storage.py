@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import blora_pyro
 from blora_pyro.errors import UserError
+from blora_pyro.models import Pooling
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import POSTERIOR_FILE
 
-from .conftest import adapted, logits, posterior_of
+from .conftest import adapted, fitted, logits, posterior_of
 
 # ---- export: three ways to the same logits
 
@@ -217,6 +219,132 @@ def test_a_file_of_another_content_is_refused(net, tmp_path, change):
     posterior_of(net).save(tmp_path)
     rewrite(tmp_path, change)
     assert "damaged" in refusal(tmp_path)
+
+
+def first(tensors, name, value):
+    changed = tensors[name].clone()
+    changed[0, 0, 0] = value
+    return {**tensors, name: changed}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: first(t, "A_16x16.mean", float("nan")),
+            r"A_16x16\.mean has values .* not finite",
+        ),
+        (
+            lambda t: first(t, "B_16x16.mean", float("inf")),
+            r"B_16x16\.mean has values .* not finite",
+        ),
+        (lambda t: first(t, "A_16x16.stddev", float("nan")), r"A_16x16\.stddev has values"),
+        (lambda t: first(t, "B_16x16.stddev", -1e-9), r"B_16x16\.stddev has deviations"),
+        (lambda t: {**t, "A_16x16.mean": t["A_16x16.mean"].half()}, r"A_16x16\.mean is .*float16"),
+        (lambda t: {**t, "A_16x16.mean": t["A_16x16.mean"].int()}, r"A_16x16\.mean is .*int32"),
+        (lambda t: {**t, "guide.rho": torch.tensor([float("nan")])}, r"guide\.rho has values"),
+        (lambda t: {**t, "prior.scale": torch.tensor([float("inf")])}, r"prior\.scale has values"),
+    ],
+)
+def test_tensors_that_cannot_be_are_refused_by_name(net, tmp_path, change, words):
+    posterior_of(net).save(tmp_path)
+    rewrite(tmp_path, lambda tensors, about: (change(tensors), about))
+    assert re.search(words, refusal(tmp_path))
+
+
+def test_deviations_are_0_where_a_site_is_a_point_alone(tmp_path):
+    for guide in ("normal", "a-only", "point"):
+        whole = fitted("normal", guide)
+        whole.save(tmp_path / guide)
+        assert Posterior.load(tmp_path / guide).family.guide == guide
+    whole = fitted("normal")
+    partly = first(dict(whole.stddev), "A_4x4", 0.0)
+    replace(whole, stddev=partly).save(tmp_path)
+    assert "A_4x4.stddev has deviations that are not above 0" in refusal(tmp_path)
+    replace(whole, stddev=partly, state={}).save(tmp_path)  # as after pruning
+    assert Posterior.load(tmp_path).stddev["A_4x4"][0, 0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"alpha": 0}, "'alpha' is 0, no number above 0"),
+        ({"alpha": float("nan")}, "'alpha' is nan"),
+        ({"alpha": True}, "'alpha' is True"),
+        ({"base": 3}, "'base' is 3, no text"),
+        ({"revision": ["v1"]}, "'revision' is .*, no text"),
+        ({"prior": ["normal"]}, "'prior' is .*, no text"),
+        ({"guide": None}, "'guide' is None"),
+        ({"prior_args": [1]}, "'prior_args' or 'code_sha256'"),
+        ({"code_sha256": "x"}, "'prior_args' or 'code_sha256'"),
+        ({"prior": "previous-posterior", "prior_args": {"groups": 1}}, "'prior_args' has groups"),
+        ({"prior": "previous-posterior", "prior_args": {"inflation": "1"}}, "'inflation' is '1'"),
+        ({"pooling": 3}, "damaged"),
+        ({"pooling": {"kind": "none", "domains": [], "scale": 1}}, "'domains' or 'kind'"),
+        ({"pooling": {"kind": "all", "domains": ["a"], "scale": 1}}, "'domains' or 'kind'"),
+        ({"pooling": {"kind": "none", "domains": ["a", "a"], "scale": 1}}, "'domains' or 'kind'"),
+        ({"pooling": {"kind": "none", "domains": ["a"], "scale": 0}}, "'scale' is 0"),
+        ({"pooling": {"kind": "none", "domains": "ab", "scale": 1}}, "'domains' is 'ab'"),
+    ],
+)
+def test_a_description_of_wrong_types_is_refused_by_name(net, tmp_path, change, words):
+    posterior_of(net).save(tmp_path)
+    rewrite(tmp_path, lambda tensors, about: (tensors, {**about, **change}))
+    assert re.search(words, refusal(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": 10**9},
+        {"rank": 0},
+        {"rank": 2.0},
+        {"rank": True},
+        {"out_features": "16"},
+        {"modules": []},
+        {"modules": "ab"},
+        {"modules": [1]},
+        {"weight_stddevs": [1.0]},
+        {"weight_stddevs": "a"},
+        {"suffix": "/../x"},
+        {"suffix": None},
+    ],
+)
+def test_a_group_that_cannot_be_is_refused(net, tmp_path, change):
+    posterior_of(net).save(tmp_path)
+
+    def with_first(tensors, about):
+        return tensors, {
+            **about,
+            "groups": [{**about["groups"][0], **change}, *about["groups"][1:]],
+        }
+
+    rewrite(tmp_path, with_first)
+    assert "damaged" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/elsewhere/x", "../../../x", "..", ".", ".x", "", "a/b", "a\\b", "a\0b", "a\n", "x" * 300],
+)
+def test_a_domain_whose_name_is_a_path_is_neither_read_nor_written(net, tmp_path, name):
+    whole = posterior_of(net)
+    pooling = Pooling("none", (name, "b"))
+    groups = pooling.stack(whole.groups)
+    sites = [site for group in groups for site in group.sites]
+    moments = [{site.name: torch.ones(site.shape) for site in sites} for _ in range(2)]
+    pooled = Posterior("tiny", groups, 4.0, *moments, pooling=pooling)
+    with pytest.raises(UserError, match=r"a domain is called .*give a name of letters"):
+        pooled.save(tmp_path / "a/b/c/run")
+    assert "a domain is called" in refusal(tmp_path / "a/b/c/run")  # the posterior was written
+    assert {path.name for path in tmp_path.rglob("*")} == {"a", "b", "c", "run", POSTERIOR_FILE}
+
+
+def test_a_description_that_is_nested_deeply_is_refused(net, tmp_path):
+    posterior_of(net).save(tmp_path)
+    deep = {"blora_pyro": "[" * 100_000}
+    save_file(load_file(tmp_path / POSTERIOR_FILE), tmp_path / POSTERIOR_FILE, metadata=deep)
+    assert "nested too deeply" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("metadata", [None, {"other": "{}"}, {"blora_pyro": "no JSON"}])
