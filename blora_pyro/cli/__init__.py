@@ -12,9 +12,11 @@ from blora_pyro import __version__
 HOMES = {
     "fit": "fit",
     **dict.fromkeys(("study", "sweep", "compare"), "study"),
-    **dict.fromkeys(("evaluate", "errors", "diagnose", "prune", "combine", "priors"), "runs"),
+    **dict.fromkeys(("evaluate", "errors", "diagnose"), "runs"),
+    **dict.fromkeys(("prune", "combine"), "exports"),
+    "priors": "runs",
     "transcribe": "transcribe",
-    **dict.fromkeys(("merge", "push-to-hub"), "runs"),
+    **dict.fromkeys(("merge", "push-to-hub"), "exports"),
     "data": "data",
 }  # command -> its module
 

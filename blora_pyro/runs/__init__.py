@@ -3,7 +3,8 @@
 - `fits`: one fit from start to end; `parts`: what it works with; `loading`: its sets;
 - `chains`: an earlier run's posterior as the prior of the next fit;
 - `scoring`: what it gained and forgot; `utterances`: the same, utterance by utterance;
-- `record`: the content of `run.json`; `folders`: writing and reading run folders;
+- `record`: the content of `run.json`; `measurements`: that of `metrics.json`, and whose it is;
+  `folders`: writing and reading run folders;
   `fit_folders`: the folder of a fit that may be interrupted;
 - `listeners`: progress and experiment trackers;
 - `finished`: scoring, merging and using a finished run; `edited`: pruned and combined runs;

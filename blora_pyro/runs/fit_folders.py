@@ -29,11 +29,11 @@ from blora_pyro.runs.folders import (
     UNFINISHED,
     UTTERANCES,
     claim,
-    read_metrics,
     remove_files,
     save_posterior,
 )
 from blora_pyro.runs.loading import SkippedRow
+from blora_pyro.runs.measurements import read_metrics
 from blora_pyro.runs.record import EVALUATING, FINISHED, FITTING, RUN, RunRecord, versions
 from blora_pyro.runs.utterances import write_utterances
 

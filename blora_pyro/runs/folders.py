@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from blora_pyro.errors import UserError, reason
-from blora_pyro.files import locked, new_folder, read_json, remove, sync, write_json
+from blora_pyro.files import locked, new_folder, remove, sync, write_json
 from blora_pyro.fitting import checkpoints
 from blora_pyro.hub import find_run
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HUB_FILES
@@ -253,45 +253,3 @@ def read_run(
         raise UserError(f"{found / RUN} is missing or damaged (no 'config'); fit again")
     record.config = replace(record.config, device=device)
     return posterior, record
-
-
-def check_measured(
-    file: Path, adapter: str | None, posterior: Posterior, record: RunRecord
-) -> None:
-    """Refuse results that were measured with another adapter than the run's.
-
-    Args:
-        file: Where they are.
-        adapter: The fingerprint in them; older versions kept none, and what they measured in a
-            folder is taken for the run's own unless that was made of others.
-        posterior: Of the run.
-        record: Of the run.
-
-    Raises:
-        UserError: If it is another.
-    """
-    if adapter != posterior.fingerprint and (adapter is not None or record.combined is not None):
-        raise UserError(
-            f"{file} was not measured with the adapter beside it; remove it, and measure this one: "
-            f"blora-pyro evaluate {shlex.quote(str(file.parent))}"
-        )
-
-
-def read_metrics(
-    folder: Path, record: RunRecord, posterior: Posterior | None = None
-) -> dict[str, Any]:
-    """Return what was measured with the adapter of a run; None as the posterior reads it.
-
-    Raises:
-        UserError: If it is missing, damaged, or was measured with another adapter.
-    """
-    file = folder / METRICS
-    try:
-        metrics = read_json(file)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file} is missing or damaged ({reason(error)}); measure again with: blora-pyro "
-            f"evaluate {shlex.quote(str(folder))}"
-        ) from None
-    check_measured(file, metrics.get("adapter"), posterior or Posterior.load(folder), record)
-    return metrics

@@ -124,6 +124,8 @@ class RunRecord:
                 record.language = values["language"]  # may be null, but not missing
             if record.history is not None:
                 record.history = [Step(**step) for step in values["history"]]
+            if record.dev is not None and not record.dev["errors"]:
+                raise ValueError("'dev' has no errors")
         except (KeyError, TypeError, UserError) as error:
             raise ValueError(str(error)) from None
         return record

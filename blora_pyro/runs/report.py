@@ -124,7 +124,7 @@ def _add_rates(table: Table, name: str, measure: str, rates: Sequence[Mapping[st
     """Add a row of normalised rates, and below it one of the raw rates, if they differ."""
     cells = [Percent.of(rate) for rate in rates]
     table.add_row(name, measure.upper(), *cells)
-    raw = [Percent.of(rate["raw"]) for rate in rates if "raw" in rate]
+    raw = [Percent.of(rate["raw"]) for rate in rates] if all("raw" in one for one in rates) else []
     if raw and [*map(str, raw)] != [*map(str, cells)]:
         table.add_row("", f"raw {measure.upper()}".strip(), *raw, emphasis="dim")
 

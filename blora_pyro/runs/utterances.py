@@ -12,7 +12,8 @@ from blora_pyro.files import replace_file
 from blora_pyro.metrics import align
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import POSTERIOR_FILE
-from blora_pyro.runs.folders import UTTERANCES, check_measured, read_run
+from blora_pyro.runs.folders import UTTERANCES, read_run
+from blora_pyro.runs.measurements import check_measured
 
 
 def utterance_rows(

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from transformers import WhisperForConditionalGeneration
 from blora_pyro.errors import UserError
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
+from blora_pyro.publishing.uploads import write_public_run
 from blora_pyro.runs.diagnosis import diagnose
 from blora_pyro.runs.edited import combine_runs, prune_run
 from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import fit
-from blora_pyro.runs.folders import read_metrics, read_run
+from blora_pyro.runs.folders import read_run, written_folder
+from blora_pyro.runs.measurements import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,49 @@ def test_an_edit_that_fails_leaves_what_was_there(folders, finished_run, tmp_pat
                 make(tmp_path / out)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("command", ["prune", "combine", "merge", "push"])
+def test_a_command_that_is_killed_leaves_what_was_there_or_what_it_makes(
+    folders, tmp_path, command
+):
+    def work(out):
+        if command == "prune":
+            prune_run(folders[0], out, rank=1, evaluate=False, overwrite=True)
+        elif command == "combine":
+            combine_runs(folders, out, overwrite=True)
+        elif command == "merge":
+            merge_run(folders[0], out, overwrite=True)
+        else:
+            with written_folder(out, True, folders[0]) as folder:
+                write_public_run(folders[0], folder, "me/run", base="someone/fluent")
+
+    def content(out):
+        return {path.name for path in out.iterdir()}
+
+    out, renames = tmp_path / "out", ("os.rename", "ctypes.call_function", "shutil.rmtree")
+    shutil.copytree(folders[1], out)
+    old, seen = content(out), []
+    for event in range(9):
+        if (child := os.fork()) == 0:
+            left = [event]
+
+            def hook(name, arguments, left=left):
+                place = str(arguments[0]) if arguments else ""
+                if name in renames or (name == "open" and ".out." in place):
+                    left[0] -= 1
+                    if left[0] < 0:
+                        os._exit(9)
+
+            sys.addaudithook(hook)
+            work(out)
+            os._exit(0)
+        os.waitpid(child, 0)
+        seen.append(content(out))
+    work(out)
+    assert all(one in (old, content(out)) for one in seen) and old in seen
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_run_is_not_pruned_into_itself(finished_run):

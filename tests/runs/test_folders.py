@@ -2,7 +2,6 @@ import errno
 import json
 import resource
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from blora_pyro.runs.folders import (
     claim,
     claim_file,
     default_output,
-    read_metrics,
     read_run,
     remove_files,
     writing,
@@ -137,26 +135,6 @@ def test_a_folder_that_is_being_written_is_refused_by_every_command(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be written"), writing(tmp_path / "file" / "out"):
         raise AssertionError
-
-
-def test_metrics_are_those_of_the_adapter_beside_them(finished_run):
-    posterior, record = read_run(finished_run.output)
-    metrics = read_metrics(finished_run.output, record)
-    assert metrics["adapter"] == posterior.fingerprint
-    assert metrics["sets"].keys() == {"new_domain", *metrics["backward"]}
-    assert len({*metrics["sets"].values()}) == 3
-    other = replace(posterior, alpha=1.0)
-    with pytest.raises(UserError, match=r"was not measured with the adapter beside it; remove it"):
-        read_metrics(finished_run.output, record, other)
-
-
-def test_metrics_of_an_older_version_are_a_runs_own_unless_it_is_combined(finished_run, tmp_path):
-    posterior, record = read_run(finished_run.output)
-    (tmp_path / "metrics.json").write_text('{"backward": {}}')
-    assert read_metrics(tmp_path, record, posterior) == {"backward": {}}
-    combined = replace(record, combined={"from": ["a", "b"]})
-    with pytest.raises(UserError, match="was not measured with the adapter"):
-        read_metrics(tmp_path, combined, posterior)
 
 
 def test_a_file_is_claimed_where_there_is_none_or_to_be_overwritten(tmp_path):

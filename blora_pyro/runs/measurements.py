@@ -1,0 +1,146 @@
+"""What was measured with an adapter: `metrics.json`, its content and whose it is."""
+
+import shlex
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, get_type_hints
+
+from blora_pyro.errors import UserError, reason
+from blora_pyro.files import read_json
+from blora_pyro.posterior import Posterior
+from blora_pyro.runs.folders import METRICS
+from blora_pyro.runs.record import RunRecord, Size, conforms
+
+SIZES = {"layers", "directions", "adapter_weights", "nonzero_weights"}
+
+
+class Rate(TypedDict):
+    """An error rate; see `rate_summary`."""
+
+    rate: float | None
+    interval: list[float | None]
+    raw: NotRequired["Rate"]
+
+
+class Change(TypedDict):
+    """A change of an error rate; see `change_summary`."""
+
+    difference: float | None
+    interval: list[float | None]
+    raw: NotRequired["Change"]
+
+
+class Average(TypedDict):
+    """The average over sets, before and after."""
+
+    base: Rate
+    adapted: Rate
+    change: Change
+
+
+class Measured(TypedDict):
+    """What was measured on a set, before and after: rates by measure."""
+
+    name: NotRequired[str]
+    base: dict[str, Any]
+    adapted: dict[str, Any]
+    change: dict[str, Change]
+
+
+class Sizes(TypedDict):
+    """Sizes of a full adapter and of what was pruned of it."""
+
+    full: Size
+    pruned: Size
+
+
+class Shares(TypedDict):
+    """Shares of weights near zero; see `Posterior.sparsity`."""
+
+    A: float
+    B: float
+    delta_w: float
+
+
+class Metrics(TypedDict, total=False):
+    """The content of `metrics.json`; see `compare` and `prune_run`."""
+
+    normalizer: str
+    split: str
+    adapter: str
+    sets: dict[str, str]
+    new_domain: Measured
+    domains: dict[str, Measured]
+    backward: dict[str, Measured]
+    backward_error: Average
+    sparsity: Shares
+    size: Sizes
+
+
+def check_metrics(metrics: dict[str, Any]) -> None:
+    """Refuse content that is not that of `metrics.json`; keys of other versions are let be.
+
+    Raises:
+        ValueError: If a key holds something else.
+    """
+    for name, kind in get_type_hints(Metrics).items():
+        if name in metrics and not conforms(metrics[name], kind):
+            raise ValueError(f"'{name}' is {reason(ValueError(metrics[name]), 60)}")
+    for one in metrics.get("size", {}).values():
+        if not one.keys() >= SIZES or min(one.values()) < 0 or not one["adapter_weights"]:
+            raise ValueError("'size' lacks sizes")
+    sets = [*metrics.get("domains", {}).values(), *metrics.get("backward", {}).values()]
+    if "new_domain" in metrics:
+        sets.append(metrics["new_domain"])
+        if "name" not in metrics["new_domain"]:
+            raise ValueError("'new_domain' has no name")
+    needed = {"backward", "sparsity"} if sets else {"backward"} if "size" not in metrics else set()
+    if lacking := needed - metrics.keys():
+        raise ValueError(f"no '{min(lacking)}'")
+    for one in sets:
+        for state in (one["base"], one["adapted"]):
+            rates = [state.get(name) for name in one["change"]]
+            if not conforms(rates, list[Rate]) or state.get("metric") not in [*one["change"]]:
+                raise ValueError(f"a set has {reason(ValueError(state), 60)}")
+
+
+def check_measured(
+    file: Path, adapter: str | None, posterior: Posterior, record: RunRecord
+) -> None:
+    """Refuse results that were measured with another adapter than the run's.
+
+    Args:
+        file: Where they are.
+        adapter: The fingerprint in them; older versions kept none, and what they measured in a
+            folder is taken for the run's own unless that was made of others.
+        posterior: Of the run.
+        record: Of the run.
+
+    Raises:
+        UserError: If it is another.
+    """
+    if adapter != posterior.fingerprint and (adapter is not None or record.combined is not None):
+        raise UserError(
+            f"{file} was not measured with the adapter beside it; remove it, and measure this one: "
+            f"blora-pyro evaluate {shlex.quote(str(file.parent))}"
+        )
+
+
+def read_metrics(
+    folder: Path, record: RunRecord, posterior: Posterior | None = None
+) -> dict[str, Any]:
+    """Return what was measured with the adapter of a run; None as the posterior reads it.
+
+    Raises:
+        UserError: If it is missing, damaged, or was measured with another adapter.
+    """
+    file = folder / METRICS
+    try:
+        metrics = read_json(file)
+        check_metrics(metrics)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file} is missing or damaged ({reason(error)}); measure again with: blora-pyro "
+            f"evaluate {shlex.quote(str(folder))}"
+        ) from None
+    check_measured(file, metrics.get("adapter"), posterior or Posterior.load(folder), record)
+    return metrics
