@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 import pyro
@@ -188,11 +189,28 @@ def find_targets(net: nn.Module, target_modules: str) -> dict[str, nn.Linear]:
     found = {name: linear[name] for name in match_names(linear, target_modules)}
     if not found:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        near = _near(linear, target_modules)
         raise UserError(
-            f"target modules '{target_modules}' match no linear layer; "
-            f"give 'all-linear', a regex, or some of: {known}"
+            f"target modules '{target_modules}' match no linear layer{near}; "
+            f"give 'all-linear', a regex of whole names, or some of: {known}"
         )
     return found
+
+
+def _near(names: Iterable[str], pattern: str) -> str:
+    """Return what a pattern that matches no name is near to, in words for a message."""
+    if not _REGEX_SIGNS.search(pattern):
+        leaves = {name.rpartition(".")[2] for name in names}
+        near = [get_close_matches(one.strip(), leaves, n=1) for one in pattern.split(",")]
+        found = ", ".join(dict.fromkeys(name for one in near for name in one))
+        return f" (did you mean {found}?)" if found else ""
+    parts = [name for name in names if re.search(pattern, name)]
+    if not parts:
+        return ""
+    return (
+        f" by its whole name, but part of {len(parts)}, such as {parts[0]} (did you mean "
+        f"'.*{pattern}.*'?)"
+    )
 
 
 def group_by_shape(targets: Mapping[str, nn.Linear], rank: int) -> tuple[Group, ...]:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -82,6 +83,8 @@ def download(
     Raises:
         UserError: If there is none, it can't be reached, or it answers what no Hub does.
     """
+    if revision is None:
+        _check_no_path(kind, name)
     if revision is not None and not _REVISION.fullmatch(revision):
         raise UserError(
             f"{kind.name} '{name}' at revision {revision!r:.80}: that is none; give a branch, tag "
@@ -101,6 +104,20 @@ def download(
             raise
         raise UserError(_refused(kind, name, revision, error)) from None
     return Path(folder)
+
+
+def _check_no_path(kind: Kind, name: str) -> None:
+    """Refuse what is likely a mistyped path: the Hub is not asked for what is in a folder here."""
+    folder, _, last = name.rpartition("/")
+    if not folder or not os.path.isdir(folder):
+        return
+    near = get_close_matches(last, os.listdir(folder), n=1)
+    raise UserError(
+        f"{kind.name} '{name}' does not exist, and folder '{folder}' does"
+        + (f"; did you mean '{folder}/{near[0]}'?" if near else f"; give {kind.instead},")
+        + f" or, if '{name}' is on the Hub, its revision too"
+        + (f": {name}@main" if kind is RUN else ": --revision main")
+    )
 
 
 def _unreached(kind: Kind, what: str, cause: BaseException | None, local_files_only: bool) -> str:

@@ -55,6 +55,8 @@ POCKET = "pocket"
 POCKET_DOMAINS = ("de-en", "es-en", "zh-en")  # code-switched, matrix language first
 POCKET_LANGUAGES = ("en", "de", "es", "fr", "tr", "zh")
 
+BUILT_IN = {*POCKET_DOMAINS, *POCKET_LANGUAGES}  # the corpora of the pocket Whisper
+
 # A cold posterior (Wenzel et al., arXiv 2002.02405): of the temperatures tried on the pocket dev
 # sets the one of lowest new-domain and backward error, see experiments/pocket/forgetting.md.
 AUTO_TEMPERATURE = 0.03
@@ -97,7 +99,7 @@ class BaseOptions:
 
     base: str = option(
         "'pocket', a folder with a Whisper checkpoint or with an adapter, which is merged into its "
-        "base, or a Hub id of either.",
+        "base, or a Hub id of either. Data of your own need one.",
         POCKET,
     )
     dtype: str = option(
@@ -455,6 +457,16 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
             return named_sources(POCKET_LANGUAGES if self.base == POCKET else ())
         return named_sources(self.backward)
 
+    def check_base(self) -> None:
+        """Refuse own data without a base, which an earlier run may have named.
+
+        Raises:
+            UserError: See `check_base_named`.
+        """
+        others = [one for one in (self.test, self.dev) if one is not None]
+        sources = (*self.sources, *others, *self.backward_sets.values())
+        check_base_named("base" in self.given or self.prior_from is not None, sources)
+
     @property
     def taught_languages(self) -> tuple[str, ...]:
         """Return the languages of distillation, the default worked out."""
@@ -680,6 +692,21 @@ def _backward(value: Any) -> Any:
         [one] if is_one else separated(str(one)) for one, is_one in zip(value, whole, strict=True)
     ]
     return tuple(one for part in parts for one in part if one != "none")
+
+
+def check_base_named(is_named: bool, sources: Iterable[Source]) -> None:
+    """Refuse a user's own data where no base is named: the built-in one is a toy.
+
+    Raises:
+        UserError: Naming the first such source.
+    """
+    own = [name for name in map(describe_source, sources) if name not in BUILT_IN]
+    if own and not is_named:
+        raise UserError(
+            f"no base is given for {own[0]}, which is no built-in corpus; give base: a folder with "
+            "a Whisper checkpoint, a Hub id such as openai/whisper-small, or pocket, the built-in "
+            "toy"
+        )
 
 
 # ---- options against one another

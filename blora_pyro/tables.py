@@ -4,6 +4,7 @@ A report is a sequence of `Table`s and lines of text: `print_report` prints it, 
 makes it Markdown. Text is literal everywhere: brackets in it are no markup.
 """
 
+import io
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -191,9 +192,20 @@ def print_report(parts: Iterable[RenderableType]) -> None:
 
     Lines of type `str` are not broken, so that paths and commands can be copied; a `Text` is.
     """
-    console = Terminal(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    _print(Terminal(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH), parts)
+
+
+def _print(console: Console, parts: Iterable[RenderableType]) -> None:
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str), markup=False)
+
+
+def report_text(parts: Iterable[RenderableType]) -> str:
+    """Return tables and lines as plain text."""
+    console = Terminal(highlight=False, width=PIPED_WIDTH, file=io.StringIO())
+    with console.capture() as captured:
+        _print(console, parts)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def report_markdown(parts: Iterable[Part]) -> str:

@@ -299,3 +299,20 @@ def test_finite_is_what_has_neither_nan_nor_infinity():
             assert not is_finite(values)
     assert is_finite(torch.arange(3)) and is_finite(torch.tensor([True]))
     assert not is_finite(torch.zeros(2, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (
+            "decoder.*q_proj",
+            r"no linear layer by its whole name, but part of 4, such as mo",
+        ),
+        ("decoder.*q_proj", r"did you mean '\.\*decoder\.\*q_proj\.\*'"),
+        ("q_prj,v_proj2", r"no linear layer \(did you mean q_proj, v_proj\?\)"),
+        ("nothing.*", r"no linear layer; give 'all-linear', a regex of whole names"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_told_what_is_near(net, pattern, words):
+    with pytest.raises(UserError, match=words):
+        find_targets(net, pattern)

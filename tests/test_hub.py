@@ -45,6 +45,18 @@ def test_a_path_that_exists_comes_first(hub, uploaded, finished_run, tmp_path, m
     assert hub.requests == []
 
 
+def test_a_mistyped_path_is_not_asked_of_the_hub(hub, uploaded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "adapters").mkdir(parents=True)
+    hub.requests.clear()
+    with pytest.raises(UserError, match=r"did you mean 'me/adapters'.*me/adapter@main"):
+        find_run(uploaded)
+    with pytest.raises(UserError, match=r"base model 'me/x' .*give 'pocket'.*--revision main"):
+        find_folder("me/x")
+    assert hub.requests == []
+    assert find_run(f"{uploaded}@main").is_dir()
+
+
 def test_revisions_and_a_cache_that_will_do(hub, uploaded, monkeypatch):
     commit = hub.repos[uploaded].refs["main"]
     for name in (uploaded, Path(uploaded), f"{uploaded}@v1", f"{uploaded}@{commit}"):

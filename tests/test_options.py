@@ -296,3 +296,24 @@ def test_a_command_leaves_defaults_out():
     assert fit_command(FitConfig(rank=16, data="de-en", seed=0)) == "blora-pyro fit"
     command = fit_command(FitConfig(steps=200, data="zh-en"))
     assert sorted(command.split(" --")) == ["blora-pyro fit", "data zh-en", "steps 200"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data": "mine"},
+        {"data": ["de-en", "mine.csv"]},
+        {"test": "mine.csv"},
+        {"backward": {"German": "de.csv"}},
+    ],
+)
+def test_own_data_need_a_base_that_is_named(options):
+    with pytest.raises(UserError, match=r"no base is given for (mine|de\.csv).*give base:"):
+        FitConfig(**options).check_base()
+    FitConfig(**options, base="pocket").check_base()
+    FitConfig(**options, prior_from="runs/one").check_base()
+
+
+def test_built_in_corpora_are_of_the_pocket_unasked():
+    FitConfig().check_base()
+    FitConfig(data=["de-en", "zh"], backward=("tr", "es"), test="es-en").check_base()

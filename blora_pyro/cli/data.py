@@ -29,8 +29,12 @@ def check(
         typer.Argument(metavar="SOURCE", help="As --data of fit: a folder, a manifest, de-en, ..."),
     ],
     base: Annotated[
-        str, typer.Option(help="Base model, whose tokenizer and window are used.")
-    ] = "pocket",
+        str | None,
+        typer.Option(
+            help="Base model, whose tokenizer and window are used.",
+            show_default="pocket for built-in corpora; else what only a base can say is left out",
+        ),
+    ] = None,
     split: Annotated[
         str | None, typer.Option(help="Check this split only.", show_default="all splits")
     ] = None,

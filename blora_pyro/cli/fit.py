@@ -82,6 +82,7 @@ def configuration(given: dict[str, Any], file: Path | None) -> FitConfig:
     if file is not None and file.suffix == ".json":  # of a run, which names the defaults, too
         default = FitConfig().to_json()
         chosen = {name for name, value in stored.items() if value != default[name]}
+        chosen |= {"base"} & stored.keys()
     return FitConfig.with_given({**stored, **given}, {*chosen, *given})
 
 
@@ -135,6 +136,7 @@ def show_resolved(config: FitConfig, resumed: Path | None, as_json: bool) -> Non
     if resumed is not None and (resumed / "run.json").is_file():
         config = FitFolder.reopen(resumed, config).config
     else:
+        config.check_base()
         config, _ = continued(config)
     options = with_prior_arguments(config).resolved(None, None).to_json()
     if as_json:

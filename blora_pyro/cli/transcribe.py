@@ -41,7 +41,7 @@ def transcribe(
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Base model.", show_default="the adapter's, or pocket")
+        str | None, typer.Option(help="Base model.", show_default="the adapter's")
     ] = None,
     language: Annotated[
         str | None,

@@ -15,7 +15,14 @@ from blora_pyro.data.features import (
     usable_cores,
 )
 from blora_pyro.data.manifest import read_manifest
-from blora_pyro.data.prompts import Encoder, Suppressed, language_codes, prompt_ids, text_ids
+from blora_pyro.data.prompts import (
+    Encoder,
+    Suppressed,
+    check_text,
+    language_codes,
+    prompt_ids,
+    text_ids,
+)
 from blora_pyro.data.rows import BadRow, Columns, OnBadRow, all_bad, stop
 from blora_pyro.data.splits import (
     DOMAINS,
@@ -56,6 +63,7 @@ __all__ = [
     "Suppressed",
     "all_bad",
     "batch_indices",
+    "check_text",
     "corpus_dir",
     "decode_row",
     "duration_notes",

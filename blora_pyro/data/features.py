@@ -205,11 +205,11 @@ def row_log_mels(row: Mapping[str, Any], feature_extractor: "WhisperFeatureExtra
     return _log_mels_of(decode_row(row, feature_extractor.chunk_length), feature_extractor)
 
 
-def decode_row(row: Mapping[str, Any], window: float) -> DecodedAudio:
+def decode_row(row: Mapping[str, Any], window: float | None) -> DecodedAudio:
     """Decode the audio of a row with the columns of `read_manifest`.
 
     Raises:
-        UserError: see `decode_audio`; or if it is longer than `window` seconds.
+        UserError: see `decode_audio`; or if it is longer than `window` seconds, if that is known.
     """
     return decode_audio(row["audio"] or {}, row["start"], row["end"], max_seconds=window)
 

@@ -121,6 +121,18 @@ def text_ids(
     return tokens
 
 
+def check_text(text: str) -> None:
+    """Refuse a transcript that spells a special token or a timestamp, such as `<|0.00|>`.
+
+    Raises:
+        UserError: if it does.
+    """
+    if spelled := _SPELLED.search(text):
+        raise UserError(
+            f"the text ({text[:30]!r}...) spells the token {spelled[0]}; give the words alone"
+        )
+
+
 @dataclass(frozen=True)
 class EncodedRow:
     """A row of `collation.Examples`, all but its features."""
@@ -167,10 +179,7 @@ class Encoder:
         if spoken.code not in self._prompts:
             self._prompts[spoken.code] = prompt_ids(self.tokenizer, spoken.code, self.task)
         prompt = self._prompts[spoken.code]
-        if spelled := _SPELLED.search(text):
-            raise UserError(
-                f"the text ({text[:30]!r}...) spells the token {spelled[0]}; give the words alone"
-            )
+        check_text(text)
         room = self.max_tokens - len(prompt)
         size = f"{len(text):,} characters"
         if len(text) <= _MAX_CHARACTERS * max(room, 1):

@@ -20,6 +20,7 @@ from blora_pyro.data import (
     Encoder,
     Heard,
     Suppressed,
+    check_text,
     decode_row,
     duration_notes,
     prompt_ids,
@@ -29,11 +30,11 @@ from blora_pyro.data import (
 )
 from blora_pyro.diagnostics.row_notes import NOTES, Characters, RowNotes
 from blora_pyro.errors import UserError, reason
-from blora_pyro.languages import language_code
+from blora_pyro.languages import language_code, read_language
 from blora_pyro.metrics import check_tags
-from blora_pyro.models.folders import adapter_in, check_chain, find_folder
+from blora_pyro.models.folders import adapter_in, check_chain, find_folder, quiet_transformers
 from blora_pyro.models.stored_config import read_config, read_extractor, read_generation
-from blora_pyro.options import POCKET
+from blora_pyro.options import BUILT_IN, POCKET
 from blora_pyro.sources import Source, as_sources, describe_source
 
 CHUNK = 256  # rows that are read, and decoded, at a time
@@ -109,11 +110,12 @@ class SetCheck:
 class DataCheck:
     """What was found in all sets, for a base that takes audio of `window` seconds.
 
-    `fast`: No audio was opened.
+    Without a base both are None, and what only a base can say is left out. `fast`: No audio was
+    opened.
     """
 
-    base: str
-    window: float
+    base: str | None
+    window: float | None
     sets: list[SetCheck]
     fast: bool = False
 
@@ -133,7 +135,7 @@ class DataCheck:
 
 def check_data(
     sources: Source | Sequence[Source],
-    base: str = POCKET,
+    base: str | None = None,
     split: str | None = None,
     language: str | None = None,
     on_progress: Callable[[str, int, int], object] = lambda name, done, total: None,
@@ -148,7 +150,8 @@ def check_data(
 
     Args:
         sources: See `load_split`.
-        base: The base model of the fit; its weights are not loaded.
+        base: The base model of the fit; its weights are not loaded. None is the pocket Whisper for
+            the built-in corpora; for other data what only a base can say is left out then.
         split: The only split to check; None is all that a source has.
         language: Language of rows that name none.
         on_progress: Called with a set's name, its number of rows looked at, and of all, about.
@@ -160,24 +163,29 @@ def check_data(
     Raises:
         UserError: If a source or the base can't be read at all.
     """
-    tokenizer, feature_extractor, max_tokens, suppressed = load_processor(
-        base, revision, local_files_only
-    )
-    if language:
-        prompt_ids(tokenizer, language_code(language))  # refuses a language without a token
-    encoder = Encoder(tokenizer, language, max_tokens=max_tokens, suppressed=suppressed)
-    window = feature_extractor.chunk_length
+    if base is None and {*map(describe_source, as_sources(sources))} <= BUILT_IN:
+        base = POCKET
+    spoken = read_language(language or "")  # refuses what may be two things
+    encoder = window = None
+    if base is not None:
+        tokenizer, feature_extractor, max_tokens, suppressed = load_processor(
+            base, revision, local_files_only
+        )
+        if language:
+            prompt_ids(tokenizer, spoken.code)  # refuses a language without a token
+        encoder = Encoder(tokenizer, language, max_tokens=max_tokens, suppressed=suppressed)
+        window = feature_extractor.chunk_length
+    checks = _Checks(encoder, window, language or "", fast)
     notes = RowNotes()
     sets = [
-        _SetChecker(source, name, encoder, None if fast else window, notes).check(
-            columns, on_progress
-        )
+        _SetChecker(source, name, checks, notes).check(columns, on_progress)
         for source in as_sources(sources)
         for name in ([split] if split else split_names(source) or [""])
     ]
     return DataCheck(base, window, sets, fast)
 
 
+@quiet_transformers()
 def load_processor(
     base: str,
     revision: str | None = None,
@@ -220,14 +228,21 @@ class _Recording:
     error: str = ""
 
 
-class _SetChecker:
-    """Checks the rows of a split; without a `window`, of seconds, no audio is opened."""
+@dataclass(frozen=True)
+class _Checks:
+    """What rows are checked against; no encoder and no window, of seconds, without a base."""
 
-    def __init__(
-        self, source: Source, split: str, encoder: Encoder, window: float | None, notes: RowNotes
-    ) -> None:
-        self.source, self.split, self.encoder = source, split, encoder
-        self.window, self.notes = window, notes
+    encoder: Encoder | None
+    window: float | None
+    language: str  # of rows that name none
+    fast: bool  # no audio is opened
+
+
+class _SetChecker:
+    """Checks the rows of a split."""
+
+    def __init__(self, source: Source, split: str, checks: _Checks, notes: RowNotes) -> None:
+        self.source, self.split, self.checks, self.notes = source, split, checks, notes
         self.described = describe_source(source)
         self.label = f"{self.described} {split}".strip()
         self.findings: list[Finding] = []
@@ -247,8 +262,9 @@ class _SetChecker:
                     self._add(row, recording)
                 on_progress(self.label, self.rows, max(about, self.rows))
         on_progress(self.label, self.rows, self.rows)
-        for note in self.characters.notes(self.encoder.tokenizer):
-            self._find(*note)
+        if self.checks.encoder is not None:
+            for note in self.characters.notes(self.checks.encoder.tokenizer):
+                self._find(*note)
         known = self.lengths
         extremes = (
             {"min": min(known), "median": median(known), "max": max(known)} if known else None
@@ -280,9 +296,9 @@ class _SetChecker:
     def _decoded(
         self, batch: Sequence[Mapping[str, Any]], pool: ThreadPoolExecutor
     ) -> Iterable[_Recording]:
-        if self.window is None:
+        if self.checks.fast:
             return [_Recording()] * len(batch)
-        return pool.map(partial(_decode, window=self.window, digests=Digests()), batch)
+        return pool.map(partial(_decode, window=self.checks.window, digests=Digests()), batch)
 
     def _add(self, row: Mapping[str, Any], recording: _Recording) -> None:
         self.rows += 1
@@ -302,14 +318,18 @@ class _SetChecker:
 
     def _problems(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         """Yield kind, origin and message of what the base can't take of texts and languages."""
-        code = row["language"] or self.encoder.language or ""
+        encoder, code = self.checks.encoder, row["language"] or self.checks.language
         try:
-            spoken, _, target = self.encoder.encode(row["text"], row["language"])
+            code, tokens = read_language(code).code, []
+            if encoder is None:
+                check_text(row["text"])
+            else:
+                spoken, _, target = encoder.encode(row["text"], row["language"])
+                code, tokens = spoken.code, encoder.suppressed.of_target(target)
             for tag in row["word_languages"]:
                 language_code(tag)
-            code = spoken.code
-            if unsaid := self.encoder.suppressed.of_target(target):
-                texts = dict.fromkeys(self.encoder.tokenizer.decode([token]) for token in unsaid)
+            if encoder is not None and tokens:
+                texts = dict.fromkeys(encoder.tokenizer.decode([token]) for token in tokens)
                 yield "suppressed", row["origin"], ", ".join(map(repr, texts))
         except UserError as error:
             yield "transcript", row["origin"], str(error)
@@ -321,7 +341,7 @@ class _SetChecker:
                 yield "word_languages", row["origin"], str(error)
 
 
-def _decode(row: Mapping[str, Any], window: float, digests: Digests) -> _Recording:
+def _decode(row: Mapping[str, Any], window: float | None, digests: Digests) -> _Recording:
     try:
         audio = decode_row(row, window)
     except UserError as error:

@@ -1,6 +1,7 @@
 """What the terminal shows of a diagnosis, of the prior families, and of checked data."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -181,6 +182,8 @@ def data_check_tables(found: DataCheck) -> list[Part]:
     notes = _findings_table(found, NOTES, "worth knowing; a fit takes it")
     bad = sum(one.refused_rows for one in found.sets)
     end = "a fit would take every row"
+    if found.base is None:
+        end += ", if its base takes their languages, lengths and characters: --base tells"
     if found.fast:
         end += ", if it can use the audio, which was not opened (--fast)"
     if bad:
@@ -191,7 +194,9 @@ def data_check_tables(found: DataCheck) -> list[Part]:
 def _sets_table(found: DataCheck) -> Table:
     heads = ("rows", "hours", "seconds\nmin", "\nmedian", "\nmax")
     text = text_columns("Hz", "channels", "languages")
-    title = f"data for the base {found.base}, which takes {found.window:g} s at a time"
+    title = "data, checked without a base"
+    if found.window is not None:
+        title = f"data for the base {found.base}, which takes {found.window:g} s at a time"
     table = Table([*text_columns("set"), *figure_columns(*heads), *text], title)
     for one in found.sets:
         lengths = [f"{value:.2f}" for value in (one.seconds or {}).values()] or [NONE] * 3
@@ -222,4 +227,10 @@ def _examples(one: SetCheck, kind: str) -> list[str]:
     rows = [row for row in one.findings if row.kind == kind]
     if kind in ("characters", "bytes"):
         return ["; ".join(row.message for row in rows[:CHARACTERS])]
-    return [f"{row.origin}: {row.message}" for row in rows[:EXAMPLES]]
+    origins: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        origins[row.message].append(row.origin)
+    return [
+        f"{places[0]}{f' and {len(places) - 1:,} more' if places[1:] else ''}: {message}"
+        for message, places in [*origins.items()][:EXAMPLES]
+    ]

@@ -23,6 +23,7 @@ from blora_pyro.models.folders import (
     check_chain,
     check_folder,
     find_folder,
+    quiet_transformers,
 )
 from blora_pyro.models.peft_adapters import lora_config
 from blora_pyro.models.stored_config import (
@@ -58,6 +59,7 @@ class Base:
     folder: Path | None = None
     trim_audio: bool = False
 
+    @quiet_transformers()
     def save_pretrained(self, folder: Path) -> None:
         """Write a plain checkpoint folder that other programs read.
 
@@ -98,6 +100,7 @@ def check_dtype(dtype: str) -> None:
         raise UserError(f"dtype is '{dtype}'; give one of {', '.join(DTYPES)}")
 
 
+@quiet_transformers()
 def load_base(
     name: str = POCKET,
     device: str = "cpu",

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from blora_pyro.data import trim
 from blora_pyro.models import encoder
 from blora_pyro.models.base import Base
+from blora_pyro.models.folders import quiet_transformers
 
 TIME_PRECISION = 0.02  # seconds between two timestamp tokens
 NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")  # two names of one token, below <|notimestamps|>
@@ -71,7 +72,7 @@ def encode(base: Base, features: Tensor) -> Tensor:
 @torch.inference_mode()
 def decode(base: Base, encoded: Tensor, prompts: Prompts) -> list[list[int]]:
     """Return greedy transcripts as tokens, without the prompts and the end token."""
-    with _without_thresholds(base):
+    with _without_thresholds(base), quiet_transformers():
         found = base.net.generate(return_timestamps=False, **_options(base, encoded, prompts))
     end = base.net.config.eos_token_id  # also the padding
     rows = found[:, len(prompts[0]) :].tolist()
@@ -87,7 +88,7 @@ def decode_timed(
     An unfinished piece after the last pair of timestamps is left out.
     """
     options = _options(base, encoded, prompts)
-    with _without_thresholds(base):
+    with _without_thresholds(base), quiet_transformers():
         found = base.net.generate(
             return_timestamps=True, return_segments=True, temperature=temperature, **options
         )
@@ -151,7 +152,8 @@ def detect_languages(base: Base, encoded: Tensor) -> list[str]:
     Their shape is (batch, positions, width).
     """
     outputs = BaseModelOutput(last_hidden_state=encoded)
-    tokens = base.net.detect_language(encoder_outputs=outputs)
+    with quiet_transformers():
+        tokens = base.net.detect_language(encoder_outputs=outputs)
     return [name.strip("<|>") for name in base.tokenizer.convert_ids_to_tokens(tokens.tolist())]
 
 

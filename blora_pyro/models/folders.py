@@ -1,8 +1,12 @@
 """The files of a base model: where they are, and whether they are complete before loading."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 from blora_pyro.errors import UserError
 from blora_pyro.files import read_json
@@ -32,6 +36,23 @@ HUB_FILES = (
     WEIGHTS,
     "model-*-of-*.safetensors",
 )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep the advice and the bars of transformers out of terminals and notebooks; decorates, too.
+
+    What is wrong with a base or an adapter is refused by name, and not left to a warning.
+    """
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def find_folder(

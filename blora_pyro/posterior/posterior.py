@@ -34,7 +34,7 @@ from blora_pyro.posterior.storage import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Posterior:
     """A fitted posterior over the stacked factors A and B.
 
@@ -89,6 +89,12 @@ class Posterior:
         return cls(
             base, groups, alpha, *moments, family, state, revision, tensors, pooling, unsuppressed
         )
+
+    def __repr__(self) -> str:
+        """Name base, family and size in a line, without the tensors."""
+        layers = sum(len(group.modules) for group in self.groups)
+        about = f"base={self.base!r}, prior={self.family.prior!r}, guide={self.family.guide!r}"
+        return f"Posterior({about}, {layers} layers, {self.num_weights:,} weights)"
 
     def for_domain(self, domain: str | None = None) -> "Posterior":
         """The posterior of one domain's factors, or of the part that all domains share.

@@ -13,9 +13,9 @@ from blora_pyro.options import FitConfig, read_columns
 from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.folders import claim_file, read_run, written_folder
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.scoring import Scoring, compare
+from blora_pyro.runs.scoring import NEW_DOMAIN, OTHER_DATA, Scoring, compare
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
-from blora_pyro.sources import Source
+from blora_pyro.sources import Source, describe_source
 from blora_pyro.transcription import Transcriber, transcribe_files
 from blora_pyro.transcription.transcripts import Transcript
 
@@ -71,8 +71,11 @@ def evaluate_run(
     if domain is not None or data is not None:
         posterior, config = posterior.for_domain(domain), of_domain(config, domain)
     posterior = at_strength(posterior, strength, strength_by)
+    own = {describe_source(one) for one in (*config.sources, config.test, config.dev)}
     config = scoring_config(config, data, normalizer, column)
     scoring = Scoring.of(config, split, progress)
+    if data is not None and describe_source(data) not in own:
+        scoring = replace(scoring, sets={OTHER_DATA: scoring.sets[NEW_DOMAIN]})
     before, after = scoring.score(None, "base"), scoring.score(posterior, "adapted")
     if output is not None:
         rows = utterance_rows(scoring.sets, {"base": before, "adapted": after}, posterior)
@@ -235,6 +238,12 @@ def transcribe(
         raise UserError(f"domain is '{domain}', but there is no adapter; give one")
     elif strength != 1:
         raise UserError(f"strength is {strength:g}, but there is no adapter; give one")
+    elif base is None:
+        raise UserError(
+            "neither base nor adapter is given; give the base: a folder with a Whisper checkpoint, "
+            "a Hub id such as openai/whisper-small, or pocket, the built-in toy; or give a run as "
+            "adapter"
+        )
     config = replace(
         config,
         base=base or config.base,

@@ -25,14 +25,16 @@ from blora_pyro.runs.folders import writing
 from blora_pyro.runs.listeners import Listener, check_trackers, tracked
 from blora_pyro.runs.parts import Parts
 from blora_pyro.runs.record import FINISHED, FITTING, RUN, state_of
+from blora_pyro.runs.report import NOTHING_MEASURED, error_changes, fit_tables
 from blora_pyro.runs.scoring import compare
 from blora_pyro.runs.utterances import utterance_rows
 from blora_pyro.sources import Source
+from blora_pyro.tables import report_text
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
-    """A finished fit.
+    """A finished fit; `print(run.table)` shows what was gained and what was forgotten.
 
     Attributes:
         config: Its resolved options.
@@ -50,6 +52,18 @@ class Run:
     metrics: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
     dev: DevErrors | None = None
+
+    @property
+    def table(self) -> str:
+        """The table of errors before and after, and the lines below it, as text."""
+        return report_text(fit_tables(self.metrics)) if self.metrics else NOTHING_MEASURED
+
+    def __repr__(self) -> str:
+        """Name the fit, and what it changed, in a line."""
+        data = ", ".join(self.config.domains)
+        about = [f"data={data}", f"prior={self.config.prior}", f"beta={self.config.beta:g}"]
+        about += [f"steps={self.history[-1].step if self.history else 0}", f"output={self.output}"]
+        return f"Run({', '.join([*about, *error_changes(self.metrics)])})"
 
 
 @known_keywords("fit()", FitConfig)
@@ -213,6 +227,7 @@ def _open(
             return folder
         if not config.given:
             raise UserError(f"{path} holds no fit to go on with; start it without --resume")
+    config.check_base()
     config, previous = continued(config)
     check_device(config.device)
     check_trackers(config.track, path)

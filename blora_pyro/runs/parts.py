@@ -26,7 +26,13 @@ from blora_pyro.runs.fit_folders import FitFolder
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader, SkippedRow
 from blora_pyro.runs.record import FITTING
-from blora_pyro.runs.scoring import Scoring, early_stopping, evaluation_sets
+from blora_pyro.runs.scoring import (
+    NEW_DOMAIN,
+    Scoring,
+    domain_name,
+    early_stopping,
+    evaluation_sets,
+)
 from blora_pyro.sources import describe_source
 
 
@@ -69,6 +75,11 @@ class Parts:
         train, size = training_set(loader, lambda row: folder.list_skipped([row]))
         config = config.resolved(size["tokens"], size["utterances"])
         sets = evaluation_sets(base, config, loader) if evaluate else {}
+        if evaluate and not any(name.startswith((NEW_DOMAIN, "domain ")) for name in sets):
+            progress.note(
+                f"{domain_name(config, 'test')} has no test split and no test set is given: the "
+                "new domain will not be scored"
+            )
         scoring = Scoring(base, sets, config.normalizer, progress)
         parts = cls(config, loader, train, size, scoring)
         if folder.state == FITTING:

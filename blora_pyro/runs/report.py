@@ -9,13 +9,14 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from blora_pyro.errors import printable
-from blora_pyro.runs.scoring import NEW_DOMAIN
+from blora_pyro.runs.scoring import NEW_DOMAIN, OTHER_DATA
 from blora_pyro.runs.utterances import worst
-from blora_pyro.tables import Part, Percent, Table, figure_columns, number, text_columns
+from blora_pyro.tables import Part, Percent, Table, figure_columns, number, percent, text_columns
 
 FREQUENT = 8  # kinds of errors that are counted in the last line
 LABELS = ("REF", "HYP", "")
 GAP = "  "
+NOTHING_MEASURED = "no test set and no backward sets: nothing was measured"
 STATES = ("base", "adapted", "change")  # of the rates in `metrics.json`
 
 AlignedWord = tuple[str, str, str]  # reference, hypothesis, and the kind of error, one above other
@@ -25,7 +26,7 @@ def fit_tables(metrics: Mapping[str, Any]) -> list[Part]:
     """Return table and lines of `metrics.json`: rates in percent with 95% bootstrap intervals."""
     parts = _rate_tables(metrics, ("base", "adapted"))
     if not parts:
-        return ["no test set and no backward sets: nothing was measured"]
+        return [NOTHING_MEASURED]
     if "strength" in metrics:
         parts.append(f"adapted: at strength {metrics['strength']:g} by {metrics['strength_by']}")
     if average := metrics.get("backward_error"):
@@ -38,6 +39,18 @@ def fit_tables(metrics: Mapping[str, Any]) -> list[Part]:
         f"A {shares['A']:.1%}, B {shares['B']:.1%}, ΔW {shares['delta_w']:.1%}"
     )
     return parts
+
+
+def error_changes(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the main errors before and after, in percent: "WER 44.7 -> 15.4"."""
+    both = metrics.get(NEW_DOMAIN)
+    if both is not None:
+        measure = both["base"]["metric"]
+        rates = [both[state][measure] for state in ("base", "adapted")]
+        yield f"{measure.upper()} {' -> '.join(percent(rate['rate']) for rate in rates)}"
+    if average := metrics.get("backward_error"):
+        rates = [average[state] for state in ("base", "adapted")]
+        yield f"backward {' -> '.join(percent(rate['rate']) for rate in rates)}"
 
 
 def dev_line(dev: Mapping[str, Any]) -> str:
@@ -97,6 +110,8 @@ def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Pa
     domains = {f"domain {name}": one for name, one in metrics.get("domains", {}).items()}
     if domain := metrics.get(NEW_DOMAIN):
         domains[f"new domain {domain['name']}"] = domain
+    if other := metrics.get(OTHER_DATA):
+        domains[other["name"]] = other
     if not domains and not metrics["backward"]:
         return []
     sets = " on the dev sets" if metrics.get("split") == "dev" else ""

@@ -31,6 +31,7 @@ from blora_pyro.sources import Source, describe_source
 from blora_pyro.transcription import transcribe_features
 
 NEW_DOMAIN = "new_domain"
+OTHER_DATA = "data"  # a set that a run was given to be scored on, and no set of its fit
 SPLITS = ("test", "dev")
 DEV_SPLITS = ("dev", "validation")  # the second is what data sets of the Hub call it
 
@@ -291,7 +292,8 @@ def compare(
     """Return the content of `metrics.json`: rates before and after, forgetting, sparsity.
 
     `adapter` and `sets` are fingerprints of the posterior and of the sets: nobody else's results.
-    With factors for every domain there is `domains`, by name, and no `new_domain`.
+    With factors for every domain there is `domains`, by name, and no `new_domain`; the latter is
+    called `data` if it is no set of the fit, see `evaluate_run`.
     """
     metrics: dict[str, Any] = {
         "normalizer": config.normalizer,
@@ -309,6 +311,8 @@ def compare(
         }
         if name == NEW_DOMAIN:
             metrics[NEW_DOMAIN] = {"name": domain_name(config, split), **both}
+        elif name == OTHER_DATA:
+            metrics[OTHER_DATA] = {"name": domain_name(config, split), **both}
         elif name in domains:
             metrics.setdefault("domains", {})[domains[name]] = both
         else:

@@ -53,7 +53,7 @@ class SearchedFit:
         """Return the fit of a complete trial."""
         names = (NEW_DOMAIN, BACKWARD, FORGETTING, "sparsity", "seconds")
         about = {name: trial.user_attrs[name] for name in names}
-        return cls(trial.number, trial.user_attrs[RUN_FOLDER], trial.params, **about)
+        return cls(trial.number, trial.user_attrs[RUN_FOLDER], rounded(trial.params), **about)
 
     @property
     def errors(self) -> tuple[float, float]:
@@ -162,6 +162,11 @@ def _is_searched_option(name: str) -> bool:
 
 def _one_name(name: str) -> str:
     return "prior_scale" if name == "scale" else name
+
+
+def rounded(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the values that a fit takes: those of the sampler to three digits, to be copied."""
+    return {name: float(f"{value:.3g}") for name, value in values.items()}
 
 
 def with_values(options: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from blora_pyro.studies.search import (
     agreed_options,
     dev_config,
     ranges_of,
+    rounded,
     with_values,
 )
 from blora_pyro.studies.search_report import search_plot
@@ -139,9 +140,10 @@ class _Searcher:
         entropy = np.random.SeedSequence([self.config.seed, trial.number])
         seed = int(entropy.generate_state(1)[0])  # no two trials share it, whoever runs them
         trial.study.sampler = optuna.samplers.TPESampler(seed=seed)
-        values = {
+        drawn = {
             name: trial.suggest_float(name, *ends, log=True) for name, ends in self.ranges.items()
         }
+        values = rounded(drawn)
         if RUN_FOLDER not in trial.user_attrs:  # otherwise it goes on with that of a dead process
             trial.set_user_attr(RUN_FOLDER, f"trial-{trial.number}")
         folder = self.trials.output / trial.user_attrs[RUN_FOLDER]
@@ -194,7 +196,11 @@ class _Searcher:
             self.trials.study.user_attrs.get(BASE),
             tuple(SearchedFit.of(one) for one in self.trials.of(TrialState.COMPLETE)),
             tuple(
-                {"number": one.number, "values": one.params, "failure": one.user_attrs[FAILURE]}
+                {
+                    "number": one.number,
+                    "values": rounded(one.params),
+                    "failure": one.user_attrs[FAILURE],
+                }
                 for one in diverged
             ),
             len(self.trials.of(TrialState.RUNNING)),
@@ -269,7 +275,9 @@ def sweep(
     until = time.monotonic() + (math.inf if timeout is None else timeout)
     dev = {"dev": options["dev"]} if "dev" in options else {}  # a fit takes it with eval_every
     rest = {name: value for name, value in options.items() if name != "dev"}
-    config, previous = continued(FitConfig(**rest))
+    asked = FitConfig(**rest)
+    asked.check_base()
+    config, previous = continued(asked)
     options = {**config.given_options, **dev}
     if search is None:  # an earlier posterior has no scale
         search = {name: ends for name, ends in SEARCH.items() if not previous or name == "beta"}

@@ -35,7 +35,7 @@ from typing import Any
 from blora_pyro.declarations import check_names, suggestion
 from blora_pyro.errors import UserError
 from blora_pyro.families import check_code
-from blora_pyro.options import POCKET, FitConfig
+from blora_pyro.options import POCKET, FitConfig, check_base_named
 from blora_pyro.sources import Source, named_sources
 from blora_pyro.studies.definition import SETTING, Setting, Study
 from blora_pyro.studies.methods import LORA, choose_methods, read_candidate, read_methods
@@ -87,7 +87,7 @@ def search_of(
     Raises:
         UserError: If something in it can't be.
     """
-    (base,) = [*_bases(content.get("bases", [POCKET]), where).values()][:1]
+    (base,) = [*_bases(content["bases"], where).values()][:1] if "bases" in content else [{}]
     options = {**base, **content.get("options", {})}
     options |= {name: content[name] for name in ("data", "backward") if name in content}
     if "seeds" in content:
@@ -123,6 +123,9 @@ def study_of(content: Mapping[str, Any], where: str, code: Sequence[str] = ()) -
     if "backward" in content:
         options["backward"] = content["backward"]
     settings = content.get("settings") or {"": {}}
+    data = named_sources(content.get("data", ()))
+    is_named = "bases" in content or options.keys() & {"base", "prior_from"}
+    check_base_named(bool(is_named), data.values())
     bases = _bases(content.get("bases", [options.pop("base", POCKET)]), where)
     for name, given in (("options", options), *settings.items(), *bases.items()):
         check_names(FitConfig, given, f"{where}, {name}")
@@ -142,7 +145,7 @@ def study_of(content: Mapping[str, Any], where: str, code: Sequence[str] = ()) -
             for label, base in bases.items()
             for name, setting in settings.items()
         ],
-        named_sources(content.get("data", ())),
+        data,
         list(dict.fromkeys(seeds)),
         methods_by_name,
         options,
@@ -205,6 +208,8 @@ def short_study(
         UserError: If one of them can't be.
     """
     given = dict(options or {})
+    sources = named_sources(data)
+    check_base_named(bool(given.keys() & {"base", "prior_from"}), sources.values())
     base = str(given.pop("base", POCKET))
     label = Path(base).name if Path(base).is_dir() else base
     names = None if methods is None else [LORA, *methods]
@@ -214,7 +219,7 @@ def short_study(
             replace(one, options={"base": base, **one.options})
             for one in short_settings(settings, label)
         ],
-        named_sources(data),
+        sources,
         list(dict.fromkeys(seeds)),
         choose_methods(names if candidate is None else [candidate.method.name]),
         given,

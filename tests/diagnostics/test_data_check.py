@@ -117,6 +117,19 @@ def test_a_language_may_be_given(folder, fluent_folder):
     assert not found.refused and found.sets[0].languages == {"de-en": 1}
 
 
+def test_without_a_base_what_only_a_base_can_say_is_left_out(folder):
+    rows = [{"audio": "long.wav"}, {"language": "fr"}, {"language": ""}, {"text": "ж" * 900}]
+    told = [{"audio": "gone.wav"}, {"language": "ca-es"}, {"text": "<|0.00|> a"}]
+    found = check_data(folder("train", *rows, *({**row, "word_languages": None} for row in told)))
+    assert (found.base, found.window) == (None, None)
+    assert [one for one in kinds(found) if one[0] in REFUSED] == [
+        ("row", 5),
+        ("transcript", 6),
+        ("transcript", 7),
+    ]
+    assert found.to_json()["window"] is None
+
+
 # ---- worth knowing
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -158,32 +159,52 @@ def written(found) -> str:
     return " ".join(" ".join(shown(data_check_tables(found))).split())
 
 
-SET = SetCheck("[red]", "", 1, 0.0, None, {}, {}, {}, [])
+def checked(*findings, **figures) -> SetCheck:
+    counts = Counter(one.kind for one in findings)
+    bad = {one.origin for one in findings if one.refused}
+    one = SetCheck("[red]", "", 1, 0.0, None, {}, {}, {}, [*findings], dict(counts), len(bad))
+    return dataclasses.replace(one, **figures)
+
+
+def test_what_many_rows_have_in_common_is_told_once():
+    findings = [
+        Finding("transcript", f"a.csv, line {i}", "no such language") for i in range(2, 916)
+    ]
+    text = written(DataCheck(None, None, [checked(*findings)]))
+    assert "914 text or language" in text
+    assert text.count("no such language") == 1
+    assert "a.csv, line 2 and 913 more: no such language" in text
+
+
+def test_without_a_base_it_is_told_that_there_is_more_to_check():
+    text = written(DataCheck(None, None, [checked()]))
+    assert "data, checked without a base" in text
+    assert "a fit would take every row, if its base takes" in text
 
 
 def test_checked_data_are_shown_with_three_examples_of_each_finding():
-    bad = [Finding("row", f"a.csv, line {i}", "not JSON: '?'") for i in range(2, 7)]
+    bad = [Finding("row", f"a.csv, line {i}", f"not JSON: '{i}'") for i in range(2, 7)]
     note = Finding("empty text", "a.csv, line 7", "it is empty")
     lengths = {"min": 0.25, "median": 0.5, "max": 0.75}
     figures = {"seconds": lengths, "sampling_rates": {16_000: 3, 8_000: 1}, "channels": {1: 4}}
-    one = dataclasses.replace(SET, findings=[*bad, note], rows=9, **figures)
+    one = checked(*bad, note, rows=9, **figures)
     text = written(DataCheck("pocket", 30, [one]))
     for part in (
         "data for the base pocket, which takes 30 s at a time",
         "9 0.00 0.25 0.50 0.75 16000: 3, 8000: 1 1",
         "a fit would refuse",
         "5 rows that can't be read",
-        "line 4: not JSON: '?'",
+        "line 4: not JSON: '4'",
         "worth knowing",
         "a fit would stop at 5 bad rows; --on-bad-row skip",
     ):
         assert part in text
     assert "line 5: not JSON" not in text
-    clean = written(DataCheck("pocket", 30, [SET]))
+    clean = written(DataCheck("pocket", 30, [checked()]))
     assert "a fit would take every row" in clean and "refuse" not in clean
 
 
 def test_names_in_brackets_are_shown_as_they_are():
     finding = Finding("row", "[red]a.csv, line 1", "[bold]")
-    text = written(DataCheck("[x]", 30, [dataclasses.replace(SET, findings=[finding])]))
+    text = written(DataCheck("[x]", 30, [checked(finding)]))
     assert "[red]a.csv, line 1: [bold]" in text and "– – –" in text and "base [x]" in text

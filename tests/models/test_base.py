@@ -12,6 +12,7 @@ from transformers import (
     WhisperProcessor,
     WhisperTokenizer,
 )
+from transformers.utils import logging
 
 from blora_pyro.data import prompt_ids
 from blora_pyro.errors import UserError
@@ -253,3 +254,13 @@ def test_a_base_is_never_written_over(fluent_folder):
     with pytest.raises(UserError, match="the base model's own folder; give another"):
         base.save_pretrained(fluent_folder / ".." / fluent_folder.name)
     assert (fluent_folder / "model.safetensors").read_bytes() == before
+
+
+def test_loading_and_saving_leave_the_terminal_and_the_logging_of_transformers_alone(
+    fluent_folder, tmp_path, capfd, caplog
+):
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load_base(str(fluent_folder)).save_pretrained(tmp_path / "copy")
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, has_bars)

@@ -15,6 +15,8 @@ from blora_pyro.options import FitConfig
 from blora_pyro.runs.finished import evaluate_run, merge_run, scoring_config, transcribe
 from blora_pyro.runs.fits import fit
 from blora_pyro.runs.loading import load_examples
+from blora_pyro.runs.report import fit_tables
+from blora_pyro.tables import report_text
 
 
 def read_json(path):
@@ -85,14 +87,17 @@ def test_the_dev_split_is_scored_where_it_is_asked_for(finished_run, tones_folde
     metrics = evaluate_run(finished_run.output, str(data), split="dev")
     assert metrics["split"] == "dev"
     german = finished_run.metrics["backward"][str(tones_folder / "de.jsonl")]
-    assert metrics["new_domain"] == {"name": str(data), **german}
+    assert metrics["data"] == {"name": str(data), **german}
 
 
 def test_a_run_can_be_evaluated_on_other_data(finished_run, tones_folder):
     german = str(tones_folder / "de.jsonl")
     metrics = evaluate_run(str(finished_run.output), german)
-    assert metrics["new_domain"] == {"name": german, **finished_run.metrics["backward"][german]}
-    assert metrics["backward"] == {}
+    assert metrics["data"] == {"name": german, **finished_run.metrics["backward"][german]}
+    assert "new_domain" not in metrics and metrics["backward"] == {}
+    assert "new domain" not in report_text(fit_tables(metrics))
+    own = evaluate_run(finished_run.output, str(tones_folder))
+    assert own["new_domain"] == finished_run.metrics["new_domain"]
     assert "backward_error" not in metrics
 
 
@@ -256,3 +261,8 @@ def test_other_data_are_scored_with_their_own_columns():
     assert scoring_config(config, None, None).column == {"text": "transcript"}
     assert scoring_config(config, "other", None).column == {}
     assert scoring_config(config, "other", None, ["text=raw"]).column == {"text": "raw"}
+
+
+def test_audio_is_transcribed_by_a_base_or_an_adapter_that_is_named(tones_folder):
+    with pytest.raises(UserError, match="neither base nor adapter is given; give the base"):
+        transcribe([tones_folder / "en0.wav"])

@@ -85,6 +85,17 @@ def test_metrics_json_holds_what_the_run_measured(finished_run, fit_options):
     assert metrics["sparsity"] == finished_run.posterior.sparsity()
 
 
+def test_a_run_prints_as_a_line_and_its_table_is_at_hand(finished_run):
+    assert re.fullmatch(
+        r"Run\(data=\S+tones0, prior=normal, beta=1e-05, steps=40, output=\S+finished, "
+        r"WER \d+\.\d -> 0\.0, backward 0\.0 -> \d+\.\d\)",
+        repr(finished_run),
+    )
+    assert len(repr(finished_run.posterior)) < 200
+    assert "new domain" in finished_run.table
+    assert "normalizer: unicode" in finished_run.table
+
+
 def test_the_fit_learns_the_new_domain(finished_run):
     domain = finished_run.metrics["new_domain"]
     assert domain["base"]["wer"]["rate"] >= 0.5
@@ -266,8 +277,19 @@ def test_a_test_set_of_its_own_is_scored_instead(short, tones_folder):
 
 
 def test_a_manifest_as_data_is_all_for_training(short, tones_folder):
-    run = fit(FitConfig(**{**short, "data": str(tones_folder / "train.jsonl")}))
+    manifest, notes = str(tones_folder / "train.jsonl"), []
+    listener = Listener()
+    listener.note = notes.append
+    run = fit(FitConfig(**{**short, "data": manifest}), progress=listener)
     assert "new_domain" not in run.metrics
+    (note,) = notes  # before the fit
+    assert note.startswith(f"{manifest} has no test split and no test set is given")
+    assert "nothing was measured" in run.table
+
+
+def test_own_data_are_not_fitted_to_the_pocket_unasked(tones_folder):
+    with pytest.raises(UserError, match="no base is given for"):
+        fit(data=str(tones_folder), steps=1)
 
 
 def test_a_folder_without_a_test_split_is_all_for_training(short, tones_folder, tmp_path):

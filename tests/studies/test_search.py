@@ -3,7 +3,14 @@ import math
 import pytest
 
 from blora_pyro.errors import UserError
-from blora_pyro.studies.search import SEARCH, agreed_options, dev_config, ranges_of, with_values
+from blora_pyro.studies.search import (
+    SEARCH,
+    agreed_options,
+    dev_config,
+    ranges_of,
+    rounded,
+    with_values,
+)
 
 
 def test_beta_scale_and_further_arguments_find_their_places():
@@ -89,3 +96,7 @@ def test_what_is_searched_and_where_it_is_computed_need_not_agree():
     assert "prior_scale" in about
     search = ranges_of(SEARCH, {})
     assert "scale" not in agreed_options(dev_config({}, search), search)["prior_args"]
+
+
+def test_sampled_values_are_rounded_to_what_can_be_copied():
+    assert rounded({"beta": 4.0438780095151014e-05, "lr": 0.2}) == {"beta": 4.04e-05, "lr": 0.2}
