@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def train_net(net: WhisperForConditionalGeneration, train: Any, config: FitConfi
 
 
 class WholeUpdate:
-    """The update of full fine-tuning, for `compare`, which asks for its sparsity."""
+    """The update of full fine-tuning, for `compare`: its sparsity, and whose results they are."""
 
     def __init__(self, base: Base, net: nn.Module) -> None:
         """Take the difference of all trained weights."""
@@ -161,6 +162,14 @@ class WholeUpdate:
         self.deltas = [
             (new - old[name]).detach().float() for name, new in TrainedWeights(net).named.items()
         ]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all ΔW."""
+        total = sha256()
+        for delta in self.deltas:
+            total.update(delta.cpu().contiguous().numpy().data)
+        return total.hexdigest()
 
     def sparsity(self) -> dict[str, float | None]:
         """Return the share of elements of ΔW below 1e-3; there is no A and no B."""
@@ -220,7 +229,8 @@ def fit_rival(
         with nullcontext() if kind == FULL else update.applied(base.net):
             after = measure(adapted, own, lambda name: None, normalizer=config.normalizer)
         metrics, utterances = score_files(folder, split)
-        write_utterances(utterances, utterance_rows(own, {"base": before, "adapted": after}))
+        rows = utterance_rows(own, {"base": before, "adapted": after}, update)
+        write_utterances(utterances, rows)
         write_json(metrics, compare(update, before, after, resolved, split))
     record.state = FINISHED
     record.seconds["total"] = round(time.monotonic() - started, 3)
