@@ -59,3 +59,15 @@ def test_the_reference_of_options_is_made_from_their_declarations():
     text = (DOCS / "options.md").read_text(encoding="utf-8")
     made = REFERENCE + reference(GROUPS)
     assert text == made, "run: python -m blora_pyro.options > docs/options.md"
+
+
+def test_every_promise_of_security_names_a_test_that_is_there():
+    root = DOCS.parent
+    text = (root / "SECURITY.md").read_text(encoding="utf-8")
+    promises = re.findall(r"^- (.*?)(?=^- |^$|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert len(promises) >= 12
+    for promise in promises:
+        tests = re.findall(r"`(tests/\S+\.py)::(test_\w+)`", promise)
+        assert tests, promise
+        for file, name in tests:
+            assert f"def {name}(" in (root / file).read_text(encoding="utf-8"), name

@@ -169,7 +169,8 @@ ODD = st.sampled_from(
         *("(.*.*)*x", "(", "all-linear", "\ud800", "a\nb", [], {}, [[]], [{}], {"a": {}}, ["x"]),
     ]
 )
-VALUES = ODD | st.recursive(
+# Copies: what is drawn is changed further.
+VALUES = ODD.map(copy.deepcopy) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=6,

@@ -162,7 +162,7 @@ def load_base(
         ) from None
     base = Base(name, net.to(device).eval(), tokenizer, feature_extractor, folder)
     _check_parts(base, report)
-    check_finite(name, base.net)
+    check_finite(f"base model '{name}'", base.net)
     _complete(base)
     return base
 
@@ -241,13 +241,13 @@ def check_merge(name: str, unmerged: Tensor, merged: Tensor) -> None:
         )
 
 
-def check_finite(name: str, net: nn.Module) -> None:
-    """Raise UserError, naming the first, if a tensor of a base has a NaN or an infinity."""
+def check_finite(what: str, net: nn.Module) -> None:
+    """Raise UserError, naming the first, if a tensor of a net, `what`, has a NaN or an infinity."""
     for tensor, values in net.state_dict().items():
         if not is_finite(values):
             raise UserError(
-                f"base model '{name}' has values that are not finite, in {tensor}; download it "
-                "again, or give another dtype or base"
+                f"{what} has values that are not finite, in {tensor}; download it again, or give "
+                "another dtype or base"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.models import DTYPES, base_of, check_dtype
-from blora_pyro.models.base import check_merge, distance, probe
+from blora_pyro.models.base import check_finite, check_merge, distance, probe
 from blora_pyro.options import FitConfig, read_columns
 from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.folders import claim_file, read_run, written_folder
@@ -158,6 +158,7 @@ def merge_run(
         posterior.merge(base.net)
         check_merge(str(folder), adapted, probe(base.net))
         base.net.to(DTYPES[dtype])
+        check_finite(f"the merged checkpoint in {dtype}", base.net)
         lost, gained = distance(adapted, probe(base.net)), distance(adapted, plain)
         if lost > gained / 2:  # of an adapter that changes nothing there is nothing to lose
             on_note(

@@ -2,6 +2,7 @@ import copy
 import functools
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -266,3 +267,12 @@ def test_other_data_are_scored_with_their_own_columns():
 def test_audio_is_transcribed_by_a_base_or_an_adapter_that_is_named(tones_folder):
     with pytest.raises(UserError, match="neither base nor adapter is given; give the base"):
         transcribe([tones_folder / "en0.wav"])
+
+
+def test_a_merge_that_overflows_its_dtype_is_refused_and_writes_nothing(finished_run, tmp_path):
+    folder, fitted = tmp_path / "run", finished_run.posterior
+    shutil.copytree(finished_run.output, folder)
+    replace(fitted, mean={name: 1e3 * mean for name, mean in fitted.mean.items()}).save(folder)
+    with pytest.raises(UserError, match="the merged checkpoint in float16 has values that are not"):
+        merge_run(folder, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
