@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -278,7 +279,9 @@ def to_dataset(rows: Iterable[Row], features: Features = FEATURES) -> Dataset:
     batches = []
     while some := list(islice(rows, CHUNK)):
         batches.append(pyarrow.RecordBatch.from_pylist(some, schema=schema))
-    dataset = Dataset(pyarrow.Table.from_batches(batches, schema))
+    # Its own fingerprint would be made of a pickled copy of it all.
+    table = pyarrow.Table.from_batches(batches, schema)
+    dataset = Dataset(table, fingerprint=secrets.token_hex(8))
     return dataset.cast_column("audio", Audio(decode=False)) if "audio" in features else dataset
 
 

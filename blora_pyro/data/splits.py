@@ -8,6 +8,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
@@ -134,7 +135,7 @@ def load_mixture(
         part = load_split(source, split, bad, columns)
         if not len(part):
             raise UserError(f"{printable(describe_source(source))}, {split}: {all_bad(bad)}")
-        part = part.add_column("source", [index] * len(part))
+        part = part.add_column("source", np.full(len(part), index))
         if index == 0 and limit is not None and limit < len(part):
             drawn = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
             part = part.select(sorted(drawn[:limit].tolist()))

@@ -199,7 +199,7 @@ def test_empty_and_non_finite_audio_is_refused(tmp_path):
 
 
 def test_messages_stay_on_one_line():
-    with pytest.raises(UserError, match=r"'a\ufffdb\.wav' does not exist") as caught:
+    with pytest.raises(UserError, match=r"'a\\nb\.wav' does not exist") as caught:
         read_audio({"path": "a\nb.wav"})
     assert str(caught.value).isprintable()
 
