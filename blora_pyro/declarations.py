@@ -277,7 +277,9 @@ def check_kinds(group: type, values: Mapping[str, Any]) -> None:
         listed, kinds = declarations(group)[name].listed, value_types(group, name)
         if value is None:
             continue
-        if listed == "commas" and not isinstance(value, str | list | tuple):
+        parts = str | float | int if Sequence[float] in kinds else str
+        is_list = isinstance(value, list | tuple) and all(isinstance(one, parts) for one in value)
+        if listed == "commas" and not (is_list or isinstance(value, str)):
             raise UserError(f"{name} is {value!r}; give a list, or a text with commas between")
         if listed == "commas" and not all(isinstance(one, str | int | float) for one in value):
             raise UserError(f"{name} is {value!r}; give a list of texts or numbers")

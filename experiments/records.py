@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from blora_pyro.studies.running import commit, machine
+from blora_pyro.studies.base_fits import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 

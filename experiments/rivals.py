@@ -48,9 +48,10 @@ from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.record import FINISHED, RunRecord
 from blora_pyro.runs.scoring import compare, evaluation_sets, measure
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
+from blora_pyro.studies.base_fits import commit, machine
 from blora_pyro.studies.definition import ScoreSpec
 from blora_pyro.studies.results import TEST, score_files, scored_run
-from blora_pyro.studies.running import StudyRun, commit, machine, run_study
+from blora_pyro.studies.running import StudyRun, run_study
 from blora_pyro.studies.study_file import open_study, study_of
 
 FULL, PEFT = "full", "peft"

@@ -261,16 +261,17 @@ def _sweep(
 ) -> None:
     quiet_libraries()
     from blora_pyro.cli.progress import TerminalProgress
-    from blora_pyro.studies import searching
-    from blora_pyro.studies.search_report import search_tables
+    from blora_pyro.studies import search as searching
+    from blora_pyro.studies.search_report import search_tables, write_search
     from blora_pyro.tables import print_report
 
     with TerminalProgress() as progress:
         found = searching.sweep(options, output, search=ranges, progress=progress, **about)
+    lines = search_tables(found) if about.get("dry_run") else write_search(found)
     if as_json:
         print_json(found.to_json())
     else:
-        print_report(search_tables(found))
+        print_report(lines)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -4,24 +4,17 @@ import hashlib
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from blora_pyro.data import split_names
 from blora_pyro.errors import UserError
 from blora_pyro.guides import with_prior_arguments
-from blora_pyro.options import MACHINE_OPTIONS, POCKET, FitConfig, fit_command
-from blora_pyro.runs.record import RUN
+from blora_pyro.options import POCKET, FitConfig, fit_command
 from blora_pyro.runs.scoring import DEV_SPLITS
 from blora_pyro.sources import Source, describe_source
-from blora_pyro.studies.methods import (
-    AFTER,
-    SHARE,
-    Candidate,
-    Method,
-)
-from blora_pyro.studies.results import BASE, DEV, TEST, Key, ScoredFit
+from blora_pyro.studies.methods import AFTER, BASE, SHARE, Candidate, Method, is_of
+from blora_pyro.studies.results import DEV, TEST, Key, ScoredFit
 
 SETTING = re.compile(r"(all|[1-9]\d*)x([1-9]\d*)")
 
@@ -72,11 +65,7 @@ class Study:
     row: Candidate | None = None
 
     def base_config(self, setting: Setting) -> FitConfig:
-        """Return what all fits of a setting share.
-
-        Raises:
-            UserError: If an option can't be.
-        """
+        """Return what all fits of a setting share."""
         return FitConfig(**{**self.options, **setting.options})
 
 
@@ -101,20 +90,24 @@ class ScoreSpec:
     split: str
 
     @property
-    def scored(self) -> ScoredFit:
+    def named(self) -> ScoredFit:
         """What its row is named, without results."""
         candidate, setting = self.candidate, self.setting
         names = (setting.base, setting.name, candidate.method.name, candidate.text)
-        command = "" if self.is_base else fit_command(self.config)
-        after = " ".join(f"{name} {value:g}" for name, value in self.after.items())
-        return ScoredFit(*names, self.data, self.seed, self.split, after=after, command=command)
+        return ScoredFit(*names, self.data, self.seed, self.split)
 
     @property
     def key(self) -> Key:
         """What tells its row from others."""
-        setting = self.setting
-        names = (setting.base, setting.name, self.candidate.method.name, self.candidate.text)
-        return ScoredFit(*names, self.data, self.seed, self.split).key
+        return self.named.key
+
+    @property
+    def scored(self) -> ScoredFit:
+        """Its row without results, with the step after the fit and the command of the fit."""
+        after = " ".join(f"{name} {value:g}" for name, value in self.after.items())
+        return replace(
+            self.named, after=after, command="" if self.is_base else fit_command(self.config)
+        )
 
     @property
     def title(self) -> str:
@@ -135,11 +128,7 @@ class ScoreSpec:
 
     @property
     def config(self) -> FitConfig:
-        """The options of its fit; of the base model those by which sets are read.
-
-        Raises:
-            UserError: If they can't be, naming the method.
-        """
+        """The options of its fit; of the base model those by which sets are read."""
         study, candidate = self.study, self.candidate
         common = study.base_config(self.setting)
         options = {**study.options, **self.setting.options, **candidate.options}
@@ -165,6 +154,7 @@ class ScoreSpec:
             about = [describe_source(one) for one in config.backward_sets.values()]
             about += [describe_source(self.study.data[self.data]), config.normalizer, config.task]
             about += [str(config.language), config.on_bad_row, config.base, str(config.revision)]
+            about += ["trimmed"] if config.trim_audio else []
             return _file_name("base", base, self.data, _digits("\n".join(about)))
         text, name = self.candidate.fitted.text.replace(":", "-"), self.setting.name
         base = "" if base == POCKET or name.startswith(base) else base
@@ -182,22 +172,12 @@ def _digits(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def to_go_on(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return options of a fit; of one that was begun without those in which machines differ."""
-    begun = (folder / RUN).exists()
-    return {
-        name: value for name, value in options.items() if not (begun and name in MACHINE_OPTIONS)
-    }
-
-
 def deciding_words(command: str) -> list[str]:
     """Return the words of a command, but for where the base is and where the fit is computed."""
-    words = shlex.split(command)
-    left: list[str] = []
-    while words:
-        word = words.pop(0)
-        if word in ("--base", "--revision", "--device", "--track") and words:
-            words.pop(0)
+    words, left = iter(shlex.split(command)), []
+    for word in words:
+        if word in ("--base", "--revision", "--device", "--track"):
+            next(words, None)
         elif word != "--local-files-only":
             left.append(word)
     return left
@@ -214,32 +194,29 @@ def check_study(study: Study) -> None:
     """
     if not (study.data and study.seeds and study.settings):
         raise UserError("no data, seed or setting is given; give one of each, or more")
-    on_dev = study.row is None
+    for seed in study.seeds:
+        FitConfig(seed=seed)
     for setting in study.settings:
-        config = study.base_config(setting)
-        if not config.backward_sets:
+        backward = study.base_config(setting).backward_sets
+        if not backward:
             raise UserError(
                 f"base {setting.base} has no backward sets; give sets of what it already knows as "
                 "backward"
             )
         base = Candidate(study.methods[BASE])
         alike = [one for one in study.settings if one.base == setting.base]
-        for name in study.data:
+        for place, (name, source) in enumerate(study.data.items()):
             specs = [ScoreSpec(study, one, base, name, study.seeds[0], TEST) for one in alike]
             if len({spec.run for spec in specs}) > 1:
                 raise UserError(
                     "settings differ in how the base is scored (normalizer, language, task, "
                     "backward sets, ...); give a study for each"
                 )
-        for candidate in _any_candidates(study):
-            for name in study.data:
-                spec = ScoreSpec(study, setting, candidate, name, study.seeds[0], TEST)
-                _check_after(spec)
-                _check_training(spec)
-        for place, source in enumerate(study.data.values()):
-            _check_scored(source, on_dev and place == 0, not study.only_choose)
-        for source in config.backward_sets.values():
-            _check_scored(source, on_dev, not study.only_choose)
+            for candidate in _any_candidates(study):
+                _check_spec(ScoreSpec(study, setting, candidate, name, study.seeds[0], TEST))
+            _check_scored(study, source, on_dev=place == 0)
+        for source in backward.values():
+            _check_scored(study, source, on_dev=True)
 
 
 def _any_candidates(study: Study) -> Iterator[Candidate]:
@@ -252,30 +229,24 @@ def _any_candidates(study: Study) -> Iterator[Candidate]:
         parent = first.get(method.of) if method.of else None
         values = [Candidate(method, value, parent) for value in method.choices]
         first[name] = values[0]
-        if not method.external:
+        if name != BASE and not method.external:
             yield from values
 
 
-def _check_after(spec: ScoreSpec) -> None:
-    strength, sparsity = spec.after.get("strength", 1.0), spec.after.get("sparsity", 0.0)
-    if not 0 <= strength <= 2 or not 0 <= sparsity < 1:
-        raise UserError(
-            f"method {spec.candidate.text}: strength is {strength:g} and sparsity {sparsity:g}; "
-            "give a strength from 0 to 2, and a sparsity from 0 to below 1"
-        )
-    share = spec.candidate.options.get(SHARE, 0.5)
-    if not (isinstance(share, int | float) and 0 < share < 1):
-        raise UserError(f"method {spec.candidate.text}: share is {share}; give one between 0 and 1")
-
-
-def _check_training(spec: ScoreSpec) -> None:
-    if spec.is_base:
-        return
+def _check_spec(spec: ScoreSpec) -> None:
+    """Refuse a candidate that can't be fitted, or whose fit can't be edited so."""
+    text, options = spec.candidate.text, spec.candidate.options
+    for name, possible, words in (
+        ("strength", lambda value: 0 <= value <= 2, "a number from 0 to 2"),
+        ("sparsity", lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+        (SHARE, lambda value: 0 < value < 1, "a number between 0 and 1"),
+    ):
+        if name in options and not (is_of(options[name], float) and possible(options[name])):
+            raise UserError(f"method {text}: {name} is {options[name]}; give {words}")
     config = spec.config
     if config.pooling is not None:
         raise UserError(f"pooling is {config.pooling}; a study takes fits with pooling complete")
-    sources = [*config.sources, *(config.backward_sets.values() if config.ewc else ())]
-    for source in sources:
+    for source in [*config.sources, *(config.backward_sets.values() if config.ewc else ())]:
         if "train" not in split_names(source):
             raise UserError(
                 f"{describe_source(source)} has no train split, which method "
@@ -284,10 +255,12 @@ def _check_training(spec: ScoreSpec) -> None:
             )
 
 
-def _check_scored(source: Source, on_dev: bool, on_test: bool) -> None:
-    names = split_names(source)
-    for split, wanted, known in ((DEV, on_dev, DEV_SPLITS), (TEST, on_test, (TEST,))):
-        if wanted and not {*known} & {*names}:
+def _check_scored(study: Study, source: Source, on_dev: bool) -> None:
+    """Refuse a set without the splits that the study scores."""
+    splits = [DEV] if on_dev and study.row is None else []
+    for split in [*splits, *([] if study.only_choose else [TEST])]:
+        known = DEV_SPLITS if split == DEV else (TEST,)
+        if not {*known} & {*split_names(source)}:
             raise UserError(
                 f"{describe_source(source)} has no {split} split; a study chooses on dev and "
                 "reports on test: give a folder or data set with train, dev and test"

@@ -1,24 +1,38 @@
 """Methods with their knobs, read from TOML, and a method at a value of its knob."""
 
+import reprlib
+import sys
 import tomllib
+import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 from blora_pyro.declarations import check_names, suggestion
 from blora_pyro.errors import UserError
 from blora_pyro.options import FitConfig
-from blora_pyro.studies.results import BASE
 
-LORA = "lora"  # the reference that other methods are compared with
+BASE, LORA = "base", "lora"  # the base model as it is, and what other methods are compared with
 STRENGTH, SPARSITY, SHARE = "strength", "sparsity", "share"
 AFTER = (SPARSITY, STRENGTH)  # what is done to a fit afterwards, in this order
 FAMILIES = ("base", "full", "lora", "regularised", "bayes", "priors", "both")
+SET_BY_THE_STUDY = {"base", "revision", "backward", "data", "data_weights", "seed", "test", "dev"}
 BAYESIAN = ("bayes", "priors", "both")
 
 Value = float | str
+Shape = Mapping[str, tuple[Any, str]]  # key of a table -> its type, and what to give in words
+
+METHOD: Shape = {
+    "title": (str, "a text"),
+    "family": (Literal[FAMILIES], f"one of {', '.join(FAMILIES)}"),
+    "knob": (str, "the name of an option of a fit, or share, strength or sparsity"),
+    "values": (list[float | str], "numbers, or texts, such as [1e-5, 1e-4]"),
+    "options": (dict[str, Any], "a table of options of a fit"),
+    "of": (str, "the name of a method"),
+    "external": (bool, "true or false"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,11 +63,6 @@ class Method:
     def choices(self) -> tuple[Value | None, ...]:
         """The values, or a single None where there is no knob."""
         return self.values or (None,)
-
-    @property
-    def only_edits(self) -> bool:
-        """Whether it shares the fit of the method that it builds on."""
-        return self.of is not None and {*self.options, self.knob} <= {*AFTER, None}
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ class Candidate:
     @property
     def fitted(self) -> "Candidate":
         """The candidate whose fit this one shares: itself, or one that it builds on."""
-        return self.parent.fitted if self.parent and self.method.only_edits else self
+        only_edits = {*self.method.options, self.method.knob} <= {*AFTER, None}
+        return self.parent.fitted if self.parent and only_edits else self
 
 
 def _text(value: Value) -> str:
@@ -105,42 +115,56 @@ def _text(value: Value) -> str:
 # ---- from TOML
 
 
-def read_methods(tables: Mapping[str, Any], where: str) -> dict[str, Method]:
-    """Return the methods of tables, by name.
+def check_table(table: Mapping[str, Any], shape: Shape, where: str) -> None:
+    """Refuse a table of TOML with an unknown key, or a value of another type (`UserError`)."""
+    for key, value in table.items():
+        if key not in shape:
+            hint = suggestion(key, shape) or "; see the docs on studies"
+            raise UserError(f"{where} has no '{key}'{hint}")
+        kind, words = shape[key]
+        if not is_of(value, kind):
+            raise UserError(f"{where}: {key} is {reprlib.repr(value)}; give {words}")
 
-    Raises:
-        UserError: If one of them can't be, naming it.
-    """
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Return whether a value of TOML is of a type, such as `list[str] | dict[str, str]`."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(is_of(value, one) for one in parts)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin is list:
+        return isinstance(value, list) and all(is_of(one, parts[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(is_of(one, parts[1]) for one in value.values())
+    if kind in (int, float):  # a truth value is none, nor is what no float can be
+        kinds = int if kind is int else int | float
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        return is_number and abs(value) < sys.float_info.max
+    return kind is Any or isinstance(value, kind)
+
+
+def read_methods(tables: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Method]:
+    """Return the methods of tables, by name; refuse one that can't be (`UserError`)."""
     found = {}
-    known = [one.name for one in fields(Method) if one.name != "name"]
     for name, table in tables.items():
         place = f"{where}, method {name}"
-        if not isinstance(table, Mapping):
-            raise UserError(f"{place} is no table; give a knob, values and options")
-        for key in table:
-            if key not in known:
-                raise UserError(f"{place} has no '{key}'{suggestion(key, known)}")
-        values = table.get("values", [])
-        given = {"title": name, **table, "values": tuple(values) if values else ()}
-        method = Method(name, **given)
-        _check_method(method, place)
-        found[name] = method
+        check_table(table, METHOD, place)
+        about = {"title": name, **table, "values": tuple(table.get("values", ()))}
+        found[name] = method = Method(name, **about)
+        if (method.knob is None) == bool(method.values):
+            raise UserError(f"{place} has a knob or values alone; give both, or neither")
+        if any(isinstance(one, str) and ":" in one for one in method.values):
+            raise UserError(f"{place}: values are {table['values']}; give texts without a colon")
+        names = {*method.options, *([] if method.knob is None else [method.knob])}
+        check_names(FitConfig, sorted(names - {*AFTER, SHARE}), place)
+        if name == BASE and len(names) + len(method.values) > 0:
+            raise UserError(
+                f"{place} is the base model as it is; give another name to what is fitted"
+            )
+        if refused := names & SET_BY_THE_STUDY:
+            raise UserError(f"{place} sets {min(refused)}, which the study sets; leave it out")
     return found
-
-
-def _check_method(method: Method, where: str) -> None:
-    if method.family not in FAMILIES:
-        raise UserError(f"{where}: family is '{method.family}'; give one of {', '.join(FAMILIES)}")
-    if (method.knob is None) == bool(method.values):
-        raise UserError(f"{where} has a knob or values alone; give both, or neither")
-    texts = [one for one in method.values if isinstance(one, str)]
-    plain = all(isinstance(one, int | float | str) for one in method.values)
-    if not plain or any(":" in one for one in texts):
-        raise UserError(f"{where}: values are {list(method.values)}; give numbers, or texts")
-    names = {*method.options, *([] if method.knob is None else [method.knob])}
-    check_names(FitConfig, sorted(names - {*AFTER, SHARE}), where)
-    if refused := names & {"data", "data_weights", "backward", "seed", "test", "dev"}:
-        raise UserError(f"{where} sets {min(refused)}, which the study sets; leave it out")
 
 
 @cache
@@ -158,9 +182,6 @@ def choose_methods(
     Args:
         names: Of the methods; None is all of `own`, and without any all that are built in.
         own: Methods of a study file, which replace built-in ones of the same name.
-
-    Raises:
-        UserError: If there is no such method, or it builds on itself.
     """
     known = {**built_in_methods(), **(own or {})}
     chosen: dict[str, Method] = {}
@@ -179,11 +200,7 @@ def choose_methods(
 
 
 def find_method(name: str, methods: Mapping[str, Method]) -> Method:
-    """Return the method of a name.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """Return the method of a name; refuse one that there is not (`UserError`)."""
     if name not in methods:
         listed = ", ".join(methods)
         raise UserError(f"method is '{name}'; give one of {listed}{suggestion(name, methods)}")
@@ -193,38 +210,26 @@ def find_method(name: str, methods: Mapping[str, Method]) -> Method:
 def read_candidate(text: str, methods: Mapping[str, Method] | None = None) -> Candidate:
     """Return the candidate that METHOD:VALUE names, with its parents' values after its own.
 
-    "scaled-lora:0.5:0.003" is the LoRA of learning rate 0.003 with half its ΔW.
-
-    Args:
-        text: The candidate, as of `Candidate.text`.
-        methods: By name; None is those that are built in.
-
-    Raises:
-        UserError: If it names none.
+    "scaled-lora:0.5:0.003" is the LoRA of learning rate 0.003 with half its ΔW. None as the methods
+    are those that are built in.
     """
     known = built_in_methods() if methods is None else methods
     name, *values = text.split(":")
     chain = [find_method(name, known)]
     while (parent := chain[-1].of) is not None:
         chain.append(find_method(parent, known))
-    knobs = [one for one in chain if one.knob is not None]
-    form = ":".join([name, *(f"{one.knob}".upper() for one in knobs)])
+    knobs = [f"{one.knob}".upper() for one in chain if one.knob is not None]
+    form = f"row is '{text}'; give {':'.join([name, *knobs])}"
     if len(values) != len(knobs):
-        raise UserError(f"row is '{text}'; give {form}, values after the colons")
-    left = list(zip(knobs, values, strict=True))
-    candidate = None
+        raise UserError(f"{form}, values after the colons")
+    candidate: Candidate | None = None
     for method in reversed(chain):
-        given = left.pop()[1] if method.knob is not None else None
-        value = _value(method, given, f"row is '{text}'; give {form}")
+        value: Value | None = None if method.knob is None else values.pop()
+        if value is not None and value not in method.values:
+            try:
+                value = float(value)
+            except ValueError:
+                raise UserError(f"{form}, numbers after the colons") from None
         candidate = Candidate(method, value, candidate)
     assert candidate is not None
     return candidate
-
-
-def _value(method: Method, text: str | None, message: str) -> Value | None:
-    if text is None or text in method.values:
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{message}, numbers after the colons") from None

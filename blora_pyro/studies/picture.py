@@ -22,9 +22,10 @@ from blora_pyro.plotting import (
     label_axes,
     new_figure,
 )
-from blora_pyro.studies.estimates import Result
-from blora_pyro.studies.results import BASE
-from blora_pyro.studies.standings import Standing
+from blora_pyro.runs.scoring import NEW_DOMAIN
+from blora_pyro.studies.estimates import BACKWARD
+from blora_pyro.studies.methods import BASE
+from blora_pyro.studies.standings import Row, Standing
 
 HUES = {
     "base": BLACK,
@@ -59,36 +60,27 @@ def draw(standings: Sequence[Standing]) -> Figure:
     return figure
 
 
-def _point(result: Result) -> tuple[float, float]:
+def _point(row: Row) -> tuple[float, float]:
     """New-domain and backward error in percent."""
-    return 100 * (result.new_domain.value or 0.0), 100 * (result.backward.value or 0.0)
-
-
-def _comparable(standing: Standing) -> list[Result]:
-    repeats = {one.candidate.method.name: {*one.repeats} for one in standing.chosen_results}
-    return [
-        one
-        for one in standing.results
-        if repeats.get(one.candidate.method.name, set()) <= {*one.repeats}
-    ]
+    return 100 * (row[NEW_DOMAIN].share or 0.0), 100 * (row[BACKWARD].share or 0.0)
 
 
 def _panel(panel: Any, standing: Standing) -> None:
-    drawn = _comparable(standing)
-    names = list(dict.fromkeys(one.candidate.method.name for one in drawn))
-    curves = [[one for one in drawn if one.candidate.method.name == name] for name in names]
-    seen = [next(filter(standing.is_chosen, curve), curve[0]) for curve in curves]
-    adapted = [one for one in seen if one.candidate.method.name != BASE] or seen
+    wanted = {one["name"]: {*one["repeats"]} for one in standing.chosen_results}
+    drawn = [one for one in standing.results if wanted.get(one["name"], {*()}) <= {*one["repeats"]}]
+    names = dict.fromkeys(one["name"] for one in drawn)
+    curves = [[one for one in drawn if one["name"] == name] for name in names]
+    seen = [next((one for one in curve if one["is_chosen"]), curve[0]) for curve in curves]
+    adapted = [one for one in seen if one["name"] != BASE] or seen
     _view(panel, [_point(one)[0] for one in adapted], [_point(one)[1] for one in seen])
     labels = []
     for place, (curve, one) in enumerate(zip(curves, seen, strict=True)):
-        method = one.candidate.method
-        look = {"color": HUES.get(method.family, GREEN), "marker": MARKERS[place % len(MARKERS)]}
-        line = np.array([_point(result) for result in curve])
+        look = {"color": HUES.get(one["family"], GREEN), "marker": MARKERS[place % len(MARKERS)]}
+        line = np.array([_point(row) for row in curve])
         panel.plot(*line.T, **look, markerfacecolor="white", markersize=4, linewidth=0.8, alpha=0.7)
-        if standing.is_chosen(one):
+        if one["is_chosen"]:
             panel.plot(*_point(one), **look, markersize=6.5, linestyle="none", zorder=3)
-        labels.append((_point(one), method.title, look))
+        labels.append((_point(one), one["title"], look))
     points = [_point(one) for one in drawn]
     front = np.array([points[place] for place in pareto_front(points)])
     panel.step(*front.T, where="post", color=BLACK, linewidth=0.8, linestyle=":", zorder=1)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from blora_pyro.studies.definition import ScoreSpec, Setting, Study
-from blora_pyro.studies.methods import BAYESIAN, LORA, Candidate
-from blora_pyro.studies.results import BASE, DEV, TEST, Key, ScoredFit
+from blora_pyro.studies.methods import BASE, BAYESIAN, LORA, Candidate
+from blora_pyro.studies.results import DEV, TEST, Key, ScoredFit
 
 
 @dataclass(frozen=True)

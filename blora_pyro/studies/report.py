@@ -1,23 +1,25 @@
 """The tables of a study, for a terminal, as Markdown and as JSON, made from its scores alone."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from blora_pyro import __version__
 from blora_pyro.errors import UserError
 from blora_pyro.files import replace_file, write_json
 from blora_pyro.options import POCKET
+from blora_pyro.runs.scoring import NEW_DOMAIN
 from blora_pyro.sources import describe_source
 from blora_pyro.studies.definition import SETTING
-from blora_pyro.studies.estimates import PARTS, Against, Estimate
+from blora_pyro.studies.estimates import BACKWARD
+from blora_pyro.studies.methods import BASE
 from blora_pyro.studies.picture import draw
-from blora_pyro.studies.results import BASE
+from blora_pyro.studies.results import PARTS, PIER, TEST
 from blora_pyro.studies.running import StudyRun
-from blora_pyro.studies.standings import Standing, standings
+from blora_pyro.studies.standings import FORGETTING, Row, Standing, standings
 from blora_pyro.tables import (
-    Column,
-    Emphasis,
+    Cell,
     Part,
     Percent,
     Table,
@@ -42,24 +44,19 @@ MATCHED = (
     "and the other way round; –: the curve does not get there; paired intervals"
 )
 CHOICE = "balanced: mean of new-domain and backward error, the lowest is chosen; errors in %"
+ERRORS = (NEW_DOMAIN, PIER, BACKWARD, FORGETTING)
+DEV_ERRORS = (NEW_DOMAIN, BACKWARD, "balanced")
+CHOSEN = "chosen"
 COSTS = "A, B, ΔW: share of elements below 1e-3 in magnitude, in %; the adapter's file as PEFT's"
 
 
 def write_report(
     run: StudyRun, name: str | None = None, title: str = "Methods compared"
 ) -> tuple[list[Part], dict[str, Any]]:
-    """Write Markdown, JSON and the picture, beside the table of results.
+    """Write Markdown, JSON and the picture of a study's scores beside the table of results.
 
-    Args:
-        run: Whose scores are reported; nothing else is read.
-        name: Of the files; None is that of the table.
-        title: At the top.
-
-    Returns:
-        The tables, for a terminal, and the content of the JSON file.
-
-    Raises:
-        UserError: If they can't be written.
+    The files are called `name`, or as the table. Returns the tables, for a terminal, and the
+    content of the JSON file.
     """
     found = standings(run.plan)
     if not found:
@@ -100,24 +97,36 @@ def _to_json(run: StudyRun, found: Sequence[Standing]) -> dict[str, Any]:
     """Return all figures, rates and shares as fractions."""
     study, wanted = run.study, run.plan.wanted()
     scores = [score for spec in wanted if (score := run.plan.score_of(spec)) is not None]
-    backward = dict.fromkeys(name for one in scores for name in one.backward_sets)
-    bases = {one.base: study.base_config(one).base for one in study.settings}
+    hashes = {one.base: one.base_hash for one in scores if one.base_hash}
     return {
         "version": __version__,
         "bases": {
-            label: {
-                "name": name,
-                "fingerprint": max((s.base_hash for s in scores if s.base == label), default=""),
-            }
-            for label, name in bases.items()
+            one.base: {"name": study.base_config(one).base, "hash": hashes.get(one.base, "")}
+            for one in study.settings
         },
         "data": list(study.data),
-        "backward": list(backward),
+        "backward": list(dict.fromkeys(name for one in scores for name in one.backward_sets)),
         "seeds": list(study.seeds),
         "rows": {"made": len(scores), "missing": len(wanted) - len(scores)},
         "machines": list(dict.fromkeys(one.machine for one in scores)),
-        "settings": {one.setting.name or one.setting.base: one.to_json() for one in found},
+        "settings": {
+            one.setting.name or one.setting.base: {
+                "split": one.split,
+                "chosen": {name: candidate.text for name, candidate in one.chosen.items()},
+                "results": [_plain(row) for row in one.rows],
+                "matched": [_plain(row) for row in one.matched],
+                "failed": one.failed,
+            }
+            for one in found
+        },
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return a row as JSON has it."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return asdict(value) if isinstance(value, Percent) else value
 
 
 def _notes(run: StudyRun, found: Sequence[Standing]) -> list[str]:
@@ -160,116 +169,71 @@ def _named(name: str, source: Any) -> str:
 
 def tables_of(standing: Standing) -> list[Table]:
     """Return all tables of one setting that have a row."""
-    best, same = "against LoRA at its best learning rate", "against LoRA at the same learning rate"
-    found = [
-        _errors(standing),
-        _costs(standing),
-        _against(best, standing, standing.against_lora),
-        _against(f"{same}, as in the paper", standing, standing.same_rate),
-        _matched(standing),
-        _by_set(standing),
-        _choice(standing),
+    rows, titles = standing.chosen_results, {one["name"]: one["title"] for one in standing.rows}
+    repeats = [repeat for one in rows for repeat in one["repeats"]]
+    data, seeds = (
+        list(dict.fromkeys(name for name, _ in repeats)),
+        len({seed for _, seed in repeats}),
+    )
+    known = dict.fromkeys(name for one in rows for name in one["sets"])
+    sets = [*data, *(name for name in known if name not in data)]
+    tables: list[Table] = []
+
+    def add(
+        title: str,
+        names: Sequence[str],
+        figures: Sequence[str],
+        rows: Sequence[Any],
+        note: str = "",
+    ) -> None:
+        """Add a table of columns of names, then of figures; a row that ends in CHOSEN is bold."""
+        title = ": ".join(part for part in (standing.setting.title, title) if part)
+        heads = [*text_columns(*names), *figure_columns(*figures)]
+        table = Table(heads, title, [note] if note else [], stack_intervals=True)
+        for row in rows:
+            table.add_row(*row, emphasis="bold" if row[-1] == CHOSEN else "")
+        tables.extend([table] if rows else [])
+
+    on = "" if standing.split == TEST else f" (on {standing.split})"
+    both, heads = ("method", "knob"), ("new domain", "PIER", "backward", "forgetting")
+
+    errors = [[one[name] for name in ("title", "knob", *ERRORS)] for one in rows]
+    amount = f"{', '.join(data)}, {seeds} seed{'s' if seeds != 1 else ''}"
+    add(f"{amount}{on}", both, heads, errors, MEASURES)
+    parts = ("A", "B", "ΔW", "weights", "MB", "fit, s")
+    add(f"sparsity, size, time{on}", ("method",), parts, [*map(_costs, rows)], COSTS)
+    gains = ("backward gain", "new-domain drop", "forgetting removed")
+    for what, words in (
+        ("against_lora", "against LoRA at its best learning rate"),
+        ("same_rate", "against LoRA at the same learning rate, as in the paper"),
+    ):
+        against = [[one["title"], *one[what].values()] for one in rows if one[what]]
+        add(f"{words}{on}", ("method", "LoRA's knob"), gains, against, AGAINST)
+    matched = [
+        [one["title"], titles[one["method"]], one["lower_backward"], one["lower_new_domain"]]
+        for one in standing.matched
     ]
-    return [one for one in found if one.filled_rows]
+    lower = ("lower backward error", "lower new-domain error")
+    add(f"at equal error{on}", ("method", "against"), lower, matched, MATCHED)
+    by_set = [[one["title"], *(percent(one["sets"].get(name)) for name in sets)] for one in rows]
+    add(f"error by set, in %{on}", ("method",), sets, by_set)
+    tried = [_choice(one) for one in standing.rows if one["dev"] is not None]
+    add("the choice, on dev", both, ("new domain", "backward", "balanced", ""), tried, CHOICE)
+    return tables
 
 
-def _table(
-    standing: Standing, what: str, names: Sequence[str], figures: Sequence[str], note: str = ""
-) -> Table:
-    on = "" if standing.split == "test" else f" (on {standing.split})"
-    title = ": ".join(part for part in (standing.setting.title, f"{what}{on}") if part)
-    columns: list[Column] = [*text_columns(*names), *figure_columns(*figures)]
-    return Table(columns, title, [note] if note else [], stack_intervals=True)
+def _costs(row: Row) -> list[Cell]:
+    """Return the sparsity, size and time of a method at its chosen value."""
+    return [
+        row["title"],
+        *(percent(row[part]) for part in PARTS),
+        f"{row['weights']:,}" if row["weights"] else None,
+        f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else None,
+        f"{row['seconds']:.0f}" if row["seconds"] else None,
+    ]
 
 
-def _errors(standing: Standing) -> Table:
-    """Return the errors of each method at its chosen value."""
-    figures = ("new domain", "PIER", "backward", "forgetting")
-    table = _table(standing, _amount(standing), ("method", "knob"), figures, MEASURES)
-    for one in standing.chosen_results:
-        errors = (_cell(one.new_domain), _cell(one.pier), _cell(one.backward))
-        table.add_row(*_names(one), *errors, _cell(one.forgetting, signed=True))
-    return table
-
-
-def _amount(standing: Standing) -> str:
-    """Return the data sets and the number of seeds in words."""
-    repeats = [repeat for one in standing.chosen_results for repeat in one.repeats]
-    data = list(dict.fromkeys(name for name, _ in repeats))
-    seeds = len({seed for _, seed in repeats})
-    return f"{', '.join(data)}, {seeds} seed{'s' if seeds != 1 else ''}"
-
-
-def _costs(standing: Standing) -> Table:
-    """Return the sparsity, size and time of each method at its chosen value."""
-    figures = ("A", "B", "ΔW", "weights", "MB", "fit, s")
-    table = _table(standing, "sparsity, size, time", ("method",), figures, COSTS)
-    for one in standing.chosen_results:
-        table.add_row(
-            one.candidate.method.title,
-            *(percent(one.sparsity[part]) for part in PARTS),
-            f"{one.weights:,}" if one.weights else None,
-            f"{one.bytes / 1e6:.1f}" if one.bytes else None,
-            f"{one.seconds:.0f}" if one.seconds else None,
-        )
-    return table
-
-
-def _against(what: str, standing: Standing, found: Mapping[str, Against]) -> Table:
-    """Return each method at its chosen value against a LoRA."""
-    figures = ("backward gain", "new-domain drop", "forgetting removed")
-    table = _table(standing, what, ("method", "LoRA's knob"), figures, AGAINST)
-    for one in found.values():
-        gains = (one.backward_gain, one.new_domain_drop, one.forgetting_removed)
-        cells = [_cell(gain, signed=True) for gain in gains]
-        table.add_row(one.candidate.method.title, one.other.label, *cells)
-    return table
-
-
-def _matched(standing: Standing) -> Table:
-    """Return each Bayesian method against each other one, at equal error."""
-    figures = ("lower backward error", "lower new-domain error")
-    table = _table(standing, "at equal error", ("method", "against"), figures, MATCHED)
-    for one in standing.matched:
-        other = standing.chosen[one.method].method.title
-        cells = (_cell(one.backward, signed=True), _cell(one.new_domain, signed=True))
-        table.add_row(one.candidate.method.title, other, *cells)
-    return table
-
-
-def _by_set(standing: Standing) -> Table:
-    """Return the error of each method at its chosen value on every set."""
-    results = standing.chosen_results
-    data, backward = _keys(one.data for one in results), _keys(one.sets for one in results)
-    table = _table(standing, "error by set, in %", ("method",), [*data, *backward])
-    for one in results:
-        cells = [*(one.data.get(name) for name in data), *(one.sets.get(name) for name in backward)]
-        table.add_row(one.candidate.method.title, *map(percent, cells))
-    return table
-
-
-def _choice(standing: Standing) -> Table:
-    """Return every candidate with the errors by which one was chosen."""
-    title = ": ".join(part for part in (standing.setting.title, "the choice, on dev") if part)
-    figures = ("new domain", "backward", "balanced", "")
-    columns = [*text_columns("method", "knob"), *figure_columns(*figures)]
-    table = Table(columns, title, [CHOICE])
-    for one in standing.choices:
-        errors = (one.new_domain, one.backward, one.balanced)
-        cells = ["failed" if error is None else percent(error) for error in errors]
-        names = (one.candidate.method.title, one.candidate.label)
-        emphasis: Emphasis = "bold" if one.is_chosen else ""
-        table.add_row(*names, *cells, "chosen" if one.is_chosen else "", emphasis=emphasis)
-    return table
-
-
-def _names(one: Any) -> tuple[str, str]:
-    return one.candidate.method.title, one.candidate.label
-
-
-def _keys(columns: Iterable[Mapping[str, float]]) -> list[str]:
-    return list(dict.fromkeys(name for one in columns for name in one))
-
-
-def _cell(one: Estimate | None, signed: bool = False) -> Percent | None:
-    return None if one is None else Percent(one.value, one.interval, one.stddev, signed)
+def _choice(row: Row) -> list[Cell]:
+    """Return a candidate with the errors by which one was chosen."""
+    errors = [percent(row["dev"][name]) if row["dev"] else "failed" for name in DEV_ERRORS]
+    return [row["title"], row["knob"], *errors, CHOSEN if row["is_chosen"] else ""]

@@ -14,8 +14,9 @@ same data and split, so that they stand in the table about once.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from blora_pyro.runs.folders import METRICS, UTTERANCES
 from blora_pyro.runs.record import RUN
 from blora_pyro.runs.scoring import NEW_DOMAIN
 from blora_pyro.runs.utterances import read_utterances
+from blora_pyro.studies.methods import BASE
 
-BASE, PIER = "base", "pier"
+PIER = "pier"
 DEV, TEST = "dev", "test"
+PARTS = ("A", "B", "delta_w")  # of an adapter, whose sparsity is told
 COLUMNS = (
     *("base", "setting", "method", "candidate", "data", "seed", "split", "failed"),
     *("new_domain", "pier", "backward", "sparsity_A", "sparsity_B", "sparsity_delta_w"),
@@ -133,10 +136,9 @@ class ScoredFit:
         row = {name: str(getattr(self, name, "")) for name in COLUMNS}
         row |= {"weights": str(self.weights or ""), "bytes": str(self.bytes or "")}
         row |= {"seconds": f"{self.seconds:.6g}" if self.seconds else ""}
-        for part in ("A", "B", "delta_w"):
+        for part in PARTS:
             share = self.sparsity.get(part)
             row[f"sparsity_{part}"] = "" if share is None else f"{share:.6g}"
-        row["new_domain"] = row["pier"] = row["backward"] = ""
         if self.counts:
             pier = self.counts[NEW_DOMAIN].get(PIER)
             row["new_domain"] = f"{self.new_domain_error:.6f}"
@@ -144,31 +146,36 @@ class ScoredFit:
             row["backward"] = f"{self.backward_error:.6f}"
         for name, measures in self.counts.items():
             for measure, counts in measures.items():
-                column = f"{name}.{PIER}" if measure == PIER else name
-                prefix = "" if measure == PIER else f"{measure}:"
+                column, prefix = (
+                    (f"{name}.{PIER}", "") if measure == PIER else (name, f"{measure}:")
+                )
                 row[f"edits.{column}"] = prefix + encode_counts(counts.edits)
                 row[f"lengths.{column}"] = encode_counts(counts.lengths)
         return row
 
     @classmethod
     def from_row(cls, row: Mapping[str, str]) -> "ScoredFit":
-        """Return what a row holds; its lengths must be there.
-
-        Raises:
-            KeyError, ValueError: If it is damaged.
-        """
-        texts = {
-            name: row[name]
-            for name in (
-                *("base", "setting", "method", "candidate", "data", "split", "failed"),
-                *("run", "after", "command", "commit", "machine"),
-            )
-        }
-        texts["base_hash"] = row.get("base_hash", "")
-        metrics, counts = _counts_of(row)
-        shares = {part: row[f"sparsity_{part}"] for part in ("A", "B", "delta_w")}
+        """Return what a row holds, its lengths filled in; KeyError or ValueError if damaged."""
+        metrics: dict[str, str] = {}
+        counts: dict[str, dict[str, Counts]] = {}
+        for column in (one for one, text in row.items() if one.startswith("edits.") and text):
+            name, text = column.removeprefix("edits."), row[column]
+            lengths, measure = decode_counts(row[f"lengths.{name}"]), PIER
+            if name.endswith(f".{PIER}"):
+                name = name.removesuffix(f".{PIER}")
+            else:
+                measure, _, text = text.partition(":")
+                metrics[name] = measure
+            edits = decode_counts(text)
+            if edits.shape != lengths.shape:
+                raise ValueError(
+                    f"{column} has {len(edits)} utterances, its lengths {len(lengths)}"
+                )
+            counts.setdefault(name, {})[measure] = Counts(edits, lengths)
+        row = {"base_hash": "", **row}  # earlier tables have none
+        shares = {part: row[f"sparsity_{part}"] for part in PARTS}
         scored = cls(
-            **texts,
+            **{one.name: row[one.name] for one in fields(cls) if one.type is str},
             seed=int(row["seed"]),
             metrics=metrics,
             counts=counts,
@@ -182,44 +189,15 @@ class ScoredFit:
         return scored
 
 
-def _counts_of(row: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[str, Counts]]]:
-    metrics: dict[str, str] = {}
-    counts: dict[str, dict[str, Counts]] = {}
-    filled = [name for name, text in row.items() if name.startswith("edits.") and text]
-    for column in filled:
-        name, text = column.removeprefix("edits."), row[column]
-        lengths = decode_counts(row[f"lengths.{name}"])
-        if name.endswith(f".{PIER}"):
-            name, measure = name.removesuffix(f".{PIER}"), PIER
-        else:
-            measure, _, text = text.partition(":")
-            metrics[name] = measure
-        edits = decode_counts(text)
-        if edits.shape != lengths.shape:
-            raise ValueError(f"{column} has {len(edits)} utterances, its lengths {len(lengths)}")
-        counts.setdefault(name, {})[measure] = Counts(edits, lengths)
-    return metrics, counts
-
-
 def encode_counts(counts: Iterable[int]) -> str:
     """Return counts as text, a character each; larger ones than 35 as a number in parentheses."""
     return "".join(DIGITS[one] if one < len(DIGITS) else f"({one})" for one in counts)
 
 
 def decode_counts(text: str) -> np.ndarray:
-    """Return the counts of a text of `encode_counts`.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    found, rest = [], text
-    while rest:
-        if rest[0] == "(":
-            number, _, rest = rest[1:].partition(")")
-            found.append(int(number))
-        else:
-            found.append(DIGITS.index(rest[0]))
-            rest = rest[1:]
+    """Return the counts of a text of `encode_counts`; ValueError if it is none."""
+    parts = re.findall(r"(?s)\((\d+)\)|(.)", text)
+    found = [int(number or DIGITS.index(digit)) for number, digit in parts]
     return np.array(found, np.int64)
 
 
@@ -256,11 +234,7 @@ def _as_number(text: str) -> tuple[float, str]:
 
 
 def write_results(path: Path, scored: Iterable[ScoredFit]) -> None:
-    """Write the table; a reader sees the old one or the new one, never half of it.
-
-    Raises:
-        UserError: If it can't be written.
-    """
+    """Write the table; a reader sees the old one or the new one, never half of it."""
     text = results_frame(scored).to_csv(index=False, lineterminator="\n")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -273,11 +247,7 @@ def write_results(path: Path, scored: Iterable[ScoredFit]) -> None:
 
 
 def read_results(path: Path) -> list[ScoredFit]:
-    """Return the scored fits of a table; [] if there is no such file.
-
-    Raises:
-        UserError: If it is damaged, naming the line.
-    """
+    """Return the scored fits of a table, [] if there is none; refuse damage, naming the line."""
     if not path.exists():
         return []
     line = 1
@@ -318,33 +288,22 @@ def score_files(folder: Path, split: str = TEST, after: str = "") -> tuple[Path,
 def counts_of_utterances(
     rows: Iterable[Mapping[str, Any]], state: str = "adapted"
 ) -> tuple[dict[str, str], dict[str, dict[str, Counts]]]:
-    """Return main measures and counts by set, from the rows of `utterances.jsonl`.
-
-    Args:
-        rows: See `runs.utterances`.
-        state: `adapted`, or `base`.
-    """
+    """Return main measures and counts by set, of the rows of a state in `utterances.jsonl`."""
     metrics: dict[str, str] = {}
-    listed: dict[str, dict[str, list[tuple[int, int]]]] = {}
+    counts: dict[str, dict[str, Counts]] = {}
+    by_set: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["state"] != state:
-            continue
-        name = row["set"]
-        metrics[name] = row["metric"]
-        measures = listed.setdefault(name, {row["metric"]: []})
-        measures[row["metric"]].append((row["edits"], row["length"]))
-        if "pier" in row:
-            measures.setdefault(PIER, []).append((row["pier"]["edits"], row["pier"]["length"]))
-    counts = {
-        name: {measure: _as_counts(pairs) for measure, pairs in measures.items()}
-        for name, measures in listed.items()
-    }
+        if row["state"] == state:
+            by_set.setdefault(row["set"], []).append(row)
+    for name, own in by_set.items():
+        metrics[name] = own[0]["metric"]
+        tagged = [row["pier"] for row in own if "pier" in row]
+        counts[name] = {
+            measure: Counts(*(np.array([one[key] for one in some]) for key in ("edits", "length")))
+            for measure, some in ((metrics[name], own), (PIER, tagged))
+            if some
+        }
     return metrics, counts
-
-
-def _as_counts(pairs: Sequence[tuple[int, int]]) -> Counts:
-    table = np.array(pairs, np.int64).reshape(-1, 2)
-    return Counts(table[:, 0], table[:, 1])
 
 
 def scored_run(scored: ScoredFit, folder: Path) -> ScoredFit:
@@ -352,13 +311,6 @@ def scored_run(scored: ScoredFit, folder: Path) -> ScoredFit:
 
     Any program that leaves `metrics.json` and `utterances.jsonl` in a folder, and `seconds` in its
     `run.json`, can be a row of a table.
-
-    Args:
-        scored: What the fit is.
-        folder: The run folder.
-
-    Raises:
-        UserError: If a file is missing or damaged.
     """
     metrics_file, utterances_file = score_files(folder, scored.split, scored.after)
     state = BASE if scored.method == BASE else "adapted"

@@ -1,77 +1,78 @@
-"""Study files (TOML), and the short form of a study that needs no file.
+"""Study files (TOML; `docs/studies.md` has one), and the short form that needs no file."""
 
-    output = "runs/priors"          # where fits are kept; runs/NAME-OF-THE-FILE by default
-    results = "priors.csv"          # beside this file; OUTPUT/results.csv by default
-    bases = ["pocket"]              # or a table: NAME = "BASE", or NAME = { base = ..., ... }
-    data = ["zh-en", "de-en"]       # new domains, with splits train, dev and test; or a table
-    backward = ["de", "en"]         # held-out sets, with dev and test; as the base's by default
-    seeds = [0, 1, 2]
-    methods = ["lora", "blora", "mine"]
-    neighbours = true               # also score the values next to the chosen one on test
-
-    [options]                       # of every fit, as of `blora-pyro fit`
-    rank = 16
-
-    [settings.short]                # further options; a table of results each
-    max_utterances = 150
-    steps = 200
-
-    [method.mine]                   # as in methods.toml; replaces one of that name
-    title = "BLoRA, Student's t"
-    family = "priors"
-    knob = "beta"
-    values = [1e-6, 1e-5]
-    options = { prior = "student-t", lr = 5e-3 }
-
-With a table `[search]` instead of methods the study is a search, see `search`.
-"""
-
+import reprlib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blora_pyro.declarations import check_names, suggestion
+from blora_pyro.declarations import check_names
 from blora_pyro.errors import UserError
 from blora_pyro.families import check_code
 from blora_pyro.options import POCKET, FitConfig, check_base_named
 from blora_pyro.sources import Source, named_sources
 from blora_pyro.studies.definition import SETTING, Setting, Study
-from blora_pyro.studies.methods import LORA, choose_methods, read_candidate, read_methods
+from blora_pyro.studies.methods import (
+    LORA,
+    SET_BY_THE_STUDY,
+    Shape,
+    check_table,
+    choose_methods,
+    is_of,
+    read_candidate,
+    read_methods,
+)
 
-KEYS = ("output", "results", "bases", "data", "backward", "seeds", "methods", "neighbours")
-TABLES = ("options", "settings", "method", "search")
+DEEPEST = 20  # tables and lists in one another
+SOURCES = (list[str] | dict[str, str], 'names or paths, such as ["zh-en"], or a table of them')
+OPTIONS = dict[str, Any]
+BASES = 'a list, such as ["pocket"], or a table of names, or of tables of options'
+
+STUDY: Shape = {
+    "output": (str, "the path of a folder"),
+    "results": (str, "the path of a CSV file"),
+    "bases": (list[str] | dict[str, str | OPTIONS], BASES),
+    "data": SOURCES,
+    "backward": SOURCES,
+    "seeds": (list[int], "whole numbers, such as [0, 1, 2]"),
+    "methods": (list[str], 'names, such as ["lora", "blora"]'),
+    "neighbours": (bool, "true or false"),
+    "options": (OPTIONS, "a table [options]"),
+    "settings": (dict[str, OPTIONS], "tables [settings.NAME]"),
+    "method": (dict[str, OPTIONS], "tables [method.NAME]"),
+    "search": (OPTIONS, "a table [search]"),
+}
+SEARCH_ABOUT: Shape = {
+    "trials": (int, "a whole number"),
+    "timeout": (float, "a number of seconds"),
+}
 
 
 def read_study_file(path: Path) -> dict[str, Any]:
-    """Return what a study file holds, its keys checked.
-
-    Raises:
-        UserError: In one line, if it can't be read.
-    """
+    """Return what a study file holds, its keys and types checked (`UserError`)."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if _is_deeper(content, DEEPEST):
+            raise RecursionError("tables or lists in one another")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no study file ({error}); give a TOML file") from None
-    for name in content:
-        if name not in (*KEYS, *TABLES):
-            listed = suggestion(name, (*KEYS, *TABLES))
-            raise UserError(f"{path} has no '{name}'{listed or '; see the docs on studies'}")
-    for name in ("options", "settings", "method", "search"):
-        if not isinstance(content.get(name, {}), Mapping):
-            raise UserError(f"{path}: {name} is {content[name]!r}; give a table [{name}]")
-    if "search" in content and {"methods", "method", "settings"} & content.keys():
-        raise UserError(f"{path} has both methods and a search; give one study file for each")
+    check_table(content, STUDY, str(path))
+    refused = {"methods", "method", "settings", "neighbours", "results"} & content.keys()
+    if "search" in content and refused:
+        raise UserError(
+            f"{path} has both a search and {min(refused)}; give one study file for each"
+        )
     return content
 
 
-def open_study(path: Path, output: Path | None = None) -> tuple[dict[str, Any], Path, Path]:
-    """Return what a study file holds, the folder of its fits, and its table of results.
+def _is_deeper(value: Any, levels: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_is_deeper(one, levels - 1) for one in parts)
 
-    Raises:
-        UserError: See `read_study_file`.
-    """
+
+def open_study(path: Path, output: Path | None = None) -> tuple[dict[str, Any], Path, Path]:
+    """Return what a study file holds, the folder of its fits, and its table of results."""
     content = read_study_file(path)
     if output is None:
         output = Path(content.get("output", Path("runs") / path.stem))
@@ -82,24 +83,25 @@ def open_study(path: Path, output: Path | None = None) -> tuple[dict[str, Any], 
 def search_of(
     content: Mapping[str, Any], where: str, code: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, tuple[float, float]] | None, dict[str, Any]]:
-    """Return the search of a study file: options of its fits, ranges, and `trials` and `timeout`.
-
-    Raises:
-        UserError: If something in it can't be.
-    """
-    (base,) = [*_bases(content["bases"], where).values()][:1] if "bases" in content else [{}]
-    options = {**base, **content.get("options", {})}
+    """Return the options, ranges, and `trials` and `timeout` of the search of a study file."""
+    bases, seeds = _bases(content.get("bases", {"": {}})), content.get("seeds", [0])
+    if len(bases) != 1 or len(seeds) != 1:
+        raise UserError(f"{where}: a search is of one base with one seed; give one of each")
+    options = {**next(iter(bases.values())), **content.get("options", {})}
     options |= {name: content[name] for name in ("data", "backward") if name in content}
-    if "seeds" in content:
-        options["seed"] = content["seeds"][0]
+    options |= {"seed": seeds[0]} if "seeds" in content else {}
     check_names(FitConfig, options, f"{where}, options")
     check_all([options], code, where)
-    search = dict(content["search"])
-    about = {name: search.pop(name) for name in ("trials", "timeout") if name in search}
-    for name, ends in search.items():
-        if not (_is_list(ends, int | float) and len(ends) == 2):
-            raise UserError(f"{where}: search of {name} is {ends!r}; give [LOW, HIGH]")
-    return options, {name: tuple(ends) for name, ends in search.items()} or None, about
+    search = content["search"]
+    about = {name: search[name] for name in SEARCH_ABOUT if name in search}
+    check_table(about, SEARCH_ABOUT, where)
+    ranges = {name: ends for name, ends in search.items() if name not in about}
+    for name, ends in ranges.items():
+        if not (is_of(ends, list[float]) and len(ends) == 2):
+            raise UserError(
+                f"{where}: search of {name} is {reprlib.repr(ends)}; give [LOW, HIGH], as numbers"
+            )
+    return options, {name: tuple(ends) for name, ends in ranges.items()} or None, about
 
 
 def study_of(content: Mapping[str, Any], where: str, code: Sequence[str] = ()) -> Study:
@@ -113,31 +115,22 @@ def study_of(content: Mapping[str, Any], where: str, code: Sequence[str] = ()) -
     Raises:
         UserError: If something in it can't be.
     """
-    methods = content.get("methods")
-    if methods is not None and not _is_list(methods, str):
-        raise UserError(f"{where}: methods is {methods!r}; give a list of names")
-    seeds = content.get("seeds", [0])
-    if not _is_list(seeds, int):
-        raise UserError(f"{where}: seeds is {seeds!r}; give whole numbers, such as [0, 1, 2]")
     options = dict(content.get("options", {}))
-    if "backward" in content:
-        options["backward"] = content["backward"]
-    settings = content.get("settings") or {"": {}}
     data = named_sources(content.get("data", ()))
     is_named = "bases" in content or options.keys() & {"base", "prior_from"}
     check_base_named(bool(is_named), data.values())
-    bases = _bases(content.get("bases", [options.pop("base", POCKET)]), where)
+    bases = _bases(content.get("bases", [options.pop("base", POCKET)]))
+    settings = content.get("settings", {"": {}})
     for name, given in (("options", options), *settings.items(), *bases.items()):
         check_names(FitConfig, given, f"{where}, {name}")
-        if refused := given.keys() & {"data", "seed", "data_weights", "dev", "test"}:
+        allowed = {"base", "revision", "backward"}
+        if refused := given.keys() & SET_BY_THE_STUDY - allowed:
             raise UserError(f"{where}, {name} sets {min(refused)}; give data and seeds at the top")
-    methods_by_name = choose_methods(methods, read_methods(content.get("method", {}), where))
-    every = [options, *settings.values(), *bases.values()]
-    knobs = [{str(one.knob): value} for one in methods_by_name.values() for value in one.values]
-    check_all([*every, *(one.options for one in methods_by_name.values()), *knobs], code, where)
-    neighbours = content.get("neighbours", True)
-    if not isinstance(neighbours, bool):
-        raise UserError(f"{where}: neighbours is {neighbours!r}; give true or false")
+    options |= {"backward": content["backward"]} if "backward" in content else {}
+    methods = choose_methods(content.get("methods"), read_methods(content.get("method", {}), where))
+    knobs = [{str(one.knob): value} for one in methods.values() for value in one.values]
+    of_methods = [one.options for one in methods.values()]
+    check_all([options, *settings.values(), *bases.values(), *of_methods, *knobs], code, where)
     prefix = "{} " if len(bases) > 1 else ""
     return Study(
         [
@@ -146,39 +139,23 @@ def study_of(content: Mapping[str, Any], where: str, code: Sequence[str] = ()) -
             for name, setting in settings.items()
         ],
         data,
-        list(dict.fromkeys(seeds)),
-        methods_by_name,
+        list(dict.fromkeys(content.get("seeds", [0]))),
+        methods,
         options,
-        neighbours=neighbours,
+        neighbours=content.get("neighbours", True),
     )
 
 
-def check_all(given: Sequence[Mapping[str, Any]], code: Sequence[str], where: str) -> None:
-    """Refuse files of code that nobody but a study file names: they would be run.
-
-    Raises:
-        UserError: Naming the first.
-    """
+def check_all(given: Iterable[Mapping[str, Any]], code: Sequence[str], where: str) -> None:
+    """Refuse files of code that nobody but a study file names: they would be run."""
     for options in given:
         check_code(options, code, where, "give --code {name} to let it run")
 
 
-def _is_list(value: Any, kind: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
-
-
-def _bases(given: Any, where: str) -> dict[str, dict[str, Any]]:
+def _bases(given: Any) -> dict[str, dict[str, Any]]:
     """Return options of base models by label."""
-    if _is_list(given, str):
-        given = named_sources(given)
-    if not isinstance(given, Mapping) or not given:
-        raise UserError(f'{where}: bases is {given!r}; give a list, such as ["pocket"], or a table')
-    found = {}
-    for label, one in given.items():
-        found[label] = {"base": one} if isinstance(one, str) else one
-        if not isinstance(found[label], Mapping):
-            raise UserError(f"{where}: base {label} is {one!r}; give a name, or a table of options")
-    return found
+    bases: dict[str, Any] = named_sources(given) if isinstance(given, list) else given
+    return {label: {"base": one} if isinstance(one, str) else one for label, one in bases.items()}
 
 
 def short_study(
@@ -211,38 +188,24 @@ def short_study(
     sources = named_sources(data)
     check_base_named(bool(given.keys() & {"base", "prior_from"}), sources.values())
     base = str(given.pop("base", POCKET))
-    label = Path(base).name if Path(base).is_dir() else base
-    names = None if methods is None else [LORA, *methods]
     candidate = None if row is None else read_candidate(row)
-    return Study(
-        [
-            replace(one, options={"base": base, **one.options})
-            for one in short_settings(settings, label)
-        ],
-        sources,
-        list(dict.fromkeys(seeds)),
-        choose_methods(names if candidate is None else [candidate.method.name]),
-        given,
-        only_choose,
-        neighbours,
-        candidate,
-    )
+    names = None if methods is None else [LORA, *methods]
+    content = {
+        "bases": {Path(base).name if Path(base).is_dir() else base: base},
+        "data": data,
+        "seeds": seeds,
+        "settings": {text: _setting(text) for text in settings},
+        "methods": names if candidate is None else [candidate.method.name],
+        "options": given,
+        "neighbours": neighbours,
+    }
+    return replace(study_of(content, "compare"), only_choose=only_choose, row=candidate)
 
 
-def short_settings(texts: Sequence[str], base: str) -> list[Setting]:
-    """Return the settings of texts UTTERANCESxSTEPS, such as 150x200 or allx400.
-
-    Raises:
-        UserError: If one is no such text.
-    """
-    found = []
-    for text in texts:
-        match = SETTING.fullmatch(text)
-        if not match:
-            raise UserError(
-                f"setting is '{text}'; give UTTERANCESxSTEPS, such as 150x600, or allx400"
-            )
-        amount, steps = match.groups()
-        size = {} if amount == "all" else {"max_utterances": int(amount)}
-        found.append(Setting(base, text, {**size, "steps": int(steps)}))
-    return found
+def _setting(text: str) -> dict[str, int]:
+    """Return the options of a text UTTERANCESxSTEPS, such as 150x200 or allx400."""
+    match = SETTING.fullmatch(text)
+    if not match:
+        raise UserError(f"setting is '{text}'; give UTTERANCESxSTEPS, such as 150x600, or allx400")
+    amount, steps = match.groups()
+    return {**({} if amount == "all" else {"max_utterances": int(amount)}), "steps": int(steps)}

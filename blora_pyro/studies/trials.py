@@ -19,9 +19,9 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateF
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import Engine, event
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, reason
 
 DATABASE = "study.db"  # in the output of a study
 RUN_FOLDER = "run"  # attribute of a trial: name of its run folder
@@ -30,6 +30,7 @@ SECONDS_SHARED = 60
 MISSED = 3  # heartbeats; who misses them is dead
 PATIENCE = 1.0  # seconds until other processes' trials are looked at again
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
+AWAY = (StorageInternalError, SQLAlchemyError)  # what Optuna raises where the database is away
 
 Objective = Callable[[Trial], float | Sequence[float]]
 
@@ -39,7 +40,7 @@ class _Storage(RDBStorage):
 
     def record_heartbeat(self, trial_id: int) -> None:
         """Record a heartbeat, if the database is there."""
-        with suppress(StorageInternalError):
+        with suppress(*AWAY):
             super().record_heartbeat(trial_id)
 
 
@@ -71,16 +72,14 @@ def quiet_optuna() -> Iterator[None]:
         optuna.logging.set_verbosity(level)
 
 
-def reason(error: BaseException) -> str:
-    """Return what a database, its driver or Optuna say, in one short line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
 class Trials:
-    """The trials of one study.
+    """The trials of one study, as a context that is left when the work is done.
+
+    If the database cannot be reached, the context ends in one line that says so.
 
     Attributes:
         study: Optuna's.
+        output: Folder of the study.
     """
 
     def __init__(
@@ -168,29 +167,34 @@ class Trials:
                 f"storage '{self._kind}' needs psycopg, which is not installed; pip install "
                 "'blora-pyro[studies,postgresql]'"
             )
+        why = reason(error.__cause__ or error)
         return UserError(
-            f"storage '{self._kind}' can't be opened ({reason(error)}); give sqlite:///FILE or "
+            f"storage '{self._kind}' can't be opened ({why}); give sqlite:///FILE or "
             "postgresql+psycopg://..., or leave it out for a file in the output"
         )
 
-    def close(self) -> None:
-        """Close the connections to the database."""
-        self._storage.remove_session()
-        self._storage.engine.dispose()
+    def __enter__(self) -> "Trials":
+        """Return the trials."""
+        return self
 
-    @contextmanager
-    def reached(self) -> Iterator[None]:
-        """Tell in one line that the database is away.
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Close the connections to the database.
 
         Raises:
-            UserError: If it is.
+            UserError: If the database is away; that may surface as another error of Optuna's.
         """
-        try:
-            yield
-        except StorageInternalError as error:
+        with suppress(*AWAY):
+            self._storage.remove_session()
+            self._storage.engine.dispose()
+        is_told = isinstance(error, UserError) or not isinstance(error, Exception)
+        cause = None if is_told else error
+        while cause is not None and not isinstance(cause, AWAY):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
             raise UserError(
-                f"storage '{self._kind}' can't be reached ({reason(error.__cause__ or error)}); no "
-                "fit is lost: start the same command again when it is back"
+                f"storage '{self._kind}' can't be reached ({reason(cause.__cause__ or cause)}); no "
+                "trial is lost, and every fit is safe in the output: start the same command again "
+                "when it is back"
             ) from None
 
     def of(self, *states: TrialState) -> list[FrozenTrial]:
@@ -241,8 +245,9 @@ class Trials:
             except UpdateFinishedTrialError:  # this process was slow, and taken for dead
                 raise optuna.TrialPruned from None
             except BaseException:
-                if RUN_FOLDER in trial.user_attrs:
-                    self.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
+                with suppress(*AWAY):
+                    if RUN_FOLDER in trial.user_attrs:
+                        self.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
                 raise
 
         if about is not None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import blora_pyro
 from blora_pyro.cli import app
 from blora_pyro.metrics import Counts
-from blora_pyro.studies import searching
+from blora_pyro.studies import search as searching
 from blora_pyro.studies.definition import ScoreSpec
 from blora_pyro.studies.methods import built_in_methods
 from blora_pyro.studies.running import StudyRun
@@ -32,12 +32,14 @@ def run(*arguments):
 
 
 @pytest.fixture
-def handed_on(monkeypatch):
+def handed_on(monkeypatch, tmp_path):
     """What `sweep` is called with, in place of a sweep."""
+    monkeypatch.chdir(tmp_path)
     seen = {}
 
     def sweep(options, output, *, progress, **more):
         seen.update({"options": options, "output": output, **more})
+        output.mkdir(parents=True, exist_ok=True)
         return Search(output, "study", {}, {}, None, ())
 
     monkeypatch.setattr(searching, "sweep", sweep)
@@ -107,7 +109,7 @@ def test_options_that_make_no_sense_for_a_sweep_are_refused(handed_on, option):
         (["--search", "df=2:3"], "prior normal has no 'df' to be searched"),
         (["--beta", "1e-4"], "beta is searched and given, too"),
         (["--prior-scale", "0.1"], "prior_scale is searched and given, too"),
-        (["--backward", "none"], "there are no backward sets to forget"),
+        (["--backward", "none"], "give some: --backward NAME=SOURCE"),
         (["--steps", "0"], "steps is 0"),
         (["--trials", "0"], "trials is 0"),
         (["--storage", "nowhere"], "storage 'nowhere' can't be opened"),
@@ -301,6 +303,12 @@ def test_a_study_file_may_be_a_search(study_file, handed_on, tmp_path):
     assert (handed_on["trials"], handed_on["search"]) == (3, {"beta": (1e-6, 1e-3)})
     assert handed_on["dry_run"] and handed_on["storage"] == "sqlite:///a.db"
     assert handed_on["options"]["rank"] == 2 and handed_on["output"] == tmp_path / "out"
+
+
+@pytest.mark.parametrize("content", ["data = 3", "[settings]\na = 3", "data = " + 9999 * "["])
+def test_a_study_file_of_odd_types_is_one_line(tmp_path, content):
+    (tmp_path / "odd.toml").write_text(content)
+    assert "odd.toml" in complaint(invoke("study", tmp_path / "odd.toml"))
 
 
 @pytest.mark.parametrize("command", ["study", "sweep", "compare"])

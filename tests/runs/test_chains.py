@@ -21,7 +21,7 @@ from blora_pyro.runs.edited import prune_run
 from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import Run, fit
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.studies.searching import sweep
+from blora_pyro.studies.search import sweep
 
 
 def read_json(path):
@@ -352,9 +352,9 @@ def test_a_sweep_after_a_run_searches_beta_alone(options, earlier, tones_folder,
     given = {**options, **sets, "steps": 1}
     found = sweep(given, tmp_path / "sweep", trials=1)
     (trial,) = found.trials
-    assert trial.values.keys() == {"beta"}
+    assert trial["values"].keys() == {"beta"}
     assert f"--prior-from {earlier}" in found.command(trial)
-    link = read_json(tmp_path / "sweep" / trial.folder / "run.json")["chain"][0]
+    link = read_json(tmp_path / "sweep" / trial["folder"] / "run.json")["chain"][0]
     assert link["run"] == str(earlier)
     with pytest.raises(UserError, match="prior_scale and prior_from are given"):
         sweep(given, tmp_path / "other", trials=1, search={"prior_scale": (0.1, 1.0)})

@@ -19,7 +19,7 @@ from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import Run, fit
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.report import fit_tables
-from blora_pyro.studies.searching import sweep
+from blora_pyro.studies.search import sweep
 
 
 class Crash(Exception):

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from blora_pyro.errors import UserError
-from blora_pyro.studies.definition import ScoreSpec, check_study, deciding_words, to_go_on
+from blora_pyro.studies.definition import ScoreSpec, check_study, deciding_words
 from blora_pyro.studies.methods import Candidate, read_candidate
 from blora_pyro.studies.results import TEST
 from blora_pyro.studies.study_file import short_study
@@ -67,9 +67,10 @@ def test_where_a_fit_is_computed_does_not_decide_it():
         ({"options": {"rank": 0}}, "rank is 0"),
         ({"options": {"backward": []}}, "has no backward sets; give sets of what it already knows"),
         ({"options": {"base": "owner/whisper"}}, "base owner/whisper has no backward sets"),
-        ({"row": "scaled-lora:3:0.1"}, "strength is 3 and sparsity 0; give a strength from 0 to 2"),
-        ({"row": "pruned-lora:1:0.1"}, "a sparsity from 0 to below 1"),
-        ({"row": "replay-lora:1:0.1"}, "share is 1.0; give one between 0 and 1"),
+        ({"row": "scaled-lora:3:0.1"}, "strength is 3.0; give a number from 0 to 2"),
+        ({"seeds": [0, -1]}, "seed is -1"),
+        ({"row": "pruned-lora:1:0.1"}, "sparsity is 1.0; give a number from 0 to below 1"),
+        ({"row": "replay-lora:1:0.1"}, "share is 1.0; give a number between 0 and 1"),
         ({"row": "lora:-1"}, "method lora:-1: lr is -1"),
         ({"data": ["nowhere"]}, "'nowhere'"),
     ],
@@ -89,10 +90,3 @@ def test_the_command_of_a_fit_is_in_its_row(short):
     assert scored.command.startswith("blora-pyro fit --backward de --backward en --guide point")
     base = ScoreSpec(short, short.settings[0], Candidate(short.methods["base"]), "de-en", 0, TEST)
     assert base.scored.command == ""
-
-
-def test_a_fit_that_was_begun_goes_on_without_what_differs_between_machines(tmp_path):
-    options = {"rank": 2, "device": "cuda"}
-    assert to_go_on(options, tmp_path) == options
-    (tmp_path / "run.json").touch()
-    assert to_go_on(options, tmp_path) == {"rank": 2}

@@ -1,21 +1,23 @@
 import re
+from typing import Literal
 
 import pytest
 
 from blora_pyro.errors import UserError
 from blora_pyro.options import FitConfig
 from blora_pyro.studies.methods import (
+    BASE,
     BAYESIAN,
     LORA,
     Candidate,
     Method,
     built_in_methods,
     choose_methods,
+    is_of,
     read_candidate,
     read_methods,
 )
 from blora_pyro.studies.picture import HUES
-from blora_pyro.studies.results import BASE
 
 METHODS = built_in_methods()
 
@@ -71,13 +73,38 @@ def test_an_unknown_method_is_refused():
         ({"options": {"seed": 2}}, "sets seed, which the study sets"),
         ({"family": "bayesian"}, "family is 'bayesian'; give one of base, full"),
         ({"knob": "lr", "values": [[1]]}, "give numbers, or texts"),
-        ("lora", "is no table"),
+        ({"knob": "prior", "values": ["a:b"]}, "give texts without a colon"),
+        ({"of": ["lora"]}, "of is ['lora']; give the name of a method"),
+        ({"options": {"base": "other"}}, "sets base, which the study sets"),
     ],
 )
 def test_a_method_that_cannot_be_is_one_line(table, words):
     with pytest.raises(UserError, match=re.escape(words)) as error:
         read_methods({"m": table}, "x.toml")
     assert "\n" not in str(error.value)
+
+
+def test_the_base_model_is_no_method_that_could_be_fitted():
+    with pytest.raises(UserError, match="method base is the base model as it is"):
+        read_methods({"base": {"options": {"lr": 1.0}}}, "x.toml")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "is_one"),
+    [
+        (3, float, True),
+        (True, float, False),
+        (True, bool, True),
+        ([1, "a"], list[float | str], True),
+        ([[1]], list[float | str], False),
+        ({"a": {"b": 1}}, dict[str, str | dict[str, object]], True),
+        ({"a": 3}, dict[str, str | dict[str, object]], False),
+        ("x", Literal["x", "y"], True),
+        ([], Literal["x", "y"], False),
+    ],
+)
+def test_values_of_toml_are_told_by_their_types(value, kind, is_one):
+    assert is_of(value, kind) == is_one
 
 
 def test_every_option_of_a_fit_may_be_a_knob_or_an_option():

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -7,16 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from optuna.trial import TrialState
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from blora_pyro.data import load_split
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.record import FINISHED, state_of
-from blora_pyro.studies import running
+from blora_pyro.studies import base_fits
+from blora_pyro.studies.base_fits import commit
 from blora_pyro.studies.definition import ScoreSpec
 from blora_pyro.studies.methods import Candidate
 from blora_pyro.studies.results import DEV, TEST, read_results
-from blora_pyro.studies.running import METRICS, StudyRun, commit, run_study
+from blora_pyro.studies.running import METRICS, StudyRun, run_study
 from blora_pyro.studies.trials import DATABASE, Trials, quiet_optuna
 
 from ..forks import ended, start
@@ -216,7 +220,7 @@ def test_a_fit_that_is_not_finite_is_a_failed_row_and_does_not_stop_the_study(
     def fail(*given, **more):
         raise FloatingPointError("the loss is nan")
 
-    monkeypatch.setattr(running.fits, "fit", fail)
+    monkeypatch.setattr(base_fits.fits, "fit", fail)
     run = run_study(replace(study, only_choose=True), tmp_path)
     failed = [one for one in run.scores.values() if one.failed]
     assert {one.failed for one in failed} == {"the loss is nan"} and len(failed) == 3
@@ -229,12 +233,10 @@ def test_a_fit_that_is_not_finite_is_a_failed_row_and_does_not_stop_the_study(
 def test_an_interrupted_study_says_what_is_safe_and_goes_on(study, tmp_path):
     with pytest.raises(Interrupted, match=r"interrupted; 1 rows are safe in .*; start the same"):
         run_study(study, tmp_path, progress=Stages("lora:0.01"))
-    with quiet_optuna():
-        trials = Trials(tmp_path, METRICS)
+    with quiet_optuna(), Trials(tmp_path, METRICS) as trials:
         assert [one.state for one in trials.of()] == [
             *(TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING)
         ]
-        trials.close()
     stages = Stages()
     run = run_study(replace(study, only_choose=True), tmp_path, progress=stages)
     assert run.plan.missing() == []
@@ -317,6 +319,37 @@ def test_fits_that_are_finished_here_are_scored_first(study, tmp_path, monkeypat
     run.trials = Queue()
     run._next(missing)
     assert seen == [last]
+
+
+@pytest.mark.parametrize(
+    ("what", "count"),
+    [
+        *(("before_cursor_execute", 0), ("begin", 12), ("before_cursor_execute", 60)),
+        *(("begin", 50), ("before_cursor_execute", 120)),
+    ],
+)
+def test_a_storage_that_goes_away_is_one_line_and_the_same_call_goes_on(
+    study, fake_scores, tmp_path, monkeypatch, what, count
+):
+    opened = Trials._open
+
+    def open_storage(self, *given):
+        storage, seen = opened(self, *given), itertools.count()
+
+        def away(*_):
+            if next(seen) >= count:
+                raise OperationalError("SELECT 1", {}, Exception("server closed the connection"))
+
+        event.listen(storage.engine, what, away)
+        return storage
+
+    chosen = replace(study, only_choose=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trials, "_open", open_storage)
+        with pytest.raises(UserError, match=r"^storage 'study\.db' can't be ") as error:
+            run_study(chosen, tmp_path)
+    assert "\n" not in str(error.value) and "server closed the connection" in str(error.value)
+    assert run_study(chosen, tmp_path).plan.missing() == []
 
 
 # ---- what is refused before the first fit, by a dry run alike

@@ -1,33 +1,39 @@
+import json
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from blora_pyro.studies.search import Search, SearchedFit
-from blora_pyro.studies.search_report import search_plot, search_tables
+from blora_pyro.errors import UserError
+from blora_pyro.studies.search import Search
+from blora_pyro.studies.search_report import search_plot, search_tables, write_search
 
 ERRORS = [(0.10, 0.10), (0.12, 0.08), (0.14, 0.06), (0.30, 0.055), (0.30, 0.09)]
+
+
+BASE = {
+    name: {"rate": error, "interval": [error, error]}
+    for name, error in {"new_domain": 0.5, "backward": 0.05}.items()
+}
 
 
 def rate(value):
     return {"rate": value, "interval": [value - 0.01, value + 0.01]}
 
 
-def made_up(tmp_path, ranges):
-    trials = tuple(
-        SearchedFit(
-            number,
-            f"trial-{number}",
-            {name: low * 2**number for name, (low, _) in ranges.items()},
-            *map(rate, errors),
-            {"difference": 0.01, "interval": [-0.01, 0.03]},
-            {"A": 0.5, "B": 0.5, "delta_w": 0.5},
-            1.0,
-        )
+def fit(number, new_domain, backward, values):
+    errors = {"new_domain": rate(new_domain), "backward": rate(backward)}
+    change = {"difference": backward - 0.05, "interval": [-0.01, 0.03]}
+    about = {"number": number, "folder": f"trial-{number}", "values": values}
+    return {**about, **errors, "forgetting": change, "sparsity": {}, "seconds": 1.0}
+
+
+def made_up(output, ranges):
+    trials = [
+        fit(number, *errors, {name: low * 2**number for name, (low, _) in ranges.items()})
         for number, errors in enumerate(ERRORS)
-    )
-    base = {"new_domain": rate(0.5), "backward": rate(0.05)}
-    return Search(tmp_path, "study", {}, ranges, base, trials)
+    ]
+    return Search(output, "study", {}, ranges, BASE, trials)
 
 
 @pytest.mark.parametrize(
@@ -61,16 +67,6 @@ def test_all_trials_the_front_the_knee_and_the_base_are_drawn(tmp_path):
 # ---- for the terminal
 
 
-def trial(number, new_domain, backward):
-    new, old = (
-        {"rate": error, "interval": [error - 0.01, error + 0.01]}
-        for error in (new_domain, backward)
-    )
-    change = {"difference": backward - 0.05, "interval": [-0.01, 0.03]}
-    values = {"beta": 1e-5 * (number + 1), "prior_scale": 0.0123456}
-    return SearchedFit(number, f"trial-{number}", values, new, old, change, {}, 1.0)
-
-
 def shown(found):
     console = Console(width=110)
     with console.capture() as capture:
@@ -84,14 +80,12 @@ def cells(lines, start):
     return [cell.strip() for cell in row.strip("│ ").split("│")]
 
 
-BASE = {
-    name: {"rate": error, "interval": [error, error]}
-    for name, error in {"new_domain": 0.5, "backward": 0.05}.items()
-}
-
-
 def test_the_front_its_knee_and_the_base_are_shown(tmp_path):
-    trials = trial(0, 0.3, 0.055), trial(1, 0.2, 0.06), trial(2, 0.19, 0.08), trial(3, 0.4, 0.08)
+    errors = (0.3, 0.055), (0.2, 0.06), (0.19, 0.08), (0.4, 0.08)
+    trials = [
+        fit(number, *both, {"beta": 1e-5 * (number + 1), "prior_scale": 0.0123456})
+        for number, both in enumerate(errors)
+    ]
     options = {"data": "zh-en", "steps": 200}
     ranges = {"beta": (1e-6, 1e-3), "prior_scale": (0.01, 0.3)}
     found = Search(tmp_path / "[my] sweep", "study", options, ranges, BASE, trials, running=1)
@@ -119,3 +113,19 @@ def test_without_a_finished_trial_there_is_a_line(tmp_path):
     assert shown(replace(found, diverged=(), running=2)) == [
         "0 trials finished; 2 running in other processes"
     ]
+
+
+def test_what_came_of_a_search_is_written_and_told(tmp_path):
+    found = made_up(tmp_path, {"beta": (1e-6, 1e-3)})
+    assert write_search(found)[1:] == search_tables(found)[1:]
+    content = json.loads((tmp_path / "sweep.json").read_text())
+    assert content == json.loads(json.dumps(found.to_json()))
+    assert content["front"] == [one["number"] for one in found.front] == [0, 1, 2, 3]
+    assert content["knee"]["number"] == found.knee["number"]
+    assert f"--beta {found.knee['values']['beta']!r}" in content["knee"]["command"]
+    assert content["options"]["search"] == {"beta": [1e-6, 1e-3]}
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    (tmp_path / "sweep.png").unlink()
+    (tmp_path / "sweep.png").mkdir()
+    with pytest.raises(UserError, match=r"can't be written .*: no trial is lost"):
+        write_search(found)

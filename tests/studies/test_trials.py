@@ -1,9 +1,12 @@
 import sys
 import time
+from contextlib import ExitStack
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from blora_pyro.errors import UserError
 from blora_pyro.studies.trials import DATABASE, MISSED, RUN_FOLDER, Trials, quiet_optuna
@@ -23,15 +26,10 @@ def quiet():
 @pytest.fixture
 def opened(tmp_path):
     """Opens the trials of a study, as processes do, and closes their databases."""
-    known = []
-
-    def open_trials(output="out", metrics=METRICS, **more):
-        known.append(Trials(tmp_path / output, metrics, **more))
-        return known[-1]
-
-    yield open_trials
-    for one in known:
-        one.close()
+    with ExitStack() as stack:
+        yield lambda output="out", metrics=METRICS, **more: stack.enter_context(
+            Trials(tmp_path / output, metrics, **more)
+        )
 
 
 def ask(trials, **more):
@@ -188,6 +186,32 @@ def test_a_damaged_database_is_told_in_one_line(opened, tmp_path):
     with pytest.raises(UserError, match=r"^storage 'study.db' can't be opened") as error:
         opened()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("away", [StorageInternalError("x"), OperationalError("x", {}, None)])
+def test_that_the_database_is_away_is_told_whatever_it_leads_to(opened, tmp_path, away):
+    with pytest.raises(
+        UserError, match=r"can't be reached .*; no trial is lost, .* back$"
+    ) as error:
+        with Trials(tmp_path, METRICS):
+            try:
+                raise away
+            finally:
+                raise UnboundLocalError("as of Optuna, where it can't tell")
+    assert error.value.__suppress_context__
+    for other in (UserError("other"), KeyError("other"), KeyboardInterrupt()):
+        with pytest.raises(type(other)), Trials(tmp_path, METRICS):
+            raise other
+
+
+def test_a_heartbeat_that_fails_is_no_error(opened, tmp_path):
+    trials = opened()
+    trials._storage.engine.dispose()
+    (tmp_path / "out" / DATABASE).unlink()
+    (tmp_path / "out" / DATABASE).mkdir()
+    trials._storage.record_heartbeat(0)
+    with pytest.raises(StorageInternalError):
+        trials.of()
 
 
 def test_a_study_of_something_else_is_refused(opened, tmp_path):
