@@ -49,7 +49,7 @@ class _Steps(Listener):
     """Passes on what concerns the steps of a fit; the stages are the study's own."""
 
     def __init__(self, listener: Listener) -> None:
-        for name in ("features", "note", "ready", "step", "fitted"):
+        for name in ("features", "note", "ready", "step", "evaluated", "fitted"):
             setattr(self, name, getattr(listener, name))
 
 

@@ -236,10 +236,9 @@ def run_study(
         output: Folder for the fits, which are run folders.
         results: The table (CSV); None is `results.csv` in the output.
         work: Make what is missing; otherwise what is there is taken.
-        storage: URL of a database (`sqlite:///FILE`, `postgresql+psycopg://...`); None is a file in
-            the output.
-        study_name: In the database; None is the output's name.
-        heartbeat: See `Trials`.
+        storage: See `Trials`, as of the next two.
+        study_name: Its `name`.
+        heartbeat: Seconds.
         progress: Told of stages and steps.
 
     Raises:

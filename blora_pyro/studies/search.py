@@ -13,7 +13,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from blora_pyro.declarations import check_names, declarations, is_number, value_types
+from blora_pyro.declarations import check_names, declarations, value_types
 from blora_pyro.errors import Interrupted, UserError, check_positive
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.guides import describe_prior, with_prior_arguments
@@ -107,13 +107,7 @@ def errors_of(fit: Mapping[str, Any]) -> tuple[float, float]:
 def ranges_of(search: Mapping[str, tuple[float, float]], options: Mapping[str, Any]) -> Ranges:
     """Return what is to be searched, checked against the options of the fits.
 
-    Args:
-        search: An option of a fit that is a number, or an argument of the prior -> lowest and
-            highest value.
-        options: Of `FitConfig`.
-
-    Raises:
-        UserError: If a range is none, the prior has no such argument, or a value is given, too.
+    In `search` an option of a fit that is a number, or an argument of the prior, has a range.
     """
     prior = options.get("prior", FitConfig.prior)
     arguments = [one.name for one in describe_prior(prior)[1]]
@@ -137,11 +131,7 @@ def ranges_of(search: Mapping[str, tuple[float, float]], options: Mapping[str, A
 
 
 def _is_searched_option(name: str) -> bool:
-    return (
-        name in declarations(FitConfig)
-        and is_number(FitConfig, name)
-        and float in value_types(FitConfig, name)
-    )
+    return name in declarations(FitConfig) and float in value_types(FitConfig, name)
 
 
 def _one_name(name: str) -> str:
@@ -168,9 +158,7 @@ def with_values(options: Mapping[str, Any], values: Mapping[str, float]) -> dict
 def dev_config(options: Mapping[str, Any], ranges: Ranges) -> FitConfig:
     """Return the configuration by which dev sets are read: a fit at the lowest values.
 
-    Raises:
-        UserError: If no fit could be made at the lowest or the highest ones, or there are no
-            backward sets.
+    Refused if no fit could be made at the lowest or the highest ones, or nothing can be forgotten.
     """
     lowest, highest = ({name: ends[end] for name, ends in ranges.items()} for end in (0, 1))
     with_prior_arguments(FitConfig(**with_values(options, highest)))
@@ -192,21 +180,14 @@ def dev_config(options: Mapping[str, Any], ranges: Ranges) -> FitConfig:
 
 
 def agreed_options(config: FitConfig, ranges: Ranges) -> dict[str, Any]:
-    """Return what all processes of one search must agree on, as JSON has it.
-
-    Args:
-        config: Of `dev_config`.
-        ranges: What is searched.
-    """
-    content = config.to_json()
+    """Return what all processes of one search must agree on, as JSON has it; see `dev_config`."""
     searched = {*ranges, "scale"} if "prior_scale" in ranges else {*ranges}
-    content["prior_args"] = {
-        name: value for name, value in content["prior_args"].items() if name not in searched
-    }
-    content = {
-        name: value for name, value in content.items() if name not in (*MACHINE_OPTIONS, *ranges)
-    }
-    return {**content, "search": {name: list(ends) for name, ends in ranges.items()}}
+    content = config.to_json()
+    arguments = {name: one for name, one in content["prior_args"].items() if name not in searched}
+    left_out = {*MACHINE_OPTIONS, *ranges}
+    content = {name: value for name, value in content.items() if name not in left_out}
+    ends = {name: list(ends) for name, ends in ranges.items()}
+    return {**content, "prior_args": arguments, "search": ends}
 
 
 # ---- running it
@@ -225,11 +206,7 @@ class _Searcher:
     base_fits: BaseFits | None = None
 
     def settle(self) -> None:
-        """Keep the options that the search is begun with, or check that they are those.
-
-        Raises:
-            UserError: If one is another.
-        """
+        """Keep the options that the search is begun with, or refuse others."""
         wanted = json.loads(json.dumps(agreed_options(self.config, self.ranges)))
         study = self.trials.study
         begun = self.trials.of()  # before the options, which are set before a trial
@@ -375,11 +352,10 @@ def sweep(
         trials: How many are to be finished in all, those of earlier calls among them.
         search: An option that is a number, or an argument of the prior -> lowest and highest value,
             above 0; None is `SEARCH`, and with `prior_from` its beta alone.
-        storage: URL of a database (`sqlite:///FILE`, `postgresql+psycopg://...`); None is the file
-            `study.db` in the output.
-        study_name: In the database; None is the output's name.
+        storage: See `Trials`, as of the next two.
+        study_name: Its `name`.
+        heartbeat: Seconds.
         timeout: Seconds after which no further trial begins.
-        heartbeat: See `Trials`.
         dry_run: Load the base and the dev sets, so that all checks are made, and fit nothing.
         progress: Told of stages and steps.
 

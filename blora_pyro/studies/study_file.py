@@ -105,15 +105,9 @@ def search_of(
 
 
 def study_of(content: Mapping[str, Any], where: str, code: Sequence[str] = ()) -> Study:
-    """Return the study that a study file defines.
+    """Return the study that the content of a study file defines; refuse what can't be.
 
-    Args:
-        content: Of `read_study_file`.
-        where: The file, for messages.
-        code: Files of code (of a prior or guide) that it may name: whoever runs it names them, too.
-
-    Raises:
-        UserError: If something in it can't be.
+    `code` are the files of a prior or guide that it may name: whoever runs it names them, too.
     """
     options = dict(content.get("options", {}))
     data = named_sources(content.get("data", ()))
@@ -177,12 +171,9 @@ def short_study(
         seeds: Of the fits.
         settings: UTTERANCESxSTEPS.
         row: The only candidate, METHOD:VALUE, that is scored, without any choosing.
-        only_choose: Stop after the choice on the dev sets.
-        neighbours: Also score the values next to the chosen one on the test sets.
+        only_choose: See `Study`.
+        neighbours: See `Study`.
         options: Of `FitConfig`, for all fits.
-
-    Raises:
-        UserError: If one of them can't be.
     """
     given = dict(options or {})
     sources = named_sources(data)
