@@ -140,7 +140,7 @@ def test_a_search_is_read_from_a_file():
         "search": {"trials": 5, "beta": [1e-6, 1e-3]},
     }
     options, ranges, about = search_of(content, "mine.toml")
-    assert options == {"base": "pocket", "data": ["de-en"], "seed": 3, "rank": 4}
+    assert options == {"data": ["de-en"], "seed": 3, "rank": 4}
     assert (ranges, about) == ({"beta": (1e-6, 1e-3)}, {"trials": 5})
 
 
