@@ -27,6 +27,7 @@ from blora_pyro.metrics.bootstrap import (
 from blora_pyro.metrics.normalizers import NORMALIZERS, Normalizer
 from blora_pyro.models import Base
 from blora_pyro.transcription import transcribe_features
+from blora_pyro.transcription.safeguards import is_loop
 
 TAG_CHARACTERS, PRIVATE_USE = range(0xE0020, 0xE0080), range(0xF0000, 0x10FFFE)
 COUNTERS = {"wer": wer_counts, "mer": mer_counts, "cer": cer_counts}
@@ -59,10 +60,16 @@ class Evaluation:
         """Counts of the main measure."""
         return self.counts[self.metric]
 
+    @property
+    def loops(self) -> int:
+        """The number of hypotheses that repeat themselves, as they were before normalising."""
+        return sum(map(is_loop, (self.raw or self).hypotheses))
+
     def summary(self) -> dict[str, object]:
         """Rates as fractions with 95% bootstrap intervals over utterances, for JSON."""
         rates = {name: rate_summary([self], name) for name in self.counts}
-        return {"metric": self.metric, "utterances": len(self.references), **rates}
+        about = {"utterances": len(self.references), "loops": self.loops}
+        return {"metric": self.metric, **about, **rates}
 
 
 def rate_summary(sets: Sequence[Evaluation], measure: str | None = None) -> dict[str, Any]:

@@ -113,8 +113,8 @@ class BaseOptions:
     local_files_only: bool = option("Look for a Hub id in the Hub's local cache alone.", False)
     device: str = option("A torch device: cpu, cuda, cuda:1, ...", "cpu")
     trim_audio: bool = option(
-        "Cut every batch after its longest utterance, in the fit and wherever the run is used; "
-        "faster, not exact.",
+        "Cut every batch of the fit after its longest utterance; faster, not exact. Scores and "
+        "transcripts are of full windows all the same.",
         False,
     )
 

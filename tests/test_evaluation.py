@@ -235,6 +235,12 @@ def test_summary_is_json_also_where_no_utterance_has_points_of_interest():
     json.loads(json.dumps(summary), parse_constant=refuse)
 
 
+def test_hypotheses_that_repeat_themselves_are_counted_as_loops():
+    loop = "Please wait while I connect your call. " * 6
+    result = score(texts_of(["a", "b", "c"], ["en"] * 3), ["a", loop, "wait, wait"])
+    assert result.loops == result.summary()["loops"] == 1
+
+
 def test_the_macro_average_weighs_sets_alike():
     small, large = made([1, 1], [2, 2]), made([0] * 50, [9] * 50)
     assert rate_summary([small, large]) == {"rate": 0.25, "interval": [0.25, 0.25]}

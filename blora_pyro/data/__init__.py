@@ -1,6 +1,6 @@
 """Manifests, audio, features, prompts and batches, and the built-in pocket corpora."""
 
-from blora_pyro.data.audio import SAMPLING_RATE, read_audio
+from blora_pyro.data.audio import SAMPLING_RATE, read_audio, stream_audio
 from blora_pyro.data.collation import IGNORED, Batch, Examples, SoftTargets, batch_indices
 from blora_pyro.data.containers import AUDIO_SUFFIXES
 from blora_pyro.data.feature_cache import Digests
@@ -11,6 +11,7 @@ from blora_pyro.data.features import (
     decode_row,
     duration_notes,
     featurise,
+    sounding_frames,
     trim,
     usable_cores,
 )
@@ -76,8 +77,10 @@ __all__ = [
     "read_audio",
     "read_manifest",
     "row_batches",
+    "sounding_frames",
     "split_names",
     "stop",
+    "stream_audio",
     "stream_split",
     "text_ids",
     "trim",

@@ -112,6 +112,29 @@ def decode_audio(
     return DecodedAudio(name, wave, rate, channels, _check_samples(name, wave))
 
 
+def stream_audio(audio: Mapping[str, Any], sampling_rate: int = SAMPLING_RATE) -> Iterator[Wave]:
+    """Yield the samples of `read_audio` of a file in blocks, (samples,) each.
+
+    Raises:
+        UserError: where `read_audio` would; what comes late in the file is found late.
+    """
+    name = audio_name(audio)
+    with _opened(audio) as sound:
+        resampler = soxr.ResampleStream(sound.rate, sampling_rate, 1)
+        waiting: list[Wave] = []
+        for _, block in sound.blocks():
+            with np.errstate(invalid="ignore", over="ignore"):  # not finite then, and refused
+                waiting.append(block.mean(axis=1))
+            if sum(map(len, waiting)) >= sound.rate:  # FFmpeg's blocks are short
+                wave, waiting = np.concatenate(waiting), []
+                _check_samples(name, wave)
+                yield resampler.resample_chunk(wave)
+        wave = np.concatenate(waiting) if waiting else np.zeros(0, np.float32)
+        if waiting or not sound.position:
+            _check_samples(name, wave)
+        yield resampler.resample_chunk(wave, last=True)
+
+
 def audio_name(audio: Mapping[str, Any]) -> str:
     """Return the name of audio in messages."""
     return printable(audio.get("path") or "audio without a path")

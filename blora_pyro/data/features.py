@@ -126,10 +126,17 @@ def trim(features: Tensor) -> Tensor:
 
     Takes (batch, mels, frames), all frames of a window; returns a view of an even number of them.
     """
-    frames = features.shape[-1]
-    is_sound = (features > features.amin((1, 2), keepdim=True)).any(1).any(0)
-    end = MARGIN + (int(is_sound.nonzero().max()) + 1 if is_sound.any() else 0)
-    return features[..., : min(end + end % 2, frames)]
+    end = MARGIN + int(sounding_frames(features).max())
+    return features[..., : min(end + end % 2, features.shape[-1])]
+
+
+def sounding_frames(features: Tensor) -> Tensor:
+    """Return the frames up to the end of what sounds, (batch,), of log-mels as `trim` takes them.
+
+    0 is a window of zeros.
+    """
+    is_sound = (features > features.amin((1, 2), keepdim=True)).any(1)
+    return (is_sound * torch.arange(1, features.shape[-1] + 1, device=features.device)).amax(1)
 
 
 def load_features(

@@ -4,7 +4,7 @@
 - `likelihood`: how Whisper scores a batch; `encoder`: its encoder in two parts;
 - `tempering`: beta; `estimators`: how the noise of a draw reaches the tokens of a batch;
 - `base`, `folders`: a Whisper with its tokenizer and features, and its files;
-- `decoding`: a window of audio to tokens.
+- `decoding`: a window of audio to tokens; `logits`: what is done with each row's.
 """
 
 from blora_pyro.models.base import DTYPES, Base, base_of, check_device, check_dtype, load_base

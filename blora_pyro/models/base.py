@@ -49,7 +49,6 @@ class Base:
     Attributes:
         name: The name that the user gave.
         folder: The folder that it was loaded from, or None.
-        trim_audio: Whether batches are cut after their longest utterance.
     """
 
     name: str
@@ -57,7 +56,6 @@ class Base:
     tokenizer: WhisperTokenizer
     feature_extractor: WhisperFeatureExtractor
     folder: Path | None = None
-    trim_audio: bool = False
 
     @quiet_transformers()
     def save_pretrained(self, folder: Path) -> None:
@@ -253,10 +251,9 @@ def check_finite(what: str, net: nn.Module) -> None:
 
 def base_of(options: BaseOptions) -> Base:
     """Load the base model of a configuration; see `load_base`."""
-    base = load_base(
+    return load_base(
         options.base, options.device, options.dtype, options.revision, options.local_files_only
     )
-    return replace(base, trim_audio=options.trim_audio)
 
 
 def _check_parts(base: Base, report: dict[str, Any]) -> None:

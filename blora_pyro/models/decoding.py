@@ -1,6 +1,6 @@
 """Decoding of one window of audio by transformers' `generate`, and scores of tokens."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
-from blora_pyro.data import trim
 from blora_pyro.models import encoder
 from blora_pyro.models.base import Base
 from blora_pyro.models.folders import quiet_transformers
+from blora_pyro.models.logits import Limit, Sample, Sampling, Spell
 
 TIME_PRECISION = 0.02  # seconds between two timestamp tokens
 NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")  # two names of one token, below <|notimestamps|>
@@ -62,18 +63,40 @@ def timestamp_begin(base: Base) -> int | None:
     return last + 1 if base.net.config.vocab_size > last + needed else None
 
 
+def text_of(base: Base, tokens: Sequence[int]) -> str:
+    """Return the text of tokens, without timestamps and special tokens."""
+    begin = timestamp_begin(base)
+    kept = [token for token in tokens if begin is None or token < begin]
+    return base.tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+
 @torch.inference_mode()
 def encode(base: Base, features: Tensor) -> Tensor:
     """Return the encoder's states, (batch, positions, width), of log-mels (batch, mels, frames)."""
-    features = trim(features) if base.trim_audio else features
     return encoder.encode(base.net, features.to(base.net.device))
 
 
 @torch.inference_mode()
-def decode(base: Base, encoded: Tensor, prompts: Prompts) -> list[list[int]]:
-    """Return greedy transcripts as tokens, without the prompts and the end token."""
+def decode(
+    base: Base,
+    encoded: Tensor,
+    prompts: Prompts,
+    limits: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
+) -> list[list[int]]:
+    """Return transcripts as tokens, without the prompts and the end token.
+
+    Args:
+        base: The net.
+        encoded: Of `encode`.
+        prompts: Of all transcripts, of one length.
+        limits: The most tokens that each may have; None is what the decoder has room for.
+        sampling: None is greedy.
+    """
     with _without_thresholds(base), quiet_transformers():
-        found = base.net.generate(return_timestamps=False, **_options(base, encoded, prompts))
+        found = base.net.generate(
+            return_timestamps=False, **_options(base, encoded, prompts, limits, sampling)
+        )
     end = base.net.config.eos_token_id  # also the padding
     rows = found[:, len(prompts[0]) :].tolist()
     return [[token for token in row if token != end] for row in rows]
@@ -81,17 +104,19 @@ def decode(base: Base, encoded: Tensor, prompts: Prompts) -> list[list[int]]:
 
 @torch.inference_mode()
 def decode_timed(
-    base: Base, encoded: Tensor, prompts: Prompts, temperature: float = 0.0
+    base: Base,
+    encoded: Tensor,
+    prompts: Prompts,
+    limits: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
 ) -> list[list[Piece]]:
     """Return transcripts in pieces with their times; prompts are without `<|notimestamps|>`.
 
-    An unfinished piece after the last pair of timestamps is left out.
+    An unfinished piece after the last pair of timestamps is left out. Arguments as in `decode`.
     """
-    options = _options(base, encoded, prompts)
+    options = _options(base, encoded, prompts, limits, sampling)
     with _without_thresholds(base), quiet_transformers():
-        found = base.net.generate(
-            return_timestamps=True, return_segments=True, temperature=temperature, **options
-        )
+        found = base.net.generate(return_timestamps=True, return_segments=True, **options)
     return [
         [Piece(float(one["start"]), float(one["end"]), one["tokens"].tolist()) for one in row]
         for row in found["segments"]
@@ -119,19 +144,91 @@ def allowing(net: nn.Module, tokens: Iterable[int]) -> Iterator[None]:
             setattr(settings, name, value)
 
 
-def _options(base: Base, encoded: Tensor, prompts: Prompts) -> dict[str, Any]:
+@torch.inference_mode()
+def time_pieces(
+    base: Base,
+    encoded: Tensor,
+    prompts: Prompts,
+    transcripts: Sequence[Sequence[int]],
+    breaks: Sequence[Collection[int]],
+    ends: Sequence[float],
+) -> list[list[Piece]]:
+    """Return transcripts, which stay as they are, in pieces with their times.
+
+    The model adds timestamps to the tokens that are given: greedily, by Whisper's rules for them.
+
+    Args:
+        base: A net with timestamps.
+        encoded: Of `encode`.
+        prompts: Without `<|notimestamps|>`.
+        transcripts: Tokens of text.
+        breaks: How many tokens of each transcript there may be before a timestamp inside of it.
+        ends: Seconds at which the audio of each ends.
+    """
+    begin, end = timestamp_begin(base), int(base.net.config.eos_token_id)
+    assert begin is not None
+    options = _options(base, encoded, prompts)
+    last = [begin + int(seconds / TIME_PRECISION) for seconds in ends]
+    spell = Spell(len(prompts[0]), transcripts, breaks, begin, last, end)
+    with _without_thresholds(base), quiet_transformers():
+        found = base.net.generate(
+            return_timestamps=True,
+            return_dict_in_generate=True,
+            logits_processor=[spell],
+            **options,
+        )
+    rows = found.sequences[:, len(prompts[0]) :].tolist()
+    return [
+        _pieces(row, tokens, begin, seconds)
+        for row, tokens, seconds in zip(rows, transcripts, ends, strict=True)
+    ]
+
+
+def _pieces(timed: Sequence[int], tokens: Sequence[int], begin: int, seconds: float) -> list[Piece]:
+    """Return all tokens, in pieces between the timestamps among those that are `timed`."""
+    pieces: list[Piece] = []
+    start, taken, count = 0.0, 0, 0
+    for token in timed:
+        if token < begin:
+            count = min(count + 1, len(tokens))  # then end tokens follow
+        else:
+            time = (token - begin) * TIME_PRECISION
+            if count > taken:
+                pieces.append(Piece(start, time, list(tokens[taken:count])))
+                taken = count
+            start = time
+    if taken < len(tokens):  # without a timestamp after it
+        if start >= seconds:  # nor time for it
+            start, taken = (pieces[-1].start, taken - len(pieces[-1].tokens)) if pieces else (0, 0)
+            pieces = pieces[:-1]
+        pieces.append(Piece(start, seconds, list(tokens[taken:])))
+    return pieces
+
+
+def _options(
+    base: Base,
+    encoded: Tensor,
+    prompts: Prompts,
+    limits: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
+) -> dict[str, Any]:
     # A code-switched prompt has two language tokens, so that prompts are given as tokens; with a
     # `language` as well `generate` does not detect one first.
     settings = base.net.generation_config
     known = settings.lang_to_id if getattr(settings, "is_multilingual", False) else None
-    return {
+    options: dict[str, Any] = {
         "encoder_outputs": BaseModelOutput(last_hidden_state=encoded),
         "decoder_input_ids": torch.tensor([list(p) for p in prompts], device=encoded.device),
         "language": next(iter(known)) if known else None,
         "do_sample": False,
         "num_beams": 1,
+        "temperature": 0.0,
         "force_unique_generate_call": True,  # this window alone
     }
+    processors: list[LogitsProcessor] = [] if sampling is None else [Sample(sampling)]
+    if limits is not None:
+        processors.append(Limit(len(prompts[0]), limits, int(base.net.config.eos_token_id)))
+    return options | ({"logits_processor": processors} if processors else {})
 
 
 @contextmanager

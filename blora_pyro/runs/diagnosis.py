@@ -108,7 +108,7 @@ def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draw
             base.net.config.max_target_positions,
             language=config.language,
             on_bad=on_bad,
-            trim=base.trim_audio,
+            trim=config.trim_audio,
         )
         value = fit_khat(posterior, base, examples, beta, draws)
     except UserError as error:

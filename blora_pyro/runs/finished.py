@@ -186,7 +186,6 @@ def transcribe(
     domain: str | None = None,
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
     on_error: Callable[[int, UserError], None] | None = None,
-    timestamps: bool = False,
     batch_size: int = 16,
     samples: int = 0,
     seed: int = 0,
@@ -213,8 +212,7 @@ def transcribe(
         on_transcript: Called with each file's index and transcript, in order.
         on_error: Called with the index of a file that can't be read and the error; the file is left
             out. None raises.
-        timestamps: See `Transcriber`, as the three that follow.
-        batch_size: Windows transcribed at once.
+        batch_size: Windows transcribed at once; see `Transcriber`, as the two that follow.
         samples: Posterior draws for word confidences; 0 is none.
         seed: Seed of the draws.
 
@@ -258,7 +256,6 @@ def transcribe(
         posterior,
         None if code == "auto" else code,
         task or config.task,
-        timestamps=timestamps,
         batch_size=batch_size,
         samples=samples,
         seed=seed,

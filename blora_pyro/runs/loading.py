@@ -114,7 +114,7 @@ class Loader:
             self.base.net.config.max_target_positions,
             language=language or self.config.language,
             suppressed=Suppressed.of(self.base.net.generation_config),
-            trim=self.base.trim_audio,
+            trim=self.config.trim_audio,
             on_bad=on_bad,
             on_progress=functools.partial(self.on_progress, f"{', '.join(sources)} {split}"),
             on_note=self.on_note,
@@ -153,7 +153,7 @@ class Loader:
             suppressed=Suppressed.of(self.base.net.generation_config),
             buffer=self.config.shuffle_buffer or SHUFFLE_BUFFER,
             seed=self.config.seed,
-            trim=self.base.trim_audio,
+            trim=self.config.trim_audio,
             on_bad=self._on_bad([describe_source(source)], "train", on_skipped),
         )
 

@@ -65,6 +65,7 @@ class Metrics(TypedDict, total=False):
     """The content of `metrics.json`; see `compare` and `prune_run`."""
 
     normalizer: str
+    heard: str
     split: str
     adapter: str
     sets: dict[str, str]
@@ -99,7 +100,12 @@ def check_metrics(metrics: dict[str, Any]) -> None:
     for one in sets:
         for state in (one["base"], one["adapted"]):
             rates = [state.get(name) for name in one["change"]]
-            if not conforms(rates, list[Rate]) or state.get("metric") not in [*one["change"]]:
+            is_count = conforms(state.get("loops", 0), int)
+            if (
+                not is_count
+                or not conforms(rates, list[Rate])
+                or state.get("metric") not in [*one["change"]]
+            ):
                 raise ValueError(f"a set has {reason(ValueError(state), 60)}")
 
 

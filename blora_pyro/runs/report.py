@@ -124,15 +124,21 @@ def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Pa
         for index, measure in enumerate(domain["change"]):
             rates = [domain[state][measure] for state in STATES]
             _add_rates(table, "" if index else name, measure, rates)
+        _add_loops(table, domain)
         table.add_section()
     for name, both in metrics["backward"].items():
         measure = both["base"]["metric"]
         _add_rates(table, f"backward {name}", measure, [both[state][measure] for state in STATES])
+        _add_loops(table, both)
     if average := metrics.get("backward_error"):
         _add_rates(table, "backward average", "", [average[state] for state in STATES])
+    measured = domains | {f"backward {name}": both for name, both in metrics["backward"].items()}
+    notes = list(_above_all(measured, states))
+    if heard := metrics.get("heard"):  # runs of old versions do not say it
+        notes.append(f"heard: {heard}")
     if not (normalizer := metrics.get("normalizer")):  # runs of old versions had no choice
-        return [table]
-    return [table, f"normalizer: {normalizer}; raw is without it, shown where that differs"]
+        return [table, *notes]
+    return [table, *notes, f"normalizer: {normalizer}; raw is without it, shown where that differs"]
 
 
 def _add_rates(table: Table, name: str, measure: str, rates: Sequence[Mapping[str, Any]]) -> None:
@@ -142,6 +148,23 @@ def _add_rates(table: Table, name: str, measure: str, rates: Sequence[Mapping[st
     raw = [Percent.of(rate["raw"]) for rate in rates] if all("raw" in one for one in rates) else []
     if raw and [*map(str, raw)] != [*map(str, cells)]:
         table.add_row("", f"raw {measure.upper()}".strip(), *raw, emphasis="dim")
+
+
+def _add_loops(table: Table, both: Mapping[str, Any]) -> None:
+    """Add a row with the number of transcripts that repeat themselves, if there are any."""
+    counts = [both[state].get("loops", 0) for state in STATES[:2]]
+    if any(counts):
+        texts = [f"{count} loop{'s' * (count != 1)}" for count in counts]
+        table.add_row("", "", *texts, f"{counts[1] - counts[0]:+d}", emphasis="dim")
+
+
+def _above_all(sets: Mapping[str, Mapping[str, Any]], states: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each set of which a state has more errors than there is to say."""
+    for name, both in sets.items():
+        for state, shown in zip(STATES, states, strict=False):
+            rate = both[state][both[state]["metric"]]["rate"]
+            if rate is not None and rate > 1:
+                yield f"above 100%: {shown} on {name}, which makes up more than was said"
 
 
 class AlignedText:

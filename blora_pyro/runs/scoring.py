@@ -32,6 +32,7 @@ from blora_pyro.transcription import transcribe_features
 
 NEW_DOMAIN = "new_domain"
 OTHER_DATA = "data"  # a set that a run was given to be scored on, and no set of its fit
+HEARD = "in full windows, with Whisper's safeguards"  # up to 0.2.0 without, and maybe trimmed
 SPLITS = ("test", "dev")
 DEV_SPLITS = ("dev", "validation")  # the second is what data sets of the Hub call it
 
@@ -297,6 +298,7 @@ def compare(
     """
     metrics: dict[str, Any] = {
         "normalizer": config.normalizer,
+        "heard": HEARD,
         "split": split,
         "adapter": posterior.fingerprint,
         "sets": {name: one.examples for name, one in before.items()},

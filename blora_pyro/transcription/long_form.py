@@ -1,47 +1,36 @@
 """Decoding of recordings of any length, window by window, batched across recordings.
 
-A recording that fits the model's window is decoded at once, as in evaluation. A longer one takes
-several windows: with a model that has timestamp tokens each begins where the last complete segment
-ended, as in OpenAI's decoder; otherwise the audio is cut at its pauses.
+A recording that fits the model's window is decoded at once, as in evaluation, and a model with
+timestamp tokens then says when its parts were spoken. A longer one takes several windows: with such
+a model each begins where the last complete segment ended, as in OpenAI's decoder; otherwise the
+audio is cut at its pauses.
 
 transformers' own long-form `generate` is not used, because its prompt has room for one language and
 code-switched speech has two. Here every window is a call of `generate` with its whole prompt.
 """
 
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from blora_pyro.data import featurise, prompt_ids
+from blora_pyro.languages import join_texts
 from blora_pyro.models import Base
 from blora_pyro.models.decoding import (
-    Piece,
-    decode,
-    decode_timed,
     detect_languages,
     encode,
-    score_tokens,
+    text_of,
+    time_pieces,
     timestamp_begin,
 )
-from blora_pyro.transcription.windows import Recording, Window, batched
+from blora_pyro.transcription.safeguards import decode_safely, hearings
+from blora_pyro.transcription.windows import Recording, Span, Window, batched
 
-# OpenAI's temperature fallback: a window whose transcript is too repetitive or too unlikely is
-# sampled again at the next temperature, and dropped if it is probably silence.
-DECODING_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-MAX_COMPRESSION = 2.4  # zlib ratio of the text
-MIN_LOG_PROB = -1.0  # nats per token
-MAX_NO_SPEECH = 0.6  # probability of no speech
+BATCHES_IN_MEMORY = 8  # recordings are read, and windows kept, for so many batches at a time
 
 ENGLISH = "en"
-
-
-def text_of(base: Base, tokens: Sequence[int]) -> str:
-    """The text of tokens, without timestamps and special tokens."""
-    begin = timestamp_begin(base)
-    kept = [token for token in tokens if begin is None or token < begin]
-    return base.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
 @dataclass
@@ -51,90 +40,112 @@ class LongFormDecoder:
     base: Base
     language: str | None = None
     task: str = "transcribe"
-    timestamps: bool = False
     batch_size: int = 16
+    seed: int = 0
 
-    def decode(self, recordings: Sequence[Recording]) -> list[list[Window]]:
-        """The windows of every recording, in order, with their transcripts.
+    def decode(self, recordings: Sequence[Recording]) -> Iterator[list[Window]]:
+        """Yield windows with their transcripts, those of a recording in order.
 
         Raises:
-            UserError: If the tokenizer lacks the language or the task.
+            UserError: If the tokenizer lacks the language or the task, or a recording's file can't
+                be read.
         """
         begin = timestamp_begin(self.base)
         length: float = self.base.feature_extractor.chunk_length
-        timed = [
-            begin is not None and (self.timestamps or recording.duration > length)
-            for recording in recordings
-        ]
+        timed = [begin is not None and one.duration > length for one in recordings]
         todo = [
             one.span_from(0, length) if by_time else one.fixed_spans(length)
             for one, by_time in zip(recordings, timed, strict=True)
         ]
-        decoded: list[list[Window]] = [[] for _ in recordings]
+        known: dict[int, tuple[str, list[int]]] = {}  # language and prompt, by recording
+        if code := self._given_language:
+            known = {i: (code, self._prompt_of(code, by_time)) for i, by_time in enumerate(timed)}
         while any(todo):
-            # A recording's first window comes alone, because it may detect the language.
-            now = [row[: None if decoded[i] else 1] for i, row in enumerate(todo)]
-            todo = [row[len(taken) :] for row, taken in zip(todo, now, strict=True)]
-            spans = [(i, span) for i, row in enumerate(now) for span in row]
+            # Of a recording whose language is yet to be detected one window comes alone.
+            one_at_most = [
+                0 if not row else len(row) if i in known else 1 for i, row in enumerate(todo)
+            ]
+            spans: list[tuple[int, Span]] = []
+            for i, count in enumerate(one_at_most):
+                taken = min(count, max(1, BATCHES_IN_MEMORY * self.batch_size - len(spans)))
+                spans += [(i, span) for span in todo[i][:taken]]
+                todo[i] = todo[i][taken:]
             waves = ((recordings[i].name, recordings[i].wave[slice(*span)]) for i, span in spans)
             features = featurise(waves, self.base.feature_extractor)
             windows = [
-                Window(i, span, mels, timed[i])
+                Window(i, span, mels, timed[i], *known.get(i, ()))
                 for (i, span), mels in zip(spans, features, strict=True)
             ]
-            for window in windows:
-                if before := decoded[window.recording]:
-                    window.language, window.prompt = before[0].language, before[0].prompt
             self._decode(windows)
             for window in windows:
-                decoded[window.recording].append(window)
+                if window.prompt:
+                    known.setdefault(window.recording, (window.language, window.prompt))
                 if window.timed:
                     recording, first = recordings[window.recording], window.next_sample(begin or 0)
                     todo[window.recording] = recording.span_from(first, length)
-        return decoded
+            yield windows
 
     def _decode(self, windows: Sequence[Window]) -> None:
-        """Fill in language, prompt and pieces."""
-        for batch, features in batched(windows, self.batch_size, lambda window: window.seconds):
+        """Fill in language, prompt and pieces; a window in which nothing can be heard has none."""
+        heard = hearings(self.base, torch.stack([one.features for one in windows]), self.seed)
+        by_window = {
+            one: hearing
+            for one, hearing in zip(windows, heard, strict=True)
+            if not hearing.is_silent
+        }
+        for batch, features in batched(list(by_window), self.batch_size, lambda one: one.seconds):
             encoded = encode(self.base, features)
-            self._prompt(batch, encoded)
-            if batch[0].timed:
-                self._decode_timed(batch, encoded)
-                continue
-            rows = decode(self.base, encoded, [window.prompt for window in batch])
-            for window, tokens in zip(batch, rows, strict=True):
-                window.pieces = [Piece(0.0, window.seconds, tokens)]
+            self._detect(batch, encoded)
+            prompts = [one.prompt for one in batch]
+            ends = [one.seconds for one in batch] if batch[0].timed else None
+            hearing = [by_window[one] for one in batch]
+            rows = decode_safely(self.base, encoded, prompts, hearing, ends)
+            for one, pieces in zip(batch, rows, strict=True):
+                one.pieces = pieces
+            if ends is None and timestamp_begin(self.base) is not None:
+                self._time(batch, encoded)
 
-    def _prompt(self, batch: Sequence[Window], encoded: Tensor) -> None:
-        """Give a prompt to windows without one, in the detected language if none is given."""
-        codes = [self.language or ENGLISH] * len(batch)
+    @property
+    def _given_language(self) -> str | None:
+        """The language of all recordings; None if it is to be detected."""
         multilingual = getattr(self.base.net.generation_config, "is_multilingual", False)
-        if not self.language and multilingual and not all(window.prompt for window in batch):
-            codes = detect_languages(self.base, encoded)
-        for window, code in zip(batch, codes, strict=True):
-            if not window.prompt:
-                prompt = prompt_ids(self.base.tokenizer, code, self.task)
-                window.language = code
-                window.prompt = prompt[:-1] if window.timed else prompt
+        return self.language or (None if multilingual else ENGLISH)
 
-    def _decode_timed(self, batch: Sequence[Window], encoded: Tensor) -> None:
-        """Fill in timed pieces, at the lowest temperature whose transcript is accepted."""
-        todo = list(range(len(batch)))
-        for temperature in DECODING_TEMPERATURES:
-            prompts, states = [batch[i].prompt for i in todo], encoded[todo]
-            rows = decode_timed(self.base, states, prompts, temperature)
-            for i, pieces in zip(todo, rows, strict=True):  # no piece starts after the audio
-                batch[i].pieces = [one for one in pieces if one.start < batch[i].seconds]
-            scores = score_tokens(self.base, states, prompts, [batch[i].tokens for i in todo])
-            failed = []
-            for i, one in zip(todo, scores, strict=True):
-                text = text_of(self.base, batch[i].tokens).encode()
-                is_unlikely = one.mean < MIN_LOG_PROB
-                is_repetitive = len(text) > MAX_COMPRESSION * len(zlib.compress(text))
-                if is_unlikely and one.no_speech > MAX_NO_SPEECH:
-                    batch[i].pieces = []
-                elif batch[i].pieces and (is_unlikely or is_repetitive):
-                    failed.append(i)
-            todo = failed
-            if not todo:
-                return
+    def _prompt_of(self, language: str, timed: bool) -> list[int]:
+        prompt = prompt_ids(self.base.tokenizer, language, self.task)
+        return prompt[:-1] if timed else prompt
+
+    def _detect(self, batch: Sequence[Window], encoded: Tensor) -> None:
+        """Give windows without a prompt one in the language that they are in."""
+        codes = detect_languages(self.base, encoded) if not all(w.prompt for w in batch) else []
+        for window, code in zip(batch, codes, strict=False):
+            if not window.prompt:
+                window.language, window.prompt = code, self._prompt_of(code, window.timed)
+
+    def _time(self, batch: Sequence[Window], encoded: Tensor) -> None:
+        """Divide what was decoded without timestamps into pieces with their times."""
+        begin = timestamp_begin(self.base)
+        said = {
+            row: [token for token in window.tokens if begin is None or token < begin]
+            for row, window in enumerate(batch)
+            if text_of(self.base, window.tokens)
+        }
+        if not said:
+            return
+        prompts = [batch[row].prompt[:-1] for row in said]
+        breaks = [self._breaks(tokens) for tokens in said.values()]
+        ends = [batch[row].seconds for row in said]
+        states, tokens = encoded[list(said)], list(said.values())
+        rows = time_pieces(self.base, states, prompts, tokens, breaks, ends)
+        for row, pieces in zip(said, rows, strict=True):
+            batch[row].pieces = pieces
+
+    def _breaks(self, tokens: Sequence[int]) -> list[int]:
+        """Return after how many tokens a text can be cut so that its parts joined are the text."""
+        whole = text_of(self.base, tokens)
+        return [
+            place
+            for place in range(1, len(tokens))
+            if join_texts([text_of(self.base, tokens[:place]), text_of(self.base, tokens[place:])])
+            == whole
+        ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blora_pyro.data import AUDIO_SUFFIXES
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, printable
 from blora_pyro.files import replace_file
 from blora_pyro.transcription.transcripts import Transcript, srt, vtt
 
@@ -19,6 +19,7 @@ FORMATS: dict[str, tuple[str, Callable[[Transcript], str]]] = {  # suffix and co
     "srt": (".srt", srt),
     "vtt": (".vtt", vtt),
 }
+SHOWN = 3  # names of files that are left out
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,13 @@ class AudioFile:
     name: Path
 
 
-def find_audio(paths: Sequence[str | Path]) -> list[AudioFile]:
+def find_audio(
+    paths: Sequence[str | Path], on_note: Callable[[str], object] = lambda note: None
+) -> list[AudioFile]:
     """The given files, and all audio files in and below the given folders, sorted.
 
-    A missing file is reported only when it is read.
+    A missing file is reported only when it is read; `on_note` is called with a line on the files of
+    a folder that are left out.
 
     Raises:
         UserError: If a folder holds no audio file.
@@ -47,11 +51,17 @@ def find_audio(paths: Sequence[str | Path]) -> list[AudioFile]:
         if not path.is_dir():
             files.append(AudioFile(path, Path(path.name)))
             continue
-        named = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in AUDIO_SUFFIXES)
-        inside = [file for file in named if file.is_file()]
+        all_files = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+        inside = [file for file in all_files if file.suffix.lower() in AUDIO_SUFFIXES]
         if not inside:
             raise UserError(f"folder '{path}' holds no audio file ({', '.join(AUDIO_SUFFIXES)})")
-        files += [AudioFile(file, file.relative_to(path)) for file in inside]
+        if others := [str(file) for file in all_files if file not in set(inside)]:
+            named = ", ".join(map(printable, others[:SHOWN])) + ", ..." * (len(others) > SHOWN)
+            on_note(
+                f"left out of {printable(path)}: {len(others)} not named as audio "
+                f"({', '.join(AUDIO_SUFFIXES)}): {named}"
+            )
+        files += [AudioFile(path / file, file) for file in inside]
     return files
 
 

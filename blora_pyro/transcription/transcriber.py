@@ -4,24 +4,26 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from blora_pyro.data import Features, read_audio
+from blora_pyro.data import SAMPLING_RATE, Features, read_audio, stream_audio
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.models import Base
-from blora_pyro.models.decoding import decode, decode_timed, encode, score_tokens
+from blora_pyro.models.decoding import decode, decode_timed, encode, score_tokens, text_of
 from blora_pyro.posterior import Posterior
 from blora_pyro.transcription.confidence import Speller, Spelling, Tally
-from blora_pyro.transcription.long_form import LongFormDecoder, text_of
+from blora_pyro.transcription.long_form import BATCHES_IN_MEMORY, LongFormDecoder
+from blora_pyro.transcription.safeguards import decode_safely, hearings
+from blora_pyro.transcription.streams import StreamedWave
 from blora_pyro.transcription.transcripts import Segment, Transcript, Word
 from blora_pyro.transcription.windows import Recording, Window, batched
 
 BATCH_SIZE = 64  # in evaluation
-BATCHES_IN_MEMORY = 8  # recordings are read for so many batches at a time
+LONG = 600  # seconds that a recording has in memory at most
 
 Words = Mapping[Window, list[tuple[Word, ...]]]  # words of each piece, by window
 
@@ -32,7 +34,10 @@ def transcribe_features(
     prompts: Sequence[Sequence[int]],
     batch_size: int = BATCH_SIZE,
 ) -> list[str]:
-    """Greedy transcripts of log-mels (n, mels, frames), each with its own prompt, in order."""
+    """Transcripts of log-mels (n, mels, frames), each with its own prompt, in order.
+
+    Each is what `Transcriber` says of the same sound; see `safeguards`.
+    """
     texts = [""] * len(prompts)
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
@@ -40,10 +45,15 @@ def transcribe_features(
     for indices in by_length.values():
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
-            encoded = encode(base, features[chosen])
-            decoded = decode(base, encoded, [prompts[index] for index in chosen])
-            for index, tokens in zip(chosen, decoded, strict=True):
-                texts[index] = text_of(base, tokens)
+            heard = hearings(base, features[chosen])
+            audible = [i for i, one in zip(chosen, heard, strict=True) if not one.is_silent]
+            if not audible:
+                continue
+            encoded = encode(base, features[audible])
+            known = [one for one in heard if not one.is_silent]
+            rows = decode_safely(base, encoded, [prompts[index] for index in audible], known)
+            for index, pieces in zip(audible, rows, strict=True):
+                texts[index] = "".join(text_of(base, piece.tokens) for piece in pieces)
     return texts
 
 
@@ -57,18 +67,15 @@ class Transcriber:
         language: A code, or "de-en" for code-switched speech; None to detect it in the first window
             of each recording.
         task: "transcribe" or "translate".
-        timestamps: Ask for timestamps even if one window holds the whole recording; ignored for a
-            model without timestamp tokens.
         batch_size: Windows per batch.
         samples: Posterior draws for word confidences; 0 for none.
-        seed: Seed of the draws, and of windows sampled at a temperature, see `long_form`.
+        seed: Seed of the draws, and of windows sampled at a temperature, see `safeguards`.
     """
 
     base: Base
     posterior: Posterior | None = None
     language: str | None = None
     task: str = "transcribe"
-    timestamps: bool = False
     batch_size: int = 16
     samples: int = 0
     seed: int = 0
@@ -94,20 +101,37 @@ class Transcriber:
         Raises:
             UserError: If the tokenizer lacks the language or the task.
         """
-        decoder = LongFormDecoder(
-            self.base, self.language, self.task, self.timestamps, self.batch_size
-        )
-        device = self.base.net.device
-        with self._adapted(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed)  # for windows sampled at a temperature
-            decoded = decoder.decode(recordings)
-        words = self._words([window for row in decoded for window in row]) if self.samples else {}
-        transcripts: list[Transcript] = []
-        for recording, windows in zip(recordings, decoded, strict=True):
-            language = windows[0].language if windows else self.language or ""
-            segments = tuple(one for window in windows for one in self._segments(window, words))
-            transcripts.append(Transcript(recording.name, language, recording.duration, segments))
-        return transcripts
+        languages = [self.language or ""] * len(recordings)
+        segments: list[list[Segment]] = [[] for _ in recordings]
+        for windows in self._decoded(recordings):
+            words = self._words(windows) if self.samples else {}
+            for one in windows:
+                languages[one.recording] = languages[one.recording] or one.language
+                segments[one.recording] += self._segments(one, words)
+        return [
+            Transcript(one.name, language, one.duration, tuple(found))
+            for one, language, found in zip(recordings, languages, segments, strict=True)
+        ]
+
+    def _decoded(self, recordings: Sequence[Recording]) -> Iterator[list[Window]]:
+        """Yield decoded windows; with draws as many at a time as are kept in memory."""
+        rounds = LongFormDecoder(
+            self.base, self.language, self.task, self.batch_size, self.seed
+        ).decode(recordings)
+        waiting: list[Window] = []
+        while True:
+            with self._adapted():
+                windows = next(rounds, None)
+            waiting += windows or []
+            if windows is None or not self.samples or len(waiting) >= self._most_windows:
+                yield waiting
+                waiting = []
+            if windows is None:
+                return
+
+    @property
+    def _most_windows(self) -> int:
+        return BATCHES_IN_MEMORY * self.batch_size
 
     def _adapted(self, draw: Mapping[str, Tensor] | None = None) -> AbstractContextManager[None]:
         """Adapt the net by the posterior mean or by a draw, if there is a posterior."""
@@ -145,11 +169,12 @@ class Transcriber:
         prompts = [window.prompt for window in batch]
         encoded = encode(self.base, features)
         scores = score_tokens(self.base, encoded, prompts, [window.tokens for window in batch])
+        limits = [one.limit for one in hearings(self.base, features)]
         if batch[0].timed:
-            pieces = decode_timed(self.base, encoded, prompts)
+            pieces = decode_timed(self.base, encoded, prompts, limits)
             decoded = [[token for piece in row for token in piece.tokens] for row in pieces]
         else:
-            decoded = decode(self.base, encoded, prompts)
+            decoded = decode(self.base, encoded, prompts, limits)
         for window, one, tokens in zip(batch, scores, decoded, strict=True):
             yield window, one.log_probs, tokens
 
@@ -185,6 +210,15 @@ def transcribe_files(
     return done
 
 
+def _open(path: str | Path) -> Recording:
+    """Return a file's recording, of whose samples few are in memory if it is long."""
+    audio = {"path": str(path)}
+    wave = StreamedWave(str(path), partial(stream_audio, audio))
+    # A short one is resampled as a whole, as for its evaluation.
+    is_long = len(wave) > LONG * SAMPLING_RATE
+    return Recording(str(path), wave if is_long else read_audio(audio))
+
+
 def _groups(
     transcriber: Transcriber,
     paths: Sequence[str | Path],
@@ -197,7 +231,7 @@ def _groups(
     windows = 0
     for index, path in enumerate(paths):
         try:
-            recording = Recording(str(path), read_audio({"path": str(path)}))
+            recording = _open(path)
         except UserError as error:
             if on_error is None:
                 raise
@@ -206,7 +240,7 @@ def _groups(
         indices.append(index)
         recordings.append(recording)
         windows += math.ceil(recording.duration / window)
-        if windows >= BATCHES_IN_MEMORY * transcriber.batch_size:
+        if windows >= transcriber._most_windows:
             yield indices, recordings
             indices, recordings, windows = [], [], 0
     if recordings:

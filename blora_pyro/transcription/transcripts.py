@@ -79,7 +79,8 @@ class Transcript:
 
     Attributes:
         audio: Path of the recording.
-        language: The language given or detected: "de", or "de-en" if code-switched.
+        language: The language given or detected: "de", or "de-en" if code-switched; empty if none
+            is given and nothing can be heard.
         duration: Seconds.
         segments: Non-empty segments, in order.
     """

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ MIN_WINDOW = 0.1  # seconds; a shorter rest of a recording is left out
 
 # Pauses, at which long audio is cut for a model without timestamp tokens
 FRAME = SAMPLING_RATE // 100  # samples: 10 ms
+MINUTE = 60 * SAMPLING_RATE  # samples
 SMOOTHING_FRAMES = 5  # frames that a level is averaged over
 MIN_PAUSE = 0.25  # seconds
 PAUSE_MARGIN = 0.1  # seconds of a pause that are kept on either side of speech
@@ -25,12 +27,22 @@ Span = tuple[int, int]  # first sample and end
 Levels = npt.NDArray[np.float64]
 
 
+class Samples(Protocol):
+    """Samples, (samples,) at 16 kHz: an array, or as good as one, see `streams`."""
+
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    def __getitem__(self, span: slice, /) -> Wave:
+        """Return the samples of a span."""
+
+
 @dataclass(frozen=True, eq=False)
 class Recording:
     """Audio to transcribe: its name, and its samples, (samples,) at 16 kHz."""
 
     name: str
-    wave: Wave
+    wave: Samples
 
     @property
     def duration(self) -> float:
@@ -115,7 +127,7 @@ def batched(
             yield batch, torch.stack([window.features for window in batch])
 
 
-def cut_at_pauses(wave: Wave, window: float) -> list[Span]:
+def cut_at_pauses(wave: Samples, window: float) -> list[Span]:
     """Cut audio into spans that fit the window, at pauses if there are any, by energy alone.
 
     A frame is quiet if it lies below `DEPTH` of the way from the 5th to the 95th percentile of the
@@ -138,13 +150,18 @@ def cut_at_pauses(wave: Wave, window: float) -> list[Span]:
     return [(first * FRAME, min(end * FRAME, len(wave))) for first, end in parts]
 
 
-def _levels(wave: Wave) -> Levels:
+def _levels(wave: Samples) -> Levels:
     """Level of every frame in decibels, averaged over `SMOOTHING_FRAMES` frames."""
-    padded = np.pad(wave, (0, -len(wave) % FRAME)).astype(np.float64)
-    power = (padded.reshape(-1, FRAME) ** 2).mean(1)
+    starts = range(0, len(wave), MINUTE)
+    power = np.concatenate([_power(wave[start : start + MINUTE]) for start in starts])
     kernel = np.ones(SMOOTHING_FRAMES) / SMOOTHING_FRAMES
     smooth = np.convolve(np.pad(power, SMOOTHING_FRAMES // 2, mode="edge"), kernel, mode="valid")
     return 10 * np.log10(smooth + 1e-10)
+
+
+def _power(wave: Wave) -> Levels:
+    padded = np.pad(wave, (0, -len(wave) % FRAME)).astype(np.float64)
+    return (padded.reshape(-1, FRAME) ** 2).mean(1)
 
 
 def _speech(levels: Levels) -> list[tuple[int, int]]:

@@ -1,5 +1,5 @@
+import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from blora_pyro.models.decoding import (
     detect_languages,
     encode,
     score_tokens,
+    time_pieces,
     timestamp_begin,
 )
 
@@ -110,16 +111,12 @@ def test_timed_pieces_are_those_of_transformers(timed_base):
         assert [piece.end for piece in pieces] == [float(one["end"]) for one in segments]
 
 
-def test_trimmed_audio_is_encoded_as_long_as_it_is(tiny_base, monkeypatch):
-    features = noise(4)
-    features[..., 50:] = features.min()
-    trimmed = replace(tiny_base, trim_audio=True)
-    assert encode(trimmed, features).shape[1] == 50  # half a second is left, and the window short
-    monkeypatch.setattr("blora_pyro.data.features.MARGIN", 9)
-    assert torch.equal(encode(trimmed, features), encode(tiny_base, features[..., :60]))
+def test_audio_is_encoded_as_long_as_it_is(tiny_base):
+    assert encode(tiny_base, noise(2)).shape[1] == 50
+    assert encode(tiny_base, noise(2)[..., :60]).shape[1] == 30
 
 
-def test_of_it_is_said_what_a_model_of_so_short_a_window_would_say(tiny_base, timed_base):
+def test_of_shorter_audio_is_said_what_a_model_of_that_window_would_say(tiny_base, timed_base):
     features = noise(4)[..., :60]
     plain = [prompt_ids(tiny_base.tokenizer, "de")] * 4
     timed = [ids(timed_base, "startoftranscript", "de", "transcribe")] * 4
@@ -148,14 +145,21 @@ def test_a_prompt_of_two_languages_is_given_as_it_is(timed_base):
     assert pieces[0].tokens[0] == begin + int(logits[begin:].argmax())
 
 
-def test_a_temperature_draws_at_random(timed_base):
+def test_given_tokens_are_timed_as_they_are(timed_base):
     encoded = encode(timed_base, noise(3))
     prompts = [ids(timed_base, "startoftranscript", "de", "transcribe")] * 3
-    torch.manual_seed(0)
-    first = decode_timed(timed_base, encoded, prompts, 1.0)
-    again = decode_timed(timed_base, encoded, prompts, 1.0)
-    torch.manual_seed(0)
-    assert decode_timed(timed_base, encoded, prompts, 1.0) == first != again
+    said = [[5, 7, 9, 30, 8, 4, 6], [8], list(range(4, 24))]  # the last fills the decoder
+    breaks = [[2, 5], [], range(1, 20)]
+    ends = [1.0, 0.4, 0.7]
+    pieces = time_pieces(timed_base, encoded, prompts, said, breaks, ends)
+    for row, tokens, places, end in zip(pieces, said, breaks, ends, strict=True):
+        assert [token for one in row for token in one.tokens] == tokens
+        cuts = [*itertools.accumulate(len(one.tokens) for one in row)][:-1]
+        assert set(cuts) <= set(places)
+        times = [time for one in row for time in (one.start, one.end)]
+        assert times == sorted(times) and times[-1] <= end
+        assert all(one.start < one.end for one in row)
+    assert any(len(row) > 1 for row in pieces)
 
 
 def test_thresholds_of_a_checkpoint_do_not_interfere(timed_base):

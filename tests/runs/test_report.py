@@ -112,6 +112,18 @@ def test_raw_rates_have_a_row_where_they_differ():
     assert "normalizer: basic; raw is without it, shown where that differs" in lines
 
 
+def test_loops_are_counted_in_the_table_and_a_rate_above_100_percent_is_told():
+    metrics = copy.deepcopy(METRICS) | {"heard": "in full windows"}
+    metrics["backward"]["de"]["base"] |= {"loops": 2, "wer": rate(1.553, 1.2, 2.1)}
+    metrics["backward"]["de"]["adapted"]["loops"] = 1
+    lines = rendered(metrics)
+    assert row(lines, "loop") == "2 loops 1 loop -1"
+    assert row(lines, "above") == (
+        "above 100%: base on backward de, which makes up more than was said"
+    )
+    assert "heard: in full windows" in lines
+
+
 def test_a_rate_of_nothing_is_a_dash():
     metrics = copy.deepcopy(METRICS)
     metrics["backward_error"]["base"] = rate(None, None, None)

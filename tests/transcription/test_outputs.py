@@ -28,6 +28,13 @@ def test_folders_give_their_audio_files_and_files_themselves(folder):
     assert [file.path for file in found[1:4]] == [folder / name for name in names[1:4]]
 
 
+def test_files_of_a_folder_that_are_left_out_are_told(folder):
+    told = []
+    find_audio([folder, folder / "notes.txt"], told.append)
+    assert len(told) == 1
+    assert "2 not named as audio" in told[0] and told[0].endswith("deep/c.json, notes.txt")
+
+
 def test_a_folder_without_audio_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no audio file \(\.aac, .*\.flac"):
         find_audio([tmp_path])

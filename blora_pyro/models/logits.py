@@ -1,0 +1,105 @@
+"""What `generate` is to do with the logits of a batch, each row by itself."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+LEAST = -1e9  # a logit below all others but infinite ones
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Draw tokens in place of the most probable ones.
+
+    Attributes:
+        temperature: Above 0; the logits are divided by it.
+        seeds: One for each transcript, whose tokens depend on nothing else that is random: neither
+            on its batch nor on what was drawn before.
+    """
+
+    temperature: float
+    seeds: Sequence[int]
+
+
+class Limit(LogitsProcessor):
+    """Ends every transcript that has reached its number of tokens."""
+
+    def __init__(self, prompt: int, limits: Sequence[int], end: int) -> None:
+        """Take the length of the prompts, the most tokens of every row, and the end token."""
+        self.prompt, self.limits, self.end = prompt, torch.tensor(limits), end
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return logits, (batch, vocabulary): of a row that is full the end token alone."""
+        is_full = self.limits <= input_ids.shape[1] - self.prompt
+        if is_full.any():
+            scores = scores.masked_fill(is_full[:, None].to(scores.device), -math.inf)
+            scores[is_full, self.end] = 0.0
+        return scores
+
+
+class Sample(LogitsProcessor):
+    """Adds Gumbel noise, so that the most probable token is a draw, and each row has its own.
+
+    The largest sum of log-probability and Gumbel noise is at a draw (Maddison et al., A* Sampling,
+    arXiv 1411.0030); transformers draws all rows of a batch from one generator.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        """Seed a generator for every row."""
+        self.temperature = sampling.temperature
+        self.generators = [torch.Generator().manual_seed(seed) for seed in sampling.seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return tempered logits with noise, (batch, vocabulary)."""
+        waits = [
+            torch.empty(scores.shape[1]).exponential_(generator=generator)
+            for generator in self.generators
+        ]
+        return scores / self.temperature - torch.stack(waits).log().to(scores.device)
+
+
+class Spell(LogitsProcessor):
+    """Leaves the next token that is given, or a timestamp where there may be a break."""
+
+    def __init__(
+        self,
+        prompt: int,
+        transcripts: Sequence[Sequence[int]],
+        breaks: Sequence[Collection[int]],
+        begin: int,
+        last: Sequence[int],
+        end: int,
+    ) -> None:
+        """Take what `decoding.time_pieces` knows of every row.
+
+        Args:
+            prompt: Length of the prompts.
+            transcripts: Tokens that are given.
+            breaks: How many of them there may be before a timestamp.
+            begin: The first timestamp.
+            last: The last timestamp that each may have.
+            end: The end token.
+        """
+        self.prompt, self.begin, self.last = prompt, begin, last
+        self.rows = [[*tokens, end] for tokens in transcripts]
+        self.breaks = [
+            {0, len(row), *places} for row, places in zip(transcripts, breaks, strict=True)
+        ]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return logits, (batch, vocabulary), of what may come next."""
+        spelled = (input_ids[:, self.prompt :] < self.begin).sum(1).tolist()
+        kept = torch.full_like(scores, -math.inf)
+        for row, (count, tokens) in enumerate(zip(spelled, self.rows, strict=True)):
+            place = min(count, len(tokens) - 1)  # a row that has ended is filled with end tokens
+            if place in self.breaks[row]:
+                times = slice(self.begin, self.last[row] + 1)
+                kept[row, times] = scores[row, times]
+            # Where a timestamp is a must the token is suppressed, and every timestamp goes before.
+            token = tokens[place]
+            kept[row, token] = scores[row, token].clamp(min=LEAST)
+        return kept
