@@ -2,7 +2,8 @@
 
 `unicode` is the default: English by Whisper's own English normaliser, every other language by
 Unicode's categories. That lowers case by the rules of the language, drops text in brackets, and
-keeps letters, digits, combining marks and apostrophes inside words; all else becomes a space.
+keeps letters, digits and combining marks; all else becomes a space, apostrophes too, as Whisper has
+it ("l'eau" is two words).
 
 Whisper's own two normalisers, which papers use, are transformers' code, which is OpenAI's. The
 basic one replaces *combining marks* by spaces, too, which splits the words of scripts that spell
@@ -22,7 +23,6 @@ from transformers.models.whisper.english_normalizer import (
 )
 
 from blora_pyro.errors import UserError
-from blora_pyro.languages import UNSPACED
 
 NORMALIZERS = ("unicode", "whisper", "basic", "none")  # the first is the default
 
@@ -33,15 +33,13 @@ _BRACKETS = regex.compile(r"[<\[][^>\]]*[>\]]|\([^)]+?\)")  # as Whisper's norma
 _INVISIBLE = regex.compile(
     "[\u00ad\u0640\u200c-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe00-\ufe0f\ufeff]"
 )
-_APOSTROPHES = regex.compile("[\u2018\u2019\u02bb\u02bc`]")
 _DOTS = regex.compile("(?<=i)\u0307")  # an i has its dot already
-_LETTER = rf"[\p{{L}}--[{UNSPACED}]]"
 _UNSEEN = r"[\p{Cf}\p{Co}]*"  # such as what marks the language of words in `evaluation`
 _DROPPED = regex.compile(
-    rf"(?<!{_LETTER}\p{{M}}*{_UNSEEN})'|'(?!{_UNSEEN}{_LETTER})|[\p{{P}}\p{{S}}\p{{Z}}\p{{Cc}}\u200b--[']]"
+    # the two modifier letters are apostrophes
+    r"[\p{P}\p{S}\p{Z}\p{Cc}\u200b\u02bb\u02bc]"
     # an enclosing mark, and what is left of a symbol with an accent
-    rf"|\p{{Me}}|(?<![\p{{L}}\p{{N}}\p{{M}}]{_UNSEEN})\p{{M}}+",
-    regex.VERSION1,
+    rf"|\p{{Me}}|(?<![\p{{L}}\p{{N}}\p{{M}}]{_UNSEEN})\p{{M}}+"
 )
 
 
@@ -94,5 +92,5 @@ def _by_categories(text: str, language: str) -> str:
     text = unicodedata.normalize("NFKC", _BRACKETS.sub("", text))
     if language.split("-")[0] in DOTLESS:
         text = text.replace("I", "ı").replace("İ", "i")
-    text = _DOTS.sub("", _INVISIBLE.sub("", _APOSTROPHES.sub("'", text.lower())))
+    text = _DOTS.sub("", _INVISIBLE.sub("", text.lower()))
     return unicodedata.normalize("NFKC", _DROPPED.sub(" ", text))
