@@ -95,7 +95,8 @@ def read_config(name: str, folder: Path) -> WhisperConfig:
         UserError: If it is none, or a value can't be.
     """
     stored = read_json_of(name, folder, "config.json")
-    known = inspect.get_annotations(WhisperConfig)
+    # Older transformers have no dataclass, but an `__init__` that names the keys.
+    known = inspect.get_annotations(WhisperConfig) or inspect.signature(WhisperConfig).parameters
     layers = ("encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")
     heads = ("encoder_attention_heads", "decoder_attention_heads")
     counts = dict.fromkeys((*SIZES, *layers, *heads), _whole(1, _MANY))
