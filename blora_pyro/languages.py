@@ -46,7 +46,7 @@ _SCRIPTS = {*UNSPACED_SCRIPTS, *_MIXED_SCRIPTS, *_OTHER_SCRIPTS}
 _OTHER_CODES = {"cmn": "zh", "nb": "no", "nob": "no", "nno": "nn", "jv": "jw", "jav": "jw"}
 _OTHER_CODES |= {"fil": "tl", "iw": "he", "ji": "yi"}
 
-_REGIONS = frozenset(  # ISO 3166-1
+_REGIONS = frozenset(  # ISO 3166-1, and UK
     "AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR "
     "BS BT BV BW BY BZ CA CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ "
     "EC EE EG EH ER ES ET FI FJ FK FM FO FR GA GB GD GE GF GG GH GI GL GM GN GP GQ GR GS GT GU GW "
@@ -54,8 +54,8 @@ _REGIONS = frozenset(  # ISO 3166-1
     "KZ LA LB LC LI LK LR LS LT LU LV LY MA MC MD ME MF MG MH MK ML MM MN MO MP MQ MR MS MT MU MV "
     "MW MX MY MZ NA NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PN PR PS PT PW PY "
     "QA RE RO RS RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG "
-    "TH TJ TK TL TM TN TO TR TT TV TW TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM "
-    "ZW".split()
+    "TH TJ TK TL TM TN TO TR TT TV TW TZ UA UG UK UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA "
+    "ZM ZW".split()
 )
 # Languages of the regions whose code is also that of a language: "fr-be" is French of Belgium, and
 # "fr-es" French with Spanish.
@@ -66,11 +66,12 @@ _SPOKEN_IN = {
     "ID": "id jw su ms", "IT": "it de", "KM": "ar fr", "LA": "lo", "LB": "ar fr", "MG": "mg fr",
     "MK": "mk sq", "ML": "fr", "MR": "ar fr", "MT": "mt en", "MY": "ms en zh ta", "NE": "fr ha",
     "NO": "no nn", "PA": "es", "PS": "ar", "RU": "ru tt ba", "SA": "ar", "SD": "ar", "SI": "sl",
-    "SN": "fr", "SO": "so ar", "SR": "nl", "SV": "es", "TG": "fr", "TL": "pt", "UZ": "uz ru",
+    "SN": "fr", "SO": "so ar", "SR": "nl", "SV": "es", "TG": "fr", "TL": "pt", "UK": "en cy",
+    "UZ": "uz ru",
 }  # fmt: skip
 
 _JOINT = re.compile(r"([-_])")
-_LETTER = regex.compile(r"[\p{L}\p{N}]")
+_LETTER = regex.compile(r"\p{L}")
 _CHARACTER = regex.compile(f"[{UNSPACED}]")
 
 
@@ -215,15 +216,21 @@ def is_unspaced(text: str) -> bool:
 
 
 def begins_unspaced(text: str) -> bool:
-    """Whether the first letter or digit of a text is of such a script."""
+    """Whether the first letter of a text is of such a script; digits and signs are of any."""
+    return _first_is_unspaced(text) is True
+
+
+def _first_is_unspaced(text: str) -> bool | None:
+    """Tell it of the first letter; None if there is none."""
     found = _LETTER.search(text)
-    return found is not None and is_unspaced(found[0])
+    return None if found is None else is_unspaced(found[0])
 
 
 def join_texts(texts: Iterable[str]) -> str:
     """Join pieces of a transcript by spaces, but not where both sides are written without."""
     joined = ""
     for text in texts:
-        both = begins_unspaced(joined[::-1]) and begins_unspaced(text)
-        joined += text if both or not joined else f" {text}"
+        sides = {_first_is_unspaced(joined[::-1]), _first_is_unspaced(text)}
+        spaced = joined and (False in sides or True not in sides)
+        joined += f" {text}" if spaced else text
     return joined

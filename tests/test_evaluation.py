@@ -175,6 +175,11 @@ def test_words_in_brackets_go_with_their_languages():
     assert result.counts["pier"].edits.tolist() == [1]
 
 
+def test_words_of_marks_without_letters_are_dropped_with_their_languages():
+    result = score(texts_of(["\u3099\u0e34 red"], ["zh-en"], [["zh", "zh", "en"]]), ["red"])
+    assert result.references == result.hypotheses == ["red"]
+
+
 def test_pier_and_wer_are_counted_on_one_alignment():
     # Han that a model made up is one word to both.
     examples = texts_of(["das red rad"], ["de-en"], [["de", "en", "de"]])

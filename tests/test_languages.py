@@ -85,6 +85,8 @@ def test_as_people_write_them(text, code):
         ("nb_no", "no", "", "NO"),
         ("jv_id", "jw", "", "ID"),
         ("fil_ph", "tl", "", "PH"),
+        ("en-UK", "en", "", "UK"),
+        ("uk-UA", "uk", "", "UA"),
     ],
 )
 def test_a_script_or_a_region_is_no_second_language(text, code, script, region):
@@ -100,7 +102,8 @@ def test_what_is_no_language_of_whisper_s_stays_as_it_is(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "choice"), [("ca-es", "'ca-ES'"), ("en-ca", "'en-CA'"), ("FR-HT", "'fr-HT'")]
+    ("text", "choice"),
+    [("ca-es", "'ca-ES'"), ("en-ca", "'en-CA'"), ("FR-HT", "'fr-HT'"), ("en-uk", "'en-UK'")],
 )
 def test_what_may_be_a_region_or_a_second_language_is_refused(text, choice):
     with pytest.raises(UserError, match=f"may be .* of a region, or .*give {choice}"):
@@ -179,6 +182,8 @@ def test_scripts_with_spaces(text):
         (["សួ", "ស្តី"], "សួស្តី"),
         (["Hello.", "你好", "red"], "Hello. 你好 red"),
         (["Ja.", "Nein."], "Ja. Nein."),
+        (["今天是", "2024", "年", "。"], "今天是2024年。"),
+        (["Seite 10", "20", "30页"], "Seite 10 20 30页"),
         ([], ""),
     ],
 )

@@ -21,7 +21,7 @@ SAMPLING_RATE = 16_000  # Hz
 SLACK = 0.05  # seconds that a segment may end after its file: manifests round to a tenth
 LOUDEST = 10.0  # times full scale that samples may reach, which decoders and filters overshoot
 CLIPPED = 0.001  # share of the samples that reach full scale from which on audio is called clipped
-SILENT = 0.001  # of full scale, -60 dB, that silent audio nowhere reaches
+SILENT = 0.001  # of full scale, -60 dB, that the swing of silent audio nowhere reaches
 
 Wave = npt.NDArray[np.float32]
 
@@ -259,6 +259,6 @@ def _check_samples(name: str, wave: Wave) -> dict[str, str]:
     share = float((np.abs(wave) >= 0.999).mean())
     if share >= CLIPPED:
         return {"clipped": f"{share:.1%} of the samples are at full scale or beyond it"}
-    if loudest < SILENT:
-        return {"silent": f"no sample is above {SILENT:g} of full scale"}
+    if np.ptp(wave) < 2 * SILENT:  # of a constant, too
+        return {"silent": f"all samples are within {SILENT:g} of full scale of one level"}
     return {}

@@ -116,6 +116,8 @@ class _Plain(Sound):
                 raise DamagedAudio(f"cut off: it declares {declared:,} bytes, and holds {held:,}")
         if sound.format == "OGG" and not _is_whole_ogg(file):
             raise DamagedAudio("cut off: it lacks the end of its stream")
+        if sound.format == "OGG" and _is_chain(file):  # of which libsndfile reads the first
+            raise DamagedAudio("several recordings, one behind the other")
         for match in filter(None, (_RIFF.search(log), _JUNK.search(log))):
             held, declared = map(int, match.groups())
             if declared + _NOISE < held:
@@ -137,6 +139,8 @@ class _Packed(Sound):
 
     def __init__(self, container: Any, file: BinaryIO) -> None:
         self._container, self._stream = container, container.streams.audio[0]
+        if self._stream.codec_context is None:
+            raise DamagedAudio("cut off, or of a codec that FFmpeg does not know here")
         self.rate = self._stream.codec_context.sample_rate
         self.channels = self._stream.codec_context.layout.nb_channels
         self._format = container.format.name.partition(",")[0]
@@ -207,16 +211,19 @@ def _mp3_frames(file: BinaryIO) -> int:
 
 
 def _mp3_frame_size(header: bytes) -> int:
-    """Return the bytes of an mp3's frame of layer III, padding aside; 0 for another."""
-    if len(header) < 4 or header[1] & 6 != 2:
+    """Return the bytes of an mp3's frame of layer II or III, padding aside; 0 for another."""
+    if len(header) < 4 or (layer := 4 - (header[1] >> 1 & 3)) not in (2, 3):
         return 0
     is_first = header[1] & 8  # MPEG-1; else MPEG-2 or 2.5
     rates = [32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]
+    if is_first and layer == 2:
+        rates = [32, *rates[2:], 384]
     if not is_first:
         rates = [8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160]
     rate, hertz = header[2] >> 4, (44_100, 48_000, 32_000, 0)[header[2] >> 2 & 3]
     hertz //= 1 if is_first else 2 if header[1] & 16 else 4
-    return rates[rate - 1] * (144_000 if is_first else 72_000) // hertz if 0 < rate < 15 else 0
+    samples = 144_000 if is_first or layer == 2 else 72_000
+    return rates[rate - 1] * samples // hertz if 0 < rate < 15 else 0
 
 
 def _is_whole_ogg(file: BinaryIO) -> bool:
@@ -227,6 +234,22 @@ def _is_whole_ogg(file: BinaryIO) -> bool:
     file.seek(place)
     count = page[22] if len(page) > 22 else 255  # of the sizes that make up the page
     return len(page) >= 23 + count + sum(page[23 : 23 + count]) and bool(page[1] & 4)
+
+
+def _is_chain(file: BinaryIO) -> bool:
+    """Tell whether a stream begins behind a page of another one in an ogg file."""
+    place, started = file.tell(), False
+    file.seek(0)
+    while (head := file.read(27))[:4] == b"OggS" and len(head) == 27:
+        begins = bool(head[5] & 2)
+        if begins and started:
+            break
+        started |= not begins
+        file.seek(sum(file.read(head[26])), 1)
+    else:
+        begins = False
+    file.seek(place)
+    return begins
 
 
 def _is_whole_matroska(file: BinaryIO) -> bool:

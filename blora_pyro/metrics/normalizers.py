@@ -2,8 +2,8 @@
 
 `unicode` is the default: English by Whisper's own English normaliser, every other language by
 Unicode's categories. That lowers case by the rules of the language, drops text in brackets, and
-keeps letters, digits and combining marks; all else becomes a space, apostrophes too, as Whisper has
-it ("l'eau" is two words).
+keeps letters, digits (of any script as 0 to 9) and combining marks; all else becomes a space,
+apostrophes too, as Whisper has it ("l'eau" is two words).
 
 Whisper's own two normalisers, which papers use, are transformers' code, which is OpenAI's. The
 basic one replaces *combining marks* by spaces, too, which splits the words of scripts that spell
@@ -27,19 +27,23 @@ from blora_pyro.errors import UserError
 NORMALIZERS = ("unicode", "whisper", "basic", "none")  # the first is the default
 
 DOTLESS = {"tr", "az"}  # where I is the capital of ı, and İ that of i
-_BRACKETS = regex.compile(r"[<\[][^>\]]*[>\]]|\([^)]+?\)")  # as Whisper's normalisers have them
-# What only shapes the letters around it: joiners, marks of direction, variants, the Arabic stretch.
-# A zero-width space (U+200B) is a space.
+# As Whisper's normalisers have them, and their full-width forms.
+_BRACKETS = regex.compile(r"[<\[＜［][^>\]＞］]*[>\]＞］]|[(（][^)）]+?[)）]")
+# What only shapes what is around it: joiners, marks of direction, variants, the Arabic stretch, and
+# the letters of a flag. A zero-width space (U+200B) is a space.
 _INVISIBLE = regex.compile(
-    "[\u00ad\u0640\u200c-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe00-\ufe0f\ufeff]"
+    "[\u00ad\u034f\u061c\u0640\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f"
+    "\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]|[\U000e0030-\U000e007a]+\U000e007f"
 )
+_DIGIT = regex.compile(r"(?![0-9])\p{Nd}")
 _DOTS = regex.compile("(?<=i)\u0307")  # an i has its dot already
-_UNSEEN = r"[\p{Cf}\p{Co}]*"  # such as what marks the language of words in `evaluation`
+# What may be between a letter and its mark, such as the markers of languages in `evaluation`.
+_BETWEEN = r"[\p{M}\p{Cf}\p{Co}]*"
+_APOSTROPHES = "\u02bb\u02bc"  # two that Unicode counts as letters
 _DROPPED = regex.compile(
-    # the two modifier letters are apostrophes
-    r"[\p{P}\p{S}\p{Z}\p{Cc}\u200b\u02bb\u02bc]"
+    rf"[\p{{P}}\p{{S}}\p{{Z}}\p{{Cc}}\u200b{_APOSTROPHES}]"
     # an enclosing mark, and what is left of a symbol with an accent
-    rf"|\p{{Me}}|(?<![\p{{L}}\p{{N}}\p{{M}}]{_UNSEEN})\p{{M}}+"
+    rf"|\p{{Me}}|(?<!(?![{_APOSTROPHES}])[\p{{L}}\p{{N}}]{_BETWEEN})\p{{M}}+"
 )
 
 
@@ -90,6 +94,7 @@ class Normalizer:
 def _by_categories(text: str, language: str) -> str:
     """Lower case and keep what `unicode` keeps; mixed languages have the case of the first."""
     text = unicodedata.normalize("NFKC", _BRACKETS.sub("", text))
+    text = _DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0], digit[0])), text)
     if language.split("-")[0] in DOTLESS:
         text = text.replace("I", "ı").replace("İ", "i")
     text = _DOTS.sub("", _INVISIBLE.sub("", text.lower()))

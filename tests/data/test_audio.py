@@ -260,6 +260,13 @@ def test_clipped_and_silent_audio_is_noted(gain, kinds):
     assert decode_audio({"array": few, "sampling_rate": 8_000}).notes == {}
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
+def test_a_constant_is_silent(noise):
+    wave = 0.5 + noise * np.random.default_rng(0).standard_normal(800)
+    heard = decode_audio({"array": wave, "sampling_rate": 16_000})
+    assert [*heard.notes] == ["silent"]
+
+
 def test_channels_that_cancel_out_are_silent(tmp_path):
     wave = 0.5 * np.sin(np.arange(800))
     soundfile.write(tmp_path / "a.wav", np.stack([wave, -wave], axis=1), 16_000, subtype="FLOAT")

@@ -26,6 +26,7 @@ PACKED = {
     "mp3": ("mp3", "libmp3lame", {}),
     "mp3 without Xing": ("mp3", "libmp3lame", {"write_xing": "0"}),
 }
+BARE = {"mp2": ("mp2", "mp2", {})}  # nothing tells of a cut between two frames
 PLAIN = {
     "wav": ("WAV", "PCM_16"),
     "float wav": ("WAVEX", "FLOAT"),
@@ -40,7 +41,7 @@ PLAIN = {
 
 
 def packed(kind, path):
-    form, codec, options = PACKED[kind]
+    form, codec, options = (PACKED | BARE)[kind]
     with av.open(str(path), "w", format=form, options=options) as container:
         stream = container.add_stream(codec, rate=RATE, layout="mono")
         for place in range(0, len(WAVE), 960):
@@ -56,7 +57,7 @@ def packed(kind, path):
 def encoded(tmp_path_factory):
     """The same three seconds in every kind of file."""
     path = tmp_path_factory.mktemp("encoded") / "file"
-    made = {kind: packed(kind, path) for kind in PACKED}
+    made = {kind: packed(kind, path) for kind in (*PACKED, *BARE)}
     for kind, (form, subtype) in PLAIN.items():
         file = io.BytesIO()
         soundfile.write(file, WAVE, RATE, format=form, subtype=subtype)
@@ -96,6 +97,24 @@ def test_an_mp3_of_changing_bit_rate_without_a_header_is_read_to_its_end(encoded
     assert len(wave) / RATE == pytest.approx(6, abs=0.15)
     assert np.abs(wave[4 * RATE : 5 * RATE]).max() > 0.3
     refused(b"".join(frames)[:-500])
+
+
+def test_files_one_behind_the_other_are_read_whole_or_refused(encoded):
+    for kind in ("opus", "vorbis"):
+        refused(2 * encoded[kind], "x is several recordings, one behind the other; write it anew")
+    assert len(read_audio({"bytes": 2 * encoded["mp3"], "path": None}, RATE)) > 2 * len(WAVE)
+
+
+def test_an_mp2_that_ends_within_a_frame_is_refused(encoded):
+    assert len(read_audio({"bytes": encoded["mp2"], "path": None}, RATE)) >= len(WAVE)
+    for cut in (1, 100, 5_000):
+        refused(encoded["mp2"][:-cut])
+
+
+def test_an_m4a_that_ends_anywhere_in_its_header_is_refused(encoded):
+    start = encoded["m4a"].find(b"moov")
+    for length in range(start, start + 900, 25):
+        refused(encoded["m4a"][:length], "x is (cut off|without sound)|cannot read x as")
 
 
 def test_what_lies_behind_an_mp3_is_no_sound_and_not_its_end(encoded):

@@ -84,6 +84,13 @@ def test_texts_are_normalised_by_whisper_s_as_papers_do(text, language, expected
         ("м\u2019ята мʼята м'ята", "uk", "м ята м ята м ята"),
         ("L\u2019eau d'or", "fr", "l eau d or"),
         ("❤\ufe0f 1\ufe0f\u20e3 \u00b4", "fr", "1"),
+        ("🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f ja 👍🏽", "de", "ja"),
+        ("مرحبا\u061c", "ar", "مرحبا"),
+        ("葛\U000e0100城 （笑） ［音］", "ja", "葛城"),
+        ("٢٠٢٤ عام", "ar", "2024 عام"),
+        ("৫টা ১", "bn", "5টা 1"),
+        ("\u02bc\u0301 x", "fr", "x"),
+        ("GROẞE STRAẞE", "de", "große straße"),
     ],
 )
 def test_letters_marks_and_the_case_of_the_language_survive(text, language, expected):
