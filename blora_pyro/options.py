@@ -153,11 +153,11 @@ class DataOptions:
         unset="none",
     )
     task: str = option("Task in every prompt.", "transcribe", choices=TASKS)
-    column: Mapping[str, str] = option(
+    column: Mapping[str, str] | None = option(
         "What a column is called in all data but the built-in ones: text=transcript; with commas, "
         "the first that a source has.",
-        default_factory=dict,
         metavar="NAME=COLUMN",
+        unset="its usual names",
         listed="repeated",
     )
     on_bad_row: Literal["stop", "skip"] = option(
@@ -659,7 +659,8 @@ def _normalised(config: FitConfig) -> Iterator[tuple[str, Any]]:
     if config.prior_from is not None:
         yield "prior_from", str(config.prior_from)
     yield "prior_args", key_values("prior-arg", config.prior_args)
-    yield "column", read_columns(config.column)
+    if config.column is not None:
+        yield "column", read_columns(config.column) or None
 
 
 def read_columns(value: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
@@ -678,9 +679,9 @@ def read_columns(value: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
     return found
 
 
-def column_names(column: Mapping[str, str]) -> dict[str, list[str]]:
+def column_names(column: Mapping[str, str] | None) -> dict[str, list[str]]:
     """Return the names that columns may have, first choice first."""
-    return {name: separated(called) for name, called in column.items()}
+    return {name: separated(called) for name, called in (column or {}).items()}
 
 
 def _backward(value: Any) -> Any:

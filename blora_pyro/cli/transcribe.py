@@ -110,7 +110,7 @@ def transcribe(
         check_format(form)
         if samples and form != "json":
             raise UserError(f"samples is {samples}, but {form} has no room for it; add --json")
-        files, written = find_audio(audio, lambda note: typer.echo(f"note: {note}", err=True)), None
+        files, written = find_audio(audio, lambda note: echo(f"note: {note}", err=True)), None
         if output is not None:
             written = Output.plan(files, output, form, overwrite, resume)
             files = written.files

@@ -88,7 +88,7 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
         return {
             "base": _text(about, "base"),
             "groups": groups,
-            "alpha": _positive(about, "alpha"),
+            "alpha": 0.0 if about["alpha"] == 0 else _positive(about, "alpha"),  # at strength 0
             "mean": {name: tensors[f"{name}.mean"] for name in sites},
             "stddev": {name: tensors[f"{name}.stddev"] for name in sites},
             "family": family if prior is None else family.with_file(prior),

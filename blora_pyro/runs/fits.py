@@ -34,7 +34,7 @@ from blora_pyro.tables import report_text
 
 @dataclass(repr=False)
 class Run:
-    """A finished fit; `print(run.table)` shows what was gained and what was forgotten.
+    """A finished fit; its `table` shows what was gained and what was forgotten.
 
     Attributes:
         config: Its resolved options.

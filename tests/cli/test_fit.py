@@ -104,6 +104,7 @@ EVERY_OPTION = {
     "backward": ("x, y", {"x": "x", "y": "y"}),
     "language": ("German", "de"),
     "task": ("translate", "translate"),
+    "column": ("text=said", {"text": "said"}),
     "on-bad-row": ("skip", "skip"),
     "prior": ("student-t", "student-t"),
     "guide": ("point", "point"),

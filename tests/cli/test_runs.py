@@ -105,7 +105,7 @@ def test_evaluate_with_json_prints_the_metrics_of_the_fit(finished_run):
 def test_evaluate_takes_other_data(finished_run, tones_folder):
     data = tones_folder / "de.jsonl"
     metrics = parsed(well("evaluate", finished_run.output, "--data", data, "--json"))
-    assert metrics["new_domain"]["name"] == str(data)
+    assert metrics["data"]["name"] == str(data)
     assert metrics["backward"] == {}
 
 
@@ -125,7 +125,7 @@ def test_evaluate_takes_another_normalizer_and_writes_utterances(
     assert "there already" in complaint(run(*command))
     found = parsed(well(*command, "--overwrite", "--json"))
     assert found["normalizer"] == "unicode"
-    rates = found["new_domain"]["base"]["wer"]
+    rates = found["data"]["base"]["wer"]
     assert (rates["rate"], rates["raw"]["rate"]) == (0, 0.5)
     assert parsed(file.read_text().splitlines()[0])["reference"] == "das rote"
 

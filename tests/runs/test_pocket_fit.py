@@ -25,7 +25,7 @@ def test_the_pocket_whisper_recognises_speech(language):
 def test_a_short_fit_halves_the_error_and_forgets_little():
     short = {"steps": 40, "batch_size": 8, "max_utterances": 200}
     sets = {"test": few("de-en"), "backward": {"en": few("en")}}
-    run = fit(FitConfig(data="de-en", **sets, **short))
+    run = fit(FitConfig(base="pocket", data="de-en", **sets, **short))
     domain, backward = run.metrics["new_domain"], run.metrics["backward_error"]
     assert domain["adapted"]["wer"]["rate"] < 0.5 * domain["base"]["wer"]["rate"]
     assert backward["change"]["difference"] < 0.05

@@ -87,7 +87,7 @@ def made_up_run(tmp_path, sets_folder):
             data=data,
             seeds=(0, 1),
             settings=settings,
-            options={"backward": backward},
+            options={"base": "pocket", "backward": backward},
             **options,
         )
         run = StudyRun(study, tmp_path / "out", tmp_path / "out" / "results.csv")

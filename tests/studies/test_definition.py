@@ -46,7 +46,9 @@ def test_run_folders_are_named_by_what_decides_the_fit(short):
 
 
 def test_a_name_that_is_a_path_is_made_a_name_of_a_file_of_its_own():
-    study = short_study(data=["/some/where", "some-where"], settings=["allx2"])
+    study = short_study(
+        data=["/some/where", "some-where"], settings=["allx2"], options={"base": "pocket"}
+    )
     first, second = (spec(study, "lora:0.003", data=name).run for name in study.data)
     assert "/" not in first and first != second
 
@@ -72,7 +74,7 @@ def test_where_a_fit_is_computed_does_not_decide_it():
         ({"row": "pruned-lora:1:0.1"}, "sparsity is 1.0; give a number from 0 to below 1"),
         ({"row": "replay-lora:1:0.1"}, "share is 1.0; give a number between 0 and 1"),
         ({"row": "lora:-1"}, "method lora:-1: lr is -1"),
-        ({"data": ["nowhere"]}, "'nowhere'"),
+        ({"data": ["nowhere"], "options": {"base": "pocket"}}, "'nowhere'"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(changes, words):
