@@ -26,7 +26,7 @@ from torch import Tensor
 
 from blora_pyro.data.audio import audio_name, check_file
 from blora_pyro.errors import UserError, printable, reason
-from blora_pyro.files import cache_dir
+from blora_pyro.files import cache_dir, parse_json
 
 SUFFIX, HALF_WRITTEN = ".safetensors", ".new"
 _TENSOR, _ROWS = "features", "rows"  # names in a shard: its tensor; key, CRC-32 and notes of each
@@ -65,7 +65,7 @@ class FeatureCache:
             self._folder = root / "features" / sha256(settings.encode()).hexdigest()[:16]
             for shard in _shards(self._folder):
                 with self._dropped_if_damaged(shard), safe_open(shard, framework="pt") as file:
-                    for row, (key, total, about) in enumerate(json.loads(file.metadata()[_ROWS])):
+                    for row, (key, total, about) in enumerate(parse_json(file.metadata()[_ROWS])):
                         self._index[str(key)] = shard, row, total
                         self.about[str(key)] = about
 

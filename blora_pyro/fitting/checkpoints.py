@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from blora_pyro.errors import UserError
-from blora_pyro.files import replace_file
+from blora_pyro.files import parse_json, replace_file
 from blora_pyro.fitting.interrupts import Interrupts
 
 FILE = "checkpoint.safetensors"
@@ -76,11 +76,11 @@ def from_bytes(content: bytes) -> Checkpoint:
     """
     tensors = load(content)
     header = content[8 : 8 + int.from_bytes(content[:8], "little")]
-    metadata = json.loads(header)["__metadata__"]
+    metadata = parse_json(header)["__metadata__"]
     text = metadata["blora_pyro"]
     if int(metadata["crc32"]) != _check_sum(text, tensors):
         raise ValueError("its check sum is wrong")
-    about = json.loads(text)
+    about = parse_json(text)
     if about["version"] != VERSION:
         raise ValueError(f"it has format {about['version']}, not {VERSION}")
     return Checkpoint(about["step"], tensors, about)
@@ -105,7 +105,7 @@ def stored_step(path: Path) -> int | None:
     """Return the step of the checkpoint at `path` without reading tensors; None without one."""
     try:
         with safe_open(path, framework="pt") as file:
-            return int(json.loads(file.metadata()["blora_pyro"])["step"])
+            return int(parse_json(file.metadata()["blora_pyro"])["step"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 

@@ -12,7 +12,6 @@ larger ones in parentheses. Before the counts of a main measure stands its name:
 same data and split, so that they stand in the table about once.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,7 @@ import numpy as np
 import pandas
 
 from blora_pyro.errors import UserError
-from blora_pyro.files import replace_file
+from blora_pyro.files import read_json, replace_file
 from blora_pyro.metrics import Counts
 from blora_pyro.metrics.bootstrap import macro_rate
 from blora_pyro.runs.folders import METRICS, UTTERANCES
@@ -316,9 +315,9 @@ def scored_run(scored: ScoredFit, folder: Path) -> ScoredFit:
     state = BASE if scored.method == BASE else "adapted"
     try:
         metrics, counts = counts_of_utterances(read_utterances(utterances_file), state)
-        sparsity = json.loads(metrics_file.read_text(encoding="utf-8")).get("sparsity") or {}
+        sparsity = read_json(metrics_file).get("sparsity") or {}
         run = folder / RUN
-        about = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}
+        about = read_json(run) if run.exists() else {}
         seconds = float(about.get("seconds", {}).get("fit", 0.0))
         return replace(scored, metrics=metrics, counts=counts, sparsity=sparsity, seconds=seconds)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

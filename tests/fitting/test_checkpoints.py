@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,14 @@ def test_what_is_not_finite_is_no_history(path):
     with pytest.raises(ValueError, match="JSON"):
         write_checkpoint(path, Checkpoint(13, {}, {"loss": float("nan")}))
     assert_whole(read_checkpoint(path))
+
+
+def test_json_nested_too_deeply_is_refused(path):
+    text = "[" * 100_000
+    metadata = {"blora_pyro": text, "crc32": str(zlib.crc32(text.encode()))}
+    save_file({}, path, metadata=metadata)
+    assert "nested too deeply" in refused(path)
+    assert stored_step(path) is None
 
 
 fuzz = settings(
