@@ -15,7 +15,7 @@ from blora_pyro.data import load_split
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.record import FINISHED, state_of
-from blora_pyro.studies import base_fits
+from blora_pyro.studies import base_fits, trials
 from blora_pyro.studies.base_fits import commit
 from blora_pyro.studies.definition import ScoreSpec
 from blora_pyro.studies.methods import Candidate
@@ -331,6 +331,8 @@ def test_fits_that_are_finished_here_are_scored_first(study, tmp_path, monkeypat
 def test_a_storage_that_goes_away_is_one_line_and_the_same_call_goes_on(
     study, fake_scores, tmp_path, monkeypatch, what, count
 ):
+    for name, value in {"SECONDS": 1, "MISSED": 1, "PATIENCE": 0.1}.items():
+        monkeypatch.setattr(trials, name, value)  # what was worked on is soon taken for dead
     opened = Trials._open
 
     def open_storage(self, *given):
