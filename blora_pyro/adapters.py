@@ -204,7 +204,10 @@ def _near(names: Iterable[str], pattern: str) -> str:
         near = [get_close_matches(one.strip(), leaves, n=1) for one in pattern.split(",")]
         found = ", ".join(dict.fromkeys(name for one in near for name in one))
         return f" (did you mean {found}?)" if found else ""
-    parts = [name for name in names if re.search(pattern, name)]
+    try:
+        parts = [*filter(whole_match(f".*(?:{pattern}).*"), names)]
+    except UserError:  # it takes too long, or can be no part of another
+        return ""
     if not parts:
         return ""
     return (

@@ -17,6 +17,10 @@ class UserError(Exception):
     The command line prints it and exits with code 2.
     """
 
+    def __str__(self) -> str:
+        """Return the message as one line, whatever the names in it hold."""
+        return " ".join(super().__str__().splitlines())
+
 
 class ProcessLost(UserError):
     """One of several processes is gone, and this is the one to say so."""

@@ -83,14 +83,26 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def read_file(path: Path) -> bytes:
+    """Return the content of a file; not of a pipe, which waits, nor of a device without an end.
+
+    Raises:
+        OSError: If it can't be read.
+        ValueError: If it is no file.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError("it is no file, but a pipe or a device")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
         OSError: If it can't be read.
-        ValueError: If it holds no JSON object.
+        ValueError: If it is no file, or holds no JSON object.
     """
-    content = parse_json(path.read_bytes())
+    content = parse_json(read_file(path))
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
     return content

@@ -277,6 +277,7 @@ def test_a_refused_net_is_left_without_hooks(net):
     ("pattern", "words"),
     [
         (r"(?:(?:\w|.)+)+[!?]", "takes too long; give a simpler regex"),
+        (r"([a-z0-9_.]+)+!", "match no linear layer"),  # nor as part of a name, without end
         ("a*" * 501, "is too large a regex"),
         ("(?:(?:a{99}){99}){99}", "is too large a regex"),
         ("(" * 450 + ")" * 450, "is no regex"),

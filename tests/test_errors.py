@@ -31,6 +31,12 @@ def test_a_name_prints_on_one_line_and_of_a_long_one_the_end():
     assert printable("x" * 10 + "end", limit=5) == "…xxend"
 
 
+def test_an_error_is_one_line_whatever_it_names():
+    assert str(UserError("no prior 'a\nb\u2028c'; give another")) == (
+        "no prior 'a b c'; give another"
+    )
+
+
 def test_errors_of_full_memory_are_known_by_their_words():
     for error in (
         MemoryError(),

@@ -66,6 +66,15 @@ def test_what_is_no_json_object_is_a_value_error(tmp_path, content):
         read_json(tmp_path / "none.json")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "zero.json"):
+        with pytest.raises(ValueError, match="a pipe or a device"):
+            read_json(tmp_path / name)
+
+
 # ---- folders
 
 OLD, NEW = {"key": "old", "result": "old", "mine": "mine"}, {"key": "new", "mine": "mine"}

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from blora_pyro.errors import UserError
-from blora_pyro.files import parse_json, replace_file
+from blora_pyro.files import parse_json, read_file, replace_file
 from blora_pyro.fitting.interrupts import Interrupts
 
 FILE = "checkpoint.safetensors"
@@ -93,7 +93,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         UserError: If it can't be read, is damaged, or of another version.
     """
     try:
-        return from_bytes(path.read_bytes())
+        return from_bytes(read_file(path))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged or of another version ({error}); delete it and the fit starts from "
@@ -103,6 +103,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def stored_step(path: Path) -> int | None:
     """Return the step of the checkpoint at `path` without reading tensors; None without one."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             return int(parse_json(file.metadata()["blora_pyro"])["step"])

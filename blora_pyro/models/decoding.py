@@ -1,5 +1,6 @@
 """Decoding of one window of audio by transformers' `generate`, and scores of tokens."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
+from blora_pyro.errors import UserError
 from blora_pyro.models import encoder
 from blora_pyro.models.base import Base
 from blora_pyro.models.folders import quiet_transformers
@@ -258,7 +260,11 @@ def detect_languages(base: Base, encoded: Tensor) -> list[str]:
 def score_tokens(
     base: Base, encoded: Tensor, prompts: Prompts, transcripts: Sequence[Sequence[int]]
 ) -> list[TokenScores]:
-    """Return the scores of transcripts after their prompts; no token is suppressed."""
+    """Return the scores of transcripts after their prompts; no token is suppressed.
+
+    Raises:
+        UserError: If the net computes NaN.
+    """
     net, width = base.net, len(prompts[0])
     end = net.config.eos_token_id
     rows = [
@@ -279,7 +285,12 @@ def score_tokens(
         targets = torch.tensor([*tokens, end])[: len(row) - width + 1]
         chosen = log_probs[width - 1 :].gather(1, targets[:, None])[:, 0]
         no_speech = 0.0 if no_speech_id is None else log_probs[0, no_speech_id].exp().item()
-        scores.append(TokenScores(chosen[: len(tokens)], chosen.mean().item(), no_speech))
+        if math.isnan(mean := chosen.mean().item()):
+            raise UserError(
+                f"base '{base.name}', or its adapter, computes what is no number; its weights are "
+                "too large, or its dtype too short: give another dtype, base or adapter"
+            )
+        scores.append(TokenScores(chosen[: len(tokens)], mean, no_speech))
     return scores
 
 

@@ -26,6 +26,8 @@ from blora_pyro.posterior.family import Family
 
 POSTERIOR_FILE = "posterior.safetensors"
 DOMAIN_FOLDERS = "domains"  # holds a PEFT adapter for each domain
+LARGEST, LARGEST_MOMENT = 1e15, 1e6  # so that no product of what is stored overflows
+_LAYER = re.compile(r"[\w.@-]+")
 
 
 def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
@@ -72,7 +74,9 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
         sites = {site.name: site.shape for group in groups for site in group.sites}
         if not groups or len(sites) < 2 * len(groups):
             raise ValueError("no layers, or two groups of one shape")
-        family = _family(about)
+        family, pooling = _family(about), _pooling(about.get("pooling"), groups)
+        if not all(_LAYER.fullmatch(name) for group in groups for name in group.modules):
+            raise ValueError("'modules' has a name that is no layer's")
         carried, state = _named(tensors, "prior."), _named(tensors, "guide.")
         # A guide with a state is as it was fitted; pruning may leave points among other weights.
         _check_moments(tensors, sites, is_whole=bool(state) and family.guide in GUIDES)
@@ -95,7 +99,7 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
             "state": state,
             "revision": None if about.get("revision") is None else _text(about, "revision"),
             "prior_tensors": carried,
-            "pooling": _pooling(about.get("pooling"), groups),
+            "pooling": pooling,
             "unsuppressed": tuple(_list_of({"unsuppressed": [], **about}, "unsuppressed", int)),
         }
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -130,6 +134,8 @@ def _check_moments(
                 raise ValueError(f"{key} is {what}, and not {shape} of torch.float32")
             if not is_finite(value):
                 raise ValueError(f"{key} has values that are not finite")
+            if value.abs().max() > LARGEST_MOMENT:
+                raise ValueError(f"{key} has values beyond {LARGEST_MOMENT:,.0f}")
         stddev = tensors[f"{name}.stddev"]
         low, high = torch.aminmax(stddev)
         if low < 0 or (low == 0 and (not are_points or (is_whole and high > 0))):
@@ -156,8 +162,8 @@ def _text(stored: Mapping[str, Any], name: str) -> str:
 
 def _positive(stored: Mapping[str, Any], name: str) -> float:
     value = stored[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"'{name}' is {value!r:.60}, no number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST:
+        raise ValueError(f"'{name}' is {value!r:.60}, no number above 0 and below {LARGEST:g}")
     return value
 
 

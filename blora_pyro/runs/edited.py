@@ -54,7 +54,7 @@ def prune_run(
     how |= {"full": _size(posterior), "pruned": _size(pruned)}
     size = {"full": how["full"], "pruned": how["pruned"]}
     metrics: dict[str, Any] = {"size": size, "adapter": pruned.fingerprint}
-    with written_folder(Path(out), overwrite, folder) as target:
+    with written_folder(Path(out), overwrite, folder, record.resolved.base) as target:
         if evaluate:
             scoring = Scoring.of(record.resolved, "test", progress)
             full = scoring.score(posterior, "full adapter")
@@ -124,7 +124,8 @@ def combine_runs(
     }
     language = languages.pop() if len(languages) == 1 else None
     record = RunRecord(FINISHED, config=read[0][1].config, language=language, combined=how)
-    with written_folder(Path(out), overwrite, *folders) as target:
+    bases = {own.resolved.base for _, own in read}
+    with written_folder(Path(out), overwrite, *folders, *bases) as target:
         write_run(target, combined, record)
     return how
 

@@ -151,7 +151,7 @@ def merge_run(
     posterior, record = read_run(folder, pooled=True)
     posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
     base = base_of(replace(record.resolved, dtype="float32"))
-    with written_folder(out, overwrite, folder, base.folder or folder) as target:
+    with written_folder(out, overwrite, folder, base.name, base.folder or folder) as target:
         plain = probe(base.net)
         with posterior.applied(base.net):
             adapted = probe(base.net)

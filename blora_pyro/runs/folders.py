@@ -80,9 +80,17 @@ def write_run(
     """Write a run that is finished to an empty folder: posterior, adapter, metrics and record.
 
     Raises:
+        UserError: If the posterior is none that can be read again, such as of an overflow.
         OSError: If that fails.
     """
     posterior.save(folder)
+    try:
+        Posterior.load(folder)
+    except UserError as error:
+        raise UserError(
+            f"what is made of the adapter can't be one ({reason(error)}); give smaller weights, or "
+            "other runs"
+        ) from None
     if metrics:
         write_json(folder / METRICS, metrics)
     record.write(folder)

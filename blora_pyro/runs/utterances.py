@@ -8,7 +8,7 @@ from typing import Any
 from blora_pyro.data import Examples
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.evaluation import Evaluation
-from blora_pyro.files import replace_file
+from blora_pyro.files import read_file, replace_file
 from blora_pyro.metrics import align
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import POSTERIOR_FILE
@@ -102,7 +102,7 @@ def read_utterances(path: str | Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     try:
         # Not splitlines: JSON may hold U+2028 and other line ends of Unicode as they are.
-        for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
+        for line in filter(None, read_file(file).decode().split("\n")):
             row = json.loads(line)
             if not _is_row(row):
                 raise ValueError(f"line {len(rows) + 1} is no result of an utterance")

@@ -1,14 +1,17 @@
 """Running a study: each fit in a run folder, its scores, and the table of results."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import optuna
 
+from blora_pyro.data import Examples
 from blora_pyro.errors import Interrupted, UserError
+from blora_pyro.files import read_json
 from blora_pyro.fitting.interrupts import Interrupts
+from blora_pyro.posterior import Posterior
 from blora_pyro.runs.folders import ADAPTER
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.record import FINISHED, state_of
@@ -182,10 +185,11 @@ class StudyRun:
             return replace(named, failed=str(error))
         size = (folder / ADAPTER[1]).stat().st_size
         files = score_files(folder, spec.split, named.after)
-        if not files[1].exists() or files[1].stat().st_size == 0:
+        changed = edited(posterior, spec.after)
+        if not _are_scores_of(files, changed, sets):
+            files[1].unlink(missing_ok=True)  # a kill leaves no pair of two adapters
             base = replace(spec, candidate=Candidate(self.study.methods[BASE]))
             before = base_fits.before(sets, spec.split, self.output / RUNS / base.run)
-            changed = edited(posterior, spec.after)
             base_fits.score(changed, sets, before, spec.config, spec.split, files)
         return scored_run(replace(named, weights=posterior.num_weights, bytes=size), folder)
 
@@ -207,6 +211,19 @@ class StudyRun:
             self._fits.clear()
             self._fits[key] = BaseFits(config, self.progress)
         return self._fits[key]
+
+
+def _are_scores_of(
+    files: tuple[Path, Path], posterior: Posterior, sets: Mapping[str, Examples]
+) -> bool:
+    """Return whether metrics and utterances are there, of this adapter and these sets."""
+    try:
+        found = read_json(files[0])
+    except (OSError, ValueError):
+        return False
+    wanted = posterior.fingerprint, {name: one.fingerprint for name, one in sets.items()}
+    is_whole = files[1].is_file() and files[1].stat().st_size > 0
+    return is_whole and (found.get("adapter"), found.get("sets")) == wanted
 
 
 # ---- from a definition to its results

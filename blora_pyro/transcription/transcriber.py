@@ -83,6 +83,8 @@ class Transcriber:
     def __post_init__(self) -> None:
         """Check the options; UserError if `samples` asks for draws where there are none."""
         check_positive(batch_size=self.batch_size)
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; give a whole number from 0 below {2**32}")
         if self.samples < 0:
             raise UserError(f"samples is {self.samples}; give the number of draws, or 0 for none")
         if self.samples and self.posterior is None:

@@ -133,6 +133,15 @@ fuzz = settings(
 )
 
 
+@pytest.mark.parametrize("read", [read_checkpoint, stored_step])
+def test_a_pipe_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / FILE)
+    try:
+        assert read(tmp_path / FILE) is None
+    except UserError as error:
+        assert "a pipe or a device" in str(error)
+
+
 @fuzz
 @given(st.data())
 def test_a_damaged_file_is_refused_or_as_it_was(path, data):

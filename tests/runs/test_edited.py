@@ -148,6 +148,27 @@ def test_a_run_is_not_pruned_into_itself(finished_run):
     assert {path.name: path.read_bytes() for path in finished_run.output.iterdir()} == before
 
 
+def test_nothing_is_made_over_the_base_of_a_run(finished_run, tmp_path):
+    shutil.copytree(read_run(finished_run.output)[1].resolved.base, tmp_path / "base")
+    shutil.copytree(finished_run.output, tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    about["config"]["base"] = str(tmp_path / "base")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    runs, out = [tmp_path / "run", finished_run.output], tmp_path / "base"
+    with pytest.raises(UserError, match="or its base's"):
+        prune_run(runs[0], out, rank=1, evaluate=False, overwrite=True)
+    with pytest.raises(UserError, match="or its base's"):
+        combine_runs(runs, out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_adapter_that_could_not_be_read_is_not_made(folders, tmp_path):
+    with pytest.raises(UserError, match=r"beyond|not finite"):
+        combine_runs(folders, tmp_path / "out", method="weighted", weights=(1e308, 1e308))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_languages_of_the_runs_stay_only_if_they_are_one(folders, tmp_path):
     combine_runs(folders, tmp_path / "two")
     assert read_run(tmp_path / "two")[1].language is None

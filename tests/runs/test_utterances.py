@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -175,6 +176,12 @@ def test_a_damaged_file_is_refused(rows, tmp_path, content):
     with pytest.raises(UserError, match="is damaged") as caught:
         read_utterances(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "u.jsonl")
+    with pytest.raises(UserError, match="a pipe or a device"):
+        read_utterances(tmp_path / "u.jsonl")
 
 
 @pytest.mark.parametrize(

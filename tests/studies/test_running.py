@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,25 @@ def test_a_finished_study_is_only_read(finished):
     again = run_study(run.study, run.output, progress=stages)
     assert stages.seen == []
     assert again.scores.keys() == run.scores.keys()
+
+
+def test_scores_of_another_adapter_are_made_again(finished, tmp_path):
+    run, _ = finished
+    output, name = tmp_path / "out", "lora-0.01_fluent_mix_seed0"
+    shutil.copytree(run.output, output)
+    own, other = (output / "fits" / one for one in (name, "lora-0.03_fluent_mix_seed0"))
+    files = ("metrics-dev.json", "utterances-dev.jsonl")
+    right = [(own / file).read_bytes() for file in files]
+    for file in files:
+        shutil.copy(other / file, own / file)
+    again = StudyRun(run.study, output, output / "none.csv")
+    (spec,) = [
+        one
+        for one in run.plan.wanted()
+        if one.run == name and one.split == DEV and not one.scored.after
+    ]
+    assert again.score(spec).new_domain_error == run.scores[spec.key].new_domain_error
+    assert right == [(own / file).read_bytes() for file in files]
 
 
 def test_the_table_alone_is_enough_for_a_report(finished, tmp_path):

@@ -316,6 +316,12 @@ def test_the_net_is_left_as_it_was(fluent_base, tones_folder):
     assert texts_of(fluent_base, [tones_folder / "de2.wav"], "de") == ["das rote"]
 
 
+def test_a_net_that_computes_no_numbers_is_refused_and_says_nothing(fluent_base, features, prompts):
+    huge = a_posterior(fluent_base, size=1e30)
+    with huge.applied(fluent_base.net), pytest.raises(UserError, match="what is no number"):
+        transcribe_features(fluent_base, features, prompts)
+
+
 def test_invalid_options_are_refused(fluent_base):
     posterior = a_posterior(fluent_base)
     point = a_posterior(fluent_base, stddev=0.0)
@@ -327,6 +333,8 @@ def test_invalid_options_are_refused(fluent_base):
         ({"samples": 4, "posterior": point}, "point estimate"),
         ({"samples": 4, "posterior": mine}, r"mine\.py; name it with --prior"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": 10**30}, "seed is 10000"),
+        ({"seed": -1}, "seed is -1"),
     ):
         with pytest.raises(UserError, match=message):
             Transcriber(fluent_base, **options)
