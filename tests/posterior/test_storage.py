@@ -270,7 +270,7 @@ def test_deviations_are_0_where_a_site_is_a_point_alone(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"alpha": 0}, "'alpha' is 0, no number above 0"),
+        ({"alpha": -1}, "'alpha' is -1, no number above 0"),
         ({"alpha": float("nan")}, "'alpha' is nan"),
         ({"alpha": True}, "'alpha' is True"),
         ({"alpha": 1e308}, r"'alpha' is 1e\+308, no number above 0 and below 1e\+15"),
