@@ -53,6 +53,7 @@ def lora_config(name: str, folder: Path, net: nn.Module) -> Any:
     targets = _targets(name, stored, net, ranks)
     if not targets:
         raise _refusal(name, "adapts no layer of its base")
+    _check_biases(name, folder, stored.get("bias", "none"), net, targets)
     own_alpha = _values(name, stored, "alpha_pattern", "lora_alpha")
     own_rank = _values(name, stored, "rank_pattern", "r")
     alphas = {layer: own_alpha(layer) for layer in targets}
@@ -106,6 +107,17 @@ def _ranks(name: str, folder: Path) -> dict[str, int]:
     except (SafetensorError, OSError) as error:
         raise _refusal(name, f"can't be merged ({reason(error)})") from None
     return ranks
+
+
+def _check_biases(name: str, folder: Path, kind: str, net: nn.Module, targets: list[str]) -> None:
+    """Refuse an adapter without biases that it says were trained: PEFT would take the base's."""
+    biases = {layer for layer, _ in net.named_parameters() if layer.endswith("bias")}
+    if kind == "lora_only":
+        biases &= {f"{layer}.bias" for layer in targets}
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
+        stored = sum("bias" in key and "lora_" not in key for key in weights.keys())
+    if kind != "none" and stored < len(biases):
+        raise _refusal(name, f"has {stored} of the {len(biases)} biases that bias {kind} trains")
 
 
 def _targets(

@@ -71,6 +71,19 @@ def test_an_adapter_merges_as_it_does_by_peft_itself(net, make, options):
     assert any(not torch.equal(value, ours[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["all", "lora_only"])
+def test_an_adapter_without_the_biases_that_it_trained_is_refused(net, make, kind):
+    folder = make(bias=kind)
+    assert lora_config("x", folder, net).bias == kind
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    last = max(name for name in tensors if "bias" in name and "lora_" not in name)
+    save_file(
+        {name: one for name, one in tensors.items() if name != last}, folder / ADAPTER_WEIGHTS
+    )
+    with pytest.raises(UserError, match=f"biases that bias {kind} trains"):
+        lora_config("x", folder, net)
+
+
 def test_what_names_code_reaches_no_import(net, make, tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text(
         "import pathlib; pathlib.Path(__file__).with_name('ran').touch()"
