@@ -279,7 +279,8 @@ def work(file, output, dies=False):
     """What a process does."""
     from blora_pyro.studies.study_file import read_study_file, study_of
 
-    run_study(study_of(read_study_file(file), file.name), output, progress=Told(dies))
+    study = replace(study_of(read_study_file(file), file.name), only_choose=True)
+    run_study(study, output, progress=Told(dies))
 
 
 def test_a_killed_fit_goes_on_with_its_folder_and_two_processes_share_the_rest(
