@@ -303,7 +303,7 @@ def test_expected_loss_is_that_of_shared_or_less_where_noise_is_by_token(whisper
     noiseless = cross_entropy(logits.flatten(0, 1), likely.flatten(), ignore_index=IGNORED)
 
     costs, errors = {}, {}
-    for name, count in (("shared", 100), ("flipout", 60), ("flipout-token", 30), ("local", 30)):
+    for name, count in (("shared", 60), ("flipout", 30), ("flipout-token", 15), ("local", 15)):
         drawn = losses(name, model, guide, batch, count) - noiseless
         costs[name], errors[name] = drawn.mean(), drawn.std() / math.sqrt(count)
     assert costs["shared"] > 10 * errors["shared"]

@@ -160,6 +160,7 @@ def test_objects_of_datasets_are_sources(study, sets_folder, tmp_path):
 
 
 def test_started_again_a_study_makes_what_is_not_there(study, fake_scores, tmp_path):
+    study = replace(study, row=Candidate(study.methods["lora"], 0.01))
     run_study(study, tmp_path)
     first = [*fake_scores]
     assert first and len(first) == len({*first})
@@ -183,6 +184,7 @@ def test_without_work_nothing_is_made(study, tmp_path):
 
 
 def test_rows_of_other_options_are_refused(study, fake_scores, tmp_path):
+    study = replace(study, only_choose=True)
     run_study(study, tmp_path)
     other = replace(study, options={**study.options, "rank": 3})
     for work in (True, False):
