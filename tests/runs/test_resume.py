@@ -599,7 +599,7 @@ def test_a_run_that_is_killed_again_and_again(options, tmp_path):
     for goal in sorted(chance.sample(range(steps - 20), KILLS)):
         process = start(fit, config, folder, **request)
         while (stored_step(folder / FILE) or 0) < goal and process.is_alive():
-            time.sleep(0.001)
+            time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.1))  # anywhere
         killed.append(stored_step(folder / FILE))
         process.kill()

@@ -102,7 +102,7 @@ def test_long_audio_of_any_language_is_decoded_to_its_end(timed_base, language):
 
 
 def test_the_batch_size_changes_nothing(timed_base):
-    recordings = [noise(2.5, 1), noise(1.4, 2), noise(0.5, 3)]
+    recordings = [noise(1.6, 1), noise(1.2, 2), noise(0.5, 3)]
     first, second = (
         decoded_by(LongFormDecoder(timed_base, None, batch_size=size), recordings)
         for size in (1, 16)

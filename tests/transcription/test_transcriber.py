@@ -205,7 +205,7 @@ def test_unreadable_files_are_reported_and_left_out_if_on_error_is_given(
 
 
 def test_long_recordings_have_segments_in_order(timed_base):
-    recordings = [noise(4.3, 1), noise(0.4, 2), noise(1.2, 3)]
+    recordings = [noise(2.6, 1), noise(0.4, 2), noise(1.2, 3)]
     found = Transcriber(timed_base, language="de-en").transcribe(recordings)
     for recording, one in zip(recordings, found, strict=True):
         assert one.audio == recording.name
@@ -220,11 +220,11 @@ def test_long_recordings_have_segments_in_order(timed_base):
 def test_the_seed_decides_sampled_windows_and_the_callers_state_stays(timed_base):
     state = torch.get_rng_state()
     transcriber = Transcriber(timed_base, language="de")
-    first = transcriber.transcribe([noise(1.9)])
+    first = transcriber.transcribe([noise(1.2)])
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(9)
-    assert transcriber.transcribe([noise(1.9)]) == first
-    assert replace(transcriber, seed=1).transcribe([noise(1.9)]) != first
+    assert transcriber.transcribe([noise(1.2)]) == first
+    assert replace(transcriber, seed=1).transcribe([noise(1.2)]) != first
 
 
 # ---- confidences
