@@ -189,11 +189,12 @@ def push_to_hub(
     with one_line_errors():
         quiet_libraries()
         from blora_pyro.publishing.uploads import push_run, write_public_run
-        from blora_pyro.runs.folders import written_folder
+        from blora_pyro.runs.folders import read_run, written_folder
 
         card = {"revision": revision, "base": base, "license": license}
         if output is not None:
-            with written_folder(output, overwrite, run) as folder:
+            own_base = read_run(run, pooled=True)[1].resolved.base
+            with written_folder(output, overwrite, run, own_base) as folder:
                 write_public_run(run, folder, repo_id, **card)
             echo(f"not uploaded, but written to: {output}")
             return

@@ -8,7 +8,9 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import WhisperForConditionalGeneration
+from typer.testing import CliRunner
 
+from blora_pyro.cli import app
 from blora_pyro.errors import UserError
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
@@ -160,6 +162,8 @@ def test_nothing_is_made_over_the_base_of_a_run(finished_run, tmp_path):
         prune_run(runs[0], out, rank=1, evaluate=False, overwrite=True)
     with pytest.raises(UserError, match="or its base's"):
         combine_runs(runs, out, overwrite=True)
+    push = ["push-to-hub", str(runs[0]), "me/run", "--output", str(out), "--overwrite"]
+    assert "or its base's" in CliRunner().invoke(app, push).stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
