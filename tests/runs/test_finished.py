@@ -261,7 +261,7 @@ def test_a_device_that_cannot_be_used_is_refused(finished_run, fluent_folder, to
 def test_other_data_are_scored_with_their_own_columns():
     config = FitConfig(column={"text": "transcript"})
     assert scoring_config(config, None, None).column == {"text": "transcript"}
-    assert scoring_config(config, "other", None).column == {}
+    assert scoring_config(config, "other", None).column is None
     assert scoring_config(config, "other", None, ["text=raw"]).column == {"text": "raw"}
 
 
