@@ -3,7 +3,6 @@
 A lock of the operating system, which ends with its process, keeps two from writing at once.
 """
 
-import ctypes
 import errno
 import json
 import os
@@ -241,6 +240,8 @@ def _link(old: Path, new: Path) -> None:
 
 def _put(fresh: Path, path: Path, old: Path) -> None:
     """Put a folder in the place of another: in one step, where the system has one."""
+    import ctypes
+
     swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     names = os.fsencode(fresh), os.fsencode(path)
     if not path.exists():

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-import regex
-
 from blora_pyro.errors import UserError
 
 # ISO 15924's code and Unicode's name of every script without spaces between words.
@@ -71,8 +69,6 @@ _SPOKEN_IN = {
 }  # fmt: skip
 
 _JOINT = re.compile(r"([-_])")
-_LETTER = regex.compile(r"\p{L}")
-_CHARACTER = regex.compile(f"[{UNSPACED}]")
 
 
 @dataclass(frozen=True)
@@ -210,9 +206,16 @@ def near_languages(text: str, known: Iterable[str]) -> str:
     return "such as " + ", ".join(f"{code} ({LANGUAGES.get(code, code).title()})" for code in found)
 
 
+def _first(pattern: str, text: str) -> str | None:
+    import regex  # only where there are texts: a refused option need not wait for it
+
+    found = regex.search(pattern, text)
+    return None if found is None else found[0]
+
+
 def is_unspaced(text: str) -> bool:
     """Whether a text has a character of a script that is written without spaces between words."""
-    return _CHARACTER.search(text) is not None
+    return _first(f"[{UNSPACED}]", text) is not None
 
 
 def begins_unspaced(text: str) -> bool:
@@ -222,8 +225,8 @@ def begins_unspaced(text: str) -> bool:
 
 def _first_is_unspaced(text: str) -> bool | None:
     """Tell it of the first letter; None if there is none."""
-    found = _LETTER.search(text)
-    return None if found is None else is_unspaced(found[0])
+    found = _first(r"\p{L}", text)
+    return None if found is None else is_unspaced(found)
 
 
 def join_texts(texts: Iterable[str]) -> str:
