@@ -281,8 +281,6 @@ def check_kinds(group: type, values: Mapping[str, Any]) -> None:
         is_list = isinstance(value, list | tuple) and all(isinstance(one, parts) for one in value)
         if listed == "commas" and not (is_list or isinstance(value, str)):
             raise UserError(f"{name} is {value!r}; give a list, or a text with commas between")
-        if listed == "commas" and not all(isinstance(one, str | int | float) for one in value):
-            raise UserError(f"{name} is {value!r}; give a list of texts or numbers")
         is_text = listed is None and not choices_of(group, name) and {*kinds} == {str}
         if is_text and not isinstance(value, str | os.PathLike):
             raise UserError(f"{name} is {value!r}; give a text")

@@ -209,7 +209,14 @@ def _oid(content: bytes) -> str:
 def serving(cache: Path, monkeypatch) -> Iterator[Hub]:
     """The Hub within reach, and an empty cache."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Handler,), {"hub": hub}))
+    with answering(type("Here", (Handler,), {"hub": hub}), cache, monkeypatch):
+        yield hub
+
+
+@contextmanager
+def answering(handler: type, cache: Path, monkeypatch) -> Iterator[None]:
+    """A handler of requests in the place of the Hub."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=[0.01])
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
@@ -219,7 +226,7 @@ def serving(cache: Path, monkeypatch) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    yield hub
+    yield
     server.shutdown()
     thread.join()
     server.server_close()

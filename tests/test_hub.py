@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -21,6 +19,8 @@ from blora_pyro.runs.diagnosis import diagnose
 from blora_pyro.runs.edited import combine_runs, prune_run
 from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.strength_curves import strength_curve
+
+from .hub_stand_in import answering
 
 
 @pytest.fixture
@@ -168,22 +168,9 @@ TREES = {
 
 @pytest.fixture
 def false_hub(tmp_path, monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FalseHub)
-    thread = threading.Thread(target=server.serve_forever, args=[0.01])
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "deep/er/cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries of a download
-    yield
-    server.shutdown()
-    thread.join()
-    server.server_close()
-    huggingface_hub.close_session()
+    with answering(FalseHub, tmp_path / "deep/er/cache", monkeypatch):
+        yield
 
 
 @pytest.mark.parametrize("way", WAYS)

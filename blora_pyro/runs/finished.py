@@ -193,7 +193,7 @@ def transcribe(
     """Return transcripts of audio files, by a base model alone or adapted by a posterior mean.
 
     Args:
-        audio: wav, flac, ogg/opus or mp3 files, of any length.
+        audio: files (wav, mp3, m4a, webm, ...) of any length.
         adapter: Folder of a run, or its Hub id.
         base: Base model; None is the adapter's, or the pocket Whisper.
         language: A Whisper code, or "de-en" for code-switched speech; "auto" is what the model

@@ -195,7 +195,7 @@ def transcribe_files(
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
     on_error: Callable[[int, UserError], None] | None = None,
 ) -> list[Transcript]:
-    """Transcripts of wav, flac, ogg/opus or mp3 files, in their order.
+    """Transcripts of audio files (wav, mp3, m4a, webm, ...), in their order.
 
     `on_transcript` is called with each file's index and transcript, in order, and `on_error` with
     the index of a file that can't be read and the error; the file is then left out. None raises it.
