@@ -26,6 +26,7 @@ from blora_pyro.metrics.bootstrap import (
 )
 from blora_pyro.metrics.normalizers import NORMALIZERS, Normalizer
 from blora_pyro.models import Base
+from blora_pyro.models.encoder_states import last_states
 from blora_pyro.transcription import transcribe_features
 from blora_pyro.transcription.safeguards import is_loop
 
@@ -200,7 +201,20 @@ def normalizer_for(base: Base, name: str) -> Normalizer:
     return Normalizer(name, base.tokenizer.english_spelling_normalizer)
 
 
-def evaluate(base: Base, examples: Examples, normalizer: str = NORMALIZERS[0]) -> Evaluation:
-    """Transcribe and score one set."""
-    hypotheses = transcribe_features(base, examples.features, examples.prompts)
+def transcribe_examples(base: Base, examples: Examples, shares_encoder: bool = False) -> list[str]:
+    """Transcribe a set; the encoder, if it is not adapted, hears it once in a process."""
+    encoder = None
+    if shares_encoder:
+        encoder = partial(last_states, base.net, examples.fingerprint, examples.features)
+    return transcribe_features(base, examples.features, examples.prompts, encoder=encoder)
+
+
+def evaluate(
+    base: Base,
+    examples: Examples,
+    normalizer: str = NORMALIZERS[0],
+    shares_encoder: bool = False,
+) -> Evaluation:
+    """Transcribe and score one set; see `transcribe_examples`."""
+    hypotheses = transcribe_examples(base, examples, shares_encoder)
     return score(examples, hypotheses, normalizer_for(base, normalizer))

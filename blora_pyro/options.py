@@ -368,6 +368,12 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         choices=("unicode", "whisper", "basic", "none"),
         panel=SCORING,
     )
+    max_eval_utterances: int | None = option(
+        "Score at most this many utterances of every set, drawn at random once for all fits.",
+        unset="all",
+        **COUNT,
+        panel=SCORING,
+    )
     track: str | Sequence[str] | None = option(
         "Report every step to tensorboard, wandb, trackio or mlflow.",
         metavar="TRACKER,...",

@@ -28,6 +28,8 @@ from blora_pyro.models import Base
 from blora_pyro.options import SHUFFLE_BUFFER, FitConfig, column_names
 from blora_pyro.sources import Source, as_sources, describe_source
 
+EVAL_SEED = 0  # of the utterances that are scored, if not all are
+
 OnSetProgress = Callable[[str, int, int], object]  # a set's name, utterances done, of how many
 
 
@@ -95,15 +97,16 @@ class Loader:
             source: One or more, mixed.
             split: Split of all of them.
             language: Language of rows that name none; None is that of the configuration.
-            limit: Number of rows of the first source, drawn by the configuration's seed; None is
-                all.
+            limit: Number of rows of the first source; None is all. Training data are drawn by the
+                configuration's seed, what is scored by one that is always the same.
 
         Raises:
             UserError: See `load_mixture` and `Examples`.
         """
         sources = [describe_source(one) for one in as_sources(source)]
         on_bad = self._on_bad(sources, split)
-        dataset = load_mixture(source, split, on_bad, limit, self.config.seed, self.columns)
+        seed = self.config.seed if split == "train" else EVAL_SEED
+        dataset = load_mixture(source, split, on_bad, limit, seed, self.columns)
         if split != "train":  # which is not scored
             dataset = without_bad_tags(dataset, on_bad)
         examples = Examples(

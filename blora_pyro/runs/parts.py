@@ -85,10 +85,13 @@ class Parts:
         if folder.state == FITTING:
             earlier = folder.previous.posterior.unsuppressed if folder.previous else ()
             allowed = tuple(sorted({*unsuppressed(loader, train), *earlier}))
-            stopping = early_stopping(loader, config, progress.evaluated, processes, allowed)
             model, guide = build(base, config, folder.previous, train)
+            shares = model.likelihood.first_adapted == base.net.config.encoder_layers
+            stopping = early_stopping(
+                loader, config, progress.evaluated, processes, allowed, shares
+            )
             regularise(model, loader, progress.stage)
-            teacher = teacher_of(base, model, config, size["utterances"])
+            teacher = teacher_of(base, model, config, train)
             languages = (
                 train.source_languages if isinstance(train, Examples) and config.pooling else ()
             )
@@ -134,7 +137,7 @@ def unsuppressed(loader: Loader, train: Examples | Stream) -> tuple[int, ...]:
 
 
 def teacher_of(
-    base: Base, model: BLoRA, config: FitConfig, utterances: int | None
+    base: Base, model: BLoRA, config: FitConfig, train: Examples | Stream
 ) -> Teacher | None:
     """Return what completes batches: states of the encoder, answers of the base.
 
@@ -147,8 +150,8 @@ def teacher_of(
         teacher = Distillation(base, model.adapters, languages, weight, config.seed, config.task)
     if not config.cache_encoder:
         return teacher
-    assert utterances is not None  # a stream can't have it
-    return EncoderCache(model, utterances, teacher)
+    assert isinstance(train, Examples)  # a stream can't have it
+    return EncoderCache(model, len(train), teacher, train.fingerprint)
 
 
 def regularise(

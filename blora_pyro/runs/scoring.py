@@ -15,6 +15,7 @@ from blora_pyro.evaluation import (
     normalizer_for,
     rate_summary,
     score,
+    transcribe_examples,
 )
 from blora_pyro.files import read_json, write_json
 from blora_pyro.fitting.processes import Processes
@@ -23,12 +24,13 @@ from blora_pyro.languages import is_language
 from blora_pyro.metrics.normalizers import NORMALIZERS
 from blora_pyro.models import Base, base_of
 from blora_pyro.models.decoding import allowing
+from blora_pyro.models.encoder import first_adapted
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
+from blora_pyro.runs.base_transcripts import kept_transcripts
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
 from blora_pyro.sources import Source, describe_source
-from blora_pyro.transcription import transcribe_features
 
 NEW_DOMAIN = "new_domain"
 OTHER_DATA = "data"  # a set that a run was given to be scored on, and no set of its fit
@@ -63,16 +65,17 @@ def evaluation_sets(
     domains = {domain_set(name): source for name, source in config.domains.items()}
     if config.pooling is None:
         domains = {NEW_DOMAIN: _new_domain(config, split)}
-    sets = {}
+    sets, limit = {}, config.max_eval_utterances
     for key, source in domains.items():
         if split == "dev":
             is_held_out = config.dev is not None or config.test == source
-            sets[key] = loader.load(source, _existing_dev_split(loader, source, is_held_out))
+            its = _existing_dev_split(loader, source, is_held_out)
+            sets[key] = loader.load(source, its, limit=limit)
         elif config.test is not None or "test" in split_names(source):
-            sets[key] = loader.load(source, "test")
+            sets[key] = loader.load(source, "test", limit=limit)
     for name, source in config.backward_sets.items():
         its = _existing_dev_split(loader, source) if split == "dev" else "test"
-        examples = loader.load(source, its, name if is_language(name) else None)
+        examples = loader.load(source, its, name if is_language(name) else None, limit)
         apart = config.domains if config.pooling == "none" else None
         names = [name] if apart is None else [f"{name} ({domain})" for domain in apart]
         sets |= dict.fromkeys(names, examples)
@@ -123,6 +126,7 @@ def early_stopping(
     on_error: Callable[[DevError, DevError], None],
     processes: Processes | None = None,
     unsuppressed: Sequence[int] = (),
+    shares_encoder: bool = False,
 ) -> EarlyStopping | None:
     """Return what measures the net on the new domain's dev set during a fit; None if nothing is to.
 
@@ -132,6 +136,7 @@ def early_stopping(
         on_error: See `EarlyStopping`.
         processes: Those of the fit, of which the main one measures for all.
         unsuppressed: Tokens that the net may say, see `Posterior`.
+        shares_encoder: The fit leaves the encoder as it is, see `transcribe_examples`.
 
     Raises:
         UserError: If there is no dev set.
@@ -145,11 +150,11 @@ def early_stopping(
             f"{describe_source(source)} has no dev split, and eval_every is {config.eval_every}; "
             "give a set that has one as dev, or leave eval_every out"
         )
-    examples = loader.load(source, split)
+    examples = loader.load(source, split, limit=config.max_eval_utterances)
 
     def dev_error() -> float:
         with allowing(loader.base.net, unsuppressed):
-            return evaluate(loader.base, examples, config.normalizer).main.rate
+            return evaluate(loader.base, examples, config.normalizer, shares_encoder).main.rate
 
     measure = partial((processes or Processes()).from_main, dev_error)
     return EarlyStopping(measure, config.eval_every, config.patience, on_error)
@@ -164,6 +169,9 @@ def measure(
     on_set: Callable[[str], None],
     keep: Path | None = None,
     normalizer: str = NORMALIZERS[0],
+    *,
+    is_base: bool = False,
+    shares_encoder: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluate the net as it is on every set. Examples under two names are transcribed once.
 
@@ -173,6 +181,8 @@ def measure(
         on_set: Called with the name of a set before it is transcribed.
         keep: JSON file for the transcripts; sets that it holds already are only scored.
         normalizer: One of `normalizers.NORMALIZERS`.
+        is_base: The net is the base as it is, whose transcripts are cached.
+        shares_encoder: The net's encoder is the base's, see `transcribe_examples`.
     """
     normalize = normalizer_for(base, normalizer)
     known = _read_transcripts(keep)
@@ -182,8 +192,9 @@ def measure(
         if len(texts) != len(examples) or fingerprint not in ("", examples.fingerprint):
             if examples not in transcribed:
                 on_set("the new domain" if name == NEW_DOMAIN else name)
-                transcribed[examples] = transcribe_features(
-                    base, examples.features, examples.prompts
+                transcribe = partial(transcribe_examples, base, examples, shares_encoder)
+                transcribed[examples] = (
+                    kept_transcripts(base, examples, transcribe) if is_base else transcribe()
                 )
             texts = transcribed[examples]
             known[name] = examples.fingerprint, texts
@@ -261,11 +272,23 @@ class Scoring:
                 self.progress.stage(f"{what} on {name}")
 
         if posterior is None:
-            return measure(self.base, self.sets, on_set, keep, self.normalizer)
+            return measure(
+                self.base,
+                self.sets,
+                on_set,
+                keep,
+                self.normalizer,
+                is_base=True,
+                shares_encoder=True,
+            )
+        modules = (name for group in posterior.groups for name in group.modules)
+        frozen = first_adapted(self.base.net, modules) == self.base.net.config.encoder_layers
         results: dict[str, Evaluation] = {}
         for domain, sets in _by_domain(posterior, self.sets).items():
             with posterior.for_domain(domain).applied(self.base.net):
-                results |= measure(self.base, sets, on_set, keep, self.normalizer)
+                results |= measure(
+                    self.base, sets, on_set, keep, self.normalizer, shares_encoder=frozen
+                )
         return {name: results[name] for name in self.sets}
 
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from functools import cache, cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from blora_pyro.data import Examples
 from blora_pyro.evaluation import Evaluation
 from blora_pyro.files import write_json
 from blora_pyro.models import Base, base_of
+from blora_pyro.models.encoder_states import weights_hash
 from blora_pyro.options import MACHINE_OPTIONS, FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.pruning import prune
@@ -36,12 +36,14 @@ from blora_pyro.studies.results import score_files
 class _Loader(Loader):
     """Loads a set once."""
 
-    def load(self, source: Any, split: str, *more: Any) -> Examples:
+    def load(
+        self, source: Any, split: str, language: str | None = None, limit: int | None = None
+    ) -> Examples:
         """Return a split of a source, the same one if it has been loaded."""
         loaded = self.__dict__.setdefault("loaded", {})
-        key = (source if isinstance(source, str) else id(source), split, *more)
+        key = (source if isinstance(source, str) else id(source), split, language, limit)
         if key not in loaded:
-            loaded[key] = super().load(source, split, *more)
+            loaded[key] = super().load(source, split, language, limit)
         return loaded[key]
 
 
@@ -71,11 +73,7 @@ class BaseFits:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all weights."""
-        total = sha256()
-        for name, value in sorted(self.base.net.state_dict().items()):
-            total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return total.hexdigest()[:12]
+        return weights_hash(self.base.net)[:12]
 
     def sets(self, split: str, **options: Any) -> dict[str, Examples]:
         """Return a split of what a fit is scored on; see `evaluation_sets`.

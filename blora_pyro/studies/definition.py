@@ -155,6 +155,7 @@ class ScoreSpec:
             about += [describe_source(self.study.data[self.data]), config.normalizer, config.task]
             about += [str(config.language), config.on_bad_row, config.base, str(config.revision)]
             about += ["trimmed"] if config.trim_audio else []
+            about += [str(most)] if (most := config.max_eval_utterances) else []
             return _file_name("base", base, self.data, _digits("\n".join(about)))
         text, name = self.candidate.fitted.text.replace(":", "-"), self.setting.name
         base = "" if base == POCKET or name.startswith(base) else base

@@ -33,10 +33,12 @@ def transcribe_features(
     features: Tensor | Features,
     prompts: Sequence[Sequence[int]],
     batch_size: int = BATCH_SIZE,
+    encoder: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> list[str]:
     """Transcripts of log-mels (n, mels, frames), each with its own prompt, in order.
 
-    Each is what `Transcriber` says of the same sound; see `safeguards`.
+    Each is what `Transcriber` says of the same sound; see `safeguards`. `encoder` returns the
+    encoder's states of some of them, (indices, positions, width); None is the base's, as it is.
     """
     texts = [""] * len(prompts)
     by_length: dict[int, list[int]] = {}
@@ -49,7 +51,7 @@ def transcribe_features(
             audible = [i for i, one in zip(chosen, heard, strict=True) if not one.is_silent]
             if not audible:
                 continue
-            encoded = encode(base, features[audible])
+            encoded = encoder(audible) if encoder else encode(base, features[audible])
             known = [one for one in heard if not one.is_silent]
             rows = decode_safely(base, encoded, [prompts[index] for index in audible], known)
             for index, pieces in zip(audible, rows, strict=True):

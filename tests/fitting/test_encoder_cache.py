@@ -6,10 +6,9 @@ import torch
 
 from blora_pyro.data import Examples, read_manifest
 from blora_pyro.errors import UserError
-from blora_pyro.fitting import encoder_cache
 from blora_pyro.fitting.encoder_cache import EncoderCache
 from blora_pyro.guides import build_prior
-from blora_pyro.models import BLoRA
+from blora_pyro.models import BLoRA, encoder_states
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.fits import fit
 
@@ -84,7 +83,7 @@ def test_states_are_the_same_to_the_bit_whatever_the_batches(
     second = other(examples.batch([0, 1]), [0, 1], 1).encoder_states
     assert torch.equal(first[[1, 0]], second) and torch.equal(first[0], first[2])
     assert first.shape == (3, 50, 16) and first.dtype == dtype
-    assert one.size == 2 * 50 * 16 * dtype.itemsize
+    assert one.states.size == 2 * 50 * 16 * dtype.itemsize
     expected = model.likelihood.frozen_states(examples.batch([0, 1]).input_features)
     assert expected.dtype == dtype and not torch.equal(expected[0], expected[1])
     assert torch.allclose(second.float(), expected.float(), atol=1e-5, rtol=1e-2)
@@ -102,7 +101,7 @@ def test_nothing_of_an_adapted_first_layer_can_be_kept(fit_options):
 
 def test_too_small_a_disk_is_refused_before_the_fit(fluent_base, monkeypatch, cache_dir):
     free = namedtuple("usage", "free")(10_000)
-    monkeypatch.setattr(encoder_cache.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setattr(encoder_states.shutil, "disk_usage", lambda folder: free)
     model = program(fluent_base)
     EncoderCache(model, 3)  # of 3,200 bytes each
     with pytest.raises(UserError, match=r"needs 0\.0 GB for 4 utterances.*has 0\.0 GB.*_CACHE"):
@@ -119,8 +118,8 @@ def test_a_folder_that_can_not_be_written_is_named(fluent_base, monkeypatch, tmp
 
 def test_a_disk_that_fills_up_is_told_in_one_line(fluent_base, examples):
     cache = EncoderCache(program(fluent_base), 2)
-    cache._file = open("/dev/full", "r+b", buffering=0)
-    with cache._file, pytest.raises(UserError, match=r"No space left on device.*resume"):
+    cache.states._file = open("/dev/full", "r+b", buffering=0)
+    with cache.states._file, pytest.raises(UserError, match=r"No space left on device.*resume"):
         cache(examples.batch([0]), [0], 0)
 
 
@@ -135,3 +134,13 @@ def test_without_a_cache_folder_it_is_among_the_temporary_files(fluent_base, exa
     cache = EncoderCache(program(fluent_base), 2, lambda batch, *_: replace(batch, sources=None))
     batch = cache(examples.batch([1]), [1], 0)
     assert batch.encoder_states is not None and batch.sources is None
+
+
+def test_two_fits_to_the_same_data_share_the_states(fluent_base, examples):
+    model, heard = program(fluent_base), []
+    hook = fluent_base.net.model.encoder.conv1.register_forward_hook(lambda *_: heard.append(1))
+    for fingerprint in ("a", "a", "b"):
+        cache = EncoderCache(model, len(examples), fingerprint=fingerprint)
+        cache(examples.batch([0, 1]), [0, 1], 0)
+    hook.remove()
+    assert len(heard) == 4  # two utterances, of two data sets

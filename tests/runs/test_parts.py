@@ -75,8 +75,9 @@ def test_several_domains_get_a_pooled_program(make, fluent_base, fit_options):
 
 def test_teachers_are_those_of_the_configuration(make, fluent_base):
     def teacher(**options):
-        config = make(**options).config
-        return teacher_of(fluent_base, build(fluent_base, config)[0], config, 2)
+        loader = make(**options)
+        config, train = loader.config, loader.load(loader.config.sources, "train")
+        return teacher_of(fluent_base, build(fluent_base, config)[0], config, train)
 
     assert teacher() is None
     assert isinstance(teacher(distillation=0.1, distillation_languages="de"), Distillation)

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from blora_pyro.errors import UserError
+from blora_pyro.models import encoder_states
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader, load_examples
@@ -84,3 +85,30 @@ def test_scores_before_and_after_are_compared_by_set(fluent_base, tones_folder, 
     assert metrics["new_domain"]["name"] == "mine" and list(metrics["backward"]) == ["German"]
     change = metrics["backward_error"]["change"]["difference"]
     assert change == pytest.approx(after["German"].main.rate - before["German"].main.rate)
+
+
+@pytest.mark.parametrize(("targets", "heard"), [(".*decoder.*fc1", 1), (".*encoder.*fc1", 2)])
+def test_an_encoder_that_is_not_adapted_hears_a_set_once(
+    fluent_base, tones_folder, random_posterior, monkeypatch, targets, heard
+):
+    monkeypatch.setattr(encoder_states, "_kept", {})
+    sets = {"German": load_examples(fluent_base, str(tones_folder / "de.jsonl"), "test")}
+    scoring, calls = Scoring(fluent_base, sets, "whisper", Listener()), []
+    hook = fluent_base.net.model.encoder.conv1.register_forward_hook(lambda *_: calls.append(1))
+    before = scoring.score(None)["German"]
+    after = scoring.score(random_posterior(0, targets=targets))["German"]
+    hook.remove()
+    assert len(calls) == heard
+    assert after.hypotheses != before.hypotheses == before.references
+
+
+def test_as_many_utterances_as_asked_for_are_scored_the_same_in_every_fit(
+    fluent_base, tones_folder
+):
+    test, german = str(tones_folder / "test.jsonl"), {"de": str(tones_folder / "de.jsonl")}
+    found = []
+    for seed in (0, 1):
+        config = FitConfig(data=test, test=test, backward=german, max_eval_utterances=1, seed=seed)
+        found.append(evaluation_sets(fluent_base, config))
+    assert [len(one) for one in found[0].values()] == [1, 1]
+    assert [one.texts for one in found[0].values()] == [one.texts for one in found[1].values()]
