@@ -1,7 +1,7 @@
 """Whatever a stored file holds, it is read, or refused in one line; nothing is run.
 
-A good file's JSON is changed in one to three places. The cases are always the same few; many more
-are tried by hand, others every time:
+A good file's JSON is changed in one to three places; a Parquet file is made of JSON that is. The
+cases are always the same few; many more are tried by hand, others every time:
 
     BLORA_PYRO_FUZZ_CASES=10000 pytest -p no:xdist tests/test_fuzz.py
 
@@ -9,6 +9,7 @@ Another kind of file is another entry of `TARGETS`.
 """
 
 import copy
+import io
 import json
 import os
 import shutil
@@ -16,16 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import peft
+import pyarrow
 import pytest
+import soundfile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from safetensors.torch import save_file
 
 from blora_pyro.adapters import Group
+from blora_pyro.data import Examples, Stream, load_mixture, stream_split
+from blora_pyro.diagnostics.data_check import check_data
 from blora_pyro.errors import UserError
-from blora_pyro.models import load_base
+from blora_pyro.models import Base, load_base
 from blora_pyro.models.base import _merged
 from blora_pyro.models.folders import ADAPTER_CONFIG, check_folder, weight_files
 from blora_pyro.models.peft_adapters import lora_config
@@ -42,18 +49,19 @@ CASES = int(os.environ.get("BLORA_PYRO_FUZZ_CASES", "0"))
 
 
 class World(NamedTuple):
-    """A folder for one file after another, the files that stay, and a net."""
+    """A folder for one file after another, the files that stay, and the base that they are."""
 
     folder: Path
     checkpoint: Path
-    net: Any
+    base: Base
 
 
 class Target(NamedTuple):
-    """A kind of stored JSON: a good one, and what writes a changed one and reads it."""
+    """A kind of stored JSON: a good one, what writes a changed one and reads it, and how often."""
 
     good: Callable[[World], Any]
     read: Callable[[World, Any], object]
+    cases: int = 100
 
 
 # ---- the kinds
@@ -116,16 +124,18 @@ def read_posterior(pooled: bool) -> Callable[[World, Any], object]:
 
 def good_adapter(world: World) -> Any:
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], rank_pattern={"fc1": 3})
-    peft.get_peft_model(copy.deepcopy(world.net), config).save_pretrained(world.folder / "adapter")
+    peft.get_peft_model(copy.deepcopy(world.base.net), config).save_pretrained(
+        world.folder / "adapter"
+    )
     return json.loads((world.folder / "adapter" / ADAPTER_CONFIG).read_text())
 
 
 def read_adapter(world: World, content: Any) -> None:
     folder = world.folder / "adapter"
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content))
-    lora_config("x", folder, world.net)
+    lora_config("x", folder, world.base.net)
     if CASES:
-        _merged("x", copy.deepcopy(world.net), folder)
+        _merged("x", copy.deepcopy(world.base.net), folder)
 
 
 def checkpoint_file(name: str) -> Target:
@@ -150,7 +160,90 @@ def checkpoint_file(name: str) -> Target:
     return Target(good, read)
 
 
+# Of a column of Parquet; 0 is what pyarrow makes of the values.
+TYPES = [
+    None,
+    *(pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.binary(4)),
+    *(pyarrow.dictionary(pyarrow.int8(), pyarrow.string()), pyarrow.null(), pyarrow.bool_()),
+    *(pyarrow.int8(), pyarrow.uint64(), pyarrow.float16(), pyarrow.float64()),
+    *(pyarrow.decimal128(5, 2), pyarrow.timestamp("ns", "Mars/Olympus"), pyarrow.duration("us")),
+    *(pyarrow.date32(), pyarrow.time64("ns"), pyarrow.list_(pyarrow.string())),
+    *(pyarrow.list_(pyarrow.float32(), 2), pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+    pyarrow.struct({"path": pyarrow.string(), "bytes": pyarrow.binary()}),
+    pyarrow.struct({"array": pyarrow.list_(pyarrow.float64()), "sampling_rate": pyarrow.int64()}),
+]
+
+
+def good_rows(form: str) -> Callable[[World], Any]:
+    """A row, what differs in a second one, types of columns, and what `datasets` notes of them."""
+    wave, file = np.sin(np.arange(1600)) / 2, io.BytesIO()
+    soundfile.write(file, wave, 16_000, format="FLAC")
+    sound: Any = {"bytes": file.getvalue().decode("latin-1")}
+    if form == "array":
+        sound = {"array": wave[:400].tolist(), "sampling_rate": 16_000}
+    row = {"audio": {"path": "x.flac", **sound}, "text": "the red bicycle", "language": "en"}
+    more = {"word_languages": ["en", "en", "de"], "duration": 0.1, "start": 0.0, "end": 0.02}
+    value = {"dtype": "string", "_type": "Value"}
+    features = {"text": value, "word_languages": {"feature": value, "_type": "List"}}
+    about = {"info": {"features": features}}
+    content = {"row": row | more, "second": {"text": "das rote fahrrad"}, "damage": 0}
+    return lambda world: content | {"about": about, "types": dict.fromkeys(row | more, 0)}
+
+
+def column(values: list[Any], kind: Any) -> pyarrow.Array:
+    """Return values as a column of this type, or of another that can hold them."""
+    for one in (kind, None):
+        try:
+            return pyarrow.array(values, one)
+        except (pyarrow.ArrowException, TypeError, ValueError, OverflowError):
+            pass
+    return pyarrow.array([json.dumps(value) for value in values])
+
+
+def write_rows(path: Path, content: Any) -> None:
+    """Write a Parquet file, or raise what pyarrow or Python raises where it cannot be one."""
+    rows, columns = [content["row"], content["row"] | content["second"]], {}
+    for row in rows:
+        if isinstance(sound := row["audio"], dict) and isinstance(sound.get("bytes"), str):
+            sound["bytes"] = sound["bytes"].encode("latin-1")
+    for name in rows[1]:
+        kind = TYPES[content["types"].get(name, 0) % len(TYPES)]
+        columns[name] = column([row.get(name) for row in rows], kind)
+    about = {"huggingface": json.dumps(content["about"])}
+    parquet.write_table(pyarrow.table(columns).replace_schema_metadata(about), path)
+    if damage := content["damage"]:
+        data = bytearray(path.read_bytes())
+        data[damage % len(data)] ^= damage % 255 + 1
+        path.write_bytes(data)
+
+
+def read_rows(world: World, content: Any) -> None:
+    path = str(world.folder / "rows.parquet")
+    try:
+        write_rows(Path(path), copy.deepcopy(content))
+    except Exception:  # it is no file then
+        return
+    base, bad = world.base, list[UserError]()
+    arguments = (base.feature_extractor, base.tokenizer)
+    refusal = None
+    for way in (
+        lambda: check_data(path, str(world.checkpoint)),
+        lambda: Examples(load_mixture(path, "train", bad.append), *arguments, on_bad=bad.append),
+        lambda: Stream(stream_split(path, "train"), *arguments, on_bad=bad.append),
+    ):
+        try:
+            way()
+        except UserError as error:
+            refusal = error
+    for error in bad:
+        assert "\n" not in str(error)
+    if refusal:
+        raise refusal
+
+
 TARGETS = {
+    "Parquet rows": Target(good_rows("bytes"), read_rows, 40),
+    "Parquet rows of arrays": Target(good_rows("array"), read_rows, 40),
     "posterior": Target(good_posterior(False), read_posterior(False)),
     "posterior of two domains": Target(good_posterior(True), read_posterior(True)),
     "adapter_config": Target(good_adapter, read_adapter),
@@ -208,10 +301,7 @@ def changed(draw: Any, good: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, fluent_folder) -> World:
-    from transformers import WhisperForConditionalGeneration
-
-    net = WhisperForConditionalGeneration.from_pretrained(fluent_folder)
-    return World(tmp_path_factory.mktemp("fuzz"), fluent_folder, net)
+    return World(tmp_path_factory.mktemp("fuzz"), fluent_folder, load_base(str(fluent_folder)))
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT and transformers, about odd values
@@ -220,13 +310,13 @@ def test_whatever_a_file_holds_it_is_read_or_refused_in_one_line(world, kind, mo
     monkeypatch.chdir(world.folder)
     monkeypatch.syspath_prepend(world.folder)
     Path("evil.py").write_text("import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n")
-    good, read = TARGETS[kind]
+    good, read, cases = TARGETS[kind]
     content, refused = good(world), []
     read(world, content)
 
     @settings(
         derandomize=not CASES,
-        max_examples=CASES or 100,
+        max_examples=CASES or cases,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
@@ -241,6 +331,6 @@ def test_whatever_a_file_holds_it_is_read_or_refused_in_one_line(world, kind, mo
         assert not Path("ran").exists()
 
     try_one()
-    assert len(refused) > 20
+    assert len(refused) > cases / 5
     outside = {path.name for path in world.folder.parent.iterdir()} - {world.folder.name}
     assert "x" not in outside
