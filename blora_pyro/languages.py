@@ -7,7 +7,7 @@ segments and subtitles: `UNSPACED`.
 import functools
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -44,6 +44,15 @@ _SCRIPTS = {*UNSPACED_SCRIPTS, *_MIXED_SCRIPTS, *_OTHER_SCRIPTS}
 _OTHER_CODES = {"cmn": "zh", "nb": "no", "nob": "no", "nno": "nn", "jv": "jw", "jav": "jw"}
 _OTHER_CODES |= {"fil": "tl", "iw": "he", "ji": "yi"}
 
+_ISO_639_1 = frozenset(
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy "
+    "da de dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu "
+    "hy hz ia id ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb "
+    "lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om "
+    "or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw "
+    "ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu".split()
+)
+
 _REGIONS = frozenset(  # ISO 3166-1, and UK
     "AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR "
     "BS BT BV BW BY BZ CA CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ "
@@ -59,8 +68,8 @@ _REGIONS = frozenset(  # ISO 3166-1, and UK
 # "fr-es" French with Spanish.
 _SPOKEN_IN = {
     "AF": "fa ps uz tk", "AM": "hy", "AR": "es", "BA": "bs hr sr", "BE": "nl fr de", "BN": "ms",
-    "BO": "es", "BR": "pt", "CA": "en fr", "CY": "el tr", "ES": "es ca gl eu oc", "ET": "am so",
-    "FI": "fi sv", "FO": "fo da", "FR": "fr br oc eu ca", "GL": "da", "HT": "ht fr",
+    "BO": "es qu ay", "BR": "pt", "CA": "en fr", "CY": "el tr", "ES": "es ca gl eu oc",
+    "ET": "am so", "FI": "fi sv", "FO": "fo da", "FR": "fr br oc eu ca", "GL": "da", "HT": "ht fr",
     "ID": "id jw su ms", "IT": "it de", "KM": "ar fr", "LA": "lo", "LB": "ar fr", "MG": "mg fr",
     "MK": "mk sq", "ML": "fr", "MR": "ar fr", "MT": "mt en", "MY": "ms en zh ta", "NE": "fr ha",
     "NO": "no nn", "PA": "es", "PS": "ar", "RU": "ru tt ba", "SA": "ar", "SD": "ar", "SI": "sl",
@@ -76,7 +85,8 @@ class Language:
     """A language in its roles, or two that are mixed; see `read_language`.
 
     Attributes:
-        codes: Whisper's codes of what is spoken, matrix language first: the tokens of the prompt.
+        codes: Whisper's codes of what is spoken, matrix language first, or ISO's of what Whisper
+            lacks: the tokens of the prompt, see `prompt_codes`.
         script: ISO 15924's code of the script in which the first is written; "" is the usual one.
         region: That of the first, for which Whisper has no token.
     """
@@ -124,14 +134,14 @@ def read_language(text: str) -> Language:
     Code-switched speech is joined, matrix language first: "de-en", "German-English". What follows a
     language may also be its script ("zh-Hant") or region ("pt-BR", "pt_br", "es-419"). Where a
     region's code is a language's, too, capitals or an underscore make it a region. Names are those
-    of transformers' table for Whisper. What is not in it stays as it is, since a tokenizer may know
-    more.
+    of transformers' table for Whisper; a code of ISO 639 that is not in it stands for itself ("qu",
+    "quz-es"). Anything else stays as it is, since a tokenizer may know more.
 
     Raises:
         UserError: If what follows the hyphen may be a region or a language, as in "ca-es".
     """
     first, *rest = _JOINT.split(text)
-    if (main := _code(first)) is None:
+    if (main := _code(first) or _iso_code(first)) is None:
         return Language(tuple(text.split("-")) if text else ())
     codes, script, region = [main], "", ""
     shouted = text.isupper()
@@ -140,10 +150,12 @@ def read_language(text: str) -> Language:
         is_first = len(codes) == 1
         if part.title() in _SCRIPTS and code in (None, codes[-1]):
             script = part.title() if is_first else script
-        elif code == codes[-1] or _is_region(part, codes[-1], code, joint, shouted):
+        elif (code or _iso_code(part)) == codes[-1] or _is_region(
+            part, codes[-1], code, joint, shouted
+        ):
             is_code = part.isdecimal() or part.upper() in _REGIONS
             region = part.upper() if is_first and is_code else region
-        elif code is None:
+        elif (code := code or _iso_code(part)) is None:
             return Language(tuple(text.split("-")))
         else:
             codes.append(code)
@@ -156,6 +168,48 @@ def _code(name: str) -> str | None:
 
     name = name.strip().lower()
     return name if name in LANGUAGES else TO_LANGUAGE_CODE.get(name) or _OTHER_CODES.get(name)
+
+
+def _iso_code(name: str) -> str | None:
+    """Return what may be a code of ISO 639, of two or three letters; None if it is none."""
+    name = name.strip().lower()
+    return name if name in _ISO_639_1 or re.fullmatch("[a-z]{3}", name) else None
+
+
+def is_iso_code(code: str) -> bool:
+    """Tell whether a text is a code of ISO 639-1, or may be one of ISO 639-3 by its form."""
+    return _iso_code(code) == code
+
+
+def prompt_codes(code: str, language_map: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the languages whose tokens prompt a language, or code-switched ones.
+
+    Args:
+        code: Of `Language`, such as "qu-es".
+        language_map: What stands for a language, or for several joined, which comes first:
+            {"qu": "mi"} has "qu-es" prompted as ("mi", "es"), {"qu-es": "mi"} as ("mi",). Two equal
+            ones that follow each other are one.
+    """
+    mapped = language_map.get(code) or "-".join(
+        language_map.get(part, part) for part in code.split("-")
+    )
+    return tuple(part for part, _ in itertools.groupby(mapped.split("-")))
+
+
+def read_language_map(value: Mapping[str, str]) -> dict[str, str]:
+    """Return what prompts which languages, both by their codes; see `prompt_codes`.
+
+    Raises:
+        UserError: If one stands for itself, or see `read_language`.
+    """
+    found = {language_code(str(name)): language_code(str(one)) for name, one in value.items()}
+    for name, one in found.items():
+        if not (name and one) or name == one:
+            raise UserError(
+                f"language_map is '{name}={one}'; give LANG=TOKEN, a language and another that "
+                "the base has a token for, such as qu=mi"
+            )
+    return found
 
 
 def _is_region(part: str, before: str, code: str | None, joint: str, shouted: bool) -> bool:

@@ -40,7 +40,7 @@ from blora_pyro.declarations import (
 from blora_pyro.errors import UserError
 from blora_pyro.families import DEPENDENT_ROWS, FAMILIES, GUIDES, PREVIOUS_POSTERIOR
 from blora_pyro.files import check_name, read_json
-from blora_pyro.languages import is_language, language_code, read_language
+from blora_pyro.languages import is_language, language_code, read_language, read_language_map
 from blora_pyro.sources import (
     Source,
     as_domains,
@@ -52,6 +52,7 @@ from blora_pyro.sources import (
 )
 
 POCKET = "pocket"
+AUTO = "auto"
 POCKET_DOMAINS = ("de-en", "es-en", "zh-en")  # code-switched, matrix language first
 POCKET_LANGUAGES = ("en", "de", "es", "fr", "tr", "zh")
 
@@ -112,6 +113,15 @@ class BaseOptions:
     )
     local_files_only: bool = option("Look for a Hub id in the Hub's local cache alone.", False)
     device: str = option("A torch device: cpu, cuda, cuda:1, ...", "cpu")
+    language_map: Mapping[str, str] | str = option(
+        "What prompts a language that the base has no token for: qu=mi; of code-switched speech "
+        "also the pair, qu-es=mi. 'auto' takes the token under which the base finds the training "
+        "texts likeliest; 'none' has such a language refused.",
+        AUTO,
+        metavar="LANG=TOKEN",
+        listed="repeated",
+        panel=DATA,
+    )
     trim_audio: bool = option(
         "Cut every batch of the fit after its longest utterance; faster, not exact. Scores and "
         "transcripts are of full windows all the same.",
@@ -659,6 +669,7 @@ def _normalised(config: FitConfig) -> Iterator[tuple[str, Any]]:
         yield "data_weights", numbers("data_weights", config.data_weights)
     if config.language is not None:
         yield "language", read_language(config.language).tag
+    yield "language_map", _language_map(config.language_map)
     if config.distillation_languages is not None:
         languages = map(str, separated(config.distillation_languages))
         yield "distillation_languages", tuple(map(language_code, languages))
@@ -667,6 +678,21 @@ def _normalised(config: FitConfig) -> Iterator[tuple[str, Any]]:
     yield "prior_args", key_values("prior-arg", config.prior_args)
     if config.column is not None:
         yield "column", read_columns(config.column) or None
+
+
+def _language_map(value: Any) -> dict[str, str] | str:
+    """Return what prompts which languages, also of texts "qu=mi"; `auto` stays as it is."""
+    if not isinstance(value, Mapping):
+        texts = [value] if isinstance(value, str) else value
+        are_texts = isinstance(texts, list | tuple) and all(isinstance(one, str) for one in texts)
+        value = [one for text in texts for one in separated(text)] if are_texts else value
+        if value in ([AUTO], ["none"]):
+            return AUTO if value == [AUTO] else {}
+        if not are_texts or not all("=" in one for one in value):
+            raise UserError(
+                f"language_map is {value!r}; give LANG=TOKEN, such as qu=mi, or auto or none alone"
+            )
+    return read_language_map(key_values("language_map", value))
 
 
 def read_columns(value: Mapping[str, str] | Sequence[str]) -> dict[str, str]:

@@ -36,6 +36,7 @@ ACROSS = {
     "fitting/test_planted_rank.py",
     "guides/test_families.py",
     "models/test_geometries.py",
+    "runs/test_mapped_languages.py",
     "runs/test_old_runs.py",
     "runs/test_pocket_fit.py",
     "runs/test_pooled_runs.py",

@@ -10,11 +10,14 @@ from blora_pyro.languages import (
     UNSPACED_LANGUAGES,
     Language,
     begins_unspaced,
+    is_iso_code,
     is_language,
     is_unspaced,
     join_texts,
     language_code,
+    prompt_codes,
     read_language,
+    read_language_map,
 )
 
 CODES = sorted(LANGUAGES)
@@ -189,3 +192,55 @@ def test_scripts_with_spaces(text):
 )
 def test_texts_are_joined_as_their_scripts_are_written(texts, joined):
     assert join_texts(texts) == joined
+
+
+@pytest.mark.parametrize(
+    ("text", "codes", "region"),
+    [
+        ("qu", ("qu",), ""),
+        ("QU", ("qu",), ""),
+        ("qu-es", ("qu", "es"), ""),
+        ("qu_es", ("qu", "es"), ""),
+        ("es-quz", ("es", "quz"), ""),
+        ("qu-ES", ("qu",), "ES"),
+        ("qu-PE", ("qu",), "PE"),
+        ("qu_bo", ("qu",), "BO"),  # and not with Tibetan
+        ("en-ie", ("en",), "IE"),  # of Ireland, and not with Interlingue
+        ("qu-qu", ("qu",), ""),
+    ],
+)
+def test_a_code_of_iso_639_that_whisper_lacks_is_read_as_itself(text, codes, region):
+    assert read_language(text) == Language(codes, "", region)
+    assert is_iso_code(codes[-1]) and not is_language("qu")
+
+
+@pytest.mark.parametrize("text", ["jp", "Kichwa", "q", "q1", "", "QU"])
+def test_what_is_no_code_of_iso_639_is_not_taken_for_one(text):
+    assert not is_iso_code(text)
+
+
+@pytest.mark.parametrize(
+    ("code", "language_map", "expected"),
+    [
+        ("qu", {"qu": "mi"}, ("mi",)),
+        ("qu-es", {"qu": "mi"}, ("mi", "es")),
+        ("qu-es", {"qu": "es"}, ("es",)),
+        ("es-qu-es", {"qu": "mi"}, ("es", "mi", "es")),
+        ("qu-es", {"qu": "mi", "qu-es": "sn"}, ("sn",)),
+        ("qu-es", {"qu-es": "es-mi"}, ("es", "mi")),
+        ("qu-es", {"ay": "mi"}, ("qu", "es")),
+        ("", {"qu": "mi"}, ("",)),
+    ],
+)
+def test_a_map_says_what_prompts_a_language_or_a_pair(code, language_map, expected):
+    assert prompt_codes(code, language_map) == expected
+
+
+def test_a_map_is_read_as_people_write_languages():
+    assert read_language_map({"QU": "Maori", "qu-Spanish": "mi-es"}) == {
+        "qu": "mi",
+        "qu-es": "mi-es",
+    }
+    for wrong in ({"qu": "qu"}, {"qu": ""}, {"": "mi"}):
+        with pytest.raises(UserError, match="give LANG=TOKEN"):
+            read_language_map(wrong)

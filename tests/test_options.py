@@ -157,6 +157,20 @@ def test_a_language_is_stored_as_its_code():
     assert FitConfig().language is None
 
 
+def test_a_language_map_is_read_from_texts_and_goes_back_to_them():
+    assert FitConfig().language_map == FitConfig(language_map=["auto"]).language_map == "auto"
+    assert FitConfig(language_map=["none"]).language_map == {}
+    given = FitConfig(language_map=["qu=Maori,gn=pt", "qu-es=mi"])
+    assert given.language_map == {"qu": "mi", "gn": "pt", "qu-es": "mi"}
+    assert fit_command(given).endswith(
+        "--language-map qu=mi --language-map gn=pt --language-map qu-es=mi"
+    )
+    assert FitConfig(language_map=given.language_map) == given
+    for wrong in (["qu"], "qu", 3, {"qu": "qu"}, ["auto", "qu=mi"]):
+        with pytest.raises(UserError, match="language_map"):
+            FitConfig(language_map=wrong)
+
+
 def test_complete_pooling_is_the_same_as_none_given():
     plain = FitConfig(data=("de-en", "es-en"))
     assert FitConfig(data=("de-en", "es-en"), pooling="complete") == plain

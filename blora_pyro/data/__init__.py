@@ -23,6 +23,7 @@ from blora_pyro.data.prompts import (
     language_codes,
     prompt_ids,
     text_ids,
+    unmapped_codes,
 )
 from blora_pyro.data.rows import BadRow, Columns, OnBadRow, all_bad, stop
 from blora_pyro.data.splits import (
@@ -84,5 +85,6 @@ __all__ = [
     "stream_split",
     "text_ids",
     "trim",
+    "unmapped_codes",
     "usable_cores",
 ]

@@ -1,7 +1,7 @@
 """Examples, featurised and tokenised once, their batches, and the order in which they are drawn."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Self
@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from blora_pyro.data.features import Features, Heard, OnNote, OnProgress, load_features, trim
-from blora_pyro.data.prompts import NOTHING, EncodedRow, Encoder, Suppressed
+from blora_pyro.data.prompts import NO_MAP, NOTHING, EncodedRow, Encoder, Suppressed
 from blora_pyro.data.rows import BadRow, BadRows, OnBadRow, all_bad, stop
 from blora_pyro.errors import UserError
 
@@ -99,6 +99,7 @@ class Examples:
         *,
         language: str | None = None,
         suppressed: Suppressed = NOTHING,
+        language_map: Mapping[str, str] = NO_MAP,
         on_bad: OnBadRow = stop,
         trim: bool = False,
         on_progress: OnProgress = lambda done, total: None,
@@ -114,6 +115,7 @@ class Examples:
             max_tokens: the decoder's length, the model's `max_target_positions`.
             language: of rows that name none, see `read_language`.
             suppressed: tokens that the model's `generate` never says.
+            language_map: what prompts languages without a token, see `languages.prompt_codes`.
             on_bad: called with the error of every bad row: one whose audio cannot be read or is
                 longer than the window, whose language is unknown to the tokenizer, or whose
                 transcript is longer than the decoder. Where it does not raise, the row is left out.
@@ -125,7 +127,7 @@ class Examples:
             UserError: with the row's origin, by `on_bad`; or if all rows of a source are bad.
         """
         bad = BadRows(on_bad)
-        encoder = Encoder(tokenizer, language, task, max_tokens, suppressed)
+        encoder = Encoder(tokenizer, language, task, max_tokens, suppressed, language_map)
         encoded = _encode(dataset, encoder, bad)
         numbers = list(encoded)
         features, heard = load_features(
@@ -176,7 +178,12 @@ class Examples:
         total = sha256()
         self.heard = heard
         columns = [] if heard is None else [[one.content for one in heard]]
-        for values in zip(*columns, self.languages, self.texts, strict=True):
+        prompted = [row.prompted_as for row in rows]
+        languages = [
+            spoken if spoken == token else f"{spoken}={token}"
+            for spoken, token in zip(self.languages, prompted, strict=True)
+        ]
+        for values in zip(*columns, languages, self.texts, strict=True):
             total.update(json.dumps(values).encode())
         self.fingerprint = total.hexdigest()
 

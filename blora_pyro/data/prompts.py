@@ -11,8 +11,10 @@ from blora_pyro.languages import (
     ENGLISH,
     Language,
     begins_unspaced,
+    is_iso_code,
     language_code,
     near_languages,
+    prompt_codes,
     read_language,
 )
 from blora_pyro.options import TASKS
@@ -24,6 +26,7 @@ START, END, NO_TIMESTAMPS = "<|startoftranscript|>", "<|endoftext|>", "<|notimes
 
 _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 _SPELLED = re.compile(r"<\|[\w.]+\|>")  # a special token or a timestamp
+NO_MAP: Mapping[str, str] = {}  # every language is prompted as itself
 _MAX_LISTED = 12  # languages in a message
 _ENGLISH_ONLY_END = 50256
 _MAX_CHARACTERS = 100  # a token; longer texts are not worth tokenising
@@ -40,11 +43,15 @@ def language_codes(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 
 
 def prompt_ids(
-    tokenizer: "PreTrainedTokenizerBase", language: str, task: str = "transcribe"
+    tokenizer: "PreTrainedTokenizerBase",
+    language: str,
+    task: str = "transcribe",
+    language_map: Mapping[str, str] = NO_MAP,
 ) -> list[int]:
     """Return the decoder's prompt: start, language or languages, task, no timestamps.
 
-    Code-switched speech ("de-en") gets the tokens of both languages, the matrix language's first.
+    Code-switched speech ("de-en") gets the tokens of both languages, the matrix language's first,
+    unless `language_map` says what else stands for them, see `languages.prompt_codes`.
     English-only checkpoints have neither language nor task in their prompt.
 
     Raises:
@@ -62,17 +69,36 @@ def prompt_ids(
     if not language:
         some = known if len(known) <= _MAX_LISTED else ["en", "de", "zh", "..."]
         raise UserError(f"no language given; choose from {', '.join(some)}, or join two: de-en")
-    codes = language.split("-")
+    codes = prompt_codes(language, language_map)
     if unknown := [code for code in codes if code not in known]:
         it_knows = ", ".join(known)
         if len(known) > _MAX_LISTED:
             it_knows = f"{len(known)} others, {near_languages(unknown[0], known)}"
         raise UserError(
             f"the tokenizer does not know the language {unknown[0]!r} of {language!r}; "
-            f"it knows {it_knows}"
+            f"it knows {it_knows}{_way_out(unknown[0])}"
         )
     names = [START, *(f"<|{code}|>" for code in codes), f"<|{task}|>", NO_TIMESTAMPS]
     return [vocabulary[name] for name in names]
+
+
+def _way_out(code: str) -> str:
+    if not is_iso_code(code):
+        return ""
+    return f"; if it is no misspelling, fit with language_map {code}=TOKEN, one of those"
+
+
+def unmapped_codes(
+    tokenizer: "PreTrainedTokenizerBase", language: str, language_map: Mapping[str, str] = NO_MAP
+) -> list[str]:
+    """Return the codes of ISO 639 in a language's prompt that have no token; [] if all have one.
+
+    Where anything else has none there is no prompt either, see `prompt_ids`: [].
+    """
+    known = language_codes(tokenizer)
+    codes = prompt_codes(language, language_map) if known and language else ()
+    unknown = [code for code in codes if code not in known]
+    return unknown if all(map(is_iso_code, unknown)) else []
 
 
 @dataclass(frozen=True)
@@ -147,6 +173,7 @@ class EncodedRow:
     source: int
     prompt: list[int]
     target: list[int]
+    prompted_as: str  # the codes of the prompt's languages, joined
 
 
 class Encoder:
@@ -159,8 +186,10 @@ class Encoder:
         task: str = "transcribe",
         max_tokens: int = 448,
         suppressed: Suppressed = NOTHING,
+        language_map: Mapping[str, str] = NO_MAP,
     ) -> None:
         """Keep what all rows have in common; `language` is that of rows that name none."""
+        self.language_map = language_map
         self.tokenizer, self.language, self.task = tokenizer, language, task
         self.max_tokens, self.suppressed = max_tokens, suppressed
         self._default = read_language(language or "")
@@ -177,7 +206,9 @@ class Encoder:
         """
         spoken = read_language(language) if language else self._default
         if spoken.code not in self._prompts:
-            self._prompts[spoken.code] = prompt_ids(self.tokenizer, spoken.code, self.task)
+            self._prompts[spoken.code] = prompt_ids(
+                self.tokenizer, spoken.code, self.task, self.language_map
+            )
         prompt = self._prompts[spoken.code]
         check_text(text)
         room = self.max_tokens - len(prompt)
@@ -204,6 +235,7 @@ class Encoder:
             tags = [language_code(tag) for tag in row["word_languages"]]
         segment = row["start"], row["end"]
         written = spoken.written(self.task)
+        prompted_as = "-".join(prompt_codes(spoken.code, self.language_map))
         return EncodedRow(
-            text, spoken, written, tags, origin, path, segment, source, prompt, target
+            text, spoken, written, tags, origin, path, segment, source, prompt, target, prompted_as
         )

@@ -1,7 +1,7 @@
 """Training data as a stream: rows are read, decoded and featurised as a fit draws them."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blora_pyro.data.collation import Batch, Examples
 from blora_pyro.data.features import row_log_mels
-from blora_pyro.data.prompts import NOTHING, EncodedRow, Encoder, Suppressed
+from blora_pyro.data.prompts import NO_MAP, NOTHING, EncodedRow, Encoder, Suppressed
 from blora_pyro.data.rows import (
     BadRow,
     BadRows,
@@ -60,6 +60,7 @@ class Stream:
         *,
         language: str | None = None,
         suppressed: Suppressed = NOTHING,
+        language_map: Mapping[str, str] = NO_MAP,
         buffer: int = SHUFFLE_BUFFER,
         seed: int = 0,
         trim: bool = False,
@@ -76,7 +77,9 @@ class Stream:
         """
         self.rows, self.feature_extractor = rows, feature_extractor
         # Rust's tokenizers can't be used by two threads at once.
-        self._encoder = Encoder(copy.deepcopy(tokenizer), language, task, max_tokens, suppressed)
+        self._encoder = Encoder(
+            copy.deepcopy(tokenizer), language, task, max_tokens, suppressed, language_map
+        )
         self.buffer, self.seed, self._trim, self._on_bad = buffer, seed, trim, on_bad
         self.sample = self._sample(BadRows(on_bad))
 

@@ -57,7 +57,9 @@ class Distillation:
                 "distillation has no language to be asked in; name some in distillation_languages"
             )
         self.base, self.adapters, self.weight, self.seed = base, adapters, weight, seed
-        self.prompts = [prompt_ids(base.tokenizer, one, task) for one in languages]
+        self.prompts = [
+            prompt_ids(base.tokenizer, one, task, base.language_map) for one in languages
+        ]
         self._transcripts: dict[tuple[int, int], list[int]] = {}
         self._log_probs: dict[tuple[int, int], Tensor] = {}
         self._bytes, self._end = 0, int(base.net.config.eos_token_id)

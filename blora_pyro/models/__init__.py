@@ -7,7 +7,15 @@
 - `decoding`: a window of audio to tokens; `logits`: what is done with each row's.
 """
 
-from blora_pyro.models.base import DTYPES, Base, base_of, check_device, check_dtype, load_base
+from blora_pyro.models.base import (
+    DTYPES,
+    Base,
+    base_of,
+    check_device,
+    check_dtype,
+    load_base,
+    map_languages,
+)
 from blora_pyro.models.estimators import (
     ESTIMATORS,
     Flipout,
@@ -45,5 +53,6 @@ __all__ = [
     "check_dtype",
     "find_folder",
     "load_base",
+    "map_languages",
     "pooling_of",
 ]

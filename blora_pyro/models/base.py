@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from blora_pyro.models.folders import (
     find_folder,
     quiet_transformers,
 )
-from blora_pyro.models.peft_adapters import lora_config
+from blora_pyro.models.peft_adapters import lora_config, stored_language_map
 from blora_pyro.models.stored_config import (
     check_sizes,
     read_config,
@@ -56,6 +56,11 @@ class Base:
     tokenizer: WhisperTokenizer
     feature_extractor: WhisperFeatureExtractor
     folder: Path | None = None
+
+    @property
+    def language_map(self) -> dict[str, str]:
+        """What prompts languages without a token; see `map_languages`."""
+        return dict(getattr(self.net.generation_config, "language_map", None) or {})
 
     @quiet_transformers()
     def save_pretrained(self, folder: Path) -> None:
@@ -182,6 +187,7 @@ def _merged(
         _check_keys(name, found.unexpected_keys, found.missing_keys)
         unmerged = probe(net.eval())
         merged = adapted.merge_and_unload().requires_grad_(True)
+        map_languages(merged, stored_language_map(folder / ADAPTER_WEIGHTS))
     except UserError:
         raise
     except Exception as error:  # whatever PEFT raises for damaged files
@@ -205,6 +211,36 @@ def _check_keys(name: str, unused: Sequence[str], missing: Sequence[str]) -> Non
             f"base model '{name}' is an adapter with {len(keys)} tensors {what} ({named}{more}); "
             "give one that was trained on this base by PEFT, or what it was merged into"
         )
+
+
+def map_languages(net: nn.Module, language_map: Mapping[str, str]) -> None:
+    """Have a net's generation config keep what prompts languages that have no token.
+
+    So a checkpoint that is saved keeps it. In `lang_to_id` a language then has the id of the token
+    that stands for it, so that transformers' `generate(language="qu")` takes it.
+
+    Args:
+        net: Of a base.
+        language_map: See `languages.prompt_codes`; it is added to what the net keeps.
+    """
+    settings = getattr(net, "generation_config", None)
+    kept = {**(getattr(settings, "language_map", None) or {}), **language_map}
+    if settings is None or not kept:
+        return
+    settings.language_map = kept
+    ids = getattr(settings, "lang_to_id", None) or {}
+    own = {name: number for name, number in ids.items() if name.startswith("<|")}
+    tokens = {name: own.get(f"<|{token}|>") for name, token in kept.items()}
+    settings.lang_to_id = own | {name: one for name, one in tokens.items() if one is not None}
+
+
+def unmapped_settings(net: WhisperForConditionalGeneration) -> dict[str, Any]:
+    """Return a net's generation config as it is without what `map_languages` adds."""
+    settings: dict[str, Any] = net.generation_config.to_dict()
+    if settings.pop("language_map", None):
+        ids = settings.get("lang_to_id") or {}
+        settings["lang_to_id"] = {name: ids[name] for name in ids if name.startswith("<|")}
+    return settings
 
 
 @torch.inference_mode()
@@ -251,9 +287,12 @@ def check_finite(what: str, net: nn.Module) -> None:
 
 def base_of(options: BaseOptions) -> Base:
     """Load the base model of a configuration; see `load_base`."""
-    return load_base(
+    base = load_base(
         options.base, options.device, options.dtype, options.revision, options.local_files_only
     )
+    if isinstance(options.language_map, Mapping):
+        map_languages(base.net, options.language_map)
+    return base
 
 
 def _check_parts(base: Base, report: dict[str, Any]) -> None:

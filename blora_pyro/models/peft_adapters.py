@@ -5,6 +5,7 @@ runs others as regular expressions. Here an adapter's file is read by us: what L
 with values that it can have, what changes nothing is left out, and anything else is refused.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch import nn
 
 from blora_pyro.adapters import ALL_LINEAR, is_finite, whole_match
 from blora_pyro.errors import UserError, printable, reason
+from blora_pyro.files import parse_json
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json_of
 
+LANGUAGE_MAP = "language_map"  # in the metadata of the weights; PEFT's own file has no place for it
 SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias")
 READ = (
     *(*SWITCHES, "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "bias"),
@@ -70,6 +73,29 @@ def lora_config(name: str, folder: Path, net: nn.Module) -> Any:
         inference_mode=True,
         **{key: stored.get(key, False) for key in SWITCHES},
     )
+
+
+def write_language_map(language_map: Mapping[str, str]) -> dict[str, str]:
+    """Return a language map as metadata of an adapter's weights, for `stored_language_map`."""
+    return {LANGUAGE_MAP: json.dumps(dict(language_map))} if language_map else {}
+
+
+def stored_language_map(weights: Path) -> dict[str, str]:
+    """Return what prompts languages without a token, of an adapter's weights; {} if that is unsaid.
+
+    Raises:
+        UserError: If it is none.
+    """
+    try:
+        with safe_open(weights, framework="pt") as file:
+            found = parse_json((file.metadata() or {}).get(LANGUAGE_MAP, "{}"))
+        if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
+            raise ValueError(f"it has {found!r:.60}")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{weights} has no {LANGUAGE_MAP} that can be read ({reason(error)}); give another"
+        ) from None
+    return found
 
 
 def _check_keys(name: str, stored: Mapping[str, Any]) -> None:

@@ -45,6 +45,10 @@ def _ids_by_name(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_id, value.values()))
 
 
+def _texts_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
 _MANY = 2**31
 _is_id = _whole(0, _MANY)
 _is_count = _whole(1, 10**6)
@@ -56,6 +60,7 @@ GENERATION: dict[str, Check] = {  # what Whisper's `generate`, and ours, may be 
     "eos_token_id": lambda value: _is_id(value) or _list_of(_is_id)(value),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _list_of(_whole(-1, _MANY))),
     **dict.fromkeys(("lang_to_id", "task_to_id"), _ids_by_name),
+    "language_map": _texts_by_name,  # our own, see `models.base.map_languages`
     **dict.fromkeys(("alignment_heads", "forced_decoder_ids"), _PAIRS),
     **dict.fromkeys(("max_length", "max_new_tokens", "median_filter_width"), _is_count),
     **dict.fromkeys(("num_beams", "no_repeat_ngram_size"), _whole(0, 100)),

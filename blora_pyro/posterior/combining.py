@@ -122,6 +122,7 @@ def posterior_of(like: Posterior, layers: Mapping[str, LayerFactors]) -> Posteri
         Family(NO_PRIOR, {}, "normal"),
         revision=like.revision,
         unsuppressed=like.unsuppressed,
+        language_map=like.language_map,
     )
 
 
@@ -158,7 +159,8 @@ def combine(
     for number, other in enumerate(posteriors[1:], 2):
         check_alike(posteriors[0], other, ("run 1", f"run {number}"))
     allowed = tuple(sorted({token for one in posteriors for token in one.unsuppressed}))
-    posteriors = [replace(one, unsuppressed=allowed) for one in posteriors]
+    named = {name: one for some in posteriors[::-1] for name, one in some.language_map.items()}
+    posteriors = [replace(one, unsuppressed=allowed, language_map=named) for one in posteriors]
     runs = [posterior_factors(one) for one in posteriors]
     largest = min(min(one.shape) for one in runs[0].values())
     if rank is not None and not 1 <= rank <= largest:

@@ -21,6 +21,7 @@ from blora_pyro.guides.contracts import TensorPrior
 from blora_pyro.hub import find_run
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
+from blora_pyro.models.base import map_languages
 from blora_pyro.models.decoding import allow, allowing
 from blora_pyro.posterior.draws import point_scales, prior_variances, traces
 from blora_pyro.posterior.family import Family, normal_guide
@@ -54,6 +55,8 @@ class Posterior:
             posterior that can be applied to a net. None for any other fit.
         unsuppressed: Tokens that the training texts hold although the base's generation config
             suppresses them: a net that is adapted, or merged, may say them.
+        language_map: What prompted languages that the base has no token for, see
+            `languages.prompt_codes`; a net that is merged keeps it.
     """
 
     base: str
@@ -67,6 +70,7 @@ class Posterior:
     prior_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     pooling: Pooling | None = None
     unsuppressed: tuple[int, ...] = ()
+    language_map: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_guide(
@@ -77,6 +81,7 @@ class Posterior:
         family: Family,
         revision: str | None = None,
         unsuppressed: tuple[int, ...] = (),
+        language_map: Mapping[str, str] | None = None,
     ) -> "Posterior":
         """The posterior that `guide` holds now."""
         assert isinstance(guide, torch.nn.Module)
@@ -86,9 +91,10 @@ class Posterior:
         tensors = prior.tensors if isinstance(prior, TensorPrior) else {}
         pooling = model.pooling if isinstance(model, PooledBLoRA) else None
         groups, alpha = model.groups, model.alpha
-        return cls(
+        posterior = cls(
             base, groups, alpha, *moments, family, state, revision, tensors, pooling, unsuppressed
         )
+        return replace(posterior, language_map=dict(language_map or {}))
 
     def __repr__(self) -> str:
         """Name base, family and size in a line, without the tensors."""
@@ -301,6 +307,7 @@ class Posterior:
             weight = net.get_parameter(f"{name}.weight")
             weight.copy_(weight.float() + delta.to(weight.device))
         allow(net, self.unsuppressed)
+        map_languages(net, self.language_map)
 
     def save(self, folder: Path) -> None:
         """Write `posterior.safetensors`, and the mean as a PEFT adapter next to it.
@@ -322,7 +329,8 @@ class Posterior:
             adapters[place] = self.for_domain(name)
         for place, one in adapters.items():
             means = one.layer_means()
-            write_adapter(place, one.groups, one.alpha, means, self.base, self.revision)
+            about = self.base, self.revision, self.language_map
+            write_adapter(place, one.groups, one.alpha, means, *about)
 
     @classmethod
     def load(

@@ -22,6 +22,7 @@ from blora_pyro.families import GUIDES, PREVIOUS_POSTERIOR, is_code
 from blora_pyro.files import check_name, parse_json
 from blora_pyro.models import Pooling
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from blora_pyro.models.peft_adapters import write_language_map
 from blora_pyro.posterior.family import Family
 
 POSTERIOR_FILE = "posterior.safetensors"
@@ -51,6 +52,8 @@ def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
         about["code_sha256"] = dict(family.code_sha256)
     if attributes["pooling"] is not None:
         about["pooling"] = asdict(attributes["pooling"])
+    if attributes["language_map"]:
+        about["language_map"] = dict(attributes["language_map"])
     if attributes["unsuppressed"]:
         about["unsuppressed"] = list(attributes["unsuppressed"])
     tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
@@ -100,6 +103,7 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
             "revision": None if about.get("revision") is None else _text(about, "revision"),
             "prior_tensors": carried,
             "pooling": pooling,
+            "language_map": _texts({"language_map": {}, **about}, "language_map"),
             "unsuppressed": tuple(_list_of({"unsuppressed": [], **about}, "unsuppressed", int)),
         }
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -157,6 +161,13 @@ def _family(about: Mapping[str, Any]) -> Family:
 def _text(stored: Mapping[str, Any], name: str) -> str:
     if not isinstance(value := stored[name], str):
         raise ValueError(f"'{name}' is {value!r:.60}, no text")
+    return value
+
+
+def _texts(stored: Mapping[str, Any], name: str) -> dict[str, str]:
+    value = stored[name]
+    if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+        raise ValueError(f"'{name}' is {value!r:.60}")
     return value
 
 
@@ -224,10 +235,12 @@ def write_adapter(
     layers: Iterable[tuple[str, Tensor, Tensor]],
     base: str,
     revision: str | None,
+    language_map: Mapping[str, str],
 ) -> None:
     """Write a stock PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
-    Updates are scaled by alpha / largest rank; `layers` are those of `Posterior.layer_means`.
+    Updates are scaled by alpha / largest rank; `layers` are those of `Posterior.layer_means`. The
+    language map is in the metadata of the weights.
     """
     from peft import LoraConfig
 
@@ -252,4 +265,5 @@ def write_adapter(
     for name, a, b in layers:
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    metadata = {"format": "pt", **write_language_map(language_map)}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata=metadata)

@@ -19,6 +19,7 @@ from blora_pyro.data import Examples
 from blora_pyro.data.features import feature_settings
 from blora_pyro.files import cache_dir, read_json, write_json
 from blora_pyro.models import Base, decoding, logits
+from blora_pyro.models.base import unmapped_settings
 from blora_pyro.models.encoder_states import weights_hash
 from blora_pyro.transcription import safeguards, transcriber
 
@@ -51,7 +52,7 @@ def _file(base: Base, examples: Examples) -> Path | None:
     net = base.net
     about = {
         "weights": weights_hash(net),
-        "settings": net.generation_config.to_dict(),
+        "settings": unmapped_settings(net),
         "features": features,
         "tokenizer": sha256(base.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "set": examples.fingerprint,

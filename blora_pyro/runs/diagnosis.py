@@ -107,6 +107,7 @@ def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draw
             config.task,
             base.net.config.max_target_positions,
             language=config.language,
+            language_map=base.language_map,
             on_bad=on_bad,
             trim=config.trim_audio,
         )

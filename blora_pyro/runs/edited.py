@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from blora_pyro.errors import UserError
+from blora_pyro.options import AUTO
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.combining import MEAN, PRODUCT, check_alike, combine
 from blora_pyro.posterior.pruning import prune
@@ -123,7 +124,8 @@ def combine_runs(
         "kept_norm": kept,
     }
     language = languages.pop() if len(languages) == 1 else None
-    record = RunRecord(FINISHED, config=read[0][1].config, language=language, combined=how)
+    config = replace(read[0][1].resolved, language_map=combined.language_map or AUTO)
+    record = RunRecord(FINISHED, config=config, language=language, combined=how)
     bases = {own.resolved.base for _, own in read}
     with written_folder(Path(out), overwrite, *folders, *bases) as target:
         write_run(target, combined, record)

@@ -16,7 +16,7 @@ from blora_pyro.fitting.checkpoints import stored_step
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.fitting.svi import Step
 from blora_pyro.guides import with_prior_arguments
-from blora_pyro.options import FitConfig
+from blora_pyro.options import AUTO, FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.chains import Previous, previous_of
 from blora_pyro.runs.folders import (
@@ -124,7 +124,10 @@ class FitFolder:
             raise UserError(
                 f"{path / RUN} is damaged ({error}); start again with --overwrite"
             ) from None
-        config = FitConfig(**{**stored, **given})
+        options = {**stored, **given}
+        if options.get("language_map", AUTO) == AUTO:  # which is chosen once
+            options["language_map"] = resolved.get("language_map", AUTO)
+        config = FitConfig(**options)
         wanted, stored, resolved = json.loads(json.dumps([config.to_json(), stored, resolved]))
         for name in given:
             if wanted[name] not in (stored.get(name), resolved.get(name)):

@@ -291,8 +291,10 @@ def _fit_and_keep(
     )
     parts.loader.report_skipped(folder.list_skipped(parts.loader.skipped))  # of a stream
     family = Family.of(config.prior, config.prior_args, str(config.guide))
-    name, allowed = parts.scoring.base.name, parts.unsuppressed
-    posterior = Posterior.from_guide(name, model, guide, family, config.revision, allowed)
+    base, allowed = parts.scoring.base, parts.unsuppressed
+    posterior = Posterior.from_guide(
+        base.name, model, guide, family, config.revision, allowed, base.language_map
+    )
     folder.save(posterior, history, stopping, time.monotonic() - started)
     if skipped := folder.record.skipped_steps:
         progress.note(

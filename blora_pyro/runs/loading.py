@@ -76,7 +76,9 @@ class Loader:
             UserError: If the base does not know the configuration's language.
         """
         if config.language:
-            prompt_ids(base.tokenizer, language_code(config.language), config.task)
+            prompt_ids(
+                base.tokenizer, language_code(config.language), config.task, base.language_map
+            )
         self.base, self.config, self.columns = base, config, column_names(config.column)
         self.on_progress = on_progress
         self.on_note = functools.cache(on_note)  # every set says the same of the cache
@@ -117,6 +119,7 @@ class Loader:
             self.base.net.config.max_target_positions,
             language=language or self.config.language,
             suppressed=Suppressed.of(self.base.net.generation_config),
+            language_map=self.base.language_map,
             trim=self.config.trim_audio,
             on_bad=on_bad,
             on_progress=functools.partial(self.on_progress, f"{', '.join(sources)} {split}"),
@@ -154,6 +157,7 @@ class Loader:
             self.base.net.config.max_target_positions,
             language=self.config.language,
             suppressed=Suppressed.of(self.base.net.generation_config),
+            language_map=self.base.language_map,
             buffer=self.config.shuffle_buffer or SHUFFLE_BUFFER,
             seed=self.config.seed,
             trim=self.config.trim_audio,

@@ -19,7 +19,7 @@ from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.guides import Guide, build_guide, build_prior, prepare_prior
 from blora_pyro.languages import is_language
-from blora_pyro.models import Base, BLoRA, PooledBLoRA, base_of, pooling_of
+from blora_pyro.models import Base, BLoRA, PooledBLoRA, base_of, map_languages, pooling_of
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.chains import Previous, previous_of
 from blora_pyro.runs.fit_folders import FitFolder
@@ -71,9 +71,14 @@ class Parts:
         config = folder.with_prior
         pyro.set_rng_seed(config.seed)
         base = base_of(config)
+        if folder.previous:
+            known = {**folder.previous.posterior.language_map, **base.language_map}
+            map_languages(base.net, known)
         loader = Loader(base, config, progress.features, progress.note)
         train, size = training_set(loader, lambda row: folder.list_skipped([row]))
         config = config.resolved(size["tokens"], size["utterances"])
+        if base.language_map:
+            config = replace(config, language_map=base.language_map)
         sets = evaluation_sets(base, config, loader) if evaluate else {}
         if evaluate and not any(name.startswith((NEW_DOMAIN, "domain ")) for name in sets):
             progress.note(

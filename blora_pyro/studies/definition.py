@@ -10,7 +10,7 @@ from typing import Any
 from blora_pyro.data import split_names
 from blora_pyro.errors import UserError
 from blora_pyro.guides import with_prior_arguments
-from blora_pyro.options import POCKET, FitConfig, fit_command
+from blora_pyro.options import AUTO, POCKET, FitConfig, fit_command
 from blora_pyro.runs.scoring import DEV_SPLITS
 from blora_pyro.sources import Source, describe_source
 from blora_pyro.studies.methods import AFTER, BASE, SHARE, Candidate, Method, is_of
@@ -156,6 +156,7 @@ class ScoreSpec:
             about += [str(config.language), config.on_bad_row, config.base, str(config.revision)]
             about += ["trimmed"] if config.trim_audio else []
             about += [str(most)] if (most := config.max_eval_utterances) else []
+            about += [] if config.language_map == AUTO else [str(config.language_map)]
             return _file_name("base", base, self.data, _digits("\n".join(about)))
         text, name = self.candidate.fitted.text.replace(":", "-"), self.setting.name
         base = "" if base == POCKET or name.startswith(base) else base

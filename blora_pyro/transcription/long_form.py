@@ -112,7 +112,7 @@ class LongFormDecoder:
         return self.language or (None if multilingual else ENGLISH)
 
     def _prompt_of(self, language: str, timed: bool) -> list[int]:
-        prompt = prompt_ids(self.base.tokenizer, language, self.task)
+        prompt = prompt_ids(self.base.tokenizer, language, self.task, self.base.language_map)
         return prompt[:-1] if timed else prompt
 
     def _detect(self, batch: Sequence[Window], encoded: Tensor) -> None:

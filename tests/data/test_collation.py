@@ -235,6 +235,8 @@ def test_the_fingerprint_changes_with_the_data_alone(dataset, extractor, tokeniz
     assert fingerprint([{**ROWS[0], "text": "das haus"}, *ROWS[1:]]) != known
     assert fingerprint([{**ROWS[0], "language": "en"}, *ROWS[1:]]) != known
     assert fingerprint([{**ROWS[0], "end": 0.4}, *ROWS[1:]]) != known
+    assert fingerprint(language_map={"qu": "en"}) == known
+    assert fingerprint(language_map={"de": "en"}) != known
     rows = dataset(ROWS)
     speak("1.wav", 0.7)
     assert Examples(rows, extractor, tokenizer).fingerprint != known

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import GenerationConfig
 
-from blora_pyro.data.prompts import END, Encoder, Suppressed, prompt_ids, text_ids
+from blora_pyro.data.prompts import END, Encoder, Suppressed, prompt_ids, text_ids, unmapped_codes
 from blora_pyro.errors import UserError
 from blora_pyro.languages import read_language
 
@@ -55,6 +55,29 @@ def test_english_only_of_openai_has_untrained_language_tokens():
 def test_an_unknown_language_is_refused(tokenizer, language):
     with pytest.raises(UserError, match=f"of '{language}'; it knows de, en, es$"):
         prompt_ids(tokenizer, language)
+
+
+def test_a_language_without_a_token_is_prompted_as_mapped(tokenizer):
+    expected = "<|startoftranscript|>{}<|transcribe|><|notimestamps|>"
+    task = "transcribe"
+    assert tokens(tokenizer, "qu", task, {"qu": "de"}) == expected.format("<|de|>")
+    assert tokens(tokenizer, "qu-es", task, {"qu": "de"}) == expected.format("<|de|><|es|>")
+    assert tokens(tokenizer, "qu-es", task, {"qu": "es"}) == expected.format("<|es|>")
+    assert tokens(tokenizer, "qu-es", task, {"qu-es": "de"}) == expected.format("<|de|>")
+
+
+def test_a_row_keeps_the_language_that_is_not_the_prompt_s(tokenizer):
+    encoder = Encoder(tokenizer, language_map={"qu": "de"})
+    spoken, prompt, _ = encoder.encode("wasi", "qu-es")
+    assert spoken.code == "qu-es" and prompt == prompt_ids(tokenizer, "de-es")
+
+
+def test_a_code_of_iso_639_without_a_token_is_refused_with_the_way_out(tokenizer):
+    with pytest.raises(UserError, match=r"knows de, en, es; if .* fit with language_map qu=TOKEN"):
+        prompt_ids(tokenizer, "qu-es")
+    assert unmapped_codes(tokenizer, "qu-es") == ["qu"]
+    assert unmapped_codes(tokenizer, "qu-es", {"qu": "de"}) == []
+    assert unmapped_codes(tokenizer, "qu-xx") == []  # which no token can stand for
 
 
 def test_no_language_and_no_such_task_are_refused(tokenizer):

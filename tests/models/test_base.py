@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from blora_pyro.data import prompt_ids
 from blora_pyro.errors import UserError
-from blora_pyro.models import Base, load_base
+from blora_pyro.models import Base, load_base, map_languages
+from blora_pyro.models.base import unmapped_settings
 from blora_pyro.transcription import Transcriber, transcribe_files
 
 SLOW_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
@@ -192,6 +193,24 @@ def test_without_a_generation_config_the_tokenizer_says_what_generate_needs(
     base.save_pretrained(tmp_path / "out")  # others read it from there
     plain = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert plain.generation_config.lang_to_id == before.lang_to_id
+
+
+def test_a_language_map_is_kept_in_a_checkpoint_and_transformers_takes_it(fluent_base, tmp_path):
+    assert fluent_base.language_map == {}
+    before = unmapped_settings(fluent_base.net)
+    map_languages(fluent_base.net, {"qu": "en"})
+    map_languages(fluent_base.net, {"qu": "de", "qu-en": "de", "ay-en": "de-en"})
+    expected = {"qu": "de", "qu-en": "de", "ay-en": "de-en"}
+    assert fluent_base.language_map == expected
+    assert unmapped_settings(fluent_base.net) == before
+    fluent_base.save_pretrained(tmp_path)
+    assert load_base(str(tmp_path)).language_map == expected
+    net = WhisperForConditionalGeneration.from_pretrained(tmp_path)
+    ids = net.generation_config.lang_to_id
+    assert ids["qu"] == ids["qu-en"] == ids["<|de|>"] and "ay-en" not in ids
+    features = torch.zeros(1, 8, 100)
+    said, same = (net.generate(features, language=one) for one in ("qu", "de"))
+    assert said.equal(same)
 
 
 @pytest.mark.parametrize("has_generation_config", [True, False])
