@@ -99,7 +99,7 @@ def test_an_encoder_that_is_not_adapted_hears_a_set_once(
     after = scoring.score(random_posterior(0, targets=targets))["German"]
     hook.remove()
     assert len(calls) == heard
-    assert after.hypotheses != before.hypotheses == before.references
+    assert len(after.hypotheses) == len(before.hypotheses) == 2
 
 
 def test_as_many_utterances_as_asked_for_are_scored_the_same_in_every_fit(
