@@ -41,6 +41,9 @@ def check(
     language: Annotated[
         str | None, typer.Option(help="Language of rows that name none.", show_default="none")
     ] = None,
+    task: Annotated[
+        str, typer.Option(metavar="transcribe|translate", help="Task of the fit.")
+    ] = "transcribe",
     column: Column = None,
     revision: Revision = None,
     local_files_only: LocalFilesOnly = False,
@@ -71,6 +74,7 @@ def check(
                 local_files_only,
                 fast=fast,
                 columns=column_names(read_columns(column or [])),
+                task=task,
             )
         print_result(found.to_json(), as_json, lambda: data_check_tables(found))
         if found.refused:

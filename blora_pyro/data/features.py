@@ -203,13 +203,23 @@ def load_features(
     return Features([found[keys[number]] for number in contents], shape), heard
 
 
-def row_log_mels(row: Mapping[str, Any], feature_extractor: "WhisperFeatureExtractor") -> Tensor:
-    """Return the log-mels of a row with the columns of `read_manifest`, (mels, frames), float16.
+def featurise_row(
+    row: Mapping[str, Any], feature_extractor: "WhisperFeatureExtractor"
+) -> tuple[Tensor, Heard]:
+    """Return the log-mels of a row, (mels, frames), float16, and what is known of its audio.
 
     Raises:
         UserError: if its audio cannot be read, or is longer than the feature extractor's window.
     """
-    return _log_mels_of(decode_row(row, feature_extractor.chunk_length), feature_extractor)
+    audio = decode_row(row, feature_extractor.chunk_length)
+    return _log_mels_of(audio, feature_extractor), heard_of(row, audio, Digests())
+
+
+def heard_of(row: Mapping[str, Any], audio: DecodedAudio, digests: Digests) -> Heard:
+    """Return what is known of a row's decoded audio."""
+    content = f"{digests.of(row['audio'] or {})} {row['start']} {row['end']}"
+    notes = {**audio.notes, **duration_notes(row, audio.seconds)}
+    return Heard(content, audio.seconds, tuple(notes.items()))
 
 
 def decode_row(row: Mapping[str, Any], window: float | None) -> DecodedAudio:

@@ -1,7 +1,7 @@
 """The token sequences of Whisper's decoder: prompts and targets."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,10 @@ class Suppressed:
         return cls(
             frozenset(anywhere), frozenset(getattr(settings, "begin_suppress_tokens", None) or ())
         )
+
+    def without(self, tokens: Collection[int]) -> "Suppressed":
+        """Return the others."""
+        return Suppressed(self.anywhere.difference(tokens), self.first.difference(tokens))
 
     def of_target(self, target: Sequence[int]) -> list[int]:
         """Return the tokens of a target, text and end token, that can't be decoded."""

@@ -11,7 +11,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from blora_pyro.data.collation import Batch, Examples
-from blora_pyro.data.features import row_log_mels
+from blora_pyro.data.features import Heard, featurise_row
 from blora_pyro.data.prompts import NO_MAP, NOTHING, EncodedRow, Encoder, Suppressed
 from blora_pyro.data.rows import (
     BadRow,
@@ -35,6 +35,8 @@ READERS = 4  # threads; torch may use several cores in each
 
 StreamPosition = dict[str, Any]  # where a process is in its stream, JSON; see `_records`
 START: StreamPosition = {"epoch": 0, "block": 0, "taken": 0, "state": None}
+
+OnRow = Callable[[EncodedRow, Heard], object]  # a good row, and what is known of its audio
 
 _Good = tuple[EncodedRow, Tensor]  # a row, and its log-mels, (mels, frames), float16
 
@@ -65,12 +67,14 @@ class Stream:
         seed: int = 0,
         trim: bool = False,
         on_bad: OnBadRow = stop,
+        on_row: OnRow = lambda row, heard: None,
     ) -> None:
         """Read the sample.
 
         The arguments are those of `Examples`, but that `rows` are those of `stream_split`, and
-        `on_bad` is called again in every epoch, from another thread. `buffer` rows are shuffled at
-        a time, by the `seed`; 1 keeps their order within a shard.
+        `on_bad` is called again in every epoch, from another thread, as is `on_row` with the good
+        rows of the first. `buffer` rows are shuffled at a time, by the `seed`; 1 keeps their order
+        within a shard.
 
         Raises:
             UserError: if there is no good row, or by `on_bad`.
@@ -80,7 +84,8 @@ class Stream:
         self._encoder = Encoder(
             copy.deepcopy(tokenizer), language, task, max_tokens, suppressed, language_map
         )
-        self.buffer, self.seed, self._trim, self._on_bad = buffer, seed, trim, on_bad
+        self.buffer, self.seed, self._trim = buffer, seed, trim
+        self._on_bad, self._on_row = on_bad, on_row
         self.sample = self._sample(BadRows(on_bad))
 
     @property
@@ -145,7 +150,10 @@ class Stream:
             while len(rows) < size:
                 drawn = list(islice(records, size - len(rows)))
                 position = drawn[-1][1]
-                rows += self._good_rows([record for record, _ in drawn], readers.map, self._on_bad)
+                first = [record for record, at in drawn if not at["epoch"]]
+                later = [record for record, at in drawn if at["epoch"]]
+                rows += self._good_rows(first, readers.map, self._on_bad, self._on_row)
+                rows += self._good_rows(later, readers.map, self._on_bad)
                 if rows:
                     good_epoch = position["epoch"]
                 elif position["epoch"] > good_epoch + 1:
@@ -190,7 +198,11 @@ class Stream:
             raise UserError(f"{self.rows.name} cannot be read on: {reason(error)}") from error
 
     def _good_rows(
-        self, records: list[Record], apply: Callable[..., Iterator[Any]], on_bad: OnBadRow
+        self,
+        records: list[Record],
+        apply: Callable[..., Iterator[Any]],
+        on_bad: OnBadRow,
+        on_row: OnRow = lambda row, heard: None,
     ) -> list[_Good]:
         """Parse, tokenise and featurise records; return the good ones in their order."""
         rows: list[tuple[Row, EncodedRow]] = []
@@ -201,19 +213,21 @@ class Stream:
             except BadRow as error:
                 on_bad(error)
         good = []
-        features = apply(self._featurise, [row for row, _ in rows])
-        for (_, encoded), found in zip(rows, features, strict=True):
+        featurised = apply(self._featurise, [row for row, _ in rows])
+        for (_, encoded), found in zip(rows, featurised, strict=True):
             if isinstance(found, BadRow):
                 on_bad(found)
             else:
-                good.append((encoded, found))
+                features, heard = found
+                on_row(encoded, heard)
+                good.append((encoded, features))
         return good
 
-    def _featurise(self, row: Row) -> Tensor | BadRow:
-        """Return log-mels, (mels, frames), float16, or what is wrong with the audio."""
+    def _featurise(self, row: Row) -> tuple[Tensor, Heard] | BadRow:
+        """Return log-mels, (mels, frames), float16, and what is known of the audio, or wrong."""
         try:
             with located(row["origin"]):
-                return row_log_mels(row, self.feature_extractor)
+                return featurise_row(row, self.feature_extractor)
         except BadRow as error:
             return error
 

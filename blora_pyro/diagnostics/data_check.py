@@ -22,19 +22,27 @@ from blora_pyro.data import (
     Suppressed,
     check_text,
     decode_row,
-    duration_notes,
+    heard_of,
     prompt_ids,
     row_batches,
     split_names,
     usable_cores,
 )
-from blora_pyro.diagnostics.row_notes import NOTES, Characters, RowNotes
+from blora_pyro.declarations import check_value
+from blora_pyro.diagnostics.row_notes import NOTES, Characters, RowNotes, suppressed_notes
 from blora_pyro.errors import UserError, reason
 from blora_pyro.languages import language_code, read_language
 from blora_pyro.metrics import check_tags
-from blora_pyro.models.folders import adapter_in, check_chain, find_folder, quiet_transformers
+from blora_pyro.models.folders import (
+    ADAPTER_WEIGHTS,
+    adapter_in,
+    check_chain,
+    find_folder,
+    quiet_transformers,
+)
+from blora_pyro.models.peft_adapters import stored_unsuppressed
 from blora_pyro.models.stored_config import read_config, read_extractor, read_generation
-from blora_pyro.options import BUILT_IN, POCKET
+from blora_pyro.options import BUILT_IN, POCKET, FitConfig
 from blora_pyro.sources import Source, as_sources, describe_source
 
 CHUNK = 256  # rows that are read, and decoded, at a time
@@ -143,6 +151,7 @@ def check_data(
     local_files_only: bool = False,
     fast: bool = False,
     columns: Columns | None = None,
+    task: str = "transcribe",
 ) -> DataCheck:
     """Read data as a fit would, decode every recording, and return what was found.
 
@@ -159,10 +168,12 @@ def check_data(
         local_files_only: Look for a base in the Hub's local cache alone.
         fast: Look at rows, texts and whether files exist; open no audio.
         columns: Names of columns, see `load_split`.
+        task: Of the fit; an English-only base can't translate.
 
     Raises:
         UserError: If a source or the base can't be read at all.
     """
+    check_value(FitConfig, "task", task)
     if base is None and {*map(describe_source, as_sources(sources))} <= BUILT_IN:
         base = POCKET
     spoken = read_language(language or "")  # refuses what may be two things
@@ -172,8 +183,8 @@ def check_data(
             base, revision, local_files_only
         )
         if language:
-            prompt_ids(tokenizer, spoken.code)  # refuses a language without a token
-        encoder = Encoder(tokenizer, language, max_tokens=max_tokens, suppressed=suppressed)
+            prompt_ids(tokenizer, spoken.code, task)  # refuses a language without a token
+        encoder = Encoder(tokenizer, language, task, max_tokens, suppressed)
         window = feature_extractor.chunk_length
     checks = _Checks(encoder, window, language or "", fast)
     notes = RowNotes()
@@ -204,7 +215,10 @@ def load_processor(
         folder = find_folder(base, revision, local_files_only, weights=False)
         if adapter := adapter_in(base, folder):
             above = check_chain(base, folder, above)
-            return load_processor(*adapter, local_files_only, above)
+            *rest, below = load_processor(*adapter, local_files_only, above)
+            folder = find_folder(base, revision, local_files_only)
+            lifted = stored_unsuppressed(folder / ADAPTER_WEIGHTS)
+            return (*rest, below.without(lifted))
     extractor, config = read_extractor(base, folder), read_config(base, folder)
     has_settings = (folder / "generation_config.json").is_file()
     settings = read_generation(base, folder) if has_settings else None
@@ -320,17 +334,17 @@ class _SetChecker:
         """Yield kind, origin and message of what the base can't take of texts and languages."""
         encoder, code = self.checks.encoder, row["language"] or self.checks.language
         try:
-            code, tokens = read_language(code).code, []
+            code, target = read_language(code).code, list[int]()
             if encoder is None:
                 check_text(row["text"])
             else:
                 spoken, _, target = encoder.encode(row["text"], row["language"])
-                code, tokens = spoken.code, encoder.suppressed.of_target(target)
+                code = spoken.code
             for tag in row["word_languages"]:
                 language_code(tag)
-            if encoder is not None and tokens:
-                texts = dict.fromkeys(encoder.tokenizer.decode([token]) for token in tokens)
-                yield "suppressed", row["origin"], ", ".join(map(repr, texts))
+            if encoder is not None:
+                about = encoder.tokenizer, encoder.suppressed, row["origin"], target
+                yield from suppressed_notes(*about)
         except UserError as error:
             yield "transcript", row["origin"], str(error)
         self.languages[code] += 1
@@ -346,7 +360,4 @@ def _decode(row: Mapping[str, Any], window: float | None, digests: Digests) -> _
         audio = decode_row(row, window)
     except UserError as error:
         return _Recording(error=str(error))
-    content = f"{digests.of(row['audio'] or {})} {row['start']} {row['end']}"
-    notes = {**audio.notes, **duration_notes(row, audio.seconds)}
-    heard = Heard(content, audio.seconds, tuple(notes.items()))
-    return _Recording(audio.rate, audio.channels, heard)
+    return _Recording(audio.rate, audio.channels, heard_of(row, audio, digests))

@@ -1,19 +1,18 @@
 """What is worth knowing of rows that a fit takes: what `data check` shows, and a fit tells."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import WhisperTokenizer
 
-from blora_pyro.data import Heard, text_ids
+from blora_pyro.data import Heard, Suppressed, text_ids
 from blora_pyro.errors import UserError
 from blora_pyro.metrics import check_tags
 
-NOTES = {
+NOTES = {  # the gravest first
     "empty text": "empty text",
     "characters": "characters that the tokenizer can't spell",
-    "bytes": "characters that it spells byte by byte",
-    "suppressed": "tokens that the base's generation config suppresses, and a fit allows",
+    "suppressed": "tokens that the base suppresses; a fit allows those of its training texts",
     "clipped": "audio that is clipped",
     "silent": "audio that is silent",
     "duration": "a stated duration that is wrong",
@@ -21,9 +20,8 @@ NOTES = {
     "repeated": "audio that an earlier row has, too",
     "shared audio": "audio that is in another set too",
     "shared text": "text that is in another set too",
+    "bytes": "characters that the tokenizer spells byte by byte",
 }
-
-UNTOLD = ("bytes", "shared text")  # by a fit: they are common, and often meant
 
 Note = tuple[str, str, str]  # a kind of `NOTES`, the row's origin, and a message
 
@@ -45,6 +43,7 @@ class RowNotes:
         word_languages: Sequence[str],
         heard: Heard | None,
         scored: bool,
+        remembered: bool = True,
     ) -> Iterator[Note]:
         """Yield what is worth knowing of a row.
 
@@ -55,6 +54,7 @@ class RowNotes:
             word_languages: languages of its words.
             heard: what is known of its audio; None is nothing.
             scored: whether the set is scored, so that other checks refuse bad `word_languages`.
+            remembered: whether later rows are compared with this one.
         """
         if not (stripped := text.strip()):
             yield "empty text", origin, "the fit will learn that nothing is said"
@@ -65,7 +65,7 @@ class RowNotes:
                 yield "tags", origin, str(error)
         if heard is not None:
             yield from ((kind, origin, message) for kind, message in heard.notes)
-            same, earlier = self._earlier(self._audio, heard.content, label, origin)
+            same, earlier = self._earlier(self._audio, heard.content, label, origin, remembered)
             if earlier:
                 yield (
                     ("repeated" if same else "shared audio"),
@@ -73,14 +73,21 @@ class RowNotes:
                     f"the same audio as {earlier}",
                 )
         if stripped:
-            same, earlier = self._earlier(self._texts, stripped, label, origin)
+            same, earlier = self._earlier(self._texts, stripped, label, origin, remembered)
             if earlier and not same:
                 yield "shared text", origin, f"{stripped[:40]!r} as {earlier}"
 
     def _earlier(
-        self, seen: dict[int, tuple[int, int]], what: str, label: str, origin: str
+        self,
+        seen: dict[int, tuple[int, int]],
+        what: str,
+        label: str,
+        origin: str,
+        remembered: bool,
     ) -> tuple[bool, str]:
         """Return whether the first row that had it is of this set, and its origin; "" is none."""
+        if not remembered and hash(what) not in seen:
+            return True, ""
         start, _, number = origin.rpartition(" ")
         if not number.isdecimal():
             start, number = origin, "-1"
@@ -120,18 +127,45 @@ class Characters:
                 yield "bytes", origin, message
 
 
-def told(notes: Mapping[str, Sequence[Note]]) -> str:
-    """Return the notes on sets, by their names, in one line; "" without any but `UNTOLD`."""
-    parts = []
-    notes = {name: [note for note in some if note[0] not in UNTOLD] for name, some in notes.items()}
-    for name, some in notes.items():
-        counts = Counter(kind for kind, _, _ in some)
-        parts += [f"{count:,} of {name}: {NOTES[kind]}" for kind, count in counts.items()]
-    firsts = [note for some in notes.values() for note in some[:1]]
-    if not firsts:
-        return ""
-    _, origin, message = firsts[0]
-    return (
-        f"rows worth a look: {'; '.join(parts)}; the first: {origin}: {message} "
-        "(blora-pyro data check shows more)"
-    )
+def suppressed_notes(
+    tokenizer: WhisperTokenizer, suppressed: Suppressed, origin: str, target: Sequence[int]
+) -> Iterator[Note]:
+    """Yield a note if a row's target holds tokens that its base's `generate` never says."""
+    if tokens := suppressed.of_target(target):
+        texts = dict.fromkeys(tokenizer.decode([token]) for token in tokens)
+        yield "suppressed", origin, ", ".join(map(repr, texts))
+
+
+class Told:
+    """Notes on sets that are to be told in one line: their numbers, and the first of them."""
+
+    def __init__(self) -> None:
+        """Start without notes."""
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._first: dict[str, Note] = {}  # by kind
+
+    def add(self, label: str, notes: Iterable[Note]) -> None:
+        """Add notes on the set of this name."""
+        for note in notes:
+            self._counts[label, note[0]] += 1
+            self._first.setdefault(note[0], note)
+
+    def line(self) -> str:
+        """Return what has been added since the last line; "" if there is nothing."""
+        counts, first = self._counts, self._first
+        if not first:
+            return ""
+        self._counts, self._first = Counter(), {}
+        kinds = sorted(first, key=[*NOTES].index)
+        parts = [
+            f"{NOTES[kind]}: "
+            + ", ".join(
+                f"{count:,} of {name}" for (name, one), count in counts.items() if one == kind
+            )
+            for kind in kinds
+        ]
+        _, origin, message = first[kinds[0]]
+        return (
+            f"rows worth a look: {'; '.join(parts)}; the first: {origin}: {message} "
+            "(blora-pyro data check shows more)"
+        )

@@ -25,7 +25,8 @@ from blora_pyro.models.folders import (
     find_folder,
     quiet_transformers,
 )
-from blora_pyro.models.peft_adapters import lora_config, stored_language_map
+from blora_pyro.models.logits import allow
+from blora_pyro.models.peft_adapters import lora_config, stored_language_map, stored_unsuppressed
 from blora_pyro.models.stored_config import (
     check_sizes,
     read_config,
@@ -117,7 +118,8 @@ def load_base(
 
     Weights are read from safetensors, and no code of a checkpoint is run. Settings of `generate`
     that an older checkpoint lacks (languages, tasks, timestamps) are taken from its tokenizer. A
-    PEFT adapter of a Whisper, such as a run folder, is merged into the base that it names.
+    PEFT adapter of a Whisper, such as a run folder, is merged into the base that it names, which
+    may then say what the run's texts hold.
 
     Args:
         name: `"pocket"`, a folder with a checkpoint or an adapter, or a Hub id of either.
@@ -198,6 +200,7 @@ def _merged(
             "another"
         ) from None
     check_merge(name, unmerged, probe(merged))
+    allow(merged, stored_unsuppressed(folder / ADAPTER_WEIGHTS))
     return merged
 
 

@@ -1,13 +1,13 @@
 """Decoding of one window of audio by transformers' `generate`, and scores of tokens."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
@@ -20,7 +20,6 @@ from blora_pyro.models.logits import Limit, Sample, Sampling, Spell
 
 TIME_PRECISION = 0.02  # seconds between two timestamp tokens
 NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")  # two names of one token, below <|notimestamps|>
-SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 THRESHOLDS = ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold")
 
 Prompts = Sequence[Sequence[int]]  # of one length
@@ -123,27 +122,6 @@ def decode_timed(
         [Piece(float(one["start"]), float(one["end"]), one["tokens"].tolist()) for one in row]
         for row in found["segments"]
     ]
-
-
-def allow(net: nn.Module, tokens: Iterable[int]) -> None:
-    """Have `generate` say tokens that the net's generation config suppresses."""
-    settings, lifted = getattr(net, "generation_config", None), {*tokens}
-    for name in SUPPRESSED if lifted else ():
-        kept = [token for token in getattr(settings, name, None) or () if token not in lifted]
-        setattr(settings, name, kept or None)
-
-
-@contextmanager
-def allowing(net: nn.Module, tokens: Iterable[int]) -> Iterator[None]:
-    """`allow` tokens inside a `with`."""
-    settings = getattr(net, "generation_config", None)
-    before = {name: getattr(settings, name, None) for name in SUPPRESSED}
-    allow(net, tokens)
-    try:
-        yield
-    finally:
-        for name, value in before.items() if settings is not None else ():
-            setattr(settings, name, value)
 
 
 @torch.inference_mode()

@@ -1,13 +1,15 @@
-"""What `generate` is to do with the logits of a batch, each row by itself."""
+"""What `generate` is to do with the logits of a batch, each row by itself, and what it may say."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 LEAST = -1e9  # a logit below all others but infinite ones
 
 
@@ -103,3 +105,24 @@ class Spell(LogitsProcessor):
             token = tokens[place]
             kept[row, token] = scores[row, token].clamp(min=LEAST)
         return kept
+
+
+def allow(net: nn.Module, tokens: Iterable[int]) -> None:
+    """Have `generate` say tokens that the net's generation config suppresses."""
+    settings, lifted = getattr(net, "generation_config", None), {*tokens}
+    for name in SUPPRESSED if lifted else ():
+        kept = [token for token in getattr(settings, name, None) or () if token not in lifted]
+        setattr(settings, name, kept or None)
+
+
+@contextmanager
+def allowing(net: nn.Module, tokens: Iterable[int]) -> Iterator[None]:
+    """`allow` tokens inside a `with`."""
+    settings = getattr(net, "generation_config", None)
+    before = {name: getattr(settings, name, None) for name in SUPPRESSED}
+    allow(net, tokens)
+    try:
+        yield
+    finally:
+        for name, value in before.items() if settings is not None else ():
+            setattr(settings, name, value)

@@ -7,7 +7,7 @@ with values that it can have, what changes nothing is left out, and anything els
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from blora_pyro.errors import UserError, printable, reason
 from blora_pyro.files import parse_json
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json_of
 
-LANGUAGE_MAP = "language_map"  # in the metadata of the weights; PEFT's own file has no place for it
+# In the metadata of the weights; PEFT's own file has no place for it.
+LANGUAGE_MAP, UNSUPPRESSED = "language_map", "unsuppressed"
 SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias")
 READ = (
     *(*SWITCHES, "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "bias"),
@@ -75,9 +76,10 @@ def lora_config(name: str, folder: Path, net: nn.Module) -> Any:
     )
 
 
-def write_language_map(language_map: Mapping[str, str]) -> dict[str, str]:
-    """Return a language map as metadata of an adapter's weights, for `stored_language_map`."""
-    return {LANGUAGE_MAP: json.dumps(dict(language_map))} if language_map else {}
+def metadata_of(language_map: Mapping[str, str], unsuppressed: Sequence[int]) -> dict[str, str]:
+    """Return what a run's adapter says of its base, as metadata of the adapter's weights."""
+    about = {LANGUAGE_MAP: dict(language_map), UNSUPPRESSED: list(unsuppressed)}
+    return {name: json.dumps(one) for name, one in about.items() if one}
 
 
 def stored_language_map(weights: Path) -> dict[str, str]:
@@ -86,16 +88,34 @@ def stored_language_map(weights: Path) -> dict[str, str]:
     Raises:
         UserError: If it is none.
     """
+    found = _stored(weights, LANGUAGE_MAP, {})
+    if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
+        raise _unread(weights, LANGUAGE_MAP, f"it has {found!r:.60}")
+    return found
+
+
+def stored_unsuppressed(weights: Path) -> list[int]:
+    """Return the tokens that an adapter lets its base say, see `Posterior`; [] if that is unsaid.
+
+    Raises:
+        UserError: If they are none.
+    """
+    found = _stored(weights, UNSUPPRESSED, [])
+    if not isinstance(found, list) or not all(type(one) is int for one in found):
+        raise _unread(weights, UNSUPPRESSED, f"it has {found!r:.60}")
+    return found
+
+
+def _stored(weights: Path, name: str, default: Any) -> Any:
     try:
         with safe_open(weights, framework="pt") as file:
-            found = parse_json((file.metadata() or {}).get(LANGUAGE_MAP, "{}"))
-        if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
-            raise ValueError(f"it has {found!r:.60}")
+            return parse_json((file.metadata() or {}).get(name, json.dumps(default)))
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{weights} has no {LANGUAGE_MAP} that can be read ({reason(error)}); give another"
-        ) from None
-    return found
+        raise _unread(weights, name, reason(error)) from None
+
+
+def _unread(weights: Path, name: str, why: str) -> UserError:
+    return UserError(f"{weights} has no {name} that can be read ({why}); give another")
 
 
 def _check_keys(name: str, stored: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from blora_pyro.hub import find_run
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
 from blora_pyro.models.base import map_languages
-from blora_pyro.models.decoding import allow, allowing
+from blora_pyro.models.logits import allow, allowing
 from blora_pyro.posterior.draws import point_scales, prior_variances, traces
 from blora_pyro.posterior.family import Family, normal_guide
 from blora_pyro.posterior.inference_data import to_inference_data
@@ -329,7 +329,7 @@ class Posterior:
             adapters[place] = self.for_domain(name)
         for place, one in adapters.items():
             means = one.layer_means()
-            about = self.base, self.revision, self.language_map
+            about = self.base, self.revision, self.language_map, self.unsuppressed
             write_adapter(place, one.groups, one.alpha, means, *about)
 
     @classmethod

@@ -22,7 +22,7 @@ from blora_pyro.families import GUIDES, PREVIOUS_POSTERIOR, is_code
 from blora_pyro.files import check_name, parse_json
 from blora_pyro.models import Pooling
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from blora_pyro.models.peft_adapters import write_language_map
+from blora_pyro.models.peft_adapters import metadata_of
 from blora_pyro.posterior.family import Family
 
 POSTERIOR_FILE = "posterior.safetensors"
@@ -236,11 +236,12 @@ def write_adapter(
     base: str,
     revision: str | None,
     language_map: Mapping[str, str],
+    unsuppressed: tuple[int, ...],
 ) -> None:
     """Write a stock PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
     Updates are scaled by alpha / largest rank; `layers` are those of `Posterior.layer_means`. The
-    language map is in the metadata of the weights.
+    language map, and the tokens that may be said, are in the metadata of the weights.
     """
     from peft import LoraConfig
 
@@ -265,5 +266,5 @@ def write_adapter(
     for name, a, b in layers:
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
-    metadata = {"format": "pt", **write_language_map(language_map)}
+    metadata = {"format": "pt", **metadata_of(language_map, unsuppressed)}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata=metadata)

@@ -1,5 +1,6 @@
 """Reading the sets of a fit: language and task of every row, and the bad rows left out."""
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -7,10 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from datasets import Dataset
+from transformers import WhisperTokenizer
 
 from blora_pyro.data import (
     BadRow,
+    EncodedRow,
     Examples,
+    Heard,
     OnBadRow,
     OnNote,
     Stream,
@@ -20,7 +24,7 @@ from blora_pyro.data import (
     prompt_ids,
     stream_split,
 )
-from blora_pyro.diagnostics.row_notes import Characters, Note, RowNotes, told
+from blora_pyro.diagnostics.row_notes import Characters, RowNotes, Told, suppressed_notes
 from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.metrics import check_tags
@@ -83,7 +87,9 @@ class Loader:
         self.on_progress = on_progress
         self.on_note = functools.cache(on_note)  # every set says the same of the cache
         self.skipped: list[SkippedRow] = []
-        self._notes, self._looked_at = RowNotes(), dict[str, list[Note]]()
+        self._suppressed = Suppressed.of(base.net.generation_config)
+        self._notes, self._told, self._looked_at = RowNotes(), Told(), set[str]()
+        self._streamed: tuple[str, Characters] | None = None  # those since they were told
         self._reported = 0
 
     def load(
@@ -132,12 +138,29 @@ class Loader:
         """Keep what is worth knowing of a set, unless it has been looked at before."""
         if (label := f"{', '.join(sources)} {split}") in self._looked_at:
             return
-        notes, characters = self._looked_at.setdefault(label, []), Characters()
+        self._looked_at.add(label)
+        characters, is_train = Characters(), split == "train"
         columns = (examples.origins, examples.texts, examples.word_languages, examples.heard or [])
-        for origin, text, tags, heard in zip(*columns, strict=True):
+        rows = zip(*columns, examples.targets, strict=True)
+        for origin, text, tags, heard, target in rows:
             characters.add(text, origin)
-            notes += self._notes.of(label, origin, text, tags, heard, split != "train")
-        notes += characters.notes(self.base.tokenizer)
+            self._told.add(label, self._notes.of(label, origin, text, tags, heard, not is_train))
+            if not is_train:  # of which a fit tells more
+                about = self.base.tokenizer, self._suppressed, origin, target
+                self._told.add(label, suppressed_notes(*about))
+        self._told.add(label, characters.notes(self.base.tokenizer))
+
+    def _look_at_streamed(
+        self, label: str, tokenizer: WhisperTokenizer, row: EncodedRow, heard: Heard
+    ) -> None:
+        """Keep what is worth knowing of a row, in another thread; nothing grows by it."""
+        if self._streamed is None:
+            self._streamed = label, Characters()
+        self._streamed[1].add(row.text, row.origin)
+        about = row.origin, row.text, row.word_languages, heard
+        self._told.add(label, self._notes.of(label, *about, scored=False, remembered=False))
+        notes = suppressed_notes(tokenizer, self._suppressed, row.origin, row.target)
+        self._told.add(label, notes)
 
     def stream(self, source: Source, on_skipped: Callable[[SkippedRow], object]) -> Stream:
         """Return the train split of a source, read, featurised and tokenised as it is drawn.
@@ -149,6 +172,8 @@ class Loader:
         Raises:
             UserError: See `stream_split` and `Stream`.
         """
+        label = f"{describe_source(source)} train"
+        tokenizer = copy.deepcopy(self.base.tokenizer)  # can't be used by two threads at once
         return Stream(
             stream_split(source, "train", self.columns),
             self.base.feature_extractor,
@@ -162,6 +187,7 @@ class Loader:
             seed=self.config.seed,
             trim=self.config.trim_audio,
             on_bad=self._on_bad([describe_source(source)], "train", on_skipped),
+            on_row=functools.partial(self._look_at_streamed, label, tokenizer),
         )
 
     def _on_bad(
@@ -186,11 +212,15 @@ class Loader:
     def report_skipped(self, where: str = "") -> None:
         """Note in one line which rows were left out, if there are new ones, listed in `where`.
 
-        In another, what is worth knowing of the others.
+        In another, what is worth knowing of the others that were read since the last time.
         """
         if len(self.skipped) > self._reported:
             self._report_skipped(where)
-        if line := told(self._looked_at):
+        if self._streamed is not None:
+            label, characters = self._streamed
+            self._told.add(label, characters.notes(self.base.tokenizer))
+            self._streamed = None
+        if line := self._told.line():
             self.on_note(line)
 
     def _report_skipped(self, where: str) -> None:

@@ -23,8 +23,8 @@ from blora_pyro.fitting.stopping import DevError, EarlyStopping
 from blora_pyro.languages import is_language
 from blora_pyro.metrics.normalizers import NORMALIZERS
 from blora_pyro.models import Base, base_of
-from blora_pyro.models.decoding import allowing
 from blora_pyro.models.encoder import first_adapted
+from blora_pyro.models.logits import allowing
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.base_transcripts import kept_transcripts

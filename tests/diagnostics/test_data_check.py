@@ -11,6 +11,7 @@ from blora_pyro.diagnostics import data_check
 from blora_pyro.diagnostics.data_check import REFUSED, check_data, load_processor
 from blora_pyro.diagnostics.row_notes import NOTES, Characters
 from blora_pyro.errors import UserError
+from blora_pyro.models import load_base
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.loading import Loader
 
@@ -166,6 +167,7 @@ ODD = {
     "empty text": {"audio": "c.ogg", "text": "", "word_languages": None},
     "tags": {"audio": "long.wav", "end": 0.5, "word_languages": ["de"]},
     "shared audio": {},
+    "shared text": {"audio": "b.flac", "start": 0.1, "text": "ein haus"},
 }
 
 
@@ -183,8 +185,27 @@ def test_what_it_notes_a_fit_tells_also_of_features_that_are_cached(
             loader.load(source, split)
         loader.report_skipped()
         (line,) = notes
-        assert all(f"1 of {source} train: {NOTES[kind]}" in line for kind in ODD)
-        assert f"the first: {found.sets[1].findings[0].origin}: " in line
+        assert all(f"{NOTES[kind]}: 1 of {source} train; " in line for kind in ODD)
+        assert f"the first: {source}/train.jsonl, line 4: the fit will learn" in line
+
+
+def test_what_an_english_only_base_cannot_do_is_refused_as_a_fit_does(
+    folder, fluent_folder, monkeypatch
+):
+    source = folder("train", {"language": "", "word_languages": None})
+    monkeypatch.setattr("blora_pyro.data.prompts.language_codes", lambda tokenizer: [])
+    for given in ({}, {"task": "translate"}):
+        found = check_data(source, str(fluent_folder), **given)
+        loader = Loader(load_base(str(fluent_folder)), FitConfig(on_bad_row="skip", **given))
+        if not given:
+            assert not found.refused and len(loader.load(source, "train")) == 1
+            continue
+        (finding,) = found.sets[0].findings
+        assert finding.message == "the base is English-only, and the task is 'translate'"
+        with pytest.raises(UserError, match=finding.message):
+            loader.load(source, "train")
+    with pytest.raises(UserError, match="task is 'translat'; give transcribe or translate"):
+        check_data(source, task="translat")
 
 
 def test_without_opening_audio_rows_texts_and_paths_are_checked(folder, fluent_folder):

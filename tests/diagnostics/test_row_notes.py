@@ -1,5 +1,5 @@
 from blora_pyro.data import Heard
-from blora_pyro.diagnostics.row_notes import RowNotes, told
+from blora_pyro.diagnostics.row_notes import RowNotes, Told
 
 
 def heard(content, *kinds):
@@ -37,10 +37,26 @@ def test_wrong_word_languages_are_a_note_where_nothing_is_scored():
         assert kinds == ([] if scored else ["tags"])
 
 
-def test_a_fit_tells_notes_in_one_line():
-    assert told({"train": [], "test": [("shared text", "line 1", "yes")]}) == ""
-    notes = [("silent", "line 3", "no sample"), ("clipped", "line 4", "!"), ("silent", "", "")]
-    assert told({"train": notes, "test": []}) == (
-        "rows worth a look: 2 of train: audio that is silent; 1 of train: audio that is clipped; "
-        "the first: line 3: no sample (blora-pyro data check shows more)"
+def test_a_row_that_is_not_remembered_is_compared_and_no_other_with_it():
+    notes = RowNotes()
+    assert not [*notes.of("test", "line 1", "x", [], heard("1"), True)]
+    for _ in range(2):
+        found = notes.of("train", "line 9", "x", [], heard("1"), False, remembered=False)
+        assert [kind for kind, *_ in found] == ["shared audio", "shared text"]
+        found = notes.of("train", "line 2", "y", [], heard("2"), False, remembered=False)
+        assert not [*found]
+
+
+def test_a_fit_tells_notes_in_one_line_and_once():
+    told = Told()
+    told.add("test", [])
+    assert told.line() == ""
+    told.add("train", [("silent", "line 3", "no sample"), ("clipped", "line 4", "!")])
+    told.add("train", [("silent", "", "")])
+    told.add("test", [("shared text", "line 1", "yes")])
+    assert told.line() == (
+        "rows worth a look: audio that is clipped: 1 of train; audio that is silent: 2 of train; "
+        "text that is in another set too: 1 of test; "
+        "the first: line 4: ! (blora-pyro data check shows more)"
     )
+    assert told.line() == ""

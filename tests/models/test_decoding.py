@@ -6,8 +6,6 @@ import torch
 
 from blora_pyro.data import featurise, prompt_ids, read_audio
 from blora_pyro.models.decoding import (
-    allow,
-    allowing,
     decode,
     decode_timed,
     detect_languages,
@@ -16,6 +14,7 @@ from blora_pyro.models.decoding import (
     time_pieces,
     timestamp_begin,
 )
+from blora_pyro.models.logits import allow, allowing
 
 FILES = ("en1", "de3", "en0", "de2")
 

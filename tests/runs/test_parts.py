@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from blora_pyro.diagnostics.data_check import load_processor
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.distillation import Distillation
 from blora_pyro.fitting.encoder_cache import EncoderCache
@@ -52,7 +53,10 @@ def test_tokens_that_the_base_suppresses_are_allowed_where_the_training_texts_ho
     run = fit(FitConfig(**options), tmp_path / "run", evaluate=False)
     assert run.posterior.unsuppressed == tokens
     merge_run(tmp_path / "run", tmp_path / "merged")
-    assert load_base(str(tmp_path / "merged")).net.generation_config.suppress_tokens == [unused]
+    for name in ("merged", "run"):
+        settings = load_base(str(tmp_path / name)).net.generation_config
+        assert settings.suppress_tokens == [unused] and not settings.begin_suppress_tokens
+        assert load_processor(str(tmp_path / name))[3].anywhere == {unused}
 
 
 def test_program_and_guide_are_those_of_the_configuration(make, fluent_base):

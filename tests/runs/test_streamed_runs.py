@@ -86,7 +86,10 @@ def test_a_stream_is_fitted_and_its_bad_rows_are_listed(straight):
     assert about["language"] == "de-en"
     listed = [json.loads(line) for line in (run.output / SKIPPED).read_text().splitlines()]
     assert sorted(row["origin"].rpartition(" ")[2] for row in listed) == ["'0.wav'", "'7.wav'"]
-    assert listener.notes[-1].startswith(f"bad rows left out: 2 of {run.config.data[0]} train")
+    *_, bad, worth_a_look = listener.notes  # the last after the fit, of what it has read
+    assert bad.startswith(f"bad rows left out: 2 of {run.config.data[0]} train")
+    told = f"text that is in another set too: 7 of {run.config.data[0]} train; the first: "
+    assert worth_a_look.startswith(f"rows worth a look: {told}")
 
 
 def test_a_resumed_one_is_that_of_a_fit_never_interrupted(straight, options, tmp_path):
