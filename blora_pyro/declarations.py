@@ -38,6 +38,7 @@ class Option:
         unset: What None means, in words.
         listed: How the command line takes several values: `repeated`, with `commas`, or not (None).
         flag: Name on the command line, without dashes; None is the field's.
+        real: Default with a base other than the pocket Whisper; None is the same.
     """
 
     help: str
@@ -50,6 +51,7 @@ class Option:
     unset: str | None = None
     listed: Literal["repeated", "commas"] | None = None
     flag: str | None = None
+    real: Any = None
 
 
 def option(
@@ -110,6 +112,12 @@ def is_switch(group: type, name: str) -> bool:
     return value_types(group, name) == (bool,)
 
 
+def has_two_flags(group: type, name: str) -> bool:
+    """Return whether an option is a switch that may be on by default, with a flag for off, too."""
+    may_be_on = default_of(group, name) is True or declarations(group)[name].real is not None
+    return is_switch(group, name) and may_be_on
+
+
 def is_number(group: type, name: str) -> bool:
     """Return whether an option may be a number."""
     return bool({int, float} & {*value_types(group, name)})
@@ -124,9 +132,10 @@ def default_of(group: type, name: str) -> Any:
 # ---- on the command line and in the docs
 
 
-def flag_of(group: type, name: str) -> str:
-    """Return an option's name on the command line, with its dashes."""
-    return "--" + (declarations(group)[name].flag or name.replace("_", "-"))
+def flag_of(group: type, name: str, value: object = True) -> str:
+    """Return the flag of an option, `--name`; `--no-name` where a switch is off."""
+    flag = declarations(group)[name].flag or name.replace("_", "-")
+    return f"--no-{flag}" if value is False else f"--{flag}"
 
 
 def metavar_of(group: type, name: str) -> str:
@@ -148,12 +157,19 @@ def help_text(group: type, name: str) -> str:
 
 
 def shown_default(group: type, name: str) -> str:
-    """Return an option's default in words; "" for a switch, or one that must be given."""
-    default = default_of(group, name)
+    """Return an option's default in words; "" for one that is off, or must be given."""
+    default, declared = default_of(group, name), declarations(group)[name]
+    is_unset = default is None or default is False or default == {}
+    usual = declared.unset or ("" if is_unset else _in_words(default))
+    if declared.real is None:
+        return usual
+    return f"{usual or _in_words(default)} with the pocket, {_in_words(declared.real)} with others"
+
+
+def _in_words(default: Any) -> str:
     if isinstance(default, bool):
-        return ""
-    text = f"{default:g}" if isinstance(default, float) else str(default)
-    return declarations(group)[name].unset or ("" if default in (None, {}) else text)
+        return "on" if default else "off"
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def texts_of(group: type, name: str, value: Any) -> Iterator[str | None]:
@@ -162,10 +178,10 @@ def texts_of(group: type, name: str, value: Any) -> Iterator[str | None]:
     Args:
         group: Of the option.
         name: Its name.
-        value: As a group's JSON has it; a switch must be on, and yields None.
+        value: As a group's JSON has it; a switch yields None.
     """
     listed = declarations(group)[name].listed
-    if value is True:
+    if isinstance(value, bool):
         yield None
     elif listed == "commas":
         yield ",".join(map(str, value))
@@ -184,7 +200,9 @@ def reference(groups: Sequence[type]) -> str:
     rows: dict[str, list[str]] = {}
     for group in groups:
         for name, declared in declarations(group).items():
-            shown = f"{flag_of(group, name)} {metavar_of(group, name)}".strip().replace("|", "\\|")
+            flags = [flag_of(group, name)]
+            flags += [flag_of(group, name, False)] if has_two_flags(group, name) else []
+            shown = f"{', '.join(flags)} {metavar_of(group, name)}".strip().replace("|", "\\|")
             cells = [f"`{shown}`", help_text(group, name), shown_default(group, name)]
             rows.setdefault(declared.panel, []).append(
                 f"| {' | '.join(cells)} |".replace("  ", " ")

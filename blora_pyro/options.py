@@ -25,6 +25,7 @@ from blora_pyro.declarations import (
     check_names,
     check_value,
     declarations,
+    default_of,
     flag_of,
     is_number,
     key_values,
@@ -64,6 +65,9 @@ AUTO_TEMPERATURE = 0.03
 TEMPERATURES = {"auto": AUTO_TEMPERATURE, "elbo": 1.0}  # beta = T / N for N target tokens
 SHUFFLE_BUFFER = 1000
 POOLING_SCALE = 0.5
+
+# The linear layers of the decoder; the encoder's states can then be computed once.
+DECODER = ".*decoder.*"
 
 TASKS = ("transcribe", "translate")
 COLUMNS = ("audio", "text", "language", "word_languages", "duration", "start", "end", "offset")
@@ -188,6 +192,7 @@ class DataOptions:
         "Compute the encoder's states before its first adapted layer once for every utterance, and "
         "keep them on disk during the fit; exact.",
         False,
+        real=True,
     )
     pooling: PoolingKind | None = option(
         "What several --data share: one adapter for all (complete); one for each around a shared "
@@ -247,6 +252,7 @@ class PriorOptions:
         "Layers to adapt, as in PEFT: all-linear, suffixes such as q_proj,v_proj, or a regex.",
         "all-linear",
         metavar="MODULES",
+        real=DECODER,
     )
 
 
@@ -261,14 +267,15 @@ class FittingOptions:
         "data 'elbo' is 1/N, the exact negative ELBO per token, and 'auto' 0.03/N.",
         1e-4,
         at_least=0,
+        real=1e-5,
     )
-    lr: float = option("Peak learning rate of Adam.", 5e-3, **POSITIVE)
+    lr: float = option("Peak learning rate of Adam.", 5e-3, real=1e-3, **POSITIVE)
     steps: int = option("Steps of SVI.", 400, **COUNT)
     schedule: Schedule = option("Learning rate after its peak.", "cosine")
     warmup_steps: int | None = option(
         "Steps of the linear warm-up to the peak rate.", unset="a tenth of the steps", at_least=0
     )
-    batch_size: int = option("Utterances a step.", 16, **COUNT)
+    batch_size: int = option("Utterances a step.", 16, real=8, **COUNT)
     data_weights: Sequence[float] | None = option(
         "How often each --data is drawn from, in proportion.",
         metavar="W,W,...",
@@ -319,7 +326,8 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
     """Everything that decides a fit; `run.json` holds it, as given and resolved.
 
     Values are checked when a configuration is made, one by one and against one another, without
-    loading anything. `blora-pyro fit --help` and docs/options.md describe every field.
+    loading anything. What is not given has the declared default, of the pocket Whisper or of any
+    other base. `blora-pyro fit --help` and docs/options.md describe every field.
 
     Attributes:
         given: Names of the options that were passed, for `--resume` and `--prior-from`, which take
@@ -329,7 +337,10 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
     PANEL: ClassVar[str] = FIT
 
     epochs: float | None = option(
-        "Passes over the training data, instead of --steps.", unset="--steps", **POSITIVE
+        "Passes over the training data, instead of --steps.",
+        unset="--steps",
+        real=5.0,
+        **POSITIVE,
     )
     precision: Literal["fp32", "bf16"] = option(
         "fp32, or bf16: Whisper under autocast, factors in float32.", "fp32"
@@ -399,6 +410,8 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         Raises:
             UserError: Naming the option, what it was given, and what is allowed.
         """
+        for name, value in _suited(self).items():
+            object.__setattr__(self, name, value)
         check_kinds(FitConfig, {name: getattr(self, name) for name in declarations(FitConfig)})
         for name, value in _normalised(self):
             object.__setattr__(self, name, value)
@@ -425,8 +438,16 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
 
     def with_options(self, **options: Any) -> "FitConfig":
         """Return a copy with other values, which count as given, too."""
+        given = self.given | options.keys()
+        if (options.get("base", self.base) == POCKET) != (self.base == POCKET):
+            usual = FitConfig(base=self.base)
+            for name in REAL.keys() - given:  # those of the other base, unless an earlier run's
+                if getattr(self, name) == getattr(usual, name):
+                    options[name] = default_of(FitConfig, name)
+            moved = FitConfig.with_given({**_values(self), **options}, given)
+            options |= _suited(moved)
         changed = replace(self, **options)
-        object.__setattr__(changed, "given", self.given | options.keys())
+        object.__setattr__(changed, "given", given)
         return changed
 
     @property
@@ -592,6 +613,35 @@ prints them resolved. This page is made from their declarations in
 """
 
 
+# Options whose default depends on the base -> that of a base other than the pocket.
+REAL = {name: one.real for name, one in declarations(FitConfig).items() if one.real is not None}
+
+
+def _suited(config: FitConfig) -> dict[str, Any]:
+    """Return the defaults of a base other than the pocket, for the options that are not given."""
+    given = config.given
+    if config.base == POCKET:
+        return {}
+    ruled_out = {
+        "epochs": config.streaming or "steps" in given,
+        "target_modules": config.prior_from is not None,
+        "cache_encoder": config.streaming
+        or config.spec_augment
+        or config.trim_audio
+        or config.prior_from is not None
+        or "target_modules" in given,
+    }
+    return {
+        name: value
+        for name, value in REAL.items()
+        if name not in given and not ruled_out.get(name, False)
+    }
+
+
+def _values(config: FitConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in declarations(FitConfig)}
+
+
 def read_options(file: Path) -> dict[str, Any]:
     """Return the options of a fit that a file holds.
 
@@ -638,16 +688,28 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def differing(options: Mapping[str, Any]) -> list[str]:
+    """Return the names of the options, as `to_json` has them all, that must be given to be had."""
+    usual = FitConfig(**({"base": options["base"]} if options["base"] != POCKET else {})).to_json()
+    instead = {"steps"} if usual["epochs"] is not None and options["epochs"] is None else set()
+    return [
+        name
+        for name, default in usual.items()
+        if options[name] is not None
+        and (options[name] != default or name in instead or (name == "base" and default != POCKET))
+    ]
+
+
 def fit_command(config: FitConfig) -> str:
     """Return the `blora-pyro fit` that fits like this; what is the default is left out.
 
     Objects of `datasets` are only described: no command line can name them.
     """
     given, words = config.to_json(), ["blora-pyro", "fit"]
-    for name, default in FitConfig().to_json().items():
-        if given[name] != default:
-            for text in texts_of(FitConfig, name, given[name]):
-                words += [flag_of(FitConfig, name), *([] if text is None else [shlex.quote(text)])]
+    for name in differing(given):
+        for text in texts_of(FitConfig, name, given[name]):
+            flag = flag_of(FitConfig, name, given[name])
+            words += [flag, *([] if text is None else [shlex.quote(text)])]
     return " ".join(words)
 
 

@@ -320,6 +320,7 @@ def fit_options(fluent_folder, tones_folder) -> dict[str, Any]:
         "backward": (str(tones_folder / "de.jsonl"), str(tones_folder / "en.jsonl")),
         "beta": 1e-5,
         "rank": 4,
+        "target_modules": "all-linear",
         "steps": 40,
         "lr": 0.03,
         "batch_size": 2,

@@ -15,6 +15,8 @@ from blora_pyro.metrics.normalizers import NORMALIZERS
 from blora_pyro.models import DTYPES, ESTIMATORS
 from blora_pyro.options import (
     AUTO_TEMPERATURE,
+    DECODER,
+    POCKET,
     POCKET_LANGUAGES,
     FitConfig,
     OutputOptions,
@@ -331,3 +333,47 @@ def test_own_data_need_a_base_that_is_named(options):
 def test_built_in_corpora_are_of_the_pocket_unasked():
     FitConfig().check_base()
     FitConfig(data=["de-en", "zh"], backward=("tr", "es"), test="es-en").check_base()
+
+
+# ---- defaults of a base other than the pocket
+
+
+def test_the_base_decides_the_defaults_of_what_is_not_given():
+    pocket, real = FitConfig(), FitConfig(base="openai/whisper-base", batch_size=16)
+    assert (pocket.lr, pocket.target_modules, pocket.epochs) == (5e-3, "all-linear", None)
+    assert (real.lr, real.beta, real.batch_size) == (1e-3, 1e-5, 16)
+    assert real.target_modules == DECODER and real.cache_encoder and real.epochs == 5
+    assert real.given == {"base", "batch_size"}
+    assert real.resolved(None, 540).steps == 5 * 34
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        ({"steps": 7}, "epochs", None),
+        ({"streaming": True}, "epochs", None),
+        ({"streaming": True}, "cache_encoder", False),
+        ({"spec_augment": True}, "cache_encoder", False),
+        ({"trim_audio": True}, "cache_encoder", False),
+        ({"target_modules": "all-linear"}, "cache_encoder", False),
+        ({"prior_from": "runs/a"}, "target_modules", "all-linear"),
+        ({"cache_encoder": False}, "cache_encoder", False),
+        ({"lr": 5e-3}, "lr", 5e-3),
+    ],
+)
+def test_what_is_given_rules_out_defaults_that_do_not_go_with_it(options, name, value):
+    assert getattr(FitConfig(base="mine", **options), name) == value
+
+
+def test_another_base_brings_its_own_defaults():
+    moved = FitConfig(beta=0.5).with_options(base="mine", rank=4)
+    assert (moved.lr, moved.beta, moved.rank, moved.epochs) == (1e-3, 0.5, 4, 5)
+    assert moved.given == {"base", "beta", "rank"}
+    back = moved.with_options(base=POCKET)
+    assert (back.lr, back.target_modules, back.epochs) == (5e-3, "all-linear", None)
+    stored = FitConfig.with_given({**vars_of(FitConfig(base="mine")), "lr": 0.02}, {"base"})
+    assert stored.with_options(base=POCKET).lr == 0.02  # an earlier run's
+
+
+def vars_of(config):
+    return {name: getattr(config, name) for name in declarations(FitConfig)}

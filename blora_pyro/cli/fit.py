@@ -22,6 +22,7 @@ from blora_pyro.options import (
     CommandOptions,
     FitConfig,
     OutputOptions,
+    differing,
     read_options,
     to_toml,
 )
@@ -80,8 +81,7 @@ def configuration(given: dict[str, Any], file: Path | None) -> FitConfig:
     check_code(kept, named, f"config '{file}'", "name it with --{role} to run it")
     chosen = {*stored}
     if file is not None and file.suffix == ".json":  # of a run, which names the defaults, too
-        default = FitConfig().to_json()
-        chosen = {name for name, value in stored.items() if value != default[name]}
+        chosen = {*differing({**FitConfig().to_json(), **stored})}
         chosen |= {"base"} & stored.keys()
     return FitConfig.with_given({**stored, **given}, {*chosen, *given})
 
@@ -103,8 +103,9 @@ def default_folder(config: FitConfig) -> Path:
     domain, prior = "+".join(Path(one).stem for one in sources), Path(config.prior).stem
     belief = f"after-{Path(config.prior_from).name}" if config.prior_from else prior
     parts = [domain, belief, *([config.pooling] if config.pooling else [])]
-    default, told = FitConfig(), {*MACHINE_OPTIONS, "pooling", "seed"}
-    if config.beta != default.beta:
+    content = config.to_json()
+    chosen, told = differing(content), {*MACHINE_OPTIONS, "pooling", "seed"}
+    if "beta" in chosen:
         told.add("beta")
         beta = config.beta if isinstance(config.beta, str) else f"{config.beta:g}"
         parts.append(f"beta{beta}")
@@ -112,8 +113,7 @@ def default_folder(config: FitConfig) -> Path:
         told.add("data")
     if prior == config.prior:
         told.add("prior")
-    usual, content = default.to_json(), config.to_json()
-    rest = {name: one for name, one in content.items() if name not in told and one != usual[name]}
+    rest = {name: content[name] for name in chosen if name not in told}
     parts.append(f"seed{config.seed}")
     if rest:
         text = json.dumps(rest, sort_keys=True)

@@ -11,6 +11,7 @@ import typer
 from blora_pyro.declarations import (
     declarations,
     flag_of,
+    has_two_flags,
     help_text,
     is_switch,
     metavar_of,
@@ -21,28 +22,29 @@ from blora_pyro.declarations import (
 def parameters(group: type, leave_out: tuple[str, ...] = ()) -> list[inspect.Parameter]:
     """Return a keyword parameter for every option of a group.
 
-    The values are texts, lists of them, or switches; what is not given is None, an empty list, or
-    False. So the declarations parse and check them, whoever gave them.
+    The values are texts, lists of them, or switches; what is not given is None or an empty list. So
+    the declarations parse and check them, whoever gave them.
     """
     found = []
     for name, declared in declarations(group).items():
         if name in leave_out:
             continue
-        kind: Any = str | None
-        about: dict[str, Any] = {"help": help_text(group, name), "rich_help_panel": declared.panel}
+        kind: Any = list[str] | None if declared.listed == "repeated" else str | None
+        about: dict[str, Any] = {
+            "help": help_text(group, name),
+            "rich_help_panel": declared.panel,
+            "show_default": shown_default(group, name) or False,
+        }
+        flags = flag_of(group, name)
         if is_switch(group, name):
-            kind = bool
+            kind = bool | None
+            flags += f"/{flag_of(group, name, False)}" if has_two_flags(group, name) else ""
         else:
-            about |= {
-                "metavar": metavar_of(group, name),
-                "show_default": shown_default(group, name) or False,
-            }
-            kind = list[str] | None if declared.listed == "repeated" else kind
-        annotation = Annotated[kind, typer.Option(flag_of(group, name), **about)]
-        default = False if is_switch(group, name) else None
+            about["metavar"] = metavar_of(group, name)
+        annotation = Annotated[kind, typer.Option(flags, **about)]
         found.append(
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
             )
         )
     return found
@@ -68,7 +70,7 @@ def with_options(*groups: type, leave_out: tuple[str, ...] = ()) -> Callable[...
             given = []
             for one in declared:
                 some = {parameter.name: values.pop(parameter.name) for parameter in one}
-                given.append({name: value for name, value in some.items() if value})
+                given.append({name: one for name, one in some.items() if one or one is False})
             return command(*given, **values)
 
         every = [one.replace(kind=one.KEYWORD_ONLY) for one in own]
