@@ -70,6 +70,14 @@ def evaluate(
             show_default="RUN/strength.png",
         ),
     ] = None,
+    beyond: Annotated[
+        bool,
+        typer.Option(
+            help="Also measure what the adapter changes beside the words, on the backward sets: "
+            "detected languages, translation, timestamps, capitals, punctuation, and words in "
+            "silence and noise."
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     device: Device = "cpu",
     as_json: Json = False,
@@ -84,9 +92,10 @@ def evaluate(
 
         strengths = parse_strengths(strength)
         if len(strengths) > 1:
-            if data is not None or output is not None or domain is not None:
+            if data is not None or output is not None or domain is not None or beyond:
                 raise UserError(
-                    "--data, --domain and --output are for a single strength; leave them out"
+                    "--data, --domain, --output and --beyond are for a single strength; leave them "
+                    "out"
                 )
             _draw_curve(
                 run,
@@ -116,6 +125,7 @@ def evaluate(
                 strength_by=strength_by,
                 domain=domain,
                 column=column,
+                beyond=beyond,
             )
         more = [f"utterances: {output}"] if output else []
         print_result(metrics, as_json, lambda: [*fit_tables(metrics), *more])

@@ -22,6 +22,7 @@ from blora_pyro.hub import find_run
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
 from blora_pyro.models.base import map_languages
+from blora_pyro.models.encoder import first_adapted
 from blora_pyro.models.logits import allow, allowing
 from blora_pyro.posterior.draws import point_scales, prior_variances, traces
 from blora_pyro.posterior.family import Family, normal_guide
@@ -293,6 +294,11 @@ class Posterior:
                 yield
         finally:
             adapters.remove()
+
+    def leaves_encoder(self, net: Any) -> bool:
+        """Return whether the encoder of `net`, a Whisper, stays as it is."""
+        modules = (name for group in self.groups for name in group.modules)
+        return first_adapted(net, modules) == net.config.encoder_layers
 
     @torch.no_grad()
     def merge(self, net: nn.Module) -> None:

@@ -11,6 +11,7 @@ from blora_pyro.models import DTYPES, base_of, check_dtype
 from blora_pyro.models.base import check_finite, check_merge, distance, probe
 from blora_pyro.options import FitConfig, read_columns
 from blora_pyro.posterior.strength import SCALE, at_strength
+from blora_pyro.runs.beyond import measure_beyond
 from blora_pyro.runs.folders import claim_file, read_run, written_folder
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.scoring import NEW_DOMAIN, OTHER_DATA, Scoring, compare
@@ -34,6 +35,7 @@ def evaluate_run(
     strength_by: str = SCALE,
     domain: str | None = None,
     column: Mapping[str, str] | Sequence[str] | None = None,
+    beyond: bool = False,
 ) -> dict[str, Any]:
     """Score a run, base and adapted, on its own test sets or on the test split of `data`.
 
@@ -55,9 +57,11 @@ def evaluate_run(
         domain: One of the run's domains.
         column: What columns are called, see `FitConfig`; None is as in the fit, or in `data` as
             usual.
+        beyond: Also measure what the adapter changes beside the words, see `measure_beyond`.
 
     Returns:
-        The content of `metrics.json`; at another strength than 1 also `strength` and `strength_by`.
+        The content of `metrics.json`; at another strength than 1 also `strength` and `strength_by`,
+        and with `beyond` its content.
 
     Raises:
         UserError: If the run or the data can't be read, the file can't be written, or there is no
@@ -84,6 +88,9 @@ def evaluate_run(
         except OSError as error:
             raise UserError(f"{output} can't be written ({error.strerror}); give another") from None
     metrics = compare(posterior, before, after, config, split)
+    if beyond:
+        backward = {name: scoring.sets[name] for name in metrics["backward"]}
+        metrics["beyond"] = measure_beyond(scoring.base, backward, posterior, progress)
     if strength != 1:
         metrics |= {"strength": strength, "strength_by": strength_by}
     return metrics

@@ -38,7 +38,34 @@ def fit_tables(metrics: Mapping[str, Any]) -> list[Part]:
         "sparsity (share of |w| < 1e-3 at the posterior mean): "
         f"A {shares['A']:.1%}, B {shares['B']:.1%}, ΔW {shares['delta_w']:.1%}"
     )
-    return parts
+    return [*parts, *beyond_tables(metrics["beyond"])] if "beyond" in metrics else parts
+
+
+BEYOND = {  # measures of `measure_beyond`, and what they count
+    "language": "language taken for another",
+    "capital": "no capital at the start",
+    "punctuation": "no punctuation at the end",
+    "timestamps": "last timestamp off the base's by over 0.2 s",
+    "silence": "words in silence or noise",
+}
+
+
+def beyond_tables(beyond: Mapping[str, Any]) -> list[Part]:
+    """Return a table of `measure_beyond`: shares in percent, and the chrF of translations."""
+    table = Table(
+        [*text_columns("beyond the words"), *figure_columns("base", "adapted", "change")],
+        "share of utterances in % [95% interval]",
+        grid=True,
+    )
+    for key, title in BEYOND.items():
+        if found := beyond.get(key):
+            table.add_row(
+                title, *(Percent.of(found[one]) if one in found else None for one in STATES)
+            )
+    for name, score in beyond.get("translation", {}).items():
+        table.add_row(f"translation of {name}: chrF to the base's", 100.0, round(score, 1), None)
+    counts = sum(beyond["utterances"].values())
+    return [table, f"beyond the words: {counts} utterances of the backward sets, evenly spaced"]
 
 
 def error_changes(metrics: Mapping[str, Any]) -> Iterator[str]:

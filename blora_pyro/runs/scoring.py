@@ -23,7 +23,6 @@ from blora_pyro.fitting.stopping import DevError, EarlyStopping
 from blora_pyro.languages import is_language
 from blora_pyro.metrics.normalizers import NORMALIZERS
 from blora_pyro.models import Base, base_of
-from blora_pyro.models.encoder import first_adapted
 from blora_pyro.models.logits import allowing
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
@@ -281,8 +280,7 @@ class Scoring:
                 is_base=True,
                 shares_encoder=True,
             )
-        modules = (name for group in posterior.groups for name in group.modules)
-        frozen = first_adapted(self.base.net, modules) == self.base.net.config.encoder_layers
+        frozen = posterior.leaves_encoder(self.base.net)
         results: dict[str, Evaluation] = {}
         for domain, sets in _by_domain(posterior, self.sets).items():
             with posterior.for_domain(domain).applied(self.base.net):
