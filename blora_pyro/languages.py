@@ -40,9 +40,22 @@ _OTHER_SCRIPTS = {
 }
 _SCRIPTS = {*UNSPACED_SCRIPTS, *_MIXED_SCRIPTS, *_OTHER_SCRIPTS}
 
-# Codes that others use for a language of Whisper's.
-_OTHER_CODES = {"cmn": "zh", "nb": "no", "nob": "no", "nno": "nn", "jv": "jw", "jav": "jw"}
-_OTHER_CODES |= {"fil": "tl", "iw": "he", "ji": "yi"}
+# Codes that others use for a language of Whisper's, those of ISO 639-3 and 639-2 among them.
+_OTHER_CODES = {"nb": "no", "jv": "jw", "iw": "he", "ji": "yi"}
+_ISO_639_3 = (
+    "eng=en zho=zh chi=zh cmn=zh deu=de ger=de spa=es rus=ru kor=ko fra=fr fre=fr jpn=ja por=pt "
+    "tur=tr pol=pl cat=ca nld=nl dut=nl ara=ar arb=ar swe=sv ita=it ind=id hin=hi fin=fi vie=vi "
+    "heb=he ukr=uk ell=el gre=el msa=ms may=ms zsm=ms ces=cs cze=cs ron=ro rum=ro dan=da hun=hu "
+    "tam=ta nor=no nob=no tha=th urd=ur hrv=hr bul=bg lit=lt lat=la mri=mi mao=mi mal=ml cym=cy "
+    "wel=cy slk=sk slo=sk tel=te fas=fa per=fa pes=fa lav=lv lvs=lv ben=bn srp=sr aze=az azj=az "
+    "slv=sl kan=kn est=et ekk=et mkd=mk mac=mk bre=br eus=eu baq=eu isl=is ice=is hye=hy arm=hy "
+    "nep=ne npi=ne mon=mn khk=mn bos=bs kaz=kk sqi=sq alb=sq als=sq swa=sw swh=sw glg=gl mar=mr "
+    "pan=pa sin=si khm=km sna=sn yor=yo som=so afr=af oci=oc kat=ka geo=ka bel=be tgk=tg snd=sd "
+    "guj=gu amh=am yid=yi ydd=yi lao=lo uzb=uz uzn=uz fao=fo hat=ht pus=ps pbt=ps tuk=tk nno=nn "
+    "mlt=mt san=sa ltz=lb mya=my bur=my bod=bo tib=bo tgl=tl fil=tl mlg=mg plt=mg asm=as tat=tt "
+    "lin=ln hau=ha bak=ba jav=jw sun=su"
+)
+_OTHER_CODES |= dict(pair.split("=") for pair in _ISO_639_3.split())
 
 _ISO_639_1 = frozenset(
     "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy "

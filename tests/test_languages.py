@@ -1,4 +1,5 @@
 import itertools
+import string
 
 import pytest
 from hypothesis import given, settings
@@ -46,11 +47,28 @@ CODES = sorted(LANGUAGES)
         ("hi-en", "hi-en"),
         ("en-vi", "en-vi"),
         ("no-sv", "no-sv"),
+        # ISO 639-3, and 639-2 for bibliographies
+        ("deu", "de"),
+        ("GER", "de"),
+        ("zho", "zh"),
+        ("cmn", "zh"),
+        ("arb", "ar"),
+        ("swh", "sw"),
+        ("jav", "jw"),
+        ("nob", "no"),
+        ("deu-eng", "de-en"),
+        ("deu_Latn", "de"),
     ],
 )
 def test_as_people_write_them(text, code):
     assert language_code(text) == code
     assert is_language(text)
+
+
+def test_every_language_has_a_code_of_three_letters():
+    letters = map("".join, itertools.product(string.ascii_lowercase, repeat=3))
+    found = {code: one for one in letters if (code := language_code(one)) in LANGUAGES}
+    assert found.keys() == LANGUAGES.keys() and found["haw"] == "haw"
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import soxr
 
-from blora_pyro.data.containers import DamagedAudio, Sound, opened
+from blora_pyro.data.containers import Block, DamagedAudio, Sound, opened
 from blora_pyro.errors import UserError, printable, reason
 
 SAMPLING_RATE = 16_000  # Hz
 SLACK = 0.05  # seconds that a segment may end after its file: manifests round to a tenth
 LOUDEST = 10.0  # times full scale that samples may reach, which decoders and filters overshoot
 CLIPPED = 0.001  # share of the samples that reach full scale from which on audio is called clipped
+CANCELLED = 0.1  # of what a lone channel would leave, that channels leave which cancel each other
 SILENT = 0.001  # of full scale, -60 dB, that the swing of silent audio nowhere reaches
 
 Wave = npt.NDArray[np.float32]
@@ -122,9 +123,9 @@ def stream_audio(audio: Mapping[str, Any], sampling_rate: int = SAMPLING_RATE) -
     with _opened(audio) as sound:
         resampler = soxr.ResampleStream(sound.rate, sampling_rate, 1)
         waiting: list[Wave] = []
+        mixer = _Mixer()
         for _, block in sound.blocks():
-            with np.errstate(invalid="ignore", over="ignore"):  # not finite then, and refused
-                waiting.append(block.mean(axis=1))
+            waiting.append(mixer.mix(block))
             if sum(map(len, waiting)) >= sound.rate:  # FFmpeg's blocks are short
                 wave, waiting = np.concatenate(waiting), []
                 _check_samples(name, wave)
@@ -132,6 +133,7 @@ def stream_audio(audio: Mapping[str, Any], sampling_rate: int = SAMPLING_RATE) -
         wave = np.concatenate(waiting) if waiting else np.zeros(0, np.float32)
         if waiting or not sound.position:
             _check_samples(name, wave)
+        mixer.check(name)
         yield resampler.resample_chunk(wave, last=True)
 
 
@@ -231,17 +233,46 @@ def _segment(
     most = math.inf if max_seconds is None else first + math.ceil(max_seconds * sound.rate)
     last = most + 1 if end is None else min(round(end * sound.rate), most + 1)
     blocks: list[Wave] = []
+    mixer = _Mixer()
     for place, block in sound.blocks(first):
-        with np.errstate(invalid="ignore", over="ignore"):  # not finite then, and refused
-            blocks.append(block[max(0, first - place) :].mean(axis=1))
+        blocks.append(mixer.mix(block[max(0, first - place) :]))
         if sound.position >= last:
             break
     else:  # the end of the file, so that its length is known
         _check_segment(name, sound.position / sound.rate, start, end, max_seconds)
     if max_seconds is not None and last > most and sound.position > most:
         raise _too_long(name, f"more than {max_seconds:g} s", start is not None, max_seconds)
+    mixer.check(name)
     wave = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     return wave if math.isinf(last) else wave[: int(last) - first]
+
+
+class _Mixer:
+    """Averages channels, and tells whether nothing is left of them."""
+
+    def __init__(self) -> None:
+        self._powers: npt.NDArray[np.float64] | float = 0.0
+        self._mixed = 0.0
+
+    def mix(self, block: Block) -> Wave:
+        """Return the mean of the channels, (frames,), of (frames, channels)."""
+        with np.errstate(invalid="ignore", over="ignore"):  # not finite then, and refused
+            wave: Wave = block.mean(axis=1)
+            if block.shape[1] > 1:
+                self._powers = self._powers + np.square(block, dtype=np.float64).sum(axis=0)
+                self._mixed += float(np.square(wave, dtype=np.float64).sum())
+        return wave
+
+    def check(self, name: str) -> None:
+        """Refuse channels of which one is the other, turned round, so that silence is left."""
+        if isinstance(self._powers, float):
+            return
+        share = (CANCELLED / len(self._powers)) ** 2
+        if 0 <= self._mixed < share * self._powers.max():
+            raise UserError(
+                f"{name} has channels that cancel each other where they are averaged; write one of "
+                "them alone"
+            )
 
 
 def _check_samples(name: str, wave: Wave) -> dict[str, str]:

@@ -25,6 +25,13 @@ AUDIO_SUFFIXES = (
 
 _PLAIN = (b"RIFF", b"RIFX", b"RF64", b"riff", b"fLaC", b"OggS", b"FORM", b"caff", b".snd")
 _PACKED = "mp3,mov,mp4,m4a,3gp,aac,matroska,webm,amr,flac"  # of FFmpeg; none opens other files
+_CHAINED = "several recordings, one behind the other"
+_STARTS = {  # of a file that may lie behind another, which libsndfile ends with
+    "FLAC": (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22"),
+    "AU": (b".snd\x00\x00",),
+    "CAF": (b"caff\x00\x01",),
+}
+_READ_AHEAD = 1 << 16  # bytes that libraries read beyond the last that they need
 _ENDLESS = 0x7FFF0000  # a wav's length in bytes from here on is not known, as of one from a pipe
 _FRAMES = 1 << 35  # a flac's number of frames from here on is not known
 _NOISE = 64  # bytes that the sizes of a container may be wrong by
@@ -108,7 +115,8 @@ class _Plain(Sound):
     """A file that libsndfile reads; what it corrects in silence stands in its log."""
 
     def __init__(self, sound: soundfile.SoundFile, file: BinaryIO) -> None:
-        self._sound, self.rate, self.channels = sound, sound.samplerate, sound.channels
+        self._sound, self._file = sound, file
+        self.rate, self.channels = sound.samplerate, sound.channels
         self.frames = sound.frames if sound.frames < _FRAMES else None
         log = sound.extra_info
         for declared, held in (map(int, sizes) for _, *sizes in _SIZES.findall(log)):
@@ -117,7 +125,9 @@ class _Plain(Sound):
         if sound.format == "OGG" and not _is_whole_ogg(file):
             raise DamagedAudio("cut off: it lacks the end of its stream")
         if sound.format == "OGG" and _is_chain(file):  # of which libsndfile reads the first
-            raise DamagedAudio("several recordings, one behind the other")
+            raise DamagedAudio(_CHAINED)
+        if sound.format == "SVX":
+            raise DamagedAudio("8SVX or 16SV, of which nothing tells whether it is whole")
         for match in filter(None, (_RIFF.search(log), _JUNK.search(log))):
             held, declared = map(int, match.groups())
             if declared + _NOISE < held:
@@ -132,6 +142,9 @@ class _Plain(Sound):
             self.position += len(block)
             yield self.position - len(block), block
         self._check_length()
+        starts = _STARTS.get(self._sound.format, ())
+        if starts and _holds(self._file, self._file.tell() - _READ_AHEAD, starts):
+            raise DamagedAudio(_CHAINED)
 
 
 class _Packed(Sound):
@@ -139,6 +152,8 @@ class _Packed(Sound):
 
     def __init__(self, container: Any, file: BinaryIO) -> None:
         self._container, self._stream = container, container.streams.audio[0]
+        if (tracks := len(container.streams.audio)) > 1:
+            raise DamagedAudio(f"{tracks} tracks of sound, of which one would be heard")
         if self._stream.codec_context is None:
             raise DamagedAudio("cut off, or of a codec that FFmpeg does not know here")
         self.rate = self._stream.codec_context.sample_rate
@@ -148,6 +163,8 @@ class _Packed(Sound):
             self.frames = round(self._stream.duration * self._stream.time_base * self.rate)
         place = file.tell()
         self._packets = _mp3_frames(file) if self._format == "mp3" else 0
+        if self._format == "mov" and _count_boxes(file, b"moov") > 1:
+            raise DamagedAudio(_CHAINED)
         if self._format == "matroska" and not _is_whole_matroska(file):
             raise DamagedAudio("cut off: it ends within an element")
         file.seek(place)
@@ -250,6 +267,33 @@ def _is_chain(file: BinaryIO) -> bool:
         begins = False
     file.seek(place)
     return begins
+
+
+def _holds(file: BinaryIO, start: int, marks: tuple[bytes, ...]) -> bool:
+    """Tell whether one of some marks is in a file from a place on, its first bytes aside."""
+    longest = max(map(len, marks))
+    file.seek(max(longest, start))
+    kept = b""
+    while block := file.read(1 << 20):
+        if any(mark in kept + block for mark in marks):
+            return True
+        kept = block[-longest:]
+    return False
+
+
+def _count_boxes(file: BinaryIO, kind: bytes) -> int:
+    """Return how many of its outermost boxes of MPEG-4 are of a kind."""
+    file.seek(0)
+    count = 0
+    while len(head := file.read(8)) == 8:
+        size = int.from_bytes(head[:4], "big")
+        count += head[4:] == kind
+        if size == 1:  # it follows in eight bytes
+            size = int.from_bytes(file.read(8), "big") - 8
+        if size < 8:  # 0 is up to the end
+            break
+        file.seek(size - 8, 1)
+    return count
 
 
 def _is_whole_matroska(file: BinaryIO) -> bool:

@@ -30,14 +30,13 @@ from blora_pyro.data import audio as audio_module
 from blora_pyro.data import containers as containers_module
 from blora_pyro.data.audio import SAMPLING_RATE, DecodedAudio, decode_audio
 from blora_pyro.data.feature_cache import About, CachedRow, Digests, FeatureCache
-from blora_pyro.data.rows import BadRow, OnBadRow, stop
+from blora_pyro.data.rows import TOLERANCE, BadRow, OnBadRow, stop
 from blora_pyro.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import WhisperFeatureExtractor
 
 MARGIN = 50  # frames of 10 ms that are left: Whisper was never taught to stop right after a word
-TOLERANCE = 0.1  # seconds by which a stated duration may be wrong
 SHARD = 64  # utterances that are featurised, and written, at a time
 _CODE = (audio_module.__file__, containers_module.__file__, __file__)  # what computes features
 

@@ -25,6 +25,7 @@ ALIASES = {
     "audio": ("audio", NEMO, "file_name", COMMON_VOICE),
     "text": ("text", "sentence", "transcription"),
 }
+TOLERANCE = 0.1  # seconds by which a stated duration may be wrong
 CHUNK = 200  # rows that become Arrow at a time, whose binary columns hold 2 GB each
 SECONDS = ("duration", "start", "end", "offset")
 OPTIONAL = ("language", "word_languages", *SECONDS)
@@ -198,6 +199,13 @@ def parse_details(record: Record, text: str, audio: str) -> Row:
     if not segmented and (offset is not None or audio == NEMO):  # duration is the segment's there
         start = offset
         end = None if duration is None else (offset or 0.0) + duration
+    elif start is not None and end is None and duration is not None:
+        end = start + duration  # of a duration of the whole file there is no such segment
+    elif segmented and None not in (end, duration) and start is None:
+        if abs(end - duration) > TOLERANCE:
+            raise UserError(
+                f"end is {end:g} s and duration {duration:g} s, and start is missing; give it"
+            )
     if end is not None and end <= (start or 0.0):
         raise UserError(f"the segment starts at {start or 0.0:g} s, but ends at {end:g} s")
     return {

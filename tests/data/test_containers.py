@@ -34,6 +34,7 @@ PLAIN = {
     "w64": ("W64", "PCM_16"),
     "aiff": ("AIFF", "PCM_16"),
     "au": ("AU", "PCM_16"),
+    "caf": ("CAF", "PCM_16"),
     "flac": ("FLAC", "PCM_16"),
     "opus": ("OGG", "OPUS"),
     "vorbis": ("OGG", "VORBIS"),
@@ -99,10 +100,26 @@ def test_an_mp3_of_changing_bit_rate_without_a_header_is_read_to_its_end(encoded
     refused(b"".join(frames)[:-500])
 
 
-def test_files_one_behind_the_other_are_read_whole_or_refused(encoded):
-    for kind in ("opus", "vorbis"):
-        refused(2 * encoded[kind], "x is several recordings, one behind the other; write it anew")
-    assert len(read_audio({"bytes": 2 * encoded["mp3"], "path": None}, RATE)) > 2 * len(WAVE)
+@pytest.mark.parametrize("kind", [*PACKED, *BARE, *PLAIN])
+def test_files_one_behind_the_other_are_read_whole_or_refused(encoded, kind):
+    twice = 2 * encoded[kind]
+    if kind in ("aac", "webm", "webm of a browser", "mp3", "mp3 without Xing", "mp2"):
+        read = read_audio({"bytes": twice, "path": None}, RATE)
+        assert len(read) == pytest.approx(2 * len(WAVE), abs=0.1 * RATE)
+    elif kind in ("wav", "float wav", "rf64", "w64", "aiff"):
+        refused(twice)
+    else:
+        refused(twice, "x is several recordings, one behind the other; write it anew")
+
+
+def test_a_file_of_several_tracks_is_refused(tmp_path):
+    with av.open(str(tmp_path / "x"), "w", format="mp4") as container:
+        for stream in [container.add_stream("aac", rate=RATE, layout="mono") for _ in range(2)]:
+            block = WAVE[None, :1024].astype(np.float32)
+            frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
+            frame.sample_rate = RATE
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+    refused((tmp_path / "x").read_bytes(), "x is 2 tracks of sound, of which one would be heard")
 
 
 def test_an_mp2_that_ends_within_a_frame_is_refused(encoded):

@@ -219,6 +219,21 @@ def test_a_row_without_a_split_is_refused_where_others_have_one(speak, manifest,
 # ---- the conventions of others
 
 
+def test_a_duration_is_that_of_the_segment_wherever_one_begins(speak, manifest):
+    speak("long.wav", seconds=3.0)
+    rows = [{"start": 1, "duration": 0.5}, {"start": 1, "end": 1.5, "duration": 3}]
+    rows += [{"start": 1}, {"end": 2.5, "duration": 2.52}]
+    data = read_manifest(manifest(*[{"audio": "long.wav", "text": "a", **row} for row in rows]))
+    assert [*zip(data["start"], data["end"], strict=True)] == [
+        (1.0, 1.5),
+        (1.0, 1.5),
+        (1.0, None),
+        (None, 2.5),
+    ]
+    with pytest.raises(UserError, match=r"end is 2.5 s and duration 1 s, and start is missing"):
+        read_manifest(manifest({"audio": "long.wav", "text": "a", "end": 2.5, "duration": 1}))
+
+
 def test_the_segments_of_nemo_are_its_offsets_and_durations(speak, manifest):
     speak("long.wav", seconds=3.0)
     rows = [
