@@ -72,6 +72,7 @@ class Objective:
         steps_at_scale: Steps since it was changed.
         regularizer: The part of the last loss that is the program's regularisers, nats.
         tokens: Target tokens of the last batch, those of all processes.
+        grad_norm: Norm of the last gradient before it was clipped, all parameters together.
     """
 
     GROWTH_STEPS = 2000
@@ -94,7 +95,7 @@ class Objective:
         self.elbo, self.observed = TraceMeanField_ELBO(), Observed()
         self.scale = 2.0**16 if model.net.dtype is torch.float16 else 1.0
         self.steps_at_scale = 0
-        self.regularizer, self.tokens = 0.0, 0
+        self.regularizer, self.tokens, self.grad_norm = 0.0, 0, math.nan
         self.processes = processes or Processes()
         self.interrupts = interrupts or Interrupts(active=False)
 
@@ -119,6 +120,7 @@ class Objective:
                 return loss, nll
             norm = nn.utils.clip_grad_norm_(self.guide.parameters(), max_norm).item()
             if math.isfinite(norm):
+                self.grad_norm = norm
                 break
             if random is None or self.scale <= 1:
                 self.scale = before

@@ -39,6 +39,8 @@ class Step:
         lr: Learning rate of the step.
         tokens: Target tokens in the batch.
         regularizer: The weighted terms of distillation and EWC, nats; 0 without them.
+        grad_norm: Norm of the gradient before it was clipped, all parameters together; None in a
+            history that was stored without it.
     """
 
     step: int
@@ -48,6 +50,11 @@ class Step:
     lr: float
     tokens: int
     regularizer: float = 0.0
+    grad_norm: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures by name, without the norm where it is not known."""
+        return {k: v for k, v in vars(self).items() if k != "grad_norm" or v is not None}
 
 
 def learning_rate(
@@ -249,7 +256,8 @@ class Trainer:
         if self.average:
             self.average.update(self.done, self.guide)
         kl = (loss - nll - regularizer) / self.beta if self.beta else None
-        step = Step(self.done, loss, nll, kl, rate, self.objective.tokens, regularizer)
+        tokens, norm = self.objective.tokens, self.objective.grad_norm
+        step = Step(self.done, loss, nll, kl, rate, tokens, regularizer, norm)
         self.history.append(step)
         return step
 
@@ -279,7 +287,7 @@ class Trainer:
             tensors |= {f"adam.{slot}.{names[index]}": value for slot, value in slots.items()}
         about: dict[str, Any] = {
             "random": random.about,
-            "history": [vars(step) for step in self.history],
+            "history": [step.to_json() for step in self.history],
             "loss_scale": [self.objective.scale, self.objective.steps_at_scale],
         }
         if self.stopping:

@@ -157,7 +157,7 @@ class Tracking(Listener):
     def step(self, step: Step) -> None:
         """Log a step, every `EVERY` steps with the posterior's figures."""
         self.last = step.step
-        names = ("loss", "nll", "kl", "lr", "regularizer", "tokens")
+        names = ("loss", "nll", "kl", "lr", "regularizer", "tokens", "grad_norm")
         values = {name: getattr(step, name) for name in names}
         if step.step % EVERY == 0 and step.step < self.steps:  # the last is logged by `fitted`
             values |= self.figures()

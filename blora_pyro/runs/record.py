@@ -5,7 +5,7 @@ import platform
 import sys
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Self, TypedDict, get_args, get_origin, get_type_hints
 
@@ -154,7 +154,7 @@ class RunRecord:
         if self.config is not None:
             content["config"] = self.config.to_json()
         if self.history is not None:
-            content["history"] = [asdict(step) for step in self.history]
+            content["history"] = [step.to_json() for step in self.history]
         always = {"language"} if self.config is not None else set()  # where None means something
         if self.history is not None:
             always |= {"training_utterances", "training_tokens", "temperature"}

@@ -120,7 +120,7 @@ def test_a_tracker_is_told_all_of_a_fit_which_does_not_depend_on_it(
     assert [one[0] for one in told].count("start") == 1
     assert [one for one in told if one[0] == "finish"] == [told[-1]] == [("finish",)]
 
-    for name in ("loss", "nll", "kl", "lr", "regularizer", "tokens"):
+    for name in ("loss", "nll", "kl", "lr", "regularizer", "tokens", "grad_norm"):
         assert logged(told, name) == {one.step: getattr(one, name) for one in run.history}
     errors = {one["step"]: one["error"] for one in run.dev["errors"]}
     assert logged(told, "dev_error") == errors and errors.keys() == {3, 4}
