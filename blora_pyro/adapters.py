@@ -11,9 +11,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
 import pyro
 import regex
@@ -79,6 +79,8 @@ class Group:
         rank: Rank of each layer's update.
         weight_stddevs: Standard deviation of each layer's frozen weight; empty if not known.
         suffix: Tells groups of one shape apart, where ranks differ (`_r4` after pruning).
+        relative_scaling: Factor on alpha / largest rank, which gives the updates' scaling: other
+            than 1 with rsLoRA, or where ranks are chosen by pattern.
     """
 
     modules: tuple[str, ...]
@@ -87,6 +89,7 @@ class Group:
     rank: int
     weight_stddevs: tuple[float, ...] = ()
     suffix: str = ""
+    relative_scaling: float = 1.0
 
     @property
     def key(self) -> str:
@@ -114,17 +117,31 @@ class Group:
         """Return a plate over the layers, at dim -1 of the batch shape."""
         return pyro.plate(f"modules_{self.key}", len(self.modules), dim=-1)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields by name; a relative scaling of 1 is left out, as it used to be."""
+        stored = asdict(self)
+        if self.relative_scaling == 1:
+            del stored["relative_scaling"]
+        return stored
 
-def whole_match(pattern: str) -> Callable[[str], bool]:
+
+def scalings_of(groups: Iterable[Group], alpha: float) -> dict[str, float]:
+    """Return the factor s in ΔW = s · B A of every group, by key."""
+    groups = tuple(groups)
+    common = alpha / max((group.rank for group in groups), default=1)
+    return {group.key: common * group.relative_scaling for group in groups}
+
+
+def whole_match(pattern: str, shown: str = "") -> Callable[[str], bool]:
     """Return whether a whole name matches a regular expression, as in PEFT, within bounds.
 
     The expression may be anyone's: its length and counted repeats are bounded, which its compiler
-    writes out, and so is the time that it takes for all names together.
+    writes out, and so is the time that it takes for all names together. Errors call it `shown`.
 
     Raises:
         UserError: If it is no regular expression or beyond the bounds; also as it is called.
     """
-    shown, left = f"target modules '{pattern:.80}'", PATTERN_SECONDS
+    shown, left = shown or f"target modules '{pattern:.80}'", PATTERN_SECONDS
     repeats = (float(one) for one in re.findall(r"\d+", "".join(re.findall(r"{[^}]*", pattern))))
     if len(pattern) > LONGEST_PATTERN or math.prod(one or 1 for one in repeats) > MOST_REPEATS:
         raise UserError(f"{shown} is too large a regex; give a simpler one, or names of layers")
@@ -149,15 +166,17 @@ def whole_match(pattern: str) -> Callable[[str], bool]:
     return matches
 
 
-def match_names(names: Iterable[str], pattern: str) -> list[str]:
+def match_names(names: Iterable[str], pattern: str, what: str = "target modules") -> list[str]:
     """Return the names that a pattern matches: comma-separated suffixes, or a regex of whole names.
+
+    Errors call the pattern `what`.
 
     Raises:
         UserError: If the pattern has characters of a regular expression, but is not one, or takes
             too long.
     """
     if _REGEX_SIGNS.search(pattern):
-        return [*filter(whole_match(pattern), names)]
+        return [*filter(whole_match(pattern, f"{what} '{pattern:.80}'"), names)]
     suffixes = [suffix.strip() for suffix in pattern.split(",")]
     return [
         name
@@ -166,18 +185,62 @@ def match_names(names: Iterable[str], pattern: str) -> list[str]:
     ]
 
 
-def find_targets(net: nn.Module, target_modules: str) -> dict[str, nn.Linear]:
-    r"""Return the linear layers that `target_modules` matches, in the order of the net.
+def find_targets(
+    net: nn.Module,
+    target_modules: str,
+    exclude_modules: str | None = None,
+    layers: Sequence[int] | None = None,
+) -> dict[str, nn.Linear]:
+    r"""Return the linear layers that are to be adapted, in the order of the net.
 
     Args:
         net: A Whisper.
         target_modules: As in PEFT: `"all-linear"` (every linear layer but the output layer),
             comma-separated suffixes (`"q_proj,v_proj"`), or a regular expression that matches the
             whole name (`r".*decoder.*\.fc[12]"`).
+        exclude_modules: Those of them to leave out: suffixes, or a regular expression.
+        layers: Only those inside blocks of these numbers, counted from 0 in encoder and decoder;
+            None is all.
 
     Raises:
-        UserError: If nothing matches, or the regular expression is not one.
+        UserError: If nothing matches, nothing is left, or a regular expression is not one.
     """
+    found = _matching(net, target_modules)
+    excluded = exclude_modules or ""
+    out = {*match_names(found, excluded, "exclude modules")} if exclude_modules else set()
+    if exclude_modules and not out:
+        raise UserError(
+            f"exclude modules '{exclude_modules}' match none of the {len(found)} target modules"
+            f"{_near(found, exclude_modules)}; give names or a regex of some, or leave them out"
+        )
+    numbers = {name: block_number(name) for name in found}
+    if layers is not None and (unknown := {*layers} - {*numbers.values()}):
+        known = sorted({one for one in numbers.values() if one is not None})
+        raise UserError(
+            f"layers has {min(unknown)}, and the target modules are in layers "
+            f"{', '.join(map(str, known))}; give some of those"
+        )
+    left = {
+        name: module
+        for name, module in found.items()
+        if name not in out and (layers is None or numbers[name] in layers)
+    }
+    if not left:
+        raise UserError(
+            f"exclude modules '{exclude_modules}' leave none of the target modules "
+            f"'{target_modules}'; exclude fewer"
+        )
+    return left
+
+
+def block_number(name: str) -> int | None:
+    """Return the number of the block that a layer is in, its first numbered part, as PEFT does."""
+    match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return None if match is None else int(match[1])
+
+
+def _matching(net: nn.Module, target_modules: str) -> dict[str, nn.Linear]:
+    """Return the linear layers that `target_modules` matches, in the order of the net."""
     output_layer = net.get_output_embeddings()  # type: ignore[operator]
     linear = {
         name: module
@@ -216,26 +279,74 @@ def _near(names: Iterable[str], pattern: str) -> str:
     )
 
 
-def group_by_shape(targets: Mapping[str, nn.Linear], rank: int) -> tuple[Group, ...]:
-    """Group layers of equal (out_features, in_features), in order of first appearance.
+def group_by_shape(
+    targets: Mapping[str, nn.Linear],
+    rank: int,
+    rank_pattern: Mapping[str, int] | None = None,
+    use_rslora: bool = False,
+) -> tuple[Group, ...]:
+    """Group layers of equal (out_features, in_features) and rank, in order of first appearance.
+
+    With an alpha updates are scaled as in PEFT: by alpha / rank, that of the layer itself, or with
+    rsLoRA (Kalajdzievski, arXiv 2312.03732) by alpha / √rank.
+
+    Args:
+        targets: Layers by name.
+        rank: Rank of every layer that no pattern matches.
+        rank_pattern: End of a name, or regular expression of one -> rank; the first match counts.
+        use_rslora: Scale by alpha / √rank.
 
     Raises:
-        UserError: If the rank is below 1 or above the smallest layer dimension.
+        UserError: If a rank is below 1 or above the smallest dimension of its layers, or a pattern
+            matches no layer.
     """
-    shapes: dict[tuple[int, int], list[str]] = {}
+    ranks = _ranks(targets, rank, rank_pattern or {})
+    shapes: dict[tuple[int, int, int], list[str]] = {}
     for name, module in targets.items():
-        shapes.setdefault((module.out_features, module.in_features), []).append(name)
+        shape = module.out_features, module.in_features
+        if not 1 <= ranks[name] <= min(shape):
+            of = f" of {name}" if rank_pattern else ""
+            largest = min(shape) if rank_pattern else _smallest(targets)
+            raise UserError(
+                f"rank {ranks[name]}{of} is not possible here; give one from 1 to {largest}"
+            )
+        shapes.setdefault((*shape, ranks[name]), []).append(name)
 
     def stddev(layer: nn.Linear) -> float:
         return layer.weight.detach().float().std(correction=0).item()
 
-    largest = min(min(shape) for shape in shapes)
-    if not 1 <= rank <= largest:
-        raise UserError(f"rank {rank} is not possible here; give one from 1 to {largest}")
+    largest, same = max(ranks.values()), [shape[:2] for shape in shapes]
     return tuple(
-        Group(tuple(names), *shape, rank, tuple(stddev(targets[name]) for name in names))
+        Group(
+            tuple(names),
+            *shape,
+            tuple(stddev(targets[name]) for name in names),
+            f"_r{shape[2]}" if same.count(shape[:2]) > 1 else "",
+            largest / (math.sqrt(shape[2]) if use_rslora else shape[2]),
+        )
         for shape, names in shapes.items()
     )
+
+
+def _smallest(targets: Mapping[str, nn.Linear]) -> int:
+    return min(min(module.weight.shape) for module in targets.values())
+
+
+def _ranks(targets: Iterable[str], rank: int, rank_pattern: Mapping[str, int]) -> dict[str, int]:
+    """Return the rank of every layer, by the first pattern that matches it, as in PEFT."""
+    ranks, matches = dict.fromkeys(targets, rank), {}
+    for pattern in rank_pattern:
+        is_match = whole_match(rf"(.*\.)?({pattern})", f"rank pattern '{pattern:.80}'")
+        matches[pattern] = [name for name in ranks if is_match(name)]
+        if not matches[pattern]:
+            raise UserError(
+                f"rank pattern '{pattern:.80}' matches none of the {len(ranks)} target modules"
+                f"{_near(ranks, pattern)}; give the end of a name such as "
+                "encoder_attn.q_proj, or a regex of it"
+            )
+    for pattern, names in reversed(matches.items()):  # the first is to count
+        ranks.update(dict.fromkeys(names, rank_pattern[pattern]))
+    return ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,8 +405,9 @@ class _Hook:
     ) -> Tensor | None:
         if not self.is_active:
             return None
-        (x,), scaling = inputs, self.adapters.scaling
+        (x,) = inputs
         down, up = self.adapters._projections[self.name]
+        scaling = self.adapters.scaling_of_layer[self.name]
         if (
             isinstance(down, LinearMap)
             and isinstance(up, LinearMap)
@@ -326,13 +438,16 @@ class Adapters:
         Args:
             net: The module that holds the layers.
             groups: From `group_by_shape`, or from a saved posterior.
-            alpha: Updates are scaled by `alpha / rank`, the largest rank where they differ.
+            alpha: Updates are scaled by `alpha / largest rank`, times the relative scaling.
 
         Raises:
             UserError: If the net lacks a layer, or one has another shape.
         """
         self.groups = groups
-        self.scaling = alpha / max((group.rank for group in groups), default=1)
+        self.scalings = scalings_of(groups, alpha)
+        self.scaling_of_layer = {
+            name: self.scalings[group.key] for group in groups for name in group.modules
+        }
         self._projections: dict[str, tuple[Projection, Projection]] = {}
         modules = dict(net.named_modules())
         layers = {}

@@ -295,7 +295,7 @@ def check_kinds(group: type, values: Mapping[str, Any]) -> None:
         listed, kinds = declarations(group)[name].listed, value_types(group, name)
         if value is None:
             continue
-        parts = str | float | int if Sequence[float] in kinds else str
+        parts = str | float | int if {Sequence[float], Sequence[int]} & {*kinds} else str
         is_list = isinstance(value, list | tuple) and all(isinstance(one, parts) for one in value)
         if listed == "commas" and not (is_list or isinstance(value, str)):
             raise UserError(f"{name} is {value!r}; give a list, or a text with commas between")

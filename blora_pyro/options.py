@@ -71,6 +71,8 @@ DECODER = ".*decoder.*"
 
 TASKS = ("transcribe", "translate")
 COLUMNS = ("audio", "text", "language", "word_languages", "duration", "start", "end", "offset")
+TARGETS = ("target_modules", "exclude_modules", "layers_to_transform")
+ADAPTER_SHAPE = ("rank", "alpha", "rank_pattern", "use_rslora")  # those of --prior-from stay
 MACHINE_OPTIONS = ("device", "local_files_only", "track")  # they decide nothing of what is found
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -245,14 +247,35 @@ class PriorOptions:
         unset="the family's own",
     )
     rank: int = option("Rank of every update.", 16, **COUNT)
+    rank_pattern: Mapping[str, int] | None = option(
+        "Another rank for the layers whose names end in KEY, or in what a regex KEY matches; the "
+        "first that matches counts.",
+        metavar="KEY=RANK",
+        unset="--rank everywhere",
+        listed="repeated",
+    )
     alpha: float | None = option(
-        "Updates are scaled by alpha / rank.", unset="2 * rank", **POSITIVE
+        "Updates are scaled by alpha / rank, a layer's own.", unset="2 * rank", **POSITIVE
+    )
+    use_rslora: bool = option(
+        "Scale updates by alpha / √rank instead (rank-stabilised LoRA).", False
     )
     target_modules: str = option(
         "Layers to adapt, as in PEFT: all-linear, suffixes such as q_proj,v_proj, or a regex.",
         "all-linear",
         metavar="MODULES",
         real=DECODER,
+    )
+    exclude_modules: str | None = option(
+        "Those of them to leave out: suffixes or a regex.", metavar="MODULES", unset="none"
+    )
+    layers_to_transform: Sequence[int] | None = option(
+        "Adapt only the layers in blocks of these numbers, which count from 0 in encoder and "
+        "decoder alike; --target-modules '.*decoder.*' takes one of the two.",
+        metavar="N,N,...",
+        unset="all",
+        listed="commas",
+        flag="layers",
     )
 
 
@@ -740,6 +763,32 @@ def _normalised(config: FitConfig) -> Iterator[tuple[str, Any]]:
     yield "prior_args", key_values("prior-arg", config.prior_args)
     if config.column is not None:
         yield "column", read_columns(config.column) or None
+    if config.layers_to_transform is not None:
+        yield "layers_to_transform", _layers(config.layers_to_transform)
+    if config.rank_pattern is not None:
+        yield "rank_pattern", _rank_pattern(config.rank_pattern) or None
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    found = numbers("layers", value)
+    if not found or not all(math.isfinite(one) and one >= 0 and one == int(one) for one in found):
+        raise UserError(f"layers is '{value}'; give numbers from 0 on, such as 3,4,5")
+    return tuple(sorted({int(one) for one in found}))
+
+
+def _rank_pattern(value: Any) -> dict[str, int]:
+    found = key_values("rank-pattern", value)
+    for key, one in found.items():
+        try:
+            found[key] = int(one)
+        except (TypeError, ValueError):
+            found[key] = 0
+        if isinstance(one, bool | float) or found[key] < 1:
+            raise UserError(
+                f"rank_pattern is '{key}={one}'; give KEY=RANK, such as encoder_attn.q_proj=4, "
+                "with a rank of 1 or more"
+            )
+    return found
 
 
 def _language_map(value: Any) -> dict[str, str] | str:

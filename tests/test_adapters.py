@@ -43,7 +43,10 @@ def logits(net, batch):
 
 def peft_names(net, target_modules):
     """Names of the layers that PEFT adapts on a copy of the net."""
-    config = peft.LoraConfig(r=2, target_modules=target_modules)
+    return peft_names_of(net, peft.LoraConfig(r=2, target_modules=target_modules))
+
+
+def peft_names_of(net, config):
     adapted = peft.get_peft_model(copy.deepcopy(net), config)
     return {
         name.removeprefix("base_model.model.")
@@ -170,9 +173,89 @@ def test_rank_goes_from_one_to_the_smallest_dimension(shapes):
             group_by_shape(targets, rank)
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"exclude_modules": "fc1,encoder_attn.q_proj"},
+        {"exclude_modules": r".*decoder.*"},
+        {"layers": (1,)},
+        {"target_modules": "q_proj,fc2", "layers": (0,), "exclude_modules": "self_attn.q_proj"},
+    ],
+)
+def test_layers_are_left_out_as_peft_leaves_them_out(net, chosen):
+    options = {"target_modules": "q_proj,v_proj,fc1,fc2", **chosen}
+    out, layers = options.get("exclude_modules"), options.get("layers")
+    theirs = peft.LoraConfig(
+        target_modules=options["target_modules"].split(","),
+        exclude_modules=out if out is None or "*" in out else out.split(","),
+        layers_to_transform=layers and list(layers),
+    )
+    found = find_targets(net, **options)
+    assert set(found) == peft_names_of(net, theirs)
+    assert 0 < len(found) < len(find_targets(net, options["target_modules"]))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ({"exclude_modules": "q_prj"}, "exclude modules 'q_prj' match none of .*mean q_proj"),
+        ({"exclude_modules": "("}, r"exclude modules '\(' is no regex"),
+        ({"exclude_modules": ".*"}, "leave none of the target modules 'all-linear'"),
+        ({"layers": (0, 7)}, "layers has 7, and the target modules are in layers 0, 1; give some"),
+    ],
+)
+def test_leaving_out_what_is_not_there_or_everything_is_refused(net, chosen, words):
+    with pytest.raises(UserError, match=words):
+        find_targets(net, "all-linear", **chosen)
+
+
+def test_the_first_rank_pattern_that_matches_counts_and_groups_differ_by_rank(net):
+    targets = find_targets(net, "q_proj,k_proj")
+    pattern = {r"decoder\..*self_attn.q_proj": 3, "q_proj": 5}
+    groups = group_by_shape(targets, 2, pattern)
+    ranks = {name: group.rank for group in groups for name in group.modules}
+    assert {name.rpartition(".")[2]: rank for name, rank in ranks.items() if rank != 3} == {
+        "q_proj": 5,
+        "k_proj": 2,
+    }
+    assert {name for name, rank in ranks.items() if rank == 3} == {
+        name for name in targets if "decoder" in name and "self_attn.q_proj" in name
+    }
+    assert len({group.key for group in groups}) == len(groups) == 3
+    names = [site.name for group in groups for site in group.sites]
+    assert len({*names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ({"q_prj": 2}, "rank pattern 'q_prj' matches none of the .*did you mean q_proj"),
+        ({"q_proj": 99}, "rank 99 of .*q_proj is not possible here; give one from 1 to 16"),
+        ({"(": 2}, r"rank pattern '\(' is no regex"),
+    ],
+)
+def test_a_rank_pattern_that_cannot_be_is_refused(net, pattern, words):
+    with pytest.raises(UserError, match=words):
+        group_by_shape(find_targets(net, "all-linear"), 2, pattern)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("pattern", [{}, {"fc1": 3, r"encoder.*q_proj": 5}])
+def test_updates_are_scaled_as_in_peft(net, use_rslora, pattern):
+    targets = find_targets(net, "all-linear")
+    groups = group_by_shape(targets, 2, pattern, use_rslora)
+    ours = Adapters(net, groups, alpha=5.0).scaling_of_layer
+    theirs = peft.LoraConfig(
+        r=2, lora_alpha=5, target_modules=[*targets], rank_pattern=pattern, use_rslora=use_rslora
+    )
+    layers = peft.get_peft_model(copy.deepcopy(net), theirs).base_model.model
+    expected = {name: layers.get_submodule(name).scaling["default"] for name in targets}
+    assert ours == pytest.approx(expected)
+
+
 def test_an_adapted_layer_computes_the_updated_weight(net, batch, groups):
     adapters = Adapters(net, groups, alpha=6.0)
-    assert adapters.scaling == 6.0 / 4
+    assert set(adapters.scaling_of_layer.values()) == {6.0 / 4}
     factors = random_factors(groups)
     for group in groups:
         for i, name in enumerate(group.modules):

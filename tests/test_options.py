@@ -173,6 +173,17 @@ def test_a_language_map_is_read_from_texts_and_goes_back_to_them():
             FitConfig(language_map=wrong)
 
 
+def test_peft_knobs_are_read_from_the_command_line_and_from_json_alike():
+    options = {"layers_to_transform": "5,3", "rank_pattern": ["fc1=8", "q_proj=4"]}
+    config = FitConfig(**options, use_rslora=True, exclude_modules="fc2")
+    assert config.layers_to_transform == (3, 5)
+    assert config.rank_pattern == {"fc1": 8, "q_proj": 4}
+    assert FitConfig(**json.loads(json.dumps(config.to_json()))) == config
+    command = fit_command(config)
+    for words in ("--layers 3,5", "--rank-pattern fc1=8", "--use-rslora", "--exclude-modules fc2"):
+        assert words in command
+
+
 def test_complete_pooling_is_the_same_as_none_given():
     plain = FitConfig(data=("de-en", "es-en"))
     assert FitConfig(data=("de-en", "es-en"), pooling="complete") == plain
@@ -240,6 +251,12 @@ def test_the_json_of_a_config_makes_the_same_config():
         ({"data": 3}, "^data is 3; give a source, or a list of them$"),
         ({"backward": [None]}, "^backward must be a list of sources, or sources by name$"),
         ({"prior_args": 3}, "^prior-arg is 3; give key=value"),
+        ({"rank_pattern": ["q_proj"]}, "^rank-pattern is 'q_proj'; give key=value"),
+        ({"rank_pattern": ["q_proj=0"]}, "^rank_pattern is 'q_proj=0'; give KEY=RANK, such as"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "^rank_pattern is 'q_proj=2.5'; give KEY=RANK"),
+        ({"layers_to_transform": "1,x"}, "^layers is '1,x'; give numbers"),
+        ({"layers_to_transform": (1.5,)}, "^layers is '"),
+        ({"layers_to_transform": "-1"}, "^layers is '-1'; give numbers from 0 on"),
         ({"column": {"txt": "a"}}, "^column is 'txt=a'; give NAME=COLUMN, .*did you mean 'text'"),
         ({"column": {"text": 3}}, "^column is 'text=3'; give NAME=COLUMN"),
         ({"column": ["text=a,,b"]}, "^column is 'text=a,,b'; give NAME=COLUMN"),

@@ -135,6 +135,7 @@ class Checkpoints:
         fit: Mapping[str, Any] | None = None,
         every: int | None = None,
         interrupts: Interrupts | None = None,
+        defaults: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Store the checkpoint of a fit in a folder.
@@ -144,10 +145,12 @@ class Checkpoints:
             fit: Options and data as JSON values; a checkpoint with others is refused.
             every: Steps between two; None decides by time, as above.
             interrupts: A caught signal writes a checkpoint and ends the fit.
+            defaults: What options are that a checkpoint of an earlier version does not have.
             clock: Returns seconds.
         """
         self.path = None if folder is None else folder / FILE
         self.fit = json.loads(json.dumps(fit or {}))
+        self.defaults = json.loads(json.dumps(dict(defaults or {})))
         self.every = every
         self.interrupts = interrupts or Interrupts(active=False)
         self._clock = clock
@@ -186,7 +189,8 @@ class Checkpoints:
         checkpoint = read_checkpoint(self.path)
         stored = checkpoint.about.get("fit")
         for name, value in self.fit.items():
-            old = stored.get(name) if isinstance(stored, dict) else None
+            default = self.defaults.get(name)
+            old = stored.get(name, default) if isinstance(stored, dict) else None
             if old != value or not isinstance(stored, dict):
                 raise UserError(
                     f"{self.path} is of another fit: {name} was {old}, now it is {value}; bring "

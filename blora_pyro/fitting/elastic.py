@@ -90,12 +90,12 @@ class ElasticPenalty:
     def __init__(
         self,
         groups: tuple[Group, ...],
-        scaling: float,
+        scalings: Mapping[str, float],
         fisher: Mapping[str, Tensor],
         strength: float,
     ) -> None:
-        """`scaling` is alpha / rank, `fisher` as `fisher_information` returns it."""
-        self.groups, self.scaling = groups, scaling
+        """`scalings` as of `scalings_of`, `fisher` as `fisher_information` returns it."""
+        self.groups, self.scalings = groups, scalings
         self.fisher, self.strength = fisher, strength
 
     def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
@@ -103,5 +103,6 @@ class ElasticPenalty:
         total = torch.zeros(())
         for group in self.groups:
             product = factors[group.B.name] @ factors[group.A.name]
-            total = total + (self.fisher[group.key] * product.square()).sum()
-        return 0.5 * self.strength * self.scaling**2 * total
+            squares = (self.fisher[group.key] * product.square()).sum()
+            total = total + self.scalings[group.key] ** 2 * squares
+        return 0.5 * self.strength * total

@@ -1,7 +1,7 @@
 """BLoRA as a probabilistic program: a frozen Whisper whose low-rank updates are latent."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -144,6 +144,11 @@ class BLoRA(WhisperProgram):
         autocast: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
         penalty: Penalty | None = None,
+        *,
+        exclude_modules: str | None = None,
+        layers: Sequence[int] | None = None,
+        rank_pattern: Mapping[str, int] | None = None,
+        use_rslora: bool = False,
     ) -> None:
         """Freeze `net` and find the layers to adapt.
 
@@ -152,15 +157,20 @@ class BLoRA(WhisperProgram):
             prior: See `FactorPrior`.
             rank: Rank of every update.
             alpha: Updates are scaled by alpha / rank.
-            target_modules: See `find_targets`.
+            target_modules: See `find_targets`, like `exclude_modules` and `layers`.
             autocast: As of `WhisperLikelihood`, like `gradient_checkpointing`.
             gradient_checkpointing: Less memory for more time.
             penalty: Added to the loss; see `ElasticPenalty`.
+            exclude_modules: Layers to leave out.
+            layers: Numbers of blocks.
+            rank_pattern: See `group_by_shape`, like `use_rslora`.
+            use_rslora: Updates are scaled by alpha / √rank.
 
         Raises:
             UserError: If the target modules or the rank do not fit the net, or autocast does not.
         """
-        groups = group_by_shape(find_targets(net, target_modules), rank)
+        targets = find_targets(net, target_modules, exclude_modules, layers)
+        groups = group_by_shape(targets, rank, rank_pattern, use_rslora)
         modules = [name for group in groups for name in group.modules]
         net.requires_grad_(False)
         likelihood = WhisperLikelihood(net, modules, autocast, gradient_checkpointing)

@@ -66,14 +66,14 @@ def _factors(
     posterior: Posterior, mean: Mapping[str, Tensor], variance: Mapping[str, Tensor]
 ) -> dict[str, LayerFactors]:
     """Layer name -> factors, from mean and variance by site name."""
-    found = {}
+    found, scalings = {}, posterior.scalings
     for group in posterior.groups:
         a, b, var_a, var_b = (
             moment[site.name].cpu().double() for moment in (mean, variance) for site in group.sites
         )
         for i, (name, stddev) in enumerate(zip_longest(group.modules, group.weight_stddevs)):
             moments = a[i], b[i], var_a[i], var_b[i]
-            found[name] = LayerFactors(*moments, posterior.scaling, stddev)
+            found[name] = LayerFactors(*moments, scalings[group.key], stddev)
     return found
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blora_pyro.adapters import Adapters, Group
+from blora_pyro.adapters import Adapters, Group, scalings_of
 from blora_pyro.errors import UserError
 from blora_pyro.families import NO_PRIOR
 from blora_pyro.files import check_name
@@ -43,7 +43,7 @@ class Posterior:
     Attributes:
         base: Name of the base model.
         groups: Target layers by shape.
-        alpha: Updates are scaled by alpha / rank.
+        alpha: Updates are scaled by alpha / rank, times a group's relative scaling.
         mean: Site name -> posterior mean, of the site's shape: (modules, rank, in_features) for
             `A_...`, (modules, out_features, rank) for `B_...`.
         stddev: Site name -> posterior standard deviation, likewise.
@@ -183,8 +183,13 @@ class Posterior:
 
     @property
     def scaling(self) -> float:
-        """Alpha / rank."""
+        """Alpha / rank; `scalings` has a group's own."""
         return self.alpha / self.rank
+
+    @property
+    def scalings(self) -> dict[str, float]:
+        """The factor s in ΔW = s · B A, by group key."""
+        return scalings_of(self.groups, self.alpha)
 
     @property
     def num_weights(self) -> int:
@@ -194,7 +199,7 @@ class Posterior:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of layers, alpha, means and deviations."""
-        groups = [asdict(group) for group in self.groups]
+        groups = [group.to_json() for group in self.groups]
         total = sha256(json.dumps([groups, self.alpha]).encode())
         tensors = {f"{name}.mean": value for name, value in self.mean.items()}
         tensors |= {f"{name}.stddev": value for name, value in self.stddev.items()}
@@ -258,9 +263,11 @@ class Posterior:
             yield from zip(group.modules, *stacks, strict=True)
 
     def delta_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(layer name, ΔW = alpha/rank · E[B] E[A] (out_features, in_features)), one at a time."""
-        for name, a, b in self.layer_means():
-            yield name, self.scaling * (b @ a)
+        """(layer name, ΔW = s · E[B] E[A] (out_features, in_features)), one at a time."""
+        scalings = self.scalings
+        own = [scalings[group.key] for group in self.groups for _ in group.modules]
+        for scaling, (name, a, b) in zip(own, self.layer_means(), strict=True):
+            yield name, scaling * (b @ a)
 
     def sparsity(self, threshold: float = 1e-3) -> dict[str, float]:
         """Share of elements with |w| < threshold at the posterior mean, for `A`, `B`, `delta_w`.

@@ -63,8 +63,9 @@ def _zero_elements(posterior: Posterior, share: float) -> Posterior:
     changes: dict[str, Tensor] = {}
     for group in posterior.groups:
         a, b = posterior.mean[group.A.name], posterior.mean[group.B.name]
-        changes[group.A.name] = a.abs() * b.norm(dim=1)[:, :, None]
-        changes[group.B.name] = b.abs() * a.norm(dim=2)[:, None, :]
+        scaling = group.relative_scaling
+        changes[group.A.name] = scaling * a.abs() * b.norm(dim=1)[:, :, None]
+        changes[group.B.name] = scaling * b.abs() * a.norm(dim=2)[:, None, :]
     together = torch.cat([change.flatten() for change in changes.values()])
     is_zero = torch.zeros(len(together), dtype=torch.bool, device=together.device)
     is_zero[together.argsort(stable=True)[: round(share * len(together))]] = True

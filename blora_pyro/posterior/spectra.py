@@ -34,18 +34,19 @@ def spectra(posterior: Posterior) -> dict[str, Spectrum]:
     Σᵣ Var(uᵀB)ᵣ E(A v)ᵣ² + E(uᵀB)ᵣ² Var(A v)ᵣ + Var(uᵀB)ᵣ Var(A v)ᵣ. (Under the horseshoe the
     scale that a rank shares correlates them slightly.)
     """
-    found = {}
+    found, scalings = {}, posterior.scalings
     for group in posterior.groups:
+        scaling = scalings[group.key]
         a, b = (posterior.mean[site.name].cpu() for site in group.sites)
         var_a, var_b = (posterior.stddev[site.name].cpu() ** 2 for site in group.sites)
         q_b, r_b = torch.linalg.qr(b)
         q_a, r_a = torch.linalg.qr(a.mT)
-        u, values, vh = torch.linalg.svd(posterior.scaling * (r_b @ r_a.mT))
+        u, values, vh = torch.linalg.svd(scaling * (r_b @ r_a.mT))
         left, right = q_b @ u, q_a @ vh.mT
         a_v, b_u = a @ right, b.mT @ left  # (modules, rank, directions)
         var_a_v, var_b_u = var_a @ right**2, var_b.mT @ left**2
         variance = (var_b_u * a_v**2 + b_u**2 * var_a_v + var_b_u * var_a_v).sum(1)
-        stddevs = posterior.scaling * variance.sqrt()
+        stddevs = scaling * variance.sqrt()
         found[group.key] = Spectrum(left, values, right, stddevs)
     return found
 
@@ -121,7 +122,7 @@ def _rotate(
     values = spectrum.values[:, None].gather(2, order)
     left = spectrum.left.gather(2, order.expand_as(spectrum.left)).double()
     right = spectrum.right.gather(2, order.expand_as(spectrum.right)).double()
-    root = (values.double() / posterior.scaling).sqrt()
+    root = (values.double() / posterior.scalings[group.key]).sqrt()
     mean_b, mean_a = left * root, (right * root).mT
     m = torch.linalg.pinv(b, rtol=1e-6) @ mean_b
     n = mean_a @ torch.linalg.pinv(a, rtol=1e-6)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blora_pyro.adapters import Group, is_finite
+from blora_pyro.adapters import Group, is_finite, scalings_of
 from blora_pyro.errors import UserError, reason
 from blora_pyro.families import GUIDES, PREVIOUS_POSTERIOR, is_code
 from blora_pyro.files import check_name, parse_json
@@ -43,7 +43,7 @@ def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
     family = attributes["family"]
     about = {
         **{name: attributes[name] for name in ("base", "revision", "alpha")},
-        "groups": [asdict(group) for group in attributes["groups"]],
+        "groups": [group.to_json() for group in attributes["groups"]],
         "prior": family.prior,
         "prior_args": dict(family.prior_args),
         "guide": family.guide,
@@ -204,6 +204,7 @@ def _group(stored: dict[str, Any]) -> Group:
         r"(_r\d+)*", _text({"suffix": "", **stored}, "suffix")
     ):
         raise ValueError("'weight_stddevs' or 'suffix' can't be")
+    _positive({"relative_scaling": 1.0, **stored}, "relative_scaling")
     return group
 
 
@@ -240,22 +241,35 @@ def write_adapter(
 ) -> None:
     """Write a stock PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
-    Updates are scaled by alpha / largest rank; `layers` are those of `Posterior.layer_means`. The
-    language map, and the tokens that may be said, are in the metadata of the weights.
+    PEFT scales a layer's update by alpha / rank, or where use_rslora is on by alpha / √rank. It is
+    on if that is how all layers are scaled. `alpha_pattern` has the alphas that are not that of the
+    layers of the largest rank; `layers` are those of `Posterior.layer_means`. The language map, and
+    the tokens that may be said, are in the metadata of the weights.
     """
     from peft import LoraConfig
 
     ranks = {name: group.rank for group in groups for name in group.modules}
-    largest = max(ranks.values())
+    largest, scalings = max(ranks.values()), scalings_of(groups, alpha)
     other = {name: rank for name, rank in ranks.items() if rank != largest}
+    use_rslora = largest > 1 and all(
+        math.isclose(group.relative_scaling, largest / math.sqrt(group.rank)) for group in groups
+    )
+    alphas = {
+        name: scalings[group.key] * (math.sqrt(group.rank) if use_rslora else group.rank)
+        for group in groups
+        for name in group.modules
+    }
     LoraConfig(  # task_type stays None: PEFT's SEQ_2_SEQ_LM wrapper does not take Whisper's inputs
         base_model_name_or_path=base,
         revision=revision,
         r=largest,
         lora_alpha=alpha,
+        use_rslora=use_rslora,
         target_modules=list(ranks),
         rank_pattern=other,
-        alpha_pattern={name: alpha / largest * rank for name, rank in other.items()},
+        alpha_pattern={
+            name: one for name, one in alphas.items() if not math.isclose(one, alpha, rel_tol=1e-12)
+        },
         inference_mode=True,
     ).save_pretrained(str(folder))
     path = folder / ADAPTER_CONFIG  # PEFT keeps the targets in a set: fix their order

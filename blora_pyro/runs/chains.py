@@ -2,7 +2,7 @@
 
 Bayes' rule in two steps: with p(w | D1) as the prior of D2 comes p(w | D1, D2), without D1 at hand.
 Where posteriors are approximated it is variational continual learning (Nguyen et al.,
-arXiv 1710.10628). A and B must mean the same in both fits, so base, layers, rank and alpha are the
+arXiv 1710.10628). A and B must mean the same in both fits, so base, layers, ranks and alpha are the
 same.
 """
 
@@ -18,7 +18,7 @@ from blora_pyro.adapters import SAME_WEIGHTS, Group
 from blora_pyro.errors import UserError
 from blora_pyro.guides import previous_posterior
 from blora_pyro.models.folders import is_same_place
-from blora_pyro.options import FitConfig
+from blora_pyro.options import ADAPTER_SHAPE, TARGETS, FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.record import Link
@@ -31,13 +31,13 @@ class Previous:
     Attributes:
         folder: Folder of the run, as given.
         posterior: Its posterior.
-        target_modules: Target modules of its fit.
+        config: Options of its fit, resolved.
         chain: The runs before it, from its `run.json`; see `link`.
     """
 
     folder: str
     posterior: Posterior
-    target_modules: str
+    config: FitConfig
     chain: tuple[Link, ...] = ()
 
     @classmethod
@@ -59,7 +59,7 @@ class Previous:
                 "with another guide"
             )
         chain = tuple(record.chain or ())
-        return cls(str(folder), posterior, record.resolved.target_modules, chain)
+        return cls(str(folder), posterior, record.resolved, chain)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -79,7 +79,8 @@ class Previous:
         """Return the configuration of the next fit, with the run's own values where none is given.
 
         Raises:
-            UserError: If base, revision, rank or alpha are given, and are not the run's.
+            UserError: If base, revision or what shapes the adapter are given, and are not the
+                run's.
         """
         own = self.posterior
         if "base" in config.given and not is_same_place(config.base, own.base):
@@ -87,20 +88,19 @@ class Previous:
                 f"base is '{config.base}', and {self.folder} was fitted on '{own.base}'; leave "
                 "base out"
             )
-        for name in ("revision", "rank", "alpha"):
-            value, known = getattr(config, name), getattr(own, name)
+        known_of = {"revision": own.revision}
+        known_of |= {name: getattr(self.config, name) for name in ADAPTER_SHAPE}
+        for name, known in known_of.items():
+            value = getattr(config, name)
             if name in config.given and value is not None and value != known:
                 raise UserError(
                     f"{name} is {value}, and that of {self.folder} is {known}; leave {name} out"
                 )
-        modules = config.target_modules
-        return config.with_options(
-            base=config.base if "base" in config.given else own.base,
-            revision=own.revision,
-            rank=own.rank,
-            alpha=own.alpha,
-            target_modules=modules if "target_modules" in config.given else self.target_modules,
-        )
+        targets = {  # other words for the same layers are fine, see `check`
+            name: getattr(config if name in config.given else self.config, name) for name in TARGETS
+        }
+        base = config.base if "base" in config.given else own.base
+        return config.with_options(base=base, **known_of, **targets)
 
     def check(self, groups: tuple[Group, ...], target_modules: str) -> None:
         """Refuse a base or layers that are not the run's.
@@ -114,7 +114,7 @@ class Previous:
             counts = [sum(len(one.modules) for one in some) for some in (groups, own)]
             raise UserError(
                 f"target_modules is '{target_modules}', {counts[0]} layers, and those of "
-                f"{self.folder} are '{self.target_modules}', {counts[1]}; leave "
+                f"{self.folder} are '{self.config.target_modules}', {counts[1]}; leave "
                 "target_modules out"
             )
         for new, old in zip(groups, own, strict=True):

@@ -251,7 +251,9 @@ def _fit(
         with interrupts.deferred():  # what is fitted is kept before they are answered
             data = {**parts.size, "training_data": parts.train.fingerprint}
             identity = {**parts.config.to_json(), **data}
-            checkpoints = Checkpoints(folder.path, identity, checkpoint_every, interrupts)
+            checkpoints = Checkpoints(
+                folder.path, identity, checkpoint_every, interrupts, FitConfig().to_json()
+            )
             posterior, history = _fit_and_keep(folder, parts, checkpoints, progress, processes)
         progress.fitted()
     else:

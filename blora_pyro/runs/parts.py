@@ -184,7 +184,7 @@ def regularise(
         for name, source in config.backward_sets.items()
     ]
     fisher = fisher_information(model.net, model.groups, sets, config.seed)
-    model.penalty = ElasticPenalty(model.groups, model.adapters.scaling, fisher, config.ewc)
+    model.penalty = ElasticPenalty(model.groups, model.adapters.scalings, fisher, config.ewc)
 
 
 def build(
@@ -220,6 +220,10 @@ def build(
         target_modules=config.target_modules,
         autocast=torch.bfloat16 if config.precision == "bf16" else None,
         gradient_checkpointing=config.gradient_checkpointing,
+        exclude_modules=config.exclude_modules,
+        layers=config.layers_to_transform,
+        rank_pattern=config.rank_pattern,
+        use_rslora=config.use_rslora,
     )
     if previous is not None:
         previous.check(model.groups, config.target_modules)

@@ -134,11 +134,17 @@ EVERY_OPTION = {
     "normalizer": ("basic", "basic"),
     "max-eval-utterances": ("9", 9),
     "language-map": ("qu=mi", {"qu": "mi"}),
+    "exclude-modules": ("fc1", "fc1"),
+    "layers": ("3,1", (1, 3)),
+    "rank-pattern": ("fc2=3", {"fc2": 3}),
     "seed": ("9", 9),
     "device": ("cuda:1", "cuda:1"),
     "track": ("tensorboard,wandb", ("tensorboard", "wandb")),
 }
-SWITCHES = ("gradient-checkpointing", "spec-augment", "local-files-only", "trim-audio")
+SWITCHES = (
+    *("gradient-checkpointing", "spec-augment", "local-files-only", "trim-audio"),
+    "use-rslora",
+)
 
 
 def test_every_option_reaches_the_configuration(handed_on, tmp_path):
@@ -147,6 +153,7 @@ def test_every_option_reaches_the_configuration(handed_on, tmp_path):
     well("fit", *flags, *(f"--{name}" for name in SWITCHES), *how)
     expected = {name.replace("-", "_"): value for name, (_, value) in EVERY_OPTION.items()}
     expected["prior_args"] = expected.pop("prior_arg")
+    expected["layers_to_transform"] = expected.pop("layers")
     expected |= {name.replace("-", "_"): True for name in SWITCHES}
     assert handed_on["config"].given_options == expected
     assert handed_on["folder"] == tmp_path
@@ -190,7 +197,7 @@ def test_folders_of_fits_that_differ_differ_by_name(tmp_path):
 def test_no_option_is_left_out_of_these_tests():
     tested = {name.replace("-", "_") for name in (*EVERY_OPTION, *SWITCHES)} | {"prior_args"}
     tested |= {"streaming", "shuffle_buffer", "average_from", "pooling", "pooling_scale"}
-    tested |= {"cache_encoder", "prior_from", "prior_inflation"}
+    tested |= {"cache_encoder", "prior_from", "prior_inflation", "layers_to_transform"}
     assert set(declarations(FitConfig)) <= tested
 
 

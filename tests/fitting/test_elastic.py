@@ -21,7 +21,9 @@ def test_the_penalty_is_quadratic_in_the_update_and_weighted_by_the_information(
     factors = {"A_2x3": a, "B_2x3": b}
     delta = 0.5 * b[0] @ a[0]
     expected = 0.5 * 7.0 * (fisher["2x3"][0] * delta**2).sum()
-    assert ElasticPenalty(groups, 0.5, fisher, 7.0)(factors) == pytest.approx(expected.item())
+    assert ElasticPenalty(groups, {"2x3": 0.5}, fisher, 7.0)(factors) == pytest.approx(
+        expected.item()
+    )
 
 
 def test_the_information_is_the_mean_squared_score(net, batch):

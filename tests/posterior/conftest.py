@@ -39,9 +39,9 @@ def group_of(data, name: str) -> xarray.Dataset:
     return found if isinstance(found, xarray.Dataset) else found.to_dataset()
 
 
-def posterior_of(net, target_modules="all-linear", rank=2, alpha=5.0) -> Posterior:
+def posterior_of(net, target_modules="all-linear", rank=2, alpha=5.0, **shaped) -> Posterior:
     """A posterior of random moments, none of them zero; alpha / rank is no integer."""
-    groups = group_by_shape(find_targets(net, target_modules), rank)
+    groups = group_by_shape(find_targets(net, target_modules), rank, **shaped)
     generator = torch.Generator().manual_seed(3)
     sites = [site for group in groups for site in group.sites]
     mean = {s.name: 0.3 * torch.randn(s.shape, generator=generator) for s in sites}

@@ -15,7 +15,10 @@ import blora_pyro
 from blora_pyro.errors import UserError
 from blora_pyro.models import Pooling
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.combining import combine
+from blora_pyro.posterior.pruning import prune
 from blora_pyro.posterior.storage import POSTERIOR_FILE
+from blora_pyro.posterior.strength import at_strength
 
 from .conftest import adapted, fitted, logits, posterior_of
 
@@ -40,6 +43,48 @@ def test_transformers_load_adapter_computes_the_logits_of_the_posterior_mean(
     theirs.load_adapter(str(tmp_path))
     ours = adapted(posterior, net, batch)
     torch.testing.assert_close(logits(theirs.eval(), batch), ours, atol=1e-5, rtol=0)
+
+
+SHAPED = [
+    {"use_rslora": True},
+    {"rank_pattern": {"fc1": 3, r"decoder.*v_proj": 1}},
+    {"rank_pattern": {"fc1": 3, r"decoder.*v_proj": 1}, "use_rslora": True},
+]
+
+
+@pytest.mark.parametrize("shaped", SHAPED)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_rslora_and_ranks_by_pattern_are_written_as_peft_has_them(net, batch, shaped, tmp_path):
+    posterior = posterior_of(net, **shaped)
+    posterior.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    ranks = {name: len(a) for name, a, _ in posterior.layer_means()}
+    largest = max(ranks.values())
+    assert config["use_rslora"] is shaped.get("use_rslora", False)
+    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (largest, 5.0, {})
+    assert config["rank_pattern"] == {name: r for name, r in ranks.items() if r != largest}
+    ours = adapted(posterior, net, batch)
+    stock = PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path)).eval()
+    torch.testing.assert_close(logits(stock, batch), ours, atol=1e-5, rtol=0)
+    merged = copy.deepcopy(net)
+    Posterior.load(tmp_path).merge(merged)
+    torch.testing.assert_close(logits(merged, batch), ours, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shaped", SHAPED)
+def test_what_is_made_of_such_an_adapter_keeps_its_updates(net, shaped, tmp_path):
+    posterior, plain = posterior_of(net, **shaped), posterior_of(net, rank=1)
+    updates = dict(posterior.delta_weights())
+    made = {
+        "whole": (posterior, 1.0),
+        "half": (at_strength(posterior, 0.5), 0.5),
+        "pruned": (prune(posterior, rank=posterior.rank), 1.0),
+        "combined": (combine([posterior, plain], "weighted", weights=(1, 0))[0], 1.0),
+    }
+    for how, (one, factor) in made.items():
+        one.save(tmp_path / how)
+        for name, delta in Posterior.load(tmp_path / how).delta_weights():
+            torch.testing.assert_close(delta, factor * updates[name], atol=1e-5, rtol=1e-4)
 
 
 def test_the_adapter_holds_one_factor_a_layer_and_names_its_base(net, posterior, tmp_path):

@@ -17,7 +17,7 @@ from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.pruning import prune
 from blora_pyro.runs import diagnosis
 from blora_pyro.runs.chains import Previous
-from blora_pyro.runs.edited import prune_run
+from blora_pyro.runs.edited import combine_runs, prune_run
 from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import Run, fit
 from blora_pyro.runs.listeners import Listener
@@ -274,6 +274,9 @@ def test_a_fit_that_only_has_to_be_measured_needs_the_earlier_run_no_more(
             {"target_modules": "q_proj"},
             r"target_modules is 'q_proj', 6 layers, and those of .* are 'all-linear', 32",
         ),
+        ({"exclude_modules": "fc1"}, r"and those of .* are 'all-linear', 32; leave"),
+        ({"use_rslora": True}, "use_rslora is True, and that of .* is False; leave use_rslora out"),
+        ({"rank_pattern": {"fc1": 2}}, "rank_pattern is .*fc1.* is None; leave rank_pattern out"),
         ({"prior": "normal"}, "prior is 'normal' and prior_from is .*; give one"),
         ({"prior_scale": 0.1}, "prior_scale and prior_from are given, .*; leave prior_scale out"),
         ({"prior_args": {"scale": 0.1}}, "prior_args and prior_from are given"),
@@ -296,6 +299,26 @@ def test_what_matches_may_be_given(options, fit_options, earlier):
     given = {"base": f"{fit_options['base']}/.", "rank": 4, "alpha": 8.0}
     config = FitConfig(**{**options, **given})
     assert Previous.read(earlier).complete(config).base == given["base"]
+
+
+def test_the_shape_of_the_earlier_adapter_is_taken_over(options, fit_options, tmp_path):
+    shape = {
+        "target_modules": "q_proj,fc1",
+        "exclude_modules": "encoder_attn.q_proj",
+        "layers_to_transform": (1,),
+        "rank": 3,
+        "rank_pattern": {"q_proj": 2},
+        "use_rslora": True,
+    }
+    first = FitConfig(**{**fit_options, **shape, "steps": 1})
+    earlier = fit(first, tmp_path / "first", evaluate=False)
+    later = FitConfig(**{**options, "prior_from": str(tmp_path / "first"), "steps": 1})
+    run = fit(later, tmp_path / "second", evaluate=False)
+    assert {name: getattr(run.config, name) for name in shape} == shape
+    assert run.posterior.groups == earlier.posterior.groups
+    assert {group.rank for group in run.posterior.groups} == {2, 3}
+    combined = combine_runs([tmp_path / "first", tmp_path / "second"], tmp_path / "both")
+    assert combined["rank"] == 6
 
 
 def test_another_base_under_the_same_name_is_refused(options, earlier, net):
