@@ -199,9 +199,9 @@ def parse_details(record: Record, text: str, audio: str) -> Row:
     if not segmented and (offset is not None or audio == NEMO):  # duration is the segment's there
         start = offset
         end = None if duration is None else (offset or 0.0) + duration
-    elif start is not None and end is None and duration is not None:
+    elif duration is not None and start is not None and end is None:
         end = start + duration  # of a duration of the whole file there is no such segment
-    elif segmented and None not in (end, duration) and start is None:
+    elif duration is not None and start is None and end is not None:
         if abs(end - duration) > TOLERANCE:
             raise UserError(
                 f"end is {end:g} s and duration {duration:g} s, and start is missing; give it"
