@@ -116,20 +116,29 @@ def combine_line(found: Mapping[str, Any]) -> str:
 def strength_tables(curve: Mapping[str, Any]) -> list[Part]:
     """Return a table of a strength curve, with a row for each strength."""
     domain = f"new domain {curve['new_domain']}\n{curve['metric'].upper()}"
-    heads = ("strength", domain, "backward average", "forgetting", "forgetting\nremoved")
+    heads = ["strength", domain, "backward average", "forgetting", "forgetting\nremoved"]
+    loops = [sum(point.get("loops", {}).values()) for point in curve["points"]]
+    heads += ["loops"] if any(loops) else []
     title = f"error in % [95% interval] on the {curve['split']} sets, by {curve['strength_by']}"
     table = Table(figure_columns(*heads, wrap=True), title, grid=True)
     names = {0.0: "base 0", 1.0: "fit 1"}
-    for point in curve["points"]:
+    for point, count in zip(curve["points"], loops, strict=True):
         table.add_row(
             names.get(point["strength"], f"{point['strength']:g}"),
             *(Percent.of(point[key]) for key in ("new_domain", "backward_error", "forgetting")),
             number(point["forgetting_removed"], ".0%"),
+            *([count] if any(loops) else []),
         )
+    notes = []
+    for point in curve["points"]:
+        sets = {"the new domain": point["new_domain"], **point.get("backward", {})}
+        shown = f"strength {point['strength']:g}"
+        notes += [above_all(shown, name) for name, one in sets.items() if is_above_all(one)]
     fit = next(one["forgetting"] for one in curve["points"] if one["strength"] == 1)
     low = fit["interval"][0]
     doubt = "" if low is None or low > 0 else "; the fit's own forgetting may be chance"
-    return [table, f"forgetting removed: of that at strength 1{doubt}", f"plot: {curve['plot']}"]
+    removed = f"forgetting removed: of that at strength 1{doubt}"
+    return [table, *notes, removed, f"plot: {curve['plot']}"]
 
 
 def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Part]:
@@ -189,9 +198,18 @@ def _above_all(sets: Mapping[str, Mapping[str, Any]], states: Sequence[str]) -> 
     """Yield a line for each set of which a state has more errors than there is to say."""
     for name, both in sets.items():
         for state, shown in zip(STATES, states, strict=False):
-            rate = both[state][both[state]["metric"]]["rate"]
-            if rate is not None and rate > 1:
-                yield f"above 100%: {shown} on {name}, which makes up more than was said"
+            if is_above_all(both[state][both[state]["metric"]]):
+                yield above_all(shown, name)
+
+
+def is_above_all(rate: Mapping[str, Any]) -> bool:
+    """Tell whether there are more errors than there is to say."""
+    return rate["rate"] is not None and rate["rate"] > 1
+
+
+def above_all(what: str, name: str) -> str:
+    """Return the line on an error rate above 100% of a model on a set."""
+    return f"above 100%: {what} on {name}, which makes up more than was said"
 
 
 class AlignedText:

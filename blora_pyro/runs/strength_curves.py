@@ -50,7 +50,8 @@ def strength_curve(
     Returns:
         Names of what was scored, and `points` by rising strength: the rates of the new domain,
         the backward sets and their average, with 95% intervals; `forgetting` against the base,
-        paired; and `forgetting_removed`, 1 - forgetting / (forgetting at strength 1), None where
+        paired; `loops`, by set the number of transcripts that repeat themselves; and
+        `forgetting_removed`, 1 - forgetting / (forgetting at strength 1), None where
         the fit forgot nothing. Rates are fractions.
 
     Raises:
@@ -104,6 +105,7 @@ def _points(results: dict[float, dict[str, Evaluation]]) -> list[dict[str, Any]]
                 "backward": rates,
                 "backward_error": rate_summary(_backward(sets)),
                 "forgetting": change_summary(base, _backward(sets)),
+                "loops": {name: one.loops for name, one in sets.items()},
             }
         )
     errors = {point["strength"]: point["backward_error"]["rate"] for point in points}

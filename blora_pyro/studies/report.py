@@ -1,7 +1,7 @@
 """The tables of a study, for a terminal, as Markdown and as JSON, made from its scores alone."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +9,7 @@ from blora_pyro import __version__
 from blora_pyro.errors import UserError
 from blora_pyro.files import replace_file, write_json
 from blora_pyro.options import POCKET
+from blora_pyro.runs.report import above_all, is_above_all
 from blora_pyro.runs.scoring import NEW_DOMAIN
 from blora_pyro.sources import describe_source
 from blora_pyro.studies.definition import SETTING
@@ -184,12 +185,12 @@ def tables_of(standing: Standing) -> list[Table]:
         names: Sequence[str],
         figures: Sequence[str],
         rows: Sequence[Any],
-        note: str = "",
+        *notes: str,
     ) -> None:
         """Add a table of columns of names, then of figures; a row that ends in CHOSEN is bold."""
         title = ": ".join(part for part in (standing.setting.title, title) if part)
         heads = [*text_columns(*names), *figure_columns(*figures)]
-        table = Table(heads, title, [note] if note else [], stack_intervals=True)
+        table = Table(heads, title, notes, stack_intervals=True)
         for row in rows:
             table.add_row(*row, emphasis="bold" if row[-1] == CHOSEN else "")
         tables.extend([table] if rows else [])
@@ -199,7 +200,7 @@ def tables_of(standing: Standing) -> list[Table]:
 
     errors = [[one[name] for name in ("title", "knob", *ERRORS)] for one in rows]
     amount = f"{', '.join(data)}, {seeds} seed{'s' if seeds != 1 else ''}"
-    add(f"{amount}{on}", both, heads, errors, MEASURES)
+    add(f"{amount}{on}", both, heads, errors, MEASURES, *_odd(rows))
     parts = ("A", "B", "ΔW", "weights", "MB", "fit, s")
     add(f"sparsity, size, time{on}", ("method",), parts, [*map(_costs, rows)], COSTS)
     gains = ("backward gain", "new-domain drop", "forgetting removed")
@@ -220,6 +221,16 @@ def tables_of(standing: Standing) -> list[Table]:
     tried = [_choice(one) for one in standing.rows if one["dev"] is not None]
     add("the choice, on dev", both, ("new domain", "backward", "balanced", ""), tried, CHOICE)
     return tables
+
+
+def _odd(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield lines on transcripts that repeat themselves, and on error rates above 100%."""
+    if loops := [f"{one['title']} {one['loops']}" for one in rows if one["loops"]]:
+        yield f"transcripts that repeat themselves: {', '.join(loops)}"
+    for one in rows:
+        for name, error in one["sets"].items():
+            if is_above_all({"rate": error}):
+                yield above_all(one["title"], name)
 
 
 def _costs(row: Row) -> list[Cell]:

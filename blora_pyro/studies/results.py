@@ -31,6 +31,7 @@ from blora_pyro.runs.record import RUN
 from blora_pyro.runs.scoring import NEW_DOMAIN
 from blora_pyro.runs.utterances import read_utterances
 from blora_pyro.studies.methods import BASE
+from blora_pyro.transcription.safeguards import is_loop
 
 PIER = "pier"
 DEV, TEST = "dev", "test"
@@ -39,7 +40,7 @@ COLUMNS = (
     *("base", "setting", "method", "candidate", "data", "seed", "split", "failed"),
     *("new_domain", "pier", "backward", "sparsity_A", "sparsity_B", "sparsity_delta_w"),
     *("weights", "bytes", "seconds", "run", "after", "command", "commit", "machine"),
-    "base_hash",
+    *("base_hash", "loops"),
 )
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -72,6 +73,7 @@ class ScoredFit:
         commit: Of the code.
         machine: Processor, threads and versions.
         base_hash: Of the weights of the base model; "" if unknown.
+        loops: Number of transcripts that repeat themselves, of all sets.
     """
 
     base: str
@@ -94,6 +96,7 @@ class ScoredFit:
     commit: str = ""
     machine: str = ""
     base_hash: str = ""
+    loops: int = 0
 
     @property
     def key(self) -> Key:
@@ -133,7 +136,7 @@ class ScoredFit:
     def to_row(self) -> dict[str, str]:
         """Return the row as texts by column, lengths and all."""
         row = {name: str(getattr(self, name, "")) for name in COLUMNS}
-        row |= {"weights": str(self.weights or ""), "bytes": str(self.bytes or "")}
+        row |= {name: str(getattr(self, name) or "") for name in ("weights", "bytes", "loops")}
         row |= {"seconds": f"{self.seconds:.6g}" if self.seconds else ""}
         for part in PARTS:
             share = self.sparsity.get(part)
@@ -171,7 +174,7 @@ class ScoredFit:
                     f"{column} has {len(edits)} utterances, its lengths {len(lengths)}"
                 )
             counts.setdefault(name, {})[measure] = Counts(edits, lengths)
-        row = {"base_hash": "", **row}  # earlier tables have none
+        row = {"base_hash": "", "loops": "", **row}  # earlier tables have none
         shares = {part: row[f"sparsity_{part}"] for part in PARTS}
         scored = cls(
             **{one.name: row[one.name] for one in fields(cls) if one.type is str},
@@ -181,6 +184,7 @@ class ScoredFit:
             sparsity={part: float(text) if text else None for part, text in shares.items()},
             weights=int(row["weights"] or 0),
             bytes=int(row["bytes"] or 0),
+            loops=int(row["loops"] or 0),
             seconds=float(row["seconds"] or 0),
         )
         if not scored.failed and not scored.balanced_error >= 0:  # nan: no words in a set
@@ -314,12 +318,15 @@ def scored_run(scored: ScoredFit, folder: Path) -> ScoredFit:
     metrics_file, utterances_file = score_files(folder, scored.split, scored.after)
     state = BASE if scored.method == BASE else "adapted"
     try:
-        metrics, counts = counts_of_utterances(read_utterances(utterances_file), state)
+        rows = [row for row in read_utterances(utterances_file) if row["state"] == state]
+        metrics, counts = counts_of_utterances(rows, state)
+        loops = sum(is_loop(row.get("raw", row)["hypothesis"]) for row in rows)
         sparsity = read_json(metrics_file).get("sparsity") or {}
         run = folder / RUN
         about = read_json(run) if run.exists() else {}
         seconds = float(about.get("seconds", {}).get("fit", 0.0))
-        return replace(scored, metrics=metrics, counts=counts, sparsity=sparsity, seconds=seconds)
+        found = {"metrics": metrics, "counts": counts, "sparsity": sparsity, "loops": loops}
+        return replace(scored, seconds=seconds, **found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{metrics_file} or {utterances_file.name} is damaged ({error}); remove them"

@@ -31,6 +31,7 @@ class Standing:
       are in no figure;
     - `new_domain`, `pier`, `backward` and `forgetting`, the backward error less that of the base;
       `sets`, the error by data set and backward set; None where there is nothing to err in;
+    - `loops`, the number of transcripts that repeat themselves, of all sets and repeats;
     - `A`, `B`, `delta_w`, shares of elements below 1e-3; `weights` and `bytes` of the adapter;
       `seconds` of the fit, the median;
     - `against_lora`, if it is chosen: see `Resampled.against`, of the chosen LoRA, `other`;
@@ -137,6 +138,7 @@ def _figures(resampled: Resampled, one: Candidate, base: Candidate) -> Row:
         **row,
         "repeats": repeats,
         "sets": {name: error and error.share for name, error in sets.items()},
+        "loops": sum(score.loops for score in scores),
         "weights": scores[0].weights if scores else 0,
         "bytes": scores[0].bytes if scores else 0,
         "seconds": float(np.median([score.seconds for score in scores])) if scores else 0.0,

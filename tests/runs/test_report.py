@@ -5,7 +5,15 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from blora_pyro.runs.report import dev_line, error_view, fit_tables, strength_tables
+from blora_pyro.runs.report import (
+    dev_line,
+    error_view,
+    fit_tables,
+    prune_tables,
+    strength_tables,
+)
+
+SIZE = {"adapter_weights": 9, "nonzero_weights": 9, "directions": 2, "layers": 1}
 
 
 def rate(value, low, high):
@@ -217,6 +225,23 @@ def test_a_curve_is_a_row_a_strength():
     for words in ("on the dev sets, by scale", "new domain [de]", "WER", "runs/a/strength.png"):
         assert words in out
     assert "chance" not in out
+
+
+def test_a_curve_shows_loops_and_rates_above_100_percent():
+    found = curve(change(0.0212, 0.01, 0.03))
+    found["points"][1]["loops"] = {"new_domain": 2, "de": 1}
+    found["points"][1]["backward"] = {"de": rate(1.3, 1.2, 1.4), "en": rate(1.0, 0.9, 1.1)}
+    table, above, *_ = strength_tables(found)
+    assert [cells[-1] for cells, _ in table.filled_rows] == [0, 3, 0]
+    assert above == "above 100%: strength 0.5 on de, which makes up more than was said"
+
+
+def test_a_pruned_run_shows_loops_and_rates_above_100_percent():
+    metrics = copy.deepcopy(METRICS) | {"size": {"full": SIZE, "pruned": SIZE}}
+    metrics["backward"]["de"]["adapted"] |= {"loops": 2, "wer": rate(1.553, 1.2, 2.1)}
+    lines = shown(prune_tables(metrics))
+    assert row(lines, "loop") == "0 loops 2 loops +2"
+    assert any(line.startswith("above 100%: pruned on backward de, which") for line in lines)
 
 
 def test_a_curve_says_where_its_forgetting_may_be_chance():

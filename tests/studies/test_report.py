@@ -103,6 +103,19 @@ def test_there_is_a_table_of_everything(found):
     ]
 
 
+def test_loops_and_rates_above_100_percent_are_told_below_the_errors(found):
+    standing, (errors, *_) = found
+    assert len(errors.captions) == 1
+    for row in standing.rows:
+        if row["name"] == "lora" and row["is_chosen"]:
+            row["loops"], row["sets"]["de"] = 3, 1.4
+    errors, *_ = tables_of(standing)
+    assert errors.captions[1:] == (
+        "transcripts that repeat themselves: LoRA 3",
+        "above 100%: LoRA on de, which makes up more than was said",
+    )
+
+
 def test_the_table_of_errors_has_a_row_for_each_method_with_figures_counted_by_hand(run, found):
     _, (errors, *_) = found
     table = rows(errors)

@@ -33,6 +33,7 @@ def scored(candidate="lora:0.003", split="test", seed=0, edits=(1, 0, 40), **mor
     about = {
         "sparsity": {"A": 0.25, "B": None, "delta_w": 0.5},
         "weights": 10,
+        "loops": 3,
         "bytes": 400,
         "seconds": 1.5,
         "command": "blora-pyro fit --data zh-en",
@@ -124,11 +125,13 @@ def test_a_run_folder_is_read_by_the_files_of_its_split(tmp_path):
     base |= {"edits": 9, "length": 9, "rate": 1.0}
     rows = [base, {**base, "state": "adapted", "edits": 1, "pier": {"edits": 1, "length": 2}}]
     rows.append({**rows[1], "set": "de", "metric": "cer", "edits": 0})
+    rows[2]["raw"] = {"hypothesis": "Ja, " * 40}
     files[1].write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = ("pocket", "all", "lora", "lora:0.5", "mix", 0, "dev")
     one = scored_run(ScoredFit(*names, after="strength 0.5"), tmp_path)
     assert (one.metrics, one.sparsity) == ({"new_domain": "wer", "de": "cer"}, {"A": 0.5})
     assert (one.new_domain_error, one.backward_error) == (1 / 9, 0)
+    assert one.loops == 1
     assert one.counts["new_domain"]["pier"].lengths.tolist() == [2]
     assert counts_of_utterances(rows, "base")[1]["new_domain"]["wer"].edits.tolist() == [9]
     with pytest.raises(UserError, match="utterances"):
