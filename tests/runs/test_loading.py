@@ -189,11 +189,11 @@ def test_the_task_is_in_every_prompt(fluent_base, options, fit_options, monkeypa
     translate = fluent_base.tokenizer.get_vocab()["<|translate|>"]
     prompts = []
 
-    def transcribe(base, features, given):
-        prompts.extend(given)
-        return ["x"] * len(given)
+    def transcribe(base, examples, shares_encoder):
+        prompts.extend(examples.prompts)
+        return ["x"] * len(examples)
 
-    monkeypatch.setattr(scoring, "transcribe_features", transcribe)
+    monkeypatch.setattr(scoring, "transcribe_examples", transcribe)
     run = fit(FitConfig(**{**fit_options, "steps": 1, "task": "translate"}))
     assert run.config.task == "translate"
     assert len(prompts) == 12 and all(prompt[-2] == translate for prompt in prompts)

@@ -155,14 +155,14 @@ def test_a_run_that_died_in_its_evaluation_is_not_fitted_again(
     assert not (folder / FILE).exists()
     assert evaluate_run(folder) == straight.metrics  # it can be used already
     transcribed = []
-    features = scoring.transcribe_features
+    examples = scoring.transcribe_examples
 
     def transcribe(base, *args):
         transcribed.append(args)
-        return features(base, *args)
+        return examples(base, *args)
 
     monkeypatch.setattr(fits, "fit_guide", None)
-    monkeypatch.setattr(scoring, "transcribe_features", transcribe)
+    monkeypatch.setattr(scoring, "transcribe_examples", transcribe)
     run = fit(output=folder, resume=True)
     assert len(transcribed) == 1  # of four: the backward set, adapted
     assert run.history == straight.history
@@ -551,8 +551,8 @@ def test_a_diverging_run_says_what_is_safe(options, tmp_path):
 def test_skipped_steps_are_counted(options, tmp_path, monkeypatch):
     load = Loader.load
 
-    def poisoned(loader, source, split, language=None, **options):
-        examples = load(loader, source, split, language, **options)
+    def poisoned(loader, source, split, *args, **options):
+        examples = load(loader, source, split, *args, **options)
         if split == "train":
             batch, calls = examples.batch, []
 
