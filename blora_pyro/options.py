@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, SupportsFloat, TypeVar
 
 from blora_pyro.declarations import (
+    alternatives,
     check_kinds,
     check_names,
     check_value,
@@ -70,6 +71,7 @@ POOLING_SCALE = 0.5
 DECODER = ".*decoder.*"
 
 TASKS = ("transcribe", "translate")
+AVERAGE, EACH = "average", "each"  # limits of a contract; a further one is a backward set's own
 COLUMNS = ("audio", "text", "language", "word_languages", "duration", "start", "end", "offset")
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform")
 ADAPTER_SHAPE = ("rank", "alpha", "rank_pattern", "use_rslora")  # those of --prior-from stay
@@ -78,12 +80,13 @@ MACHINE_OPTIONS = ("device", "local_files_only", "track")  # they decide nothing
 Schedule = Literal["cosine", "linear", "constant"]
 PoolingKind = Literal["complete", "hierarchical", "none"]
 
-BASE, DATA, PRIOR, FIT, REGULARISERS, EARLY_STOPPING, SCORING, OUTPUT = PANELS = (
+BASE, DATA, PRIOR, FIT, REGULARISERS, KEEPING, EARLY_STOPPING, SCORING, OUTPUT = PANELS = (
     "Base model",
     "Data",
     "Prior, guide and adapter",
     "Fit",
     "Regularisers",
+    "What may be forgotten",
     "Early stopping and averaging",
     "Scoring",
     "Output",
@@ -152,7 +155,7 @@ class DataOptions:
         "The new domain's test set.", metavar="SOURCE", unset="the test split of --data"
     )
     dev: Source | None = option(
-        "The new domain's dev set, for --eval-every or a study.",
+        "The new domain's dev set, for --keep, --eval-every or a study.",
         metavar="SOURCE",
         unset="the dev split of --data",
     )
@@ -392,6 +395,15 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         at_least=0,
         panel=REGULARISERS,
     )
+    keep: Mapping[str, float] | Sequence[str] | SupportsFloat | None = option(
+        "A contract: the points that the average over the backward sets may lose at most, or "
+        "average=1,each=2,de=0.5. The fit is turned down to the strength of the lowest new-domain "
+        "error among those that keep it on the dev sets.",
+        metavar="POINTS|NAME=POINTS",
+        unset="no contract: the fit is kept at strength 1",
+        listed="repeated",
+        panel=KEEPING,
+    )
     eval_every: int | None = option(
         "Steps between two measurements of the dev error; the best posterior is kept.",
         unset="never; the last posterior is kept",
@@ -440,7 +452,8 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
             object.__setattr__(self, name, value)
         for name in declarations(FitConfig):
             check_value(FitConfig, name, getattr(self, name))
-        for check in (_check_data, _check_prior, _check_fit, _check_pooling, _check_streaming):
+        checks = (_check_data, _check_prior, _check_fit, _check_keep, _check_pooling)
+        for check in (*checks, _check_streaming):
             check(self)
 
     @classmethod
@@ -765,6 +778,8 @@ def _normalised(config: FitConfig) -> Iterator[tuple[str, Any]]:
         yield "column", read_columns(config.column) or None
     if config.layers_to_transform is not None:
         yield "layers_to_transform", _layers(config.layers_to_transform)
+    if config.keep is not None:
+        yield "keep", read_contract(config.keep)
     if config.rank_pattern is not None:
         yield "rank_pattern", _rank_pattern(config.rank_pattern) or None
 
@@ -819,6 +834,41 @@ def read_columns(value: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
                 f"column is '{name}={called}'; give NAME=COLUMN, with a name among "
                 f"{', '.join(COLUMNS)}{suggestion(name, COLUMNS)}"
             )
+    return found
+
+
+def read_contract(value: object) -> dict[str, float]:
+    """Return the limits of a contract, in points by name, also of a number, or texts "each=2".
+
+    A limit without a name is that of the average.
+
+    Raises:
+        UserError: If there is none, one is no number from 0 to 100, or two have one name.
+    """
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    else:
+        parts = value if isinstance(value, list | tuple) else [value]
+        texts = [one for part in parts for one in separated(str(part))]
+        pairs = [
+            (name.strip() if sign else AVERAGE, points)
+            for name, sign, points in (one.rpartition("=") for one in texts)
+        ]
+    found: dict[str, float] = {}
+    for name, points in pairs:
+        try:
+            limit = math.nan if isinstance(points, bool) else float(points)
+        except (TypeError, ValueError):
+            limit = math.nan
+        if not 0 <= limit <= 100 or name in found:
+            what = "is given twice" if name in found else f"is '{points}'"
+            raise UserError(
+                f"the limit {name!r:.40} of keep {what}; give points from 0 to 100 once a name, "
+                "such as 1, or average=1,each=2,de=0.5"
+            )
+        found[name] = limit
+    if not found:
+        raise UserError("keep has no limit; give points, such as 1, or leave it out")
     return found
 
 
@@ -927,11 +977,27 @@ def _check_fit(config: FitConfig) -> None:
             f"gradient_accumulation is {config.gradient_accumulation}, more than the "
             f"{config.batch_size} utterances of a step; give batch_size or less"
         )
-    for name in ("dev", "patience"):
-        if config.eval_every is None and getattr(config, name) is not None:
-            raise UserError(f"{name} is given, but no eval_every; give both")
+    if config.dev is not None and config.eval_every is None and config.keep is None:
+        raise UserError("dev is given, but neither keep nor eval_every; give one of them, too")
+    if config.patience is not None and config.eval_every is None:
+        raise UserError("patience is given, but no eval_every; give both")
     if config.average_from is not None and config.eval_every is not None:
         raise UserError("average_from and eval_every both choose the posterior; give one")
+
+
+def _check_keep(config: FitConfig) -> None:
+    """Refuse a contract about sets that are none."""
+    if config.keep is None:
+        return
+    if not config.backward_sets:
+        raise UserError("keep is given, but no backward set to keep it on; give some")
+    known = (AVERAGE, EACH, *config.backward_sets)
+    for name in read_contract(config.keep):
+        if name not in known:
+            raise UserError(
+                f"keep has a limit for '{name}', which is no backward set; give "
+                f"{alternatives(known)}{suggestion(name, known)}"
+            )
 
 
 def _check_warm_up(config: FitConfig) -> None:
@@ -967,6 +1033,7 @@ def _check_pooling(config: FitConfig) -> None:
             "test": (config.test is None, "each domain's test set is that of its data"),
             "dev": (config.dev is None, "leave it out"),
             "eval_every": (config.eval_every is None, "leave it out"),
+            "keep": (config.keep is None, "leave it out"),
             "estimator": (config.estimator == "shared", "give shared"),
             "prior": (config.prior in by_row, f"give one of {', '.join(by_row)}"),
             "guide": (

@@ -184,6 +184,17 @@ def test_peft_knobs_are_read_from_the_command_line_and_from_json_alike():
         assert words in command
 
 
+CONTRACTS = ("1,each=2,de=0.5", ["1", "each=2,de=0.5"], ["each=2", 1, "de=.5"])
+
+
+@pytest.mark.parametrize("text", CONTRACTS)
+def test_a_contract_has_points_by_name_and_the_average_needs_none(text):
+    expected = {"average": 1.0, "each": 2.0, "de": 0.5}
+    assert FitConfig(keep=text).keep == expected == FitConfig(keep=expected).keep
+    assert FitConfig(keep=0.5).keep == {"average": 0.5}
+    assert "--keep average=0.5" in fit_command(FitConfig(keep=0.5))
+
+
 def test_complete_pooling_is_the_same_as_none_given():
     plain = FitConfig(data=("de-en", "es-en"))
     assert FitConfig(data=("de-en", "es-en"), pooling="complete") == plain
@@ -277,7 +288,12 @@ def test_a_value_that_an_option_does_not_allow_is_refused(options, message):
         ({"steps": 50, "warmup_steps": 51}, "^warmup_steps is 51; .* 0 to the steps .*, 50$"),
         ({"batch_size": 4, "gradient_accumulation": 5}, "^gradient_accumulation is 5, .* 4 "),
         ({"patience": 3}, "^patience is given, but no eval_every; give both$"),
-        ({"dev": "de"}, "^dev is given, but no eval_every; give both$"),
+        ({"dev": "de"}, "^dev is given, but neither keep nor eval_every; give one of them"),
+        ({"keep": -1}, "^the limit 'average' of keep is '-1'; give points from 0 to 100"),
+        ({"keep": "each=x"}, "^the limit 'each' of keep is 'x'"),
+        ({"keep": "1,average=2"}, "^the limit 'average' of keep is given twice"),
+        ({"keep": {"average": True}}, "^the limit 'average' of keep is 'True'"),
+        ({"keep": ()}, "^keep has no limit; give points, such as 1, or leave it out"),
         ({"distillation": 1.0, "backward": {"a": "de"}}, "name the languages in distillation_lang"),
         ({"ewc": 1.0, "backward": ()}, "^ewc is given, but no backward set"),
         ({"average_from": 0.5, "eval_every": 5}, "^average_from and eval_every both choose"),

@@ -49,7 +49,10 @@ Column = Annotated[
 ]
 Device = Annotated[str, typer.Option(help=help_of("device"))]
 STRENGTH_HELP = "Strength of the update: 0 is the base, 1 the fit"
-Strength = Annotated[float, typer.Option(help=f"{STRENGTH_HELP}.")]
+STRENGTH_DEFAULT = "the run's own: 1, or what keeps its contract"
+Strength = Annotated[
+    float | None, typer.Option(help=f"{STRENGTH_HELP}.", show_default=STRENGTH_DEFAULT)
+]
 StrengthBy = Annotated[
     str,
     typer.Option(

@@ -119,7 +119,7 @@ def merge(
             metavar="NAME", help="Data type of the checkpoint: float32, bfloat16 or float16."
         ),
     ] = "float32",
-    strength: Strength = 1.0,
+    strength: Strength = None,
     strength_by: StrengthBy = "scale",
     domain: Domain = None,
     overwrite: Overwrite = False,

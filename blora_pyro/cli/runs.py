@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from blora_pyro.cli.common import (
+    STRENGTH_DEFAULT,
     STRENGTH_HELP,
     Column,
     Device,
@@ -43,12 +44,13 @@ def evaluate(
         typer.Option(metavar="FILE", help="JSONL file for the results of every utterance."),
     ] = None,
     strength: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="S|S,S,...|START:STOP:STEP",
             help=f"{STRENGTH_HELP}. Several, such as 0:1:0.1, give a curve.",
+            show_default=STRENGTH_DEFAULT,
         ),
-    ] = "1",
+    ] = None,
     strength_by: StrengthBy = "scale",
     split: Annotated[
         str, typer.Option(metavar="test|dev", help="Split of the sets; dev to choose strengths by.")
@@ -90,7 +92,7 @@ def evaluate(
         from blora_pyro.runs import finished
         from blora_pyro.runs.report import fit_tables
 
-        strengths = parse_strengths(strength)
+        strengths = () if strength is None else parse_strengths(strength)
         if len(strengths) > 1:
             if data is not None or output is not None or domain is not None or beyond:
                 raise UserError(
@@ -121,7 +123,7 @@ def evaluate(
                 output=output,
                 overwrite=overwrite,
                 split=split,
-                strength=strengths[0],
+                strength=strengths[0] if strengths else None,
                 strength_by=strength_by,
                 domain=domain,
                 column=column,

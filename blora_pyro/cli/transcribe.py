@@ -58,7 +58,7 @@ def transcribe(
             show_default="the adapter's, or transcribe",
         ),
     ] = None,
-    strength: Strength = 1.0,
+    strength: Strength = None,
     strength_by: StrengthBy = "scale",
     domain: Domain = None,
     form: Annotated[

@@ -53,13 +53,43 @@ def paired_macro_bootstrap(
     Raises:
         ValueError: if the numbers of utterances differ, and as `macro_bootstrap_interval`.
     """
+    differences = _resampled_differences(sets_a, sets_b, draws, seed)
+    return macro_rate(sets_b) - macro_rate(sets_a), *percentile_interval(differences, level)
+
+
+def paired_macro_quantile(
+    sets_a: Sequence[Counts],
+    sets_b: Sequence[Counts],
+    quantile: float,
+    draws: int = 1000,
+    seed: int = 0,
+) -> float:
+    """Return a quantile of the differences that `paired_macro_bootstrap` takes its interval of.
+
+    nan where no draw has reference tokens.
+
+    Raises:
+        ValueError: if the quantile is not between 0 and 1, and as `paired_macro_bootstrap`.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile must be between 0 and 1, got {quantile}; 0.95 is usual")
+    differences = _resampled_differences(sets_a, sets_b, draws, seed)
+    differences = differences[~np.isnan(differences)]
+    return float(np.quantile(differences, quantile)) if differences.size else float("nan")
+
+
+def _resampled_differences(
+    sets_a: Sequence[Counts], sets_b: Sequence[Counts], draws: int, seed: int
+) -> FloatArray:
+    """Return macro_rate(b) - macro_rate(a) of resampled utterances, shape (draws,)."""
     sizes_a, sizes_b = ([len(counts.edits) for counts in sets] for sets in (sets_a, sets_b))
     if sizes_a != sizes_b or not sizes_a:
         raise ValueError(f"got sets of {sizes_a} and {sizes_b} utterances; give the same ones")
     rng = np.random.default_rng(seed)
     pairs = [_resampled_rates([a, b], draws, rng) for a, b in zip(sets_a, sets_b, strict=True)]
     rates = np.mean(pairs, axis=0)
-    return macro_rate(sets_b) - macro_rate(sets_a), *percentile_interval(rates[1] - rates[0], level)
+    differences: FloatArray = rates[1] - rates[0]
+    return differences
 
 
 def paired_rates(systems: Sequence[Counts], draws: int = 1000, seed: int = 0) -> FloatArray:

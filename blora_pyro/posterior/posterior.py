@@ -58,6 +58,8 @@ class Posterior:
             suppresses them: a net that is adapted, or merged, may say them.
         language_map: What prompted languages that the base has no token for, see
             `languages.prompt_codes`; a net that is merged keeps it.
+        fitted_alpha: The fit's own alpha, where `alpha` is that of another strength; None where it
+            is the same. See `strength.at_strength`, which sets both.
     """
 
     base: str
@@ -72,6 +74,7 @@ class Posterior:
     pooling: Pooling | None = None
     unsuppressed: tuple[int, ...] = ()
     language_map: Mapping[str, str] = field(default_factory=dict)
+    fitted_alpha: float | None = None
 
     @classmethod
     def from_guide(
@@ -190,6 +193,11 @@ class Posterior:
     def scalings(self) -> dict[str, float]:
         """The factor s in ΔW = s · B A, by group key."""
         return scalings_of(self.groups, self.alpha)
+
+    @property
+    def strength(self) -> float:
+        """What the fit's update ΔW is multiplied by: 1 is the fit, 0 the base."""
+        return 1.0 if self.fitted_alpha is None else round(self.alpha / self.fitted_alpha, 12)
 
     @property
     def num_weights(self) -> int:

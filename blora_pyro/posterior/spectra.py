@@ -99,7 +99,7 @@ def keep_directions(
                 stddev[site.name] = site_variance[chosen][:, *inner].sqrt().contiguous()
     alpha = posterior.scaling * max(group.rank for group in groups)
     kept_part = replace(posterior, groups=tuple(groups), alpha=alpha, mean=mean, stddev=stddev)
-    return replace(kept_part, state={}, prior_tensors={})
+    return replace(kept_part, state={}, prior_tensors={}, fitted_alpha=None)
 
 
 def ratios(spectrum: Spectrum) -> Tensor:

@@ -56,6 +56,8 @@ def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
         about["language_map"] = dict(attributes["language_map"])
     if attributes["unsuppressed"]:
         about["unsuppressed"] = list(attributes["unsuppressed"])
+    if attributes["fitted_alpha"] is not None:
+        about["fitted_alpha"] = attributes["fitted_alpha"]
     tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     save_file(tensors, path, metadata={"blora_pyro": json.dumps(about)})
 
@@ -105,6 +107,7 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
             "pooling": pooling,
             "language_map": _texts({"language_map": {}, **about}, "language_map"),
             "unsuppressed": tuple(_list_of({"unsuppressed": [], **about}, "unsuppressed", int)),
+            "fitted_alpha": _positive(about, "fitted_alpha") if "fitted_alpha" in about else None,
         }
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(

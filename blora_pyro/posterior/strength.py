@@ -17,12 +17,16 @@ MAX_COUNT = 101  # strengths in a range
 STRENGTHS = "give a number, some with commas between, or START:STOP:STEP such as 0:1:0.1"
 
 
-def at_strength(posterior: Posterior, strength: float, by: str = SCALE) -> Posterior:
+def at_strength(posterior: Posterior, strength: float | None, by: str = SCALE) -> Posterior:
     """The posterior with a weaker or stronger update ΔW: 0 is exactly the base, 1 the fit.
 
+    Strengths are those of the fit, whatever the strength of the posterior is: that of 0.5 at
+    strength 0.5 is the same again, and at strength 1 it is the fit.
+
     Args:
-        posterior: The fitted posterior.
-        strength: From 0 to 2 by `scale`, from 0 to 1 by `signal-to-noise`.
+        posterior: The fitted posterior, at any strength.
+        strength: From 0 to 2 by `scale`, from 0 to 1 by `signal-to-noise`; None leaves the
+            posterior as it is.
         by: `scale` multiplies ΔW = alpha/rank · B A by the strength, through alpha: mean, draws,
             merge and the PEFT adapter follow exactly; guide and KL stay. (In weight space this is
             the line from base to fit: Wortsman et al., WiSE-FT, arXiv 2109.01903.)
@@ -35,11 +39,16 @@ def at_strength(posterior: Posterior, strength: float, by: str = SCALE) -> Poste
     Raises:
         UserError: See `check_strength`.
     """
-    check_strength(posterior, strength, by)
+    check_strength(posterior, 1.0 if strength is None else strength, by)
+    if strength is None:
+        return posterior
+    if posterior.fitted_alpha is not None:
+        posterior = replace(posterior, alpha=posterior.fitted_alpha, fitted_alpha=None)
     if strength == 1:
         return posterior
     if by == SCALE:
-        return replace(posterior, alpha=strength * posterior.alpha)
+        alpha = posterior.alpha
+        return replace(posterior, alpha=strength * alpha, fitted_alpha=alpha or None)
     found = spectra(posterior)
     keep = _surest(found, strength)
     if not any(mask.any() for mask in keep.values()):

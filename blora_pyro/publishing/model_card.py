@@ -150,6 +150,7 @@ def _fit_table(posterior: Posterior, about: Mapping[str, Any]) -> str:
         "training utterances": about.get("training_utterances"),
         "target tokens N": about.get("training_tokens"),
         "effective temperature T = beta · N": about.get("temperature"),
+        "strength that keeps the contract": posterior.strength if "kept" in about else None,
         "adapter weights": f"{posterior.num_weights:,}",
         "versions": ", ".join(f"{n} {v}" for n, v in about.get("versions", {}).items()),
     }

@@ -20,6 +20,7 @@ from blora_pyro.guides import previous_posterior
 from blora_pyro.models.folders import is_same_place
 from blora_pyro.options import ADAPTER_SHAPE, TARGETS, FitConfig
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.strength import at_strength
 from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.record import Link
 
@@ -48,6 +49,7 @@ class Previous:
             UserError: If it can't be read, is unfinished, pruned or combined, or has no spread.
         """
         posterior, record = read_run(folder)
+        posterior = at_strength(posterior, 1.0)  # a contract's strength is no belief
         if record.made_of:
             how, whole = record.made_of
             raise UserError(f"prior_from is {folder}, a {how} run; give {whole}")

@@ -61,7 +61,7 @@ def prune_run(
             full = scoring.score(posterior, "full adapter")
             fewer = scoring.score(pruned, "pruned adapter")
             metrics |= compare(pruned, full, fewer, record.resolved)
-        write_run(target, pruned, replace(record, pruned=how), metrics)
+        write_run(target, pruned, replace(record, pruned=how, kept=None), metrics)
     return metrics
 
 

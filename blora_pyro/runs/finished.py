@@ -9,12 +9,13 @@ from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.models import DTYPES, base_of, check_dtype
 from blora_pyro.models.base import check_finite, check_merge, distance, probe
-from blora_pyro.options import FitConfig, read_columns
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.beyond import measure_beyond
+from blora_pyro.runs.contracts import verdict
 from blora_pyro.runs.folders import claim_file, read_run, written_folder
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.scoring import NEW_DOMAIN, OTHER_DATA, Scoring, compare
+from blora_pyro.runs.scoring import NEW_DOMAIN, OTHER_DATA, Scoring, compare, scoring_config
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
 from blora_pyro.sources import Source, describe_source
 from blora_pyro.transcription import Transcriber, transcribe_files
@@ -31,7 +32,7 @@ def evaluate_run(
     output: str | Path | None = None,
     overwrite: bool = False,
     split: str = "test",
-    strength: float = 1.0,
+    strength: float | None = None,
     strength_by: str = SCALE,
     domain: str | None = None,
     column: Mapping[str, str] | Sequence[str] | None = None,
@@ -52,7 +53,8 @@ def evaluate_run(
         output: File for the results of every utterance, see `utterance_rows`; None keeps none.
         overwrite: Replace a file that is there.
         split: `test`, or `dev` to choose by.
-        strength: Strength of the update, see `at_strength`.
+        strength: Strength of the update, see `at_strength`; None is that of the run, which is 1
+            unless it keeps a contract.
         strength_by: See `at_strength`.
         domain: One of the run's domains.
         column: What columns are called, see `FitConfig`; None is as in the fit, or in `data` as
@@ -61,7 +63,7 @@ def evaluate_run(
 
     Returns:
         The content of `metrics.json`; at another strength than 1 also `strength` and `strength_by`,
-        and with `beyond` its content.
+        but where `contract` has that of the run; and with `beyond` its content.
 
     Raises:
         UserError: If the run or the data can't be read, the file can't be written, or there is no
@@ -91,8 +93,11 @@ def evaluate_run(
     if beyond:
         backward = {name: scoring.sets[name] for name in metrics["backward"]}
         metrics["beyond"] = measure_beyond(scoring.base, backward, posterior, progress)
-    if strength != 1:
-        metrics |= {"strength": strength, "strength_by": strength_by}
+    if record.kept is not None and strength is None:
+        metrics |= verdict(record.kept, metrics)
+    shown = posterior.strength if strength is None else strength
+    if shown != 1 and "contract" not in metrics:
+        metrics |= {"strength": shown, "strength_by": SCALE if strength is None else strength_by}
     return metrics
 
 
@@ -105,32 +110,13 @@ def of_domain(config: FitConfig, domain: str | None) -> FitConfig:
     return replace(config, data=data, data_weights=weights, pooling=None, pooling_scale=None)
 
 
-def scoring_config(
-    config: FitConfig,
-    data: Source | None,
-    normalizer: str | None,
-    column: Mapping[str, str] | Sequence[str] | None = None,
-) -> FitConfig:
-    """Return a configuration with other data, normaliser or columns to score with; None keeps.
-
-    Other data have their columns called as usual, unless they are given.
-    """
-    if data is not None:
-        # all the sets of its new domain come from `data`, which are no training data here
-        config = replace(config, data=data, data_weights=None, test=data, dev=None, backward={})
-        column = column or {}
-    if column is not None:
-        config = replace(config, column=read_columns(column))
-    return config if normalizer is None else replace(config, normalizer=normalizer)
-
-
 def merge_run(
     folder: str | Path,
     out: Path,
     overwrite: bool = False,
     dtype: str = "float32",
     *,
-    strength: float = 1.0,
+    strength: float | None = None,
     strength_by: str = SCALE,
     domain: str | None = None,
     on_note: Callable[[str], object] = lambda note: None,
@@ -145,7 +131,8 @@ def merge_run(
         out: Folder for the checkpoint.
         overwrite: Write into a folder that holds something.
         dtype: Dtype of the checkpoint. An update below the rounding step of a short one is lost.
-        strength: Strength of the update, see `at_strength`.
+        strength: Strength of the update, see `at_strength`; None is that of the run, which is 1
+            unless it keeps a contract.
         strength_by: See `at_strength`.
         domain: For a run whose domains have factors of their own; None is what they share.
         on_note: Called with one line if rounding to `dtype` loses much of the adapter.
@@ -188,7 +175,7 @@ def transcribe(
     prior: str | None = None,
     trust_prior_file: bool = False,
     task: str | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
     strength_by: str = SCALE,
     domain: str | None = None,
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
@@ -213,7 +200,7 @@ def transcribe(
         prior: File of the prior, if draws are asked for and the run has one: its code is run.
         trust_prior_file: Run the file of the prior that the run names; see `Posterior.load`.
         task: `transcribe` or `translate`; None is that of the fit, or `transcribe`.
-        strength: Strength of the adapter's update, see `at_strength`.
+        strength: Strength of the adapter's update, as in `evaluate_run`.
         strength_by: See `at_strength`.
         domain: For a run whose domains have factors of their own; None is what they share.
         on_transcript: Called with each file's index and transcript, in order.
@@ -242,7 +229,7 @@ def transcribe(
         own = (record.domain_languages or {}).get(str(domain), record.language)
     elif domain is not None:
         raise UserError(f"domain is '{domain}', but there is no adapter; give one")
-    elif strength != 1:
+    elif strength is not None and strength != 1:
         raise UserError(f"strength is {strength:g}, but there is no adapter; give one")
     elif base is None:
         raise UserError(

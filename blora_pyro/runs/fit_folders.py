@@ -24,6 +24,7 @@ from blora_pyro.runs.folders import (
     METRICS,
     RESULTS,
     SKIPPED,
+    STRENGTH_PLOT,
     TRACKING,
     TRANSCRIPTS,
     UNFINISHED,
@@ -34,7 +35,8 @@ from blora_pyro.runs.folders import (
 )
 from blora_pyro.runs.loading import SkippedRow
 from blora_pyro.runs.measurements import read_metrics
-from blora_pyro.runs.record import EVALUATING, FINISHED, FITTING, RUN, RunRecord, versions
+from blora_pyro.runs.record import EVALUATING, FINISHED, FITTING, RUN, Kept, RunRecord, versions
+from blora_pyro.runs.strength_curves import save_strength_plot
 from blora_pyro.runs.utterances import write_utterances
 
 
@@ -232,6 +234,15 @@ class FitFolder:
             record.write(self.path)
             remove_files(self.path, CHECKPOINT)
 
+    def keep(self, posterior: Posterior, kept: Kept) -> None:
+        """Keep the posterior at the strength that was chosen, and how it was."""
+        self.record.kept = kept
+        if self.path is None:
+            return
+        save_strength_plot(self.path / STRENGTH_PLOT, kept["curve"])
+        save_posterior(self.path, posterior)
+        self.record.write(self.path)
+
     def finish(
         self, metrics: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], seconds: float
     ) -> None:
@@ -251,8 +262,8 @@ class FitFolder:
             remove_files(self.path, *UNFINISHED)
 
     def transcripts(self, state: str) -> Path | None:
-        """Return the file that keeps transcripts of the test sets until the run is finished."""
-        return None if self.path is None else self.path / TRANSCRIPTS[state]
+        """Return the file that keeps a state's transcripts until the run is finished."""
+        return None if self.path is None else self.path / TRANSCRIPTS.replace("*", state)
 
     def safe(self) -> str:
         """Return what is safe on disk now, in words."""

@@ -19,14 +19,16 @@ from blora_pyro.fitting.svi import Step
 from blora_pyro.models import check_device
 from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.posterior import Family, Posterior
+from blora_pyro.posterior.strength import at_strength
 from blora_pyro.runs.chains import continued
+from blora_pyro.runs.contracts import keep_contract, verdict
 from blora_pyro.runs.fit_folders import FitFolder
 from blora_pyro.runs.folders import writing
 from blora_pyro.runs.listeners import Listener, check_trackers, tracked
 from blora_pyro.runs.parts import Parts
 from blora_pyro.runs.record import FINISHED, FITTING, RUN, state_of
-from blora_pyro.runs.report import NOTHING_MEASURED, error_changes, fit_tables
-from blora_pyro.runs.scoring import compare
+from blora_pyro.runs.report import NOTHING_MEASURED, error_changes, fit_tables, kept_line
+from blora_pyro.runs.scoring import Scoring, compare
 from blora_pyro.runs.utterances import utterance_rows
 from blora_pyro.sources import Source
 from blora_pyro.tables import report_text
@@ -258,8 +260,12 @@ def _fit(
         progress.fitted()
     else:
         posterior, history = folder.fitted()
+    if parts.dev is not None:
+        posterior = _keep_contract(folder, parts, parts.dev, posterior)
     after = parts.scoring.score(posterior, "adapted", folder.transcripts("adapted"))
     metrics = compare(posterior, before, after, parts.config)
+    if folder.record.kept is not None:
+        metrics |= verdict(folder.record.kept, metrics)
     rows = utterance_rows(parts.scoring.sets, {"base": before, "adapted": after}, posterior)
     folder.finish(metrics, rows, time.monotonic() - started)
     progress.measured(metrics, history[-1].step if history else 0)
@@ -304,6 +310,17 @@ def _fit_and_keep(
             "gradient was not finite; try a smaller --lr"
         )
     return posterior, history
+
+
+def _keep_contract(
+    folder: FitFolder, parts: Parts, dev: Scoring, posterior: Posterior
+) -> Posterior:
+    """Turn the fit down to the strength that keeps its contract on the dev sets, and keep that."""
+    kept = keep_contract(dev, posterior, parts.config, folder.transcripts)
+    posterior = at_strength(posterior, kept["strength"])
+    folder.keep(posterior, kept)
+    dev.progress.note(kept_line(kept))
+    return posterior
 
 
 # ---- early ends

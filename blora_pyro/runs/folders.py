@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from blora_pyro.runs.record import EVALUATING, FITTING, RUN, RunRecord, state_of
 METRICS, CHECKPOINT, SKIPPED = "metrics.json", checkpoints.FILE, "skipped_rows.jsonl"
 UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
 PLOTS, TRACKING = "diagnostics", "tracking"  # the second is a folder that trackers write to
-TRANSCRIPTS = {state: f"transcripts-{state}.json" for state in ("base", "adapted")}
+TRANSCRIPTS = "transcripts-*.json"  # of a state: base, adapted, or a strength on dev
 ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 RESULTS = (  # names, and patterns of those of several splits and strengths
     storage.POSTERIOR_FILE,
@@ -39,8 +40,8 @@ RESULTS = (  # names, and patterns of those of several splits and strengths
     TRACKING,
 )
 HALF_WRITTEN = "posterior.new"
-UNFINISHED = (CHECKPOINT, *TRANSCRIPTS.values())
-WITHOUT_STEP = {RUN, SKIPPED, TRACKING, *TRANSCRIPTS.values()}  # files of a fit without checkpoint
+UNFINISHED = (CHECKPOINT, TRANSCRIPTS)
+WITHOUT_STEP = {RUN, SKIPPED, TRACKING}  # files of a fit without checkpoint, but for transcripts
 OWN = (
     RUN,
     *RESULTS,
@@ -122,7 +123,8 @@ def claim(folder: Path, overwrite: bool) -> Path:
         found = {path.name for path in folder.iterdir()} - ours
         left = {name.removesuffix(".new") for name in found}
         is_dead = found <= {f"{RUN}.new"}  # killed at the first write
-        if is_dead or (state_of(folder) == FITTING and left <= WITHOUT_STEP):
+        files = {name for name in left if not fnmatch(name, TRANSCRIPTS)}
+        if is_dead or (state_of(folder) == FITTING and files <= WITHOUT_STEP):
             remove_files(folder, *left)
             left = set()
     except OSError as error:
@@ -246,11 +248,12 @@ def read_run(
         UserError: If it is no run folder, unfinished, or damaged, or has several domains.
     """
     found = find_run(folder, local_files_only)
+    unfinished = UserError(
+        f"the fit in {folder} is not finished; go on with: blora-pyro fit --resume --output "
+        f"{shlex.quote(str(folder))}"
+    )
     if state_of(found) == FITTING:
-        raise UserError(
-            f"the fit in {folder} is not finished; go on with: blora-pyro fit --resume --output "
-            f"{shlex.quote(str(folder))}"
-        )
+        raise unfinished
     posterior = Posterior.load(found, prior, trust_prior_file)
     if posterior.pooling is not None and not pooled:
         raise UserError(
@@ -261,5 +264,7 @@ def read_run(
     record = RunRecord.read(found)
     if record.config is None:
         raise UserError(f"{found / RUN} is missing or damaged (no 'config'); fit again")
+    if record.awaits_contract:
+        raise unfinished
     record.config = replace(record.config, device=device)
     return posterior, record

@@ -53,6 +53,18 @@ class Sizes(TypedDict):
     pruned: Size
 
 
+class Contract(TypedDict):
+    """Whether a contract holds at the strength that was chosen; limits and losses are fractions.
+
+    `losses` has what was lost on every backward set by its name, and on their `average`.
+    """
+
+    limits: dict[str, float]
+    strength: float
+    losses: dict[str, float]
+    holds: bool
+
+
 class Shares(TypedDict):
     """Shares of weights near zero; see `Posterior.sparsity`."""
 
@@ -73,6 +85,7 @@ class Metrics(TypedDict, total=False):
     domains: dict[str, Measured]
     backward: dict[str, Measured]
     backward_error: Average
+    contract: Contract
     sparsity: Shares
     size: Sizes
 

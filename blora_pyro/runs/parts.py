@@ -22,6 +22,7 @@ from blora_pyro.languages import is_language
 from blora_pyro.models import Base, BLoRA, PooledBLoRA, base_of, map_languages, pooling_of
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.chains import Previous, previous_of
+from blora_pyro.runs.contracts import check_dev_sets
 from blora_pyro.runs.fit_folders import FitFolder
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader, SkippedRow
@@ -46,6 +47,8 @@ class Parts:
         train: Training data.
         size: Their numbers of target `tokens` and `utterances`; None if unknown.
         scoring: The base and the test sets; no sets if nothing is to be scored.
+        dev: The base and the dev sets, on which a strength that keeps the contract is to be chosen;
+            None if none is.
         unsuppressed: Tokens that the adapted base may say, see `Posterior`.
         fit: Program, guide, teacher and early stopping; None once the fit is done.
     """
@@ -55,6 +58,7 @@ class Parts:
     train: Examples | Stream
     size: dict[str, int | None]
     scoring: Scoring
+    dev: Scoring | None = None
     unsuppressed: tuple[int, ...] = ()
     fit: tuple[BLoRA, Guide, Teacher | None, EarlyStopping | None] | None = None
 
@@ -69,6 +73,8 @@ class Parts:
         """
         progress.stage("loading")
         config = folder.with_prior
+        if is_choosing := config.keep is not None and folder.record.kept is None:
+            check_dev_sets(config)
         pyro.set_rng_seed(config.seed)
         base = base_of(config)
         if folder.previous:
@@ -86,7 +92,10 @@ class Parts:
                 "new domain will not be scored"
             )
         scoring = Scoring(base, sets, config.normalizer, progress)
-        parts = cls(config, loader, train, size, scoring)
+        dev = None
+        if is_choosing and processes.is_main:
+            dev = replace(scoring, sets=evaluation_sets(base, config, loader, "dev"))
+        parts = cls(config, loader, train, size, scoring, dev)
         if folder.state == FITTING:
             earlier = folder.previous.posterior.unsuppressed if folder.previous else ()
             allowed = tuple(sorted({*unsuppressed(loader, train), *earlier}))

@@ -13,7 +13,7 @@ from blora_pyro.errors import UserError, reason
 from blora_pyro.files import read_json, write_json
 from blora_pyro.fitting.stopping import DevErrors
 from blora_pyro.fitting.svi import Step
-from blora_pyro.options import FitConfig
+from blora_pyro.options import AVERAGE, EACH, FitConfig
 
 RUN = "run.json"
 FITTING: Literal["fitting"] = "fitting"  # states of a run
@@ -56,6 +56,19 @@ Combined = TypedDict(
 )
 
 
+class Kept(TypedDict):
+    """A contract on the dev sets, and the strength that keeps it; see `contracts.keep_contract`.
+
+    Limits and losses are fractions.
+    """
+
+    limits: dict[str, float]
+    confidence: float
+    strength: float
+    losses: dict[str, float]
+    curve: dict[str, Any]
+
+
 @dataclass
 class RunRecord:
     """The content of `run.json`. A field that is None is not in the file.
@@ -77,6 +90,7 @@ class RunRecord:
         skipped_steps: Steps whose loss or gradient was not finite.
         history: One `Step` for each step of SVI.
         dev: Errors on the dev set, the best step, and what ended the fit, with `eval_every`.
+        kept: The contract and the strength that keeps it, with `keep`; None until it is chosen.
         pruned: How the run was made of another by pruning, see `prune_run`.
         combined: How the run was made of several, see `combine_runs`.
         other: Further content of the file.
@@ -98,6 +112,7 @@ class RunRecord:
     skipped_steps: int | None = None
     history: list[Step] | None = None
     dev: DevErrors | None = None
+    kept: Kept | None = None
     pruned: Pruned | None = None
     combined: Combined | None = None
     other: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +141,10 @@ class RunRecord:
                 record.history = [Step(**step) for step in values["history"]]
             if record.dev is not None and not record.dev["errors"]:
                 raise ValueError("'dev' has no errors")
+            if record.kept is not None:
+                known = {AVERAGE, EACH, *record.resolved.backward_sets}
+                if unknown := record.kept["limits"].keys() - known:
+                    raise ValueError(f"'kept' has limits for {min(unknown)!r:.60}, no backward set")
         except (KeyError, TypeError, UserError) as error:
             raise ValueError(str(error)) from None
         return record
@@ -178,6 +197,12 @@ class RunRecord:
         if self.config is None:
             raise UserError("the run has no configuration yet; go on with its fit")
         return self.config
+
+    @property
+    def awaits_contract(self) -> bool:
+        """Return whether the fit is done, and the strength that keeps its contract not chosen."""
+        has_contract = self.config is not None and self.config.keep is not None
+        return self.state == EVALUATING and has_contract and self.kept is None
 
     @property
     def made_of(self) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from blora_pyro.errors import printable
+from blora_pyro.options import AVERAGE
 from blora_pyro.runs.scoring import NEW_DOMAIN, OTHER_DATA
 from blora_pyro.runs.utterances import worst
 from blora_pyro.tables import Part, Percent, Table, figure_columns, number, percent, text_columns
@@ -29,6 +30,8 @@ def fit_tables(metrics: Mapping[str, Any]) -> list[Part]:
         return [NOTHING_MEASURED]
     if "strength" in metrics:
         parts.append(f"adapted: at strength {metrics['strength']:g} by {metrics['strength_by']}")
+    if contract := metrics.get("contract"):
+        parts += contract_lines(contract, metrics.get("split", "test"))
     if average := metrics.get("backward_error"):
         change, _, interval = str(Percent.of(average["change"])).partition(" ")
         figures = f"{change} points {interval}".strip()
@@ -66,6 +69,47 @@ def beyond_tables(beyond: Mapping[str, Any]) -> list[Part]:
         table.add_row(f"translation of {name}: chrF to the base's", 100.0, round(score, 1), None)
     counts = sum(beyond["utterances"].values())
     return [table, f"beyond the words: {counts} utterances of the backward sets, evenly spaced"]
+
+
+def contract_lines(contract: Mapping[str, Any], split: str = "test") -> list[Part]:
+    """Return lines on whether a contract holds on the sets of a split, and at which strength."""
+    strength, lost = contract["strength"], contract["losses"]
+    sets = {name: loss for name, loss in lost.items() if name != AVERAGE}
+    worst = max(sets, key=lambda name: sets[name])
+    held = "kept" if contract["holds"] else "NOT kept"
+    own = "".join(
+        f", {name} {percent(lost[name], '+.1f')}"
+        for name in contract["limits"]
+        if name in sets and name != worst
+    )
+    return [
+        f"contract: {limits_text(contract['limits'])}; strength {strength:g} was chosen on dev"
+        + ("" if strength else ": the base, for none other keeps it and gains on the new domain"),
+        f"contract on {split}: {held}; average {percent(lost[AVERAGE], '+.1f')} points, the most "
+        f"on {worst}, {percent(sets[worst], '+.1f')}{own}",
+    ]
+
+
+def limits_text(limits: Mapping[str, float]) -> str:
+    """Return the limits of a contract, fractions by name, in words."""
+    parts = [f"{name} at most +{100 * limit:g}" for name, limit in limits.items()]
+    return f"{', '.join(parts)} points"
+
+
+def kept_line(kept: Mapping[str, Any]) -> str:
+    """Return a line on the strength that was chosen on dev; see `contracts.keep_contract`."""
+    limits, chosen = limits_text(kept["limits"]), kept["strength"]
+    if not chosen:
+        return (
+            f"no strength keeps the contract ({limits}) on dev and lowers the new domain's error: "
+            "the base comes out"
+        )
+    point = next(one for one in kept["curve"]["points"] if one["strength"] == chosen)
+    error, lost = point["new_domain"]["rate"], kept["losses"][AVERAGE]
+    return (
+        f"strength {chosen:g} keeps the contract ({limits}) on dev: average "
+        f"{percent(lost, '+.1f')} points, new domain {percent(error)}%"
+    )
 
 
 def error_changes(metrics: Mapping[str, Any]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """What a fit gained and what was forgotten: its sets, scored before and after, and compared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from blora_pyro.languages import is_language
 from blora_pyro.metrics.normalizers import NORMALIZERS
 from blora_pyro.models import Base, base_of
 from blora_pyro.models.logits import allowing
-from blora_pyro.options import FitConfig
+from blora_pyro.options import FitConfig, read_columns
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.base_transcripts import kept_transcripts
 from blora_pyro.runs.listeners import Listener
@@ -79,6 +79,25 @@ def evaluation_sets(
         names = [name] if apart is None else [f"{name} ({domain})" for domain in apart]
         sets |= dict.fromkeys(names, examples)
     return sets
+
+
+def scoring_config(
+    config: FitConfig,
+    data: Source | None,
+    normalizer: str | None,
+    column: Mapping[str, str] | Sequence[str] | None = None,
+) -> FitConfig:
+    """Return a configuration with other data, normaliser or columns to score with; None keeps.
+
+    Other data have their columns called as usual, unless they are given.
+    """
+    if data is not None:
+        # all the sets of its new domain come from `data`, which are no training data here
+        config = replace(config, data=data, data_weights=None, test=data, dev=None, backward={})
+        column = column or {}
+    if column is not None:
+        config = replace(config, column=read_columns(column))
+    return config if normalizer is None else replace(config, normalizer=normalizer)
 
 
 def check_split(split: str) -> None:

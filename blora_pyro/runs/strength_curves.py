@@ -11,12 +11,13 @@ from blora_pyro.errors import UserError
 from blora_pyro.evaluation import Evaluation, change_summary, rate_summary
 from blora_pyro.files import replace_file
 from blora_pyro.metrics import forgetting_removed
+from blora_pyro.options import FitConfig
 from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, VERMILLION, label_axes, new_figure
+from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.strength import SCALE, at_strength, check_strength
-from blora_pyro.runs.finished import scoring_config
 from blora_pyro.runs.folders import STRENGTH_PLOT, claim_file, default_output, read_run
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.scoring import NEW_DOMAIN, Scoring, domain_name
+from blora_pyro.runs.scoring import NEW_DOMAIN, Scoring, domain_name, scoring_config
 
 SUFFIXES = (".png", ".pdf", ".svg")
 ENDS = {0.0: ("the base (strength 0)", BLACK, "*"), 1.0: ("the fit (strength 1)", VERMILLION, "D")}
@@ -68,8 +69,7 @@ def strength_curve(
         check_strength(posterior, strength, by)
     config = scoring_config(record.resolved, None, normalizer)
     scoring = Scoring.of(config, split, progress)
-    sets = scoring.sets
-    if NEW_DOMAIN not in sets or len(sets) < 2:
+    if NEW_DOMAIN not in (sets := scoring.sets) or len(sets) < 2:
         raise UserError(
             f"the run has {', '.join(sets) or 'no set'} to score; a curve needs a test set of the "
             "new domain and backward sets: give a single strength"
@@ -78,18 +78,37 @@ def strength_curve(
     for strength in strengths:
         progress.stage(f"strength {strength:g}" if strength else "the base, strength 0")
         results[strength] = scoring.score(at_strength(posterior, strength, by))
-    curve = {
+    curve = curve_of(results, posterior, config, split, by)
+    save_strength_plot(file, curve)
+    return curve | {"plot": str(file)}
+
+
+def curve_of(
+    results: Mapping[float, dict[str, Evaluation]],
+    posterior: Posterior,
+    config: FitConfig,
+    split: str,
+    by: str,
+) -> dict[str, Any]:
+    """Return the figures of a curve, see `strength_curve`, without its plot.
+
+    Args:
+        results: Of every set by strength, of which one is 0 and one is 1.
+        posterior: The fit, at any strength.
+        config: Names the sets.
+        split: Of the sets.
+        by: See `at_strength`.
+    """
+    return {
         "split": split,
         "strength_by": by,
         "normalizer": config.normalizer,
         "new_domain": domain_name(config, split),
         "metric": results[0.0][NEW_DOMAIN].metric,
-        "adapter": posterior.fingerprint,
-        "sets": {name: examples.fingerprint for name, examples in sets.items()},
-        "points": _points(results),
+        "adapter": at_strength(posterior, 1.0).fingerprint,
+        "sets": {name: one.examples for name, one in results[0.0].items()},
+        "points": _points({strength: results[strength] for strength in sorted(results)}),
     }
-    save_strength_plot(file, curve)
-    return curve | {"plot": str(file)}
 
 
 def _points(results: dict[float, dict[str, Evaluation]]) -> list[dict[str, Any]]:
@@ -150,6 +169,8 @@ def strength_plot(curve: Mapping[str, Any]) -> Figure:
         low, high = (base_error + 100 * end for end in intervals[strength])
         panel.vlines(x, low, high, color=GREY, linewidth=0.8, alpha=0.6)
         name, color, marker = ENDS.get(strength, (None, BLUE, "o"))
+        if strength == curve.get("chosen") and name is None:
+            name, marker = f"chosen by the contract (strength {strength:g})", "s"
         size = 5 if name is None else 9
         panel.plot(x, y, marker, color=color, markersize=size, label=name, linestyle="none")
         offset = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": SMALL}

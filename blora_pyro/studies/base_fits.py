@@ -87,7 +87,7 @@ class BaseFits:
 
     def before(self, sets: dict[str, Examples], split: str, folder: Path) -> dict[str, Evaluation]:
         """Return the base's own errors; their transcripts are kept in a folder."""
-        keep = folder / f"{split}-{TRANSCRIPTS[BASE]}"
+        keep = folder / f"{split}-{TRANSCRIPTS.replace('*', BASE)}"
         if keep not in self._before:
             folder.mkdir(parents=True, exist_ok=True)
             self._before[keep] = self._scoring(sets).score(None, keep=keep)
@@ -140,7 +140,7 @@ def edited(posterior: Posterior, after: Mapping[str, float]) -> Posterior:
     """
     if sparsity := after.get("sparsity"):
         posterior = prune(posterior, sparsity=sparsity)
-    return at_strength(posterior, after.get("strength", 1.0))
+    return at_strength(posterior, after["strength"]) if "strength" in after else posterior
 
 
 # ---- where a score was made

@@ -10,6 +10,7 @@ from blora_pyro.metrics.bootstrap import (
     macro_bootstrap_interval,
     macro_rate,
     paired_macro_bootstrap,
+    paired_macro_quantile,
     paired_rates,
     percentile_interval,
 )
@@ -136,6 +137,17 @@ def test_paired_macro_bootstrap_is_the_change_of_the_macro_average():
 
 
 # ---- several systems at once
+
+
+def test_paired_macro_quantiles_are_those_of_the_interval():
+    a, b = ([some_corpus(60, seed) for seed in pair] for pair in ((1, 2), (3, 4)))
+    _, low, high = paired_macro_bootstrap(a, b, level=0.9)
+    assert paired_macro_quantile(a, b, 0.05) == pytest.approx(low)
+    assert paired_macro_quantile(a, b, 0.95) == pytest.approx(high)
+    assert np.isnan(paired_macro_quantile([counts([0], [0])], [counts([0], [0])], 0.5))
+    for quantile in (0, 1):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            paired_macro_quantile(a, b, quantile)
 
 
 def test_paired_rates_begin_with_the_observed_ones():

@@ -13,7 +13,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.models import load_base
 from blora_pyro.models.encoder import embed
 from blora_pyro.options import FitConfig
-from blora_pyro.runs.finished import evaluate_run, merge_run, scoring_config, transcribe
+from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
 from blora_pyro.runs.fits import fit
 from blora_pyro.runs.loading import load_examples
 from blora_pyro.runs.report import fit_tables
@@ -256,13 +256,6 @@ def test_a_device_that_cannot_be_used_is_refused(finished_run, fluent_folder, to
         transcribe(audio, finished_run.output, device="toaster")
     with pytest.raises(UserError, match="toaster"):
         evaluate_run(finished_run.output, device="toaster")
-
-
-def test_other_data_are_scored_with_their_own_columns():
-    config = FitConfig(column={"text": "transcript"})
-    assert scoring_config(config, None, None).column == {"text": "transcript"}
-    assert scoring_config(config, "other", None).column is None
-    assert scoring_config(config, "other", None, ["text=raw"]).column == {"text": "raw"}
 
 
 def test_audio_is_transcribed_by_a_base_or_an_adapter_that_is_named(tones_folder):

@@ -118,6 +118,10 @@ def whole_content():
         **{"adapter_weights": 12, "versions": versions(), "seconds": {"fit": 1.5}},
         **{"code_sha256": {"prior": "0"}, "skipped_steps": 0, "history": [Step(**STEP)]},
         dev={"errors": [{"step": 1, "error": 0.5}], "best_step": 1, "ended_by": "steps"},
+        kept={
+            **{"limits": {"average": 0.01, "b": 0.02}, "confidence": 0.5, "strength": 0.7},
+            **{"losses": {"average": 0.005, "b": 0.005}, "curve": {"points": []}},
+        },
         pruned=how,
         combined={"from": ["runs/a"], "method": "mean", "weights": [1.0], "rank": 1},
     )

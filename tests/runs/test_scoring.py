@@ -7,7 +7,13 @@ from blora_pyro.models import encoder_states
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader, load_examples
-from blora_pyro.runs.scoring import Scoring, compare, evaluation_sets, measure
+from blora_pyro.runs.scoring import (
+    Scoring,
+    compare,
+    evaluation_sets,
+    measure,
+    scoring_config,
+)
 
 
 def test_no_training_data_are_scored_as_a_dev_set(fluent_base, tones_folder):
@@ -33,6 +39,13 @@ def test_no_training_data_are_scored_as_a_dev_set(fluent_base, tones_folder):
 def test_a_split_that_is_none_is_refused_before_the_base_is_loaded():
     with pytest.raises(UserError, match="split is 'train'; give test or dev"):
         Scoring.of(FitConfig(base="/nowhere"), "train", Listener())
+
+
+def test_other_data_are_scored_with_their_own_columns():
+    config = FitConfig(column={"text": "transcript"})
+    assert scoring_config(config, None, None).column == {"text": "transcript"}
+    assert scoring_config(config, "other", None).column is None
+    assert scoring_config(config, "other", None, ["text=raw"]).column == {"text": "raw"}
 
 
 def test_examples_under_two_names_are_transcribed_once(fluent_base, tones_folder):

@@ -1,0 +1,321 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blora_pyro.errors import UserError
+from blora_pyro.evaluation import Evaluation
+from blora_pyro.metrics.error_rates import Counts
+from blora_pyro.models import load_base
+from blora_pyro.options import FitConfig
+from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.strength import at_strength
+from blora_pyro.publishing.uploads import write_public_run
+from blora_pyro.runs.chains import Previous
+from blora_pyro.runs.contracts import check_dev_sets, holds, keep_contract, largest, losses
+from blora_pyro.runs.edited import prune_run
+from blora_pyro.runs.finished import evaluate_run, merge_run
+from blora_pyro.runs.fits import fit
+from blora_pyro.runs.folders import read_run
+from blora_pyro.runs.listeners import Listener
+
+# ---- the search, on errors that are made up
+
+
+def scored(edits, length=100) -> Evaluation:
+    """An evaluation of utterances of equal length with these edits."""
+    edits = np.atleast_1d(np.asarray(edits))
+    counts = {"wer": Counts(edits, np.full(len(edits), length))}
+    return Evaluation("wer", counts, [], [], [])
+
+
+class Scores:
+    """Scores by strength in place of a net's: of the new domain, and of sets `de` and `fr`."""
+
+    def __init__(self, new, de, fr=lambda strength: 0):
+        self.errors = {"new_domain": new, "de": de, "fr": fr}
+        self.asked = []
+
+    def score(self, posterior, what=None, keep=None):
+        strength = 0.0 if posterior is None else posterior.strength
+        self.asked.append(strength)
+        return {name: scored(error(strength)) for name, error in self.errors.items()}
+
+
+def chosen(posterior, scores, keep, **options):
+    config = FitConfig(keep=keep, backward={"de": "de", "fr": "fr"})
+    return keep_contract(scores, posterior, config, **options)
+
+
+@pytest.mark.parametrize("last", range(11))
+def test_the_last_place_is_found_in_five_looks_or_less(last):
+    looked = []
+    assert largest(lambda place: looked.append(place) or place <= last, 11) == last
+    assert looked[0] == 10 and 0 not in looked
+    assert len(looked) == len({*looked}) <= 5
+
+
+@pytest.mark.parametrize(("points", "strength"), [(0, 0.0), (1.5, 0.3), (4, 0.8), (30, 1.0)])
+def test_the_strength_is_the_largest_that_keeps_the_contract(random_posterior, points, strength):
+    """The new domain gets better all the way, the average loses 5 points at full strength."""
+    scores = Scores(lambda s: 90 - 50 * s, lambda s: 10 + 10 * s)
+    kept = chosen(random_posterior(0), scores, points)
+    assert kept["strength"] == strength
+    assert kept["losses"]["average"] == pytest.approx(0.05 * strength)
+    assert kept["losses"]["de"] == pytest.approx(0.1 * strength)
+    assert len(scores.asked) == len({*scores.asked}) <= 7
+
+
+def test_a_lower_strength_is_taken_where_the_new_domain_is_better_there(random_posterior):
+    kept = chosen(random_posterior(0), Scores(lambda s: 50 + 100 * (s - 0.6) ** 2, lambda s: s), 10)
+    assert kept["strength"] == 0.6
+    points = kept["curve"]["points"]
+    assert [one["strength"] for one in points] == [0, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
+    assert kept["curve"]["chosen"] == 0.6
+    assert points[2]["new_domain"]["rate"] == 0.5
+
+
+def test_each_set_and_a_set_of_its_own_have_limits(random_posterior):
+    scores = Scores(lambda s: 90 - 50 * s, lambda s: 10 + 10 * s, lambda s: 20 - 10 * s)
+    found = {
+        name: chosen(random_posterior(0), scores, {name: 4})["strength"]
+        for name in ("average", "each", "de", "fr")
+    }
+    assert found == {"average": 1.0, "each": 0.4, "de": 0.4, "fr": 1.0}
+
+
+def test_what_makes_the_new_domain_worse_is_turned_off(random_posterior):
+    assert chosen(random_posterior(0), Scores(lambda s: 50 + s, lambda s: 10), 5)["strength"] == 0
+
+
+def test_more_confidence_asks_for_less_strength(random_posterior):
+    """A loss that differs from one utterance to the next is less sure than its mean."""
+
+    def uneven(strength):
+        return np.where(np.arange(40) < 10, round(40 * strength), 0)
+
+    scores = Scores(lambda s: 90 - 50 * s, uneven, uneven)
+    found = [
+        chosen(random_posterior(0), scores, 5.0, confidence=one)["strength"] for one in (0.5, 0.95)
+    ]
+    assert found == [0.5, 0.3]
+    before, after = scores.score(None), {name: scored(uneven(1)) for name in scores.errors}
+    assert losses(before, after)["de"] == pytest.approx(0.1)
+    assert losses(before, after, 0.95)["de"] > 0.12
+
+
+def test_a_loss_of_exactly_the_limit_is_within_it():
+    assert holds({"average": 0.3}, {"average": 0.1 + 0.2, "de": 0.1 + 0.2})
+    assert not holds({"each": 0.3}, {"average": 0.2, "de": 0.4, "fr": 0.0})
+
+
+def test_sets_without_words_are_refused(random_posterior):
+    scores = Scores(lambda s: 1, lambda s: 0)
+    for name in ("new_domain", "de"):
+        own = scores.score(None)
+        empty = Scores(lambda s: 1, lambda s: 0)
+        empty.score = lambda *a, own=own, name=name: {**own, name: scored(0, length=0)}
+        with pytest.raises(UserError, match="no words to score"):
+            chosen(random_posterior(0), empty, 1)
+
+
+# ---- a fit that keeps one
+
+
+def put(tones_folder, name: str, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(tones_folder / f"{name}.jsonl", file)
+    for wav in tones_folder.glob(f"{name}*.wav"):
+        shutil.copy(wav, file.parent)
+
+
+@pytest.fixture(scope="module")
+def options(fit_options, tones_folder, tmp_path_factory):
+    """Of a fit with dev sets that loses all German and English at strength 1, at 0.5 75 points."""
+    data = tmp_path_factory.mktemp("data")
+    for split in ("train", "test", "dev"):
+        put(tones_folder, "train" if split == "train" else "test", data / "new" / f"{split}.jsonl")
+    for name in ("de", "en"):
+        put(tones_folder, name, data / name / "dev.jsonl")
+        put(tones_folder, name, data / name / "test.jsonl")
+    backward = {name: str(data / name) for name in ("de", "en")}
+    own = {"data": str(data / "new"), "backward": backward, "target_modules": ".*decoder.*"}
+    return {**fit_options, **own, "keep": {"average": 80}}
+
+
+class Notes(Listener):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def kept_run(options, tmp_path_factory):
+    """A run that keeps a contract, and what it noted. Leave it as it is."""
+    torch.set_num_threads(1)
+    progress = Notes()
+    run = fit(FitConfig(**options), tmp_path_factory.mktemp("runs") / "kept", progress=progress)
+    return run, progress.notes
+
+
+@pytest.fixture
+def folder(kept_run) -> Path:
+    return kept_run[0].output
+
+
+def test_the_run_says_the_contract_the_strength_and_the_curve(kept_run, folder):
+    run, notes = kept_run
+    about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert about["config"]["keep"] == {"average": 80.0}
+    kept = about["kept"]
+    assert (kept["limits"], kept["strength"]) == ({"average": 0.8}, 0.5)
+    assert kept["losses"]["average"] == 0.75
+    assert [one["strength"] for one in kept["curve"]["points"]][-1] == 1
+    assert (folder / "strength.png").read_bytes().startswith(b"\x89PNG")
+    assert not [*folder.glob("transcripts-*")]
+    assert notes[-1] == (
+        "strength 0.5 keeps the contract (average at most +80 points) on dev: average +75.0 "
+        "points, new domain 75.0%"
+    )
+    assert run.posterior.strength == 0.5
+
+
+def test_the_table_says_whether_the_contract_holds_on_test(kept_run):
+    run, _ = kept_run
+    change = run.metrics["backward_error"]["change"]["difference"]
+    assert run.metrics["contract"] == {
+        "limits": {"average": 0.8},
+        "strength": 0.5,
+        "losses": {"de": 0.5, "en": 1.0, "average": change},
+        "holds": True,
+    }
+    lines = run.table.splitlines()
+    assert "contract: average at most +80 points; strength 0.5 was chosen on dev" in lines
+    expected = "contract on test: kept; average +75.0 points, the most on en, +100.0"
+    assert expected in lines
+
+
+def test_adapter_merge_and_scores_have_the_strength_and_1_gives_the_full_fit(
+    kept_run, folder, options, tmp_path
+):
+    run, _ = kept_run
+    loaded, _ = read_run(folder)
+    full = at_strength(loaded, 1)
+    assert (loaded.strength, full.strength, full.alpha) == (0.5, 1.0, 8.0)
+    assert loaded.fingerprint == run.posterior.fingerprint == run.metrics["adapter"]
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 4.0
+    tensors = load_file(folder / "posterior.safetensors")
+    assert all(torch.equal(tensors[f"{name}.mean"], mean) for name, mean in full.mean.items())
+
+    assert evaluate_run(folder) == run.metrics
+    whole = evaluate_run(folder, strength=1)
+    assert whole["adapter"] == full.fingerprint != loaded.fingerprint
+    assert whole["new_domain"]["adapted"]["wer"]["rate"] == 0
+    assert "contract" not in whole
+
+    merge_run(folder, tmp_path / "merged")
+    merged = load_base(str(tmp_path / "merged")).net.state_dict()
+    base = load_base(options["base"]).net.state_dict()
+    for name, delta in loaded.delta_weights():
+        change = merged[f"{name}.weight"] - base[f"{name}.weight"]
+        torch.testing.assert_close(change, delta, rtol=1e-3, atol=1e-5)
+    as_base = load_base(str(folder)).net.state_dict()  # by PEFT
+    torch.testing.assert_close(as_base, merged, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_made_of_it_has_the_strength_once(kept_run, folder, tmp_path):
+    prune_run(folder, tmp_path / "pruned", sparsity=0.0, evaluate=False)
+    posterior, record = read_run(tmp_path / "pruned")
+    assert (posterior.strength, posterior.alpha, record.kept) == (1.0, 4.0, None)
+    assert Previous.read(folder).posterior.alpha == 8.0  # what was learned, at full strength
+
+
+def test_the_published_run_has_the_strength_and_its_card_the_contract(folder, tmp_path):
+    write_public_run(folder, tmp_path, "me/kept", base="someone/base")
+    there = Posterior.load(tmp_path)
+    assert (there.strength, at_strength(there, 1).alpha) == (0.5, 8.0)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 4.0
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "contract on test: kept; average +75.0 points" in card
+    assert "| strength that keeps the contract | 0.5 |" in card
+    assert str(folder.parent) not in (tmp_path / "run.json").read_text(encoding="utf-8")
+
+
+def test_a_fit_that_was_ended_before_its_strength_was_chosen_goes_on(kept_run, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "run")
+    about = json.loads((copy / "run.json").read_text(encoding="utf-8"))
+    del about["kept"]
+    (copy / "run.json").write_text(json.dumps({**about, "state": "evaluating"}), encoding="utf-8")
+    with pytest.raises(UserError, match="is not finished; go on with: blora-pyro fit --resume"):
+        read_run(copy)
+    run = fit(output=copy, resume=True)
+    assert (run.posterior.strength, run.posterior.alpha) == (0.5, 4.0)  # and not half of it
+    assert read_run(copy)[1].kept == read_run(folder)[1].kept
+    assert run.metrics == kept_run[0].metrics
+
+
+def test_where_nothing_keeps_the_contract_the_base_comes_out(kept_run, folder, options, tmp_path):
+    copy, progress = shutil.copytree(folder, tmp_path / "run"), Notes()
+    about = json.loads((copy / "run.json").read_text(encoding="utf-8"))
+    del about["kept"], about["options"]["keep"]
+    about["config"]["keep"] = about["options"]["keep"] = {"each": 0.0}
+    (copy / "run.json").write_text(json.dumps({**about, "state": "evaluating"}), encoding="utf-8")
+    run = fit(output=copy, resume=True, progress=progress)
+    assert run.posterior.strength == run.posterior.alpha == 0
+    assert run.metrics["contract"]["holds"]
+    assert run.metrics["new_domain"]["change"]["wer"]["difference"] == 0
+    assert progress.notes[-1].endswith("the base comes out")
+    assert "strength 0 was chosen on dev: the base, for none other keeps it" in run.table
+    assert (
+        at_strength(read_run(copy)[0], 1).fingerprint == at_strength(run.posterior, 1).fingerprint
+    )
+    base = load_base(options["base"]).net.state_dict()
+    as_base = load_base(str(copy)).net.state_dict()  # by PEFT
+    torch.testing.assert_close(as_base, base, rtol=0, atol=0)
+
+
+# ---- before it is fitted
+
+
+def test_sets_without_dev_and_test_are_refused_before_anything_is_fitted(
+    options, tones_folder, tmp_path
+):
+    def complaint(**other):
+        with pytest.raises(UserError) as caught:
+            fit(FitConfig(**{**options, **other}), tmp_path / "run", progress=Stop())
+        return str(caught.value)
+
+    class Stop(Listener):
+        def ready(self, *_):
+            raise AssertionError("it is fitted")
+
+    single = complaint(backward={"en": str(tones_folder / "en.jsonl")})
+    assert "keep needs the dev and the test split of a backward set, and en is one set" in single
+    assert "en has only de, en, test, train; give" in complaint(backward={"en": str(tones_folder)})
+    missing = complaint(data=str(tones_folder))
+    assert f"keep needs a dev set of the new domain, and {tones_folder} has no dev split" in missing
+    check_dev_sets(FitConfig(**{**options, "data": str(tones_folder), "dev": "de"}))
+    with pytest.raises(UserError, match="keep is given, but no backward set to keep it on"):
+        FitConfig(**{**options, "backward": ()})
+    with pytest.raises(UserError, match=r"limit for 'eng', .* did you mean 'en'\?"):
+        FitConfig(**{**options, "keep": "eng=1"})
+    with pytest.raises(UserError, match=r"keep is .*, which pooling none can't take"):
+        FitConfig(**{**options, "data": ["de", "en"], "pooling": "none"})
+
+
+def test_a_posterior_keeps_its_strength_on_disk_whatever_else_is_made_of_it(
+    random_posterior, tmp_path
+):
+    half = at_strength(random_posterior(0, alpha=6.0), 0.5)
+    half.save(tmp_path)
+    assert Posterior.load(tmp_path).strength == 0.5
+    assert at_strength(half, 0.5).alpha == half.alpha
+    assert at_strength(half, None) is half
+    assert replace(half, base="other").strength == 0.5
