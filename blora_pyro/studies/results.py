@@ -325,7 +325,12 @@ def scored_run(scored: ScoredFit, folder: Path) -> ScoredFit:
         run = folder / RUN
         about = read_json(run) if run.exists() else {}
         seconds = float(about.get("seconds", {}).get("fit", 0.0))
-        found = {"metrics": metrics, "counts": counts, "sparsity": sparsity, "loops": loops}
+        found: dict[str, Any] = {
+            "metrics": metrics,
+            "counts": counts,
+            "sparsity": sparsity,
+            "loops": loops,
+        }
         return replace(scored, seconds=seconds, **found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
