@@ -201,8 +201,9 @@ def _print(console: Console, parts: Iterable[RenderableType]) -> None:
 
 
 def report_text(parts: Iterable[RenderableType]) -> str:
-    """Return tables and lines as plain text."""
-    console = Terminal(highlight=False, width=PIPED_WIDTH, file=io.StringIO())
+    """Return tables and lines as plain text, in a notebook, too."""
+    plain: dict[str, Any] = {"color_system": None, "force_terminal": False, "force_jupyter": False}
+    console = Terminal(highlight=False, width=PIPED_WIDTH, file=io.StringIO(), **plain)
     with console.capture() as captured:
         _print(console, parts)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -14,6 +14,7 @@ from blora_pyro.tables import (
     percent,
     print_report,
     report_markdown,
+    report_text,
     text_columns,
 )
 
@@ -120,3 +121,10 @@ def test_others_words_do_not_steer_the_terminal(capsys):
     with console.capture() as captured:
         console.print(Text(f"red{steering}", "red"))
     assert captured.get().startswith("\x1b[31mred\\x1b]0;title")  # rich's own colour is left
+
+
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "DATABRICKS_RUNTIME_VERSION"])  # a notebook
+def test_a_text_is_plain_wherever_it_is_made(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    text = report_text([errors_table()])
+    assert "\x1b" not in text and "44.7" in text

@@ -57,7 +57,8 @@ def read_manifest(
             also be called audio_filepath (see offset), file_name or path (Common Voice's, in the
             folder clips).
         text: the transcript; or sentence, or transcription.
-        language: a Whisper code ("de"), or several, matrix language first ("de-en"); else "".
+        language: a Whisper code ("de"), or several, matrix language first ("de-en"); else "". It
+            may also be called locale (Common Voice's) or lang (NeMo's).
         word_languages: a code for each token of the text, a list or with spaces between; else [].
         duration: seconds; else None.
         start, end: seconds, where the audio is a segment of a longer file; else None.
@@ -105,7 +106,9 @@ def manifest_records(
             if not (given := _split_of(record)):
                 record = UserError(f"split is blank, and in other rows it is {splits[0]}; name it")
             elif given != split:
-                continue
+                if given.casefold() != split.casefold():
+                    continue
+                record = UserError(f"split is {shown(given)}, and not {shown(split)}; write one")
         yield f"{name}, line {line}", record
 
 

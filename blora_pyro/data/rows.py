@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,8 +28,8 @@ ALIASES = {
 TOLERANCE = 0.1  # seconds by which a stated duration may be wrong
 CHUNK = 200  # rows that become Arrow at a time, whose binary columns hold 2 GB each
 SECONDS = ("duration", "start", "end", "offset")
-OPTIONAL = ("language", "word_languages", *SECONDS)
-KNOWN = {*OPTIONAL, *(name for names in ALIASES.values() for name in names)}
+LANGUAGE = ("language", "locale", "lang")  # ours, Common Voice's and NeMo's; the first with a value
+KNOWN = {*LANGUAGE, "word_languages", *SECONDS, *chain(*ALIASES.values())}
 DETAILS = Features(
     {
         "text": Value("string"),
@@ -150,7 +150,8 @@ def renaming(names: Iterable[str], columns: Columns) -> dict[str, str | None]:
             raise UserError(
                 f"no column {' or '.join(choices)} for {wanted}; its columns are: {there}"
             )
-        found |= {name: None for name in ALIASES.get(wanted, (wanted,)) if name in names}
+        same = {**ALIASES, "language": LANGUAGE}.get(wanted, (wanted,))
+        found |= {name: None for name in same if name in names}
         found[chosen] = wanted
     return found
 
@@ -191,7 +192,8 @@ def parse_details(record: Record, text: str, audio: str) -> Row:
         codes = codes.split()
     if codes is not None and not isinstance(codes, list | tuple):
         raise UserError(f"word_languages must be a list of texts, got {shown(codes)}")
-    language = record.get("language")
+    spoken = [(name, record[name]) for name in LANGUAGE if not _is_blank(record.get(name))]
+    name, language = spoken[0] if spoken else ("language", "")
     duration, start, end, offset = (_seconds(name, record.get(name)) for name in SECONDS)
     segmented = start is not None or end is not None
     if offset is not None and segmented:
@@ -210,7 +212,7 @@ def parse_details(record: Record, text: str, audio: str) -> Row:
         raise UserError(f"the segment starts at {start or 0.0:g} s, but ends at {end:g} s")
     return {
         "text": _text("text", record[text]),
-        "language": "" if language is None else _text("language", language),
+        "language": _text(name, language),
         "word_languages": [_text("word_languages", code) for code in codes or []],
         "duration": duration,
         "start": start,
@@ -309,6 +311,10 @@ def _text(name: str, value: object) -> str:
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\ud800"
         raise UserError(f"{name} is not valid Unicode: {shown(value)}") from error
     return value
+
+
+def _is_blank(value: object) -> bool:
+    return value is None or value == ""
 
 
 def _seconds(name: str, value: object) -> float | None:

@@ -11,6 +11,7 @@ from blora_pyro.metrics import check_tags
 
 NOTES = {  # the gravest first
     "empty text": "empty text",
+    "missing": "text that may stand for a missing value",
     "characters": "characters that the tokenizer can't spell",
     "suppressed": "tokens that the base suppresses; a fit allows those of its training texts",
     "clipped": "audio that is clipped",
@@ -22,6 +23,9 @@ NOTES = {  # the gravest first
     "shared text": "text that is in another set too",
     "bytes": "characters that the tokenizer spells byte by byte",
 }
+
+# What other programs write where there is no value; some are words, too.
+MISSING = {"nan", "NaN", "None", "null", "NULL", "N/A", "n/a", "#N/A", "<NA>"}
 
 Note = tuple[str, str, str]  # a kind of `NOTES`, the row's origin, and a message
 
@@ -58,6 +62,8 @@ class RowNotes:
         """
         if not (stripped := text.strip()):
             yield "empty text", origin, "the fit will learn that nothing is said"
+        if stripped in MISSING:
+            yield "missing", origin, f"the text is {stripped!r}"
         if word_languages and not scored:
             try:
                 check_tags(text, word_languages)

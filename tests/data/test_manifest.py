@@ -219,6 +219,27 @@ def test_a_row_without_a_split_is_refused_where_others_have_one(speak, manifest,
 # ---- the conventions of others
 
 
+def test_common_voice_and_nemo_call_the_language_otherwise(speak, manifest):
+    speak("a.wav")
+    row = {"audio": "a.wav", "text": "a"}
+    rows = [{"locale": "sv-SE"}, {"lang": "de"}, {"language": "", "locale": "fr"}, {"locale": None}]
+    rows += [{"language": "de", "locale": "fr"}]
+    data = read_manifest(manifest(*[row | one for one in rows]))
+    assert data["language"][:] == ["sv-SE", "de", "fr", "", "de"]
+    chosen = read_manifest(manifest(row | {"x": "es", "lang": "de"}), columns={"language": ["x"]})
+    assert chosen["language"][:] == ["es"]
+    with pytest.raises(UserError, match="lang must be text, got 3"):
+        read_manifest(manifest(row | {"lang": 3}))
+
+
+def test_a_split_that_differs_by_its_capitals_alone_is_refused(speak, manifest):
+    speak("a.wav")
+    row = {"audio": "a.wav", "text": "a"}
+    path = manifest(*[row | {"split": name} for name in ("train", "Test", "TRAIN")])
+    with pytest.raises(UserError, match='line 3: split is "TRAIN", and not "train"; write one'):
+        read_manifest(path, "train")
+
+
 def test_a_duration_is_that_of_the_segment_wherever_one_begins(speak, manifest):
     speak("long.wav", seconds=3.0)
     rows = [{"start": 1, "duration": 0.5}, {"start": 1, "end": 1.5, "duration": 3}]

@@ -37,6 +37,11 @@ def test_wrong_word_languages_are_a_note_where_nothing_is_scored():
         assert kinds == ([] if scored else ["tags"])
 
 
+def test_what_programs_write_for_a_missing_text_is_a_note():
+    for text, kinds in (("NaN", ["missing"]), (" None ", ["missing"]), ("none of it", [])):
+        assert [kind for kind, *_ in RowNotes().of("", "", text, [], None, True)] == kinds
+
+
 def test_a_row_that_is_not_remembered_is_compared_and_no_other_with_it():
     notes = RowNotes()
     assert not [*notes.of("test", "line 1", "x", [], heard("1"), True)]
