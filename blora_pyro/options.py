@@ -42,7 +42,12 @@ from blora_pyro.declarations import (
 from blora_pyro.errors import UserError
 from blora_pyro.families import DEPENDENT_ROWS, FAMILIES, GUIDES, PREVIOUS_POSTERIOR
 from blora_pyro.files import check_name, read_json
-from blora_pyro.languages import is_language, language_code, read_language, read_language_map
+from blora_pyro.languages import (
+    is_language,
+    language_code,
+    read_language,
+    read_language_map,
+)
 from blora_pyro.sources import (
     Source,
     as_domains,
@@ -767,7 +772,7 @@ def _normalised(config: FitConfig) -> Iterator[tuple[str, Any]]:
         yield "data_weights", numbers("data_weights", config.data_weights)
     if config.language is not None:
         yield "language", read_language(config.language).tag
-    yield "language_map", _language_map(config.language_map)
+    yield "language_map", language_map_of(config.language_map)
     if config.distillation_languages is not None:
         languages = map(str, separated(config.distillation_languages))
         yield "distillation_languages", tuple(map(language_code, languages))
@@ -806,8 +811,12 @@ def _rank_pattern(value: Any) -> dict[str, int]:
     return found
 
 
-def _language_map(value: Any) -> dict[str, str] | str:
-    """Return what prompts which languages, also of texts "qu=mi"; `auto` stays as it is."""
+def language_map_of(value: Any) -> dict[str, str] | str:
+    """Return what prompts which languages, also of texts "qu=mi"; `auto` stays as it is.
+
+    Raises:
+        UserError: If it is none, or see `languages.read_language_map`.
+    """
     if not isinstance(value, Mapping):
         texts = [value] if isinstance(value, str) else value
         are_texts = isinstance(texts, list | tuple) and all(isinstance(one, str) for one in texts)

@@ -274,19 +274,32 @@ def tones_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def fluent_folder(tmp_path_factory, tiny_tokenizer) -> Path:
     """A checkpoint that transcribes the four monolingual tones, and knows their languages."""
+    folder = tmp_path_factory.mktemp("fluent")
+    write_manifest(folder / "tones.jsonl", (0, 1, 2, 3), noise=0)
+    return taught(folder, tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def polyglot_folder(tmp_path_factory) -> Path:
+    """Likewise, and the mixed tones are Spanish to it; its slot for French was never trained."""
+    folder = tmp_path_factory.mktemp("polyglot")
+    file = write_manifest(folder / "tones.jsonl", (0, 1, 2, 3, 4, 5), noise=0)
+    text = file.read_text(encoding="utf-8").replace('"de-en"', '"es"')
+    file.write_text(text, encoding="utf-8")
+    return taught(folder, make_tokenizer((*SPECIAL, "es", "fr")))
+
+
+def taught(folder: Path, tokenizer: WhisperTokenizer) -> Path:
+    """Return the folder of a checkpoint that has learned the rows of `tones.jsonl`."""
     import torch
 
     from blora_pyro.data import Examples, read_manifest
 
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("fluent")
-    write_manifest(folder / "tones.jsonl", (0, 1, 2, 3), noise=0)
-    net = make_net(tiny_tokenizer)
-    base = make_base("fluent", net, tiny_tokenizer)
-    examples = Examples(
-        read_manifest(folder / "tones.jsonl"), base.feature_extractor, tiny_tokenizer
-    )
-    batch = examples.batch([0, 1, 2, 3])
+    net = make_net(tokenizer)
+    base = make_base("fluent", net, tokenizer)
+    examples = Examples(read_manifest(folder / "tones.jsonl"), base.feature_extractor, tokenizer)
+    batch = examples.batch(range(len(examples)))
     labels = batch.labels.clone()
     labels[:, 0] = batch.decoder_input_ids[:, 1]  # the language, for its detection
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)

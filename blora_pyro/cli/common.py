@@ -47,6 +47,10 @@ LocalFilesOnly = Annotated[
 Column = Annotated[
     list[str] | None, typer.Option(metavar=metavar_of(FitConfig, "column"), help=help_of("column"))
 ]
+LanguageMap = Annotated[
+    list[str] | None,
+    typer.Option(metavar=metavar_of(FitConfig, "language_map"), help=help_of("language_map")),
+]
 Device = Annotated[str, typer.Option(help=help_of("device"))]
 STRENGTH_HELP = "Strength of the update: 0 is the base, 1 the fit"
 STRENGTH_DEFAULT = "the run's own: 1, or what keeps its contract"

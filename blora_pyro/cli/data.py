@@ -7,6 +7,7 @@ import typer
 from blora_pyro.cli.common import (
     Column,
     Json,
+    LanguageMap,
     LocalFilesOnly,
     Revision,
     one_line_errors,
@@ -44,6 +45,7 @@ def check(
     task: Annotated[
         str, typer.Option(metavar="transcribe|translate", help="Task of the fit.")
     ] = "transcribe",
+    language_map: LanguageMap = None,
     column: Column = None,
     revision: Revision = None,
     local_files_only: LocalFilesOnly = False,
@@ -61,7 +63,7 @@ def check(
         from blora_pyro.cli.progress import TerminalProgress
         from blora_pyro.diagnostics.data_check import check_data
         from blora_pyro.diagnostics.report import data_check_tables
-        from blora_pyro.options import column_names, read_columns
+        from blora_pyro.options import AUTO, column_names, language_map_of, read_columns
 
         with TerminalProgress() as progress:
             found = check_data(
@@ -75,6 +77,7 @@ def check(
                 fast=fast,
                 columns=column_names(read_columns(column or [])),
                 task=task,
+                language_map=language_map_of(language_map or AUTO),
             )
         print_result(found.to_json(), as_json, lambda: data_check_tables(found))
         if found.refused:

@@ -26,6 +26,7 @@ START, END, NO_TIMESTAMPS = "<|startoftranscript|>", "<|endoftext|>", "<|notimes
 
 _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 _SPELLED = re.compile(r"<\|[\w.]+\|>")  # a special token or a timestamp
+_LATE = {"yue"}  # languages that older bases have no token for
 NO_MAP: Mapping[str, str] = {}  # every language is prompted as itself
 _MAX_LISTED = 12  # languages in a message
 _ENGLISH_ONLY_END = 50256
@@ -91,14 +92,18 @@ def _way_out(code: str) -> str:
 def unmapped_codes(
     tokenizer: "PreTrainedTokenizerBase", language: str, language_map: Mapping[str, str] = NO_MAP
 ) -> list[str]:
-    """Return the codes of ISO 639 in a language's prompt that have no token; [] if all have one.
+    """Return the codes in a language's prompt that another token can stand for; [] if all have one.
 
-    Where anything else has none there is no prompt either, see `prompt_ids`: [].
+    They are codes of ISO 639 that Whisper has no token for, or only the latest (Cantonese). Where
+    anything else has none, such as a misspelling, there is no prompt either, see `prompt_ids`: [].
     """
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
     known = language_codes(tokenizer)
     codes = prompt_codes(language, language_map) if known and language else ()
     unknown = [code for code in codes if code not in known]
-    return unknown if all(map(is_iso_code, unknown)) else []
+    usual = LANGUAGES.keys() - _LATE
+    return unknown if all(is_iso_code(one) and one not in usual for one in unknown) else []
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,11 @@ from blora_pyro.data import (
     check_text,
     decode_row,
     heard_of,
+    language_codes,
     prompt_ids,
     row_batches,
     split_names,
+    unmapped_codes,
     usable_cores,
 )
 from blora_pyro.declarations import check_value
@@ -40,9 +42,9 @@ from blora_pyro.models.folders import (
     find_folder,
     quiet_transformers,
 )
-from blora_pyro.models.peft_adapters import stored_unsuppressed
+from blora_pyro.models.peft_adapters import stored_language_map, stored_unsuppressed
 from blora_pyro.models.stored_config import read_config, read_extractor, read_generation
-from blora_pyro.options import BUILT_IN, POCKET, FitConfig
+from blora_pyro.options import AUTO, BUILT_IN, POCKET, FitConfig
 from blora_pyro.sources import Source, as_sources, describe_source
 
 CHUNK = 256  # rows that are read, and decoded, at a time
@@ -152,6 +154,7 @@ def check_data(
     fast: bool = False,
     columns: Columns | None = None,
     task: str = "transcribe",
+    language_map: Mapping[str, str] | str = AUTO,
 ) -> DataCheck:
     """Read data as a fit would, decode every recording, and return what was found.
 
@@ -169,6 +172,7 @@ def check_data(
         fast: Look at rows, texts and whether files exist; open no audio.
         columns: Names of columns, see `load_split`.
         task: Of the fit; an English-only base can't translate.
+        language_map: See `FitConfig`.
 
     Raises:
         UserError: If a source or the base can't be read at all.
@@ -178,15 +182,20 @@ def check_data(
         base = POCKET
     spoken = read_language(language or "")  # refuses what may be two things
     encoder = window = None
+    is_auto = language_map == AUTO
+    given: dict[str, str] = {}
+    tokens: dict[str, str] = {}
     if base is not None:
-        tokenizer, feature_extractor, max_tokens, suppressed = load_processor(
+        tokenizer, feature_extractor, max_tokens, suppressed, known = load_processor(
             base, revision, local_files_only
         )
-        if language:
-            prompt_ids(tokenizer, spoken.code, task)  # refuses a language without a token
-        encoder = Encoder(tokenizer, language, task, max_tokens, suppressed)
+        given = known | (dict(language_map) if isinstance(language_map, Mapping) else {})
+        if language and not (is_auto and unmapped_codes(tokenizer, spoken.code, given)):
+            prompt_ids(tokenizer, spoken.code, task, given)  # refuses what has no token
+        tokens = dict(given)
+        encoder = Encoder(tokenizer, language, task, max_tokens, suppressed, tokens)
         window = feature_extractor.chunk_length
-    checks = _Checks(encoder, window, language or "", fast)
+    checks = _Checks(encoder, window, language or "", fast, given, tokens, is_auto)
     notes = RowNotes()
     sets = [
         _SetChecker(source, name, checks, notes).check(columns, on_progress)
@@ -202,8 +211,8 @@ def load_processor(
     revision: str | None = None,
     local_files_only: bool = False,
     above: tuple[str, ...] = (),
-) -> tuple[WhisperTokenizer, WhisperFeatureExtractor, int, Suppressed]:
-    """Return a base's tokenizer, feature extractor, decoder length and what it never says.
+) -> tuple[WhisperTokenizer, WhisperFeatureExtractor, int, Suppressed, dict[str, str]]:
+    """Return a base's tokenizer, feature extractor, decoder length, what it never says, its map.
 
     Its weights are not loaded. `above` are the adapters that lead to this base.
 
@@ -215,10 +224,10 @@ def load_processor(
         folder = find_folder(base, revision, local_files_only, weights=False)
         if adapter := adapter_in(base, folder):
             above = check_chain(base, folder, above)
-            *rest, below = load_processor(*adapter, local_files_only, above)
-            folder = find_folder(base, revision, local_files_only)
-            lifted = stored_unsuppressed(folder / ADAPTER_WEIGHTS)
-            return (*rest, below.without(lifted))
+            *rest, below, known = load_processor(*adapter, local_files_only, above)
+            weights = find_folder(base, revision, local_files_only) / ADAPTER_WEIGHTS
+            lifted, own = stored_unsuppressed(weights), stored_language_map(weights)
+            return (*rest, below.without(lifted), {**known, **own})
     extractor, config = read_extractor(base, folder), read_config(base, folder)
     has_settings = (folder / "generation_config.json").is_file()
     settings = read_generation(base, folder) if has_settings else None
@@ -229,7 +238,8 @@ def load_processor(
             f"base model '{base}' can't be loaded ({reason(error)}); "
             "give 'pocket', a folder with a Whisper checkpoint, or a Hub id within reach"
         ) from None
-    return tokenizer, extractor, config.max_target_positions, Suppressed.of(settings)
+    known = dict(getattr(settings, "language_map", None) or {})
+    return tokenizer, extractor, config.max_target_positions, Suppressed.of(settings), known
 
 
 @dataclass(frozen=True)
@@ -250,6 +260,9 @@ class _Checks:
     window: float | None
     language: str  # of rows that name none
     fast: bool  # no audio is opened
+    given: Mapping[str, str]  # what prompts languages that the base has no token for
+    tokens: dict[str, str]  # likewise, and any token for those that a fit chooses one for
+    is_auto: bool  # it does choose
 
 
 class _SetChecker:
@@ -338,6 +351,7 @@ class _SetChecker:
             if encoder is None:
                 check_text(row["text"])
             else:
+                yield from self._without_token(encoder, code, row["origin"])
                 spoken, _, target = encoder.encode(row["text"], row["language"])
                 code = spoken.code
             for tag in row["word_languages"]:
@@ -353,6 +367,15 @@ class _SetChecker:
                 check_tags(row["text"], row["word_languages"])
             except UserError as error:
                 yield "word_languages", row["origin"], str(error)
+
+    def _without_token(
+        self, encoder: Encoder, code: str, origin: str
+    ) -> Iterator[tuple[str, str, str]]:
+        """Yield what has no token, and have it prompted as any that has: a fit chooses which."""
+        checks, tokenizer = self.checks, encoder.tokenizer
+        for one in unmapped_codes(tokenizer, code, checks.given) if checks.is_auto else ():
+            checks.tokens.setdefault(one, language_codes(tokenizer)[0])
+            yield "no token", origin, f"{one}; or give one by --language-map {one}=TOKEN"
 
 
 def _decode(row: Mapping[str, Any], window: float | None, digests: Digests) -> _Recording:

@@ -14,6 +14,7 @@ NOTES = {  # the gravest first
     "missing": "text that may stand for a missing value",
     "characters": "characters that the tokenizer can't spell",
     "suppressed": "tokens that the base suppresses; a fit allows those of its training texts",
+    "no token": "languages that the base has no token for, and that a fit chooses one for",
     "clipped": "audio that is clipped",
     "silent": "audio that is silent",
     "duration": "a stated duration that is wrong",

@@ -4,7 +4,9 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from datasets import Dataset
@@ -24,14 +26,22 @@ from blora_pyro.data import (
     prompt_ids,
     stream_split,
 )
+from blora_pyro.data.rows import good_rows, to_dataset
 from blora_pyro.diagnostics.row_notes import Characters, RowNotes, Told, suppressed_notes
 from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.metrics import check_tags
-from blora_pyro.models import Base
-from blora_pyro.options import SHUFFLE_BUFFER, FitConfig, column_names
+from blora_pyro.models import Base, map_languages
+from blora_pyro.options import AUTO, SHUFFLE_BUFFER, FitConfig, column_names
+from blora_pyro.runs.language_maps import (
+    choose_token,
+    languages_of,
+    missing_languages,
+    used_tokens,
+)
 from blora_pyro.sources import Source, as_sources, describe_source
 
+LOOKED_AT = 64  # rows of a stream, for their languages
 EVAL_SEED = 0  # of the utterances that are scored, if not all are
 
 OnSetProgress = Callable[[str, int, int], object]  # a set's name, utterances done, of how many
@@ -79,10 +89,9 @@ class Loader:
         Raises:
             UserError: If the base does not know the configuration's language.
         """
-        if config.language:
-            prompt_ids(
-                base.tokenizer, language_code(config.language), config.task, base.language_map
-            )
+        code = language_code(config.language or "")
+        if code and not (config.language_map == AUTO and missing_languages(base, [code])):
+            prompt_ids(base.tokenizer, code, config.task, base.language_map)
         self.base, self.config, self.columns = base, config, column_names(config.column)
         self.on_progress = on_progress
         self.on_note = functools.cache(on_note)  # every set says the same of the cache
@@ -117,6 +126,7 @@ class Loader:
         dataset = load_mixture(source, split, on_bad, limit, seed, self.columns)
         if split != "train":  # which is not scored
             dataset = without_bad_tags(dataset, on_bad)
+        self._map_languages(dataset, language or self.config.language)
         examples = Examples(
             dataset,
             self.base.feature_extractor,
@@ -133,6 +143,36 @@ class Loader:
         )
         self._look_at(sources, split, examples)
         return examples
+
+    def _map_languages(
+        self, dataset: Dataset, default: str | None, rows: Dataset | None = None
+    ) -> None:
+        """Have the base prompt what it has no token for as the training data say.
+
+        Args:
+            dataset: Rows that are to be prompted.
+            default: Language of rows that name none.
+            rows: Training data; None reads them, all, so that seed and limit change no choice.
+        """
+        config = self.config
+        if config.language_map != AUTO:
+            return
+        if not (missing := missing_languages(self.base, languages_of(dataset, default))):
+            return
+        if rows is None:
+            rows = dataset
+            with suppress(UserError):  # nothing to train with
+                rows = load_mixture(
+                    config.sources, "train", lambda error: None, columns=self.columns
+                )
+        spoken = {code for one in languages_of(rows, default) for code in one.split("-")}
+        used = used_tokens(self.base, config, rows, default)
+        for code in missing:
+            if code in spoken:
+                choice = choose_token(self.base, code, rows, used, config.task, default)
+                map_languages(self.base.net, {code: choice.token})
+                used.add(choice.token)
+                self.on_note(str(choice))
 
     def _look_at(self, sources: Sequence[str], split: str, examples: Examples) -> None:
         """Keep what is worth knowing of a set, unless it has been looked at before."""
@@ -172,6 +212,15 @@ class Loader:
         Raises:
             UserError: See `stream_split` and `Stream`.
         """
+        if self.config.language_map == AUTO:
+            rows = stream_split(source, "train", self.columns)
+            first = good_rows(
+                ((rows.name, one) for one in islice(rows.records, LOOKED_AT)),
+                rows.parse,
+                lambda error: None,
+            )
+            sample = to_dataset(first)
+            self._map_languages(sample, self.config.language, sample)
         label = f"{describe_source(source)} train"
         tokenizer = copy.deepcopy(self.base.tokenizer)  # can't be used by two threads at once
         return Stream(
