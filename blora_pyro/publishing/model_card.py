@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from blora_pyro.data import is_hub_id
 from blora_pyro.declarations import declarations, default_of, flag_of
 from blora_pyro.hub import is_run_id
+from blora_pyro.languages import prompt_codes
 from blora_pyro.options import MACHINE_OPTIONS, POCKET, FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS
@@ -36,6 +37,7 @@ def model_card(
     `metrics.json`, empty if nothing was measured; all three have public names only.
     """
     named = [about.get("language"), *about.get("domain_languages", {}).values()]
+    prompts = {name: prompt_codes(name, posterior.language_map) for name in named if name}
     codes = dict.fromkeys(code for name in named if name for code in name.split("-"))
     languages = [ISO_CODES.get(code, code) for code in codes]
     sources = about["config"]["data"]
@@ -69,6 +71,7 @@ def model_card(
         about=about,
         metrics=metrics,
         languages=languages,
+        prompts={name: one for name, one in prompts.items() if len(one) > 1 or one != (name,)},
         domains=domains,
         subfolder=None if is_shared else f"{DOMAIN_FOLDERS}/{domains[0]}",
         is_pocket=posterior.base == POCKET,

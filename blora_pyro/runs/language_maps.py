@@ -30,7 +30,7 @@ ROUNDS = ((2, 32), (4, 12), (8, 6), (16, 3))
 TOKENS = 32  # of a text that count, at most
 # Share of the words that a language's token must outdo where the base says which language it hears:
 # a slot that was never trained is said there as rarely as any word.
-OUTDONE = 0.95
+OUTDONE = 0.99
 _MARGIN = 25  # encoder positions after what sounds, half a second
 _BATCH = 16
 
@@ -140,7 +140,7 @@ def choose_token(
         language_map={**others, **base.language_map},
         on_bad=lambda error: None,
     )
-    states = [_states(base, examples, index) for index in range(min(ROUNDS[0][0], len(examples)))]
+    states = [encode(base, examples.features[[index]].float()) for index in range(len(examples))]
     left = [code for code in heard_languages(base, states) if code not in {*used}]
     if not left:
         raise UserError(
@@ -155,8 +155,8 @@ def choose_token(
                 prompt_ids(base.tokenizer, examples.languages[index], task, one) for one in maps
             ]
             text = examples.targets[index][:-1][:TOKENS]
-            known_states = states[index] if index < len(states) else _states(base, examples, index)
-            for code, one in zip(left, _surprise(base, known_states, prompts, text), strict=True):
+            sounding = states[index][:, : _positions(examples, index)]
+            for code, one in zip(left, _surprise(base, sounding, prompts, text), strict=True):
                 totals[code] += one
             tokens, done = tokens + len(text), index + 1
         left = sorted(left, key=lambda code: (totals[code], code))[:keep]
@@ -199,14 +199,12 @@ def _drawn(rows: Dataset, language: str, default: str | None) -> Dataset:
     return rows.select(places[order[: ROUNDS[-1][0]]].tolist())
 
 
-def _states(base: Base, examples: Examples, index: int) -> Tensor:
-    """Return the encoder's states of what sounds in an utterance, (1, positions, width).
+def _positions(examples: Examples, index: int) -> int:
+    """Return how many of the encoder's positions the decoder is given: less costs less.
 
-    The encoder hears the full window; the decoder is given less of its end, which costs less.
+    The encoder has heard the full window, so that they are what they would be.
     """
-    features = examples.features[[index]].float()
-    positions = int(sounding_frames(features)[0]) // 2 + _MARGIN
-    return encode(base, features)[:, :positions]
+    return int(sounding_frames(examples.features[[index]].float())[0]) // 2 + _MARGIN
 
 
 def _surprise(

@@ -26,10 +26,11 @@ def test_data_check_hands_every_option_on(monkeypatch):
 
     monkeypatch.setattr(data_check, "check_data", check)
     options = ["--base", "b", "--split", "s", "--language", "German", "--revision", "v1"]
-    options += ["--task", "translate"]
+    options += ["--task", "translate", "--language-map", "qu=mi"]
     well(
         "data", "check", "x", "y", *options, "--local-files-only", "--fast", "--column", "text=a,b"
     )
     assert seen[0][:4] == (["x", "y"], "b", "s", "German")
     others = {"fast": True, "columns": {"text": ["a", "b"]}, "task": "translate"}
+    others["language_map"] = {"qu": "mi"}
     assert seen[0][5:] == ("v1", True, others)

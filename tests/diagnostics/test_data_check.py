@@ -118,6 +118,19 @@ def test_a_language_may_be_given(folder, fluent_folder):
     assert not found.refused and found.sets[0].languages == {"de-en": 1}
 
 
+def test_a_language_that_a_fit_chooses_a_token_for_is_a_note_and_unmapped_refused(
+    folder, fluent_folder
+):
+    source, base = folder("train", {"language": "qu-de"}, {"language": "qu"}), str(fluent_folder)
+    (one,) = check_data(source, base).sets
+    assert one.languages == {"qu-de": 1, "qu": 1} and one.counts["no token"] == 2
+    assert not one.count(REFUSED) and "--language-map qu=TOKEN" in one.findings[0].message
+    (one,) = check_data(source, base, language_map={}).sets
+    assert one.count(REFUSED) == {"transcript": 2}
+    (one,) = check_data(source, base, language_map={"qu": "en"}).sets
+    assert not one.refused_rows and "no token" not in one.counts
+
+
 def test_without_a_base_what_only_a_base_can_say_is_left_out(folder):
     rows = [{"audio": "long.wav"}, {"language": "fr"}, {"language": ""}, {"text": "ж" * 900}]
     told = [{"audio": "gone.wav"}, {"language": "ca-es"}, {"text": "<|0.00|> a"}]

@@ -127,3 +127,13 @@ def test_a_run_without_a_language_has_a_card(run):
     card = read_card(posterior, about, metrics)
     assert card.data.language is None
     assert "prompted with" not in card.text
+
+
+def test_the_card_says_by_which_token_a_language_without_one_was_prompted(run):
+    posterior, about, metrics = run
+    assert "`de-en` was prompted with `<|de|><|en|>`." in read_card(*run).text
+    posterior = replace(posterior, language_map={"qu": "mi"})
+    text = read_card(posterior, {**about, "language": "qu-es"}, metrics).text
+    assert "`qu-es` was prompted with `<|mi|><|es|>`: the base has no token" in text
+    assert 'give `language="mi"`' in text
+    assert "prompted with" not in read_card(posterior, {**about, "language": "es"}, metrics).text
