@@ -102,7 +102,7 @@ def manifest_records(
     splits = [] if split is None else manifest_splits(path)
     name = printable(path)
     for line, record in _records(Path(path), columns or {}):
-        if splits and not isinstance(record, UserError):
+        if split is not None and splits and not isinstance(record, UserError):
             if not (given := _split_of(record)):
                 record = UserError(f"split is blank, and in other rows it is {splits[0]}; name it")
             elif given != split:

@@ -3,7 +3,9 @@
 `unicode` is the default: English by Whisper's own English normaliser, every other language by
 Unicode's categories. That lowers case by the rules of the language, drops text in brackets, and
 keeps letters, digits (of any script as 0 to 9) and combining marks; all else becomes a space,
-apostrophes too, as Whisper has it ("l'eau" is two words).
+apostrophes too, as Whisper has it ("l'eau" is two words). Letters with two encodings are one
+(Romanian ş and ș, Persian ك and ک, the chillus of Malayalam, sara am). English has straight
+apostrophes before its own normaliser, which knows no others, and nothing that can't be seen.
 
 Whisper's own two normalisers, which papers use, are transformers' code, which is OpenAI's. The
 basic one replaces *combining marks* by spaces, too, which splits the words of scripts that spell
@@ -35,6 +37,17 @@ _INVISIBLE = regex.compile(
     "[\u00ad\u034f\u061c\u0640\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f"
     "\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]|[\U000e0030-\U000e007a]+\U000e007f"
 )
+_APOSTROPHE = regex.compile("(?<=\\p{L})[\u2018\u2019\u02bc\uff07](?=\\p{L})")  # of don't
+# One letter that has two encodings, by language; those of all languages under "".
+_VARIANTS = {
+    "ro": {"ş": "ș", "ţ": "ț", "Ş": "Ș", "Ţ": "Ț"},  # with cedilla: there were no others once
+    "fa": {"ي": "ی", "ى": "ی", "ك": "ک"},  # of Arabic keyboards
+    "ur": {"ي": "ی", "ى": "ی", "ك": "ک", "ه": "ہ"},
+    "": {
+        f"{letter}\u0d4d\u200d": chillu for letter, chillu in zip("ണനരലളക", "ൺൻർൽൾൿ", strict=True)
+    },
+}
+_AM = regex.compile("([\u0e4d\u0ecd])([\u0e48-\u0e4b\u0ec8-\u0ecb])")
 _DIGIT = regex.compile(r"(?![0-9])\p{Nd}")
 _DOTS = regex.compile("(?<=i)\u0307")  # an i has its dot already
 # What may be between a letter and its mark, such as the markers of languages in `evaluation`.
@@ -82,7 +95,10 @@ class Normalizer:
 
     def __call__(self, text: str, language: str = "") -> str:
         """The text, normalised for its language, such as "de" or "de-en"."""
-        if self.name in ("unicode", "whisper") and language == "en":
+        if self.name == "unicode" and language == "en":
+            text = _INVISIBLE.sub("", text.replace("\u200b", " "))
+            text = self._english(_APOSTROPHE.sub("'", text))
+        elif self.name == "whisper" and language == "en":
             text = self._english(text)
         elif self.name == "unicode":
             text = _by_categories(text, language)
@@ -94,6 +110,10 @@ class Normalizer:
 def _by_categories(text: str, language: str) -> str:
     """Lower case and keep what `unicode` keeps; mixed languages have the case of the first."""
     text = unicodedata.normalize("NFKC", _BRACKETS.sub("", text))
+    for code in ("", *language.split("-")):
+        for one, other in _VARIANTS.get(code, {}).items():
+            text = text.replace(one, other)
+    text = _AM.sub(r"\2\1", text)  # of Thai and Lao: the tone comes first
     text = _DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0], digit[0])), text)
     if language.split("-")[0] in DOTLESS:
         text = text.replace("I", "ı").replace("İ", "i")

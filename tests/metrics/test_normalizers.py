@@ -38,11 +38,39 @@ def test_whisper_s_normalisers_are_those_of_transformers_by_language(text):
     spellings = {"colour": "color"}
     english, basic = EnglishTextNormalizer(spellings)(text), BasicTextNormalizer()(text)
     whisper = Normalizer("whisper", spellings)
-    assert whisper(text, "en") == Normalizer(spellings=spellings)(text, "en") == tidy(english)
+    assert whisper(text, "en") == tidy(english)
+    if text.isascii():  # else see below
+        assert Normalizer(spellings=spellings)(text, "en") == tidy(english)
     for language in ("de", "zh", "de-en", "en-de", ""):
         assert whisper(text, language) == tidy(basic)
     assert Normalizer("basic", spellings)(text, "en") == tidy(basic)
     assert Normalizer("none", spellings)(text, "en") == tidy(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "language"),
+    [
+        ("don\u2019t say we\u2019re late", "don't say we're late", "en"),
+        ("co\u00adoperate \u200ehere\u200f", "cooperate here", "en"),
+        ("two\u200bwords, \u2018red\u2019", "two words, 'red'", "en"),
+        ("ţară şi Ţară", "țară și Țară", "ro"),
+        ("s\u0327i", "și", "ro"),
+        ("علي كتاب", "علی کتاب", "fa"),
+        ("كيا", "کیا", "ur"),
+        ("അവന്\u200d", "അവൻ", "ml"),
+        ("น\u0e4d\u0e49\u0e32", "น\u0e49\u0e33", "th"),
+        ("ນ\u0ecd\u0ec9\u0eb2", "ນ\u0ec9\u0eb3", "lo"),
+    ],
+)
+def test_two_encodings_of_a_text_are_one(text, other, language):
+    normalize = Normalizer()
+    assert text != other and normalize(text, language) == normalize(other, language) != ""
+
+
+def test_letters_that_a_language_tells_apart_stay_apart():
+    normalize = Normalizer()
+    for text, other, language in (("ş", "ș", "tr"), ("علي", "علی", "ps"), ("ه", "ہ", "fa")):
+        assert normalize(text, language) != normalize(other, language)
 
 
 @pytest.mark.parametrize(
