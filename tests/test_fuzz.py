@@ -29,7 +29,7 @@ from pyarrow import parquet
 from safetensors.torch import save_file
 
 from blora_pyro.adapters import Group
-from blora_pyro.data import Examples, Stream, load_mixture, stream_split
+from blora_pyro.data import Encoder, Examples, Stream, load_mixture, stream_split
 from blora_pyro.diagnostics.data_check import check_data
 from blora_pyro.errors import UserError
 from blora_pyro.models import Base, load_base
@@ -41,6 +41,7 @@ from blora_pyro.models.stored_config import (
     read_config,
     read_extractor,
     read_generation,
+    read_tokenizer,
 )
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.posterior.storage import POSTERIOR_FILE
@@ -241,6 +242,26 @@ def read_rows(world: World, content: Any) -> None:
         raise refusal
 
 
+def tokenizer_file(name: str) -> Target:
+    """A JSON file of a tokenizer, which then encodes a text."""
+
+    def good(world: World) -> Any:
+        folder = shutil.copytree(world.checkpoint, world.folder / name)
+        tokens = world.base.tokenizer
+        if name == "special_tokens_map.json":  # which tells nothing beside the other
+            (folder / "tokenizer_config.json").unlink()
+        path = folder / name
+        return json.loads(path.read_text()) if path.exists() else {"pad_token": tokens.pad_token}
+
+    def read(world: World, content: Any) -> None:
+        folder = world.folder / name
+        (folder / name).write_text(json.dumps(content))
+        tokenizer = read_tokenizer("x", folder)
+        Encoder(tokenizer).encode("the red bicycle", "en")
+
+    return Target(good, read, 20)
+
+
 TARGETS = {
     "Parquet rows": Target(good_rows("bytes"), read_rows, 40),
     "Parquet rows of arrays": Target(good_rows("array"), read_rows, 40),
@@ -250,6 +271,9 @@ TARGETS = {
     "config": checkpoint_file("config.json"),
     "generation_config": checkpoint_file("generation_config.json"),
     "preprocessor_config": checkpoint_file("preprocessor_config.json"),
+    "tokenizer": tokenizer_file("tokenizer.json"),
+    "tokenizer_config": tokenizer_file("tokenizer_config.json"),
+    "special_tokens_map": tokenizer_file("special_tokens_map.json"),
 }
 
 

@@ -166,17 +166,19 @@ class _Bar:
         from blora_pyro.tables import Terminal
 
         console = Terminal(stderr=True)
-        shown = shown and total > 1 and console.is_terminal
-        self._progress = Progress(console=console, disable=not shown)
+        self._shown = shown and total > 1 and console.is_terminal
+        self._progress = Progress(console=console)
         self._task = self._progress.add_task("transcribing", total=total)
         self.failed = 0
 
     def __enter__(self) -> "_Bar":
-        self._progress.start()
+        if self._shown:  # older releases of rich end what they do not show with an empty line
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._shown:
+            self._progress.stop()
 
     def step(self) -> None:
         """Count a file."""

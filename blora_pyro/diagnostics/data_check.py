@@ -32,7 +32,7 @@ from blora_pyro.data import (
 )
 from blora_pyro.declarations import check_value
 from blora_pyro.diagnostics.row_notes import NOTES, Characters, RowNotes, suppressed_notes
-from blora_pyro.errors import UserError, reason
+from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code, read_language
 from blora_pyro.metrics import check_tags
 from blora_pyro.models.folders import (
@@ -43,7 +43,12 @@ from blora_pyro.models.folders import (
     quiet_transformers,
 )
 from blora_pyro.models.peft_adapters import stored_language_map, stored_unsuppressed
-from blora_pyro.models.stored_config import read_config, read_extractor, read_generation
+from blora_pyro.models.stored_config import (
+    read_config,
+    read_extractor,
+    read_generation,
+    read_tokenizer,
+)
 from blora_pyro.options import AUTO, BUILT_IN, POCKET, FitConfig
 from blora_pyro.sources import Source, as_sources, describe_source
 
@@ -231,13 +236,7 @@ def load_processor(
     extractor, config = read_extractor(base, folder), read_config(base, folder)
     has_settings = (folder / "generation_config.json").is_file()
     settings = read_generation(base, folder) if has_settings else None
-    try:
-        tokenizer = WhisperTokenizer.from_pretrained(folder)
-    except Exception as error:  # whatever transformers raises for damaged files
-        raise UserError(
-            f"base model '{base}' can't be loaded ({reason(error)}); "
-            "give 'pocket', a folder with a Whisper checkpoint, or a Hub id within reach"
-        ) from None
+    tokenizer = read_tokenizer(base, folder)
     known = dict(getattr(settings, "language_map", None) or {})
     return tokenizer, extractor, config.max_target_positions, Suppressed.of(settings), known
 

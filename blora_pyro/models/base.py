@@ -13,7 +13,7 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 
 from blora_pyro.adapters import is_finite
 from blora_pyro.data import MODEL_DIR, language_codes
-from blora_pyro.data.prompts import END, NO_TIMESTAMPS, START
+from blora_pyro.data.prompts import NO_TIMESTAMPS
 from blora_pyro.errors import UserError, is_out_of_memory, reason
 from blora_pyro.models import encoder
 from blora_pyro.models.folders import (
@@ -32,6 +32,7 @@ from blora_pyro.models.stored_config import (
     read_config,
     read_extractor,
     read_generation,
+    read_tokenizer,
 )
 from blora_pyro.options import POCKET, TASKS, BaseOptions
 
@@ -147,6 +148,7 @@ def load_base(
     config = read_config(name, folder)
     check_sizes(name, folder, config)
     settings, feature_extractor = read_generation(name, folder), read_extractor(name, folder)
+    tokenizer = read_tokenizer(name, folder)
     try:
         net, report = WhisperForConditionalGeneration.from_pretrained(
             folder,
@@ -157,7 +159,6 @@ def load_base(
             trust_remote_code=False,
             output_loading_info=True,
         )
-        tokenizer = WhisperTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever transformers raises for damaged files
         if is_out_of_memory(error):
             raise
@@ -303,17 +304,15 @@ def _check_parts(base: Base, report: dict[str, Any]) -> None:
     config, extractor = base.net.config, base.feature_extractor
     mels, frames, size = config.num_mel_bins, 2 * config.max_source_positions, config.vocab_size
     missing = sorted(report["missing_keys"])
-    absent = {START, END, NO_TIMESTAMPS} - base.tokenizer.get_vocab().keys()
+    ids = base.tokenizer.get_vocab().values()
     if missing:
         problem = f"its weights lack {len(missing)} tensors ({missing[0]}, ...)"
     elif (made := extractor.feature_size) != mels:
         problem = f"its preprocessor makes {made} mel bins and its encoder takes {mels}"
     elif (made := extractor.nb_max_frames) != frames:
         problem = f"its preprocessor makes {made} frames and its encoder takes {frames}"
-    elif absent:
-        problem = f"its tokenizer has no {' and no '.join(sorted(absent))}"
-    elif len(base.tokenizer) > size:
-        problem = f"its tokenizer has {len(base.tokenizer)} tokens and its decoder {size}"
+    elif (made := max(len(ids), max(ids) + 1)) > size:
+        problem = f"its tokenizer has {made} tokens and its decoder {size}"
     else:
         return
     raise UserError(

@@ -131,16 +131,24 @@ def check_folder(name: str, folder: Path) -> None:
     if (kind := config.get("model_type")) != "whisper":
         raise UserError(f"base model '{name}' is no Whisper but a '{kind}' model; give a Whisper")
     weight_files(name, folder)
+    check_tokenizer_files(name, folder)
     files = {path.name for path in folder.iterdir()}
-    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
-        raise UserError(
-            f"base model '{name}' lacks its tokenizer: tokenizer.json, or vocab.json and "
-            "merges.txt; copy them from the Whisper that it was made from"
-        )
     if not {"preprocessor_config.json", "processor_config.json"} & files:
         raise UserError(
             f"base model '{name}' lacks preprocessor_config.json; copy it from the Whisper that it "
             "was made from"
+        )
+
+
+def check_tokenizer_files(name: str, folder: Path) -> None:
+    """Raise UserError unless a folder holds a tokenizer."""
+    if not any(
+        all((folder / file).exists() for file in files)
+        for files in (["tokenizer.json"], ["vocab.json", "merges.txt"])
+    ):
+        raise UserError(
+            f"base model '{name}' lacks its tokenizer: tokenizer.json, or vocab.json and "
+            "merges.txt; copy them from the Whisper that it was made from"
         )
 
 

@@ -6,17 +6,31 @@ something else, and reaches none. Sizes are compared with the weights before mem
 """
 
 import inspect
+import json
 import math
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor
+from transformers import (
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperTokenizer,
+)
 
-from blora_pyro.errors import UserError, printable, reason
-from blora_pyro.models.folders import read_json_of, weight_files
+from blora_pyro.data.prompts import END, NO_TIMESTAMPS, START
+from blora_pyro.errors import UserError, is_out_of_memory, printable, reason
+from blora_pyro.files import read_file
+from blora_pyro.models.folders import (
+    TOKENIZER_FILES,
+    check_tokenizer_files,
+    read_json_of,
+    weight_files,
+)
 
 Check = Callable[[Any], bool]
 
@@ -47,6 +61,10 @@ def _ids_by_name(value: Any) -> bool:
 
 def _texts_by_name(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
+def _is_token(value: Any) -> bool:
+    return _is_text(value) or isinstance(value, dict)
 
 
 _MANY = 2**31
@@ -81,6 +99,15 @@ EXTRACTOR: dict[str, Check] = {
     "padding_value": _is_number,
     "dither": _is_number,
     "return_attention_mask": _is_switch,
+}
+TOKENIZER: dict[str, Check] = {  # the others name files, which may be anywhere, or code
+    **dict.fromkeys(("unk_token", "bos_token", "eos_token", "pad_token"), _is_token),
+    **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), _list_of(_is_token)),
+    "added_tokens_decoder": lambda value: isinstance(value, dict),
+    **dict.fromkeys(("add_prefix_space", "clean_up_tokenization_spaces"), _is_switch),
+    "predict_timestamps": _is_switch,
+    **dict.fromkeys(("language", "task"), _is_text),
+    "model_max_length": _is_number,
 }
 # Size -> the tensor that has it, in which dimension; of layers those of every one.
 SIZES: dict[str, tuple[str, int]] = {
@@ -150,6 +177,55 @@ def read_extractor(name: str, folder: Path) -> WhisperFeatureExtractor:
     own = {key: stored[key] for key in EXTRACTOR if key in stored}
     _check(name, file, own, EXTRACTOR)
     return WhisperFeatureExtractor(**own)
+
+
+def read_tokenizer(name: str, folder: Path) -> WhisperTokenizer:
+    """Return the tokenizer of a checkpoint, of files in its folder alone.
+
+    transformers opens whatever file a `tokenizer_config.json` or `special_tokens_map.json` names,
+    so that it reads copies that name none.
+
+    Raises:
+        UserError: If it can't be read, or a value can't be.
+    """
+    check_tokenizer_files(name, folder)
+    with tempfile.TemporaryDirectory(prefix="blora-pyro-") as copies:
+        for file in TOKENIZER_FILES:
+            if (folder / file).exists():
+                (Path(copies) / file).write_bytes(_tokenizer_file(name, folder, file))
+        try:
+            tokenizer = WhisperTokenizer.from_pretrained(copies)
+        except Exception as error:  # whatever transformers raises for damaged files
+            if is_out_of_memory(error):
+                raise
+            why = reason(error).replace(copies, str(folder))
+            raise _damaged(name, "tokenizer", why) from None
+    if absent := {START, END, NO_TIMESTAMPS} - tokenizer.get_vocab().keys():
+        raise UserError(
+            f"base model '{name}' is not whole: its tokenizer has no "
+            f"{' and no '.join(sorted(absent))}; copy its files from the Whisper that it was made "
+            "from"
+        )
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def _tokenizer_file(name: str, folder: Path, file: str) -> bytes:
+    """Return the content of a tokenizer's file, without what a tokenizer may not be told."""
+    if file == "merges.txt":
+        try:
+            return read_file(folder / file)
+        except (OSError, ValueError) as error:
+            raise _damaged(name, file, str(error)) from None
+    stored = read_json_of(name, folder, file)
+    if file == "normalizer.json" and not all(map(_is_text, stored.values())):
+        raise _damaged(name, file, "it maps words to something else than words")
+    if file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if isinstance(named := stored.get("extra_special_tokens"), dict):  # older transformers'
+            stored["extra_special_tokens"] = [*named.values()]
+        stored = {key: stored[key] for key in TOKENIZER if stored.get(key) is not None}
+        _check(name, file, stored, TOKENIZER)
+    return json.dumps(stored).encode()
 
 
 def check_sizes(name: str, folder: Path, config: WhisperConfig) -> None:

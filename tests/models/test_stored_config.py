@@ -1,6 +1,7 @@
 """A checkpoint's JSON files are read as anyone's."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from blora_pyro.models.stored_config import (
     read_config,
     read_extractor,
     read_generation,
+    read_tokenizer,
 )
 
 
@@ -180,3 +182,71 @@ def test_an_overflow_of_a_shorter_dtype_is_told(checkpoint):
     load_base(str(checkpoint))
     with pytest.raises(UserError, match=r"not finite, in .*fc2.weight; .* another dtype"):
         load_base(str(checkpoint), dtype="float16")
+
+
+# ---- the tokenizer
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_reads_no_file_that_it_names(checkpoint, tmp_path, file):
+    before = read_tokenizer("x", checkpoint)
+    elsewhere = tmp_path / "tokenizer.4.0.json"
+    elsewhere.write_text("whoever reads this as JSON, or as weights, fails")
+    keys = ("tokenizer_file", "vocab_file", "merges_file", "normalizer_file", "gguf_file", "vocab")
+    named = dict.fromkeys((*keys, "merges", "tokenizer_object"), str(elsewhere))
+    (checkpoint / "special_tokens_map.json").write_text("{}")
+    if file == "special_tokens_map.json":  # which tells nothing beside the other
+        (checkpoint / "tokenizer_config.json").unlink()
+    change(checkpoint / file, **named, fast_tokenizer_files=["../tokenizer.4.0.json"])
+    tokenizer = read_tokenizer("x", checkpoint)
+    assert tokenizer.get_vocab() == before.get_vocab()
+    assert tokenizer.english_spelling_normalizer is None
+
+
+def test_named_tokens_of_older_transformers_are_tokens(checkpoint):
+    stored = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    tokens = stored["extra_special_tokens"]
+    change(checkpoint / "tokenizer_config.json", extra_special_tokens={"en_token": tokens[0]})
+    assert tokens[0] in read_tokenizer("x", checkpoint).all_special_tokens
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer_config.json", {"pad_token": 3}, "tokenizer_config.json (pad_token is 3)"),
+        ("special_tokens_map.json", {"language": ["en"]}, "(language is ['en'])"),
+        ("normalizer.json", {"colour": ["color"]}, "it maps words to something else than words"),
+        ("tokenizer.json", {"model": None}, "has a damaged tokenizer ("),
+        ("added_tokens.json", {"<|x|>": "y"}, "has a damaged tokenizer ("),
+    ],
+)
+def test_a_tokenizer_of_wrong_values_is_refused_by_the_file(checkpoint, file, content, words):
+    if not (checkpoint / file).exists():
+        (checkpoint / file).write_text("{}")
+    change(checkpoint / file, **content)
+    with pytest.raises(UserError) as caught:
+        read_tokenizer("x", checkpoint)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pipe_in_the_place_of_a_tokenizers_file_is_not_read(checkpoint):
+    (checkpoint / "tokenizer.json").unlink()
+    os.mkfifo(checkpoint / "tokenizer.json")
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        read_tokenizer("x", checkpoint)
+
+
+def test_a_tokenizer_without_the_tokens_of_every_prompt_is_refused(checkpoint):
+    for file in checkpoint.glob("*token*.json"):
+        file.write_text(file.read_text().replace("startoftranscript", "begin"))
+    with pytest.raises(UserError, match=r"its tokenizer has no <\|startoftranscript\|>;"):
+        read_tokenizer("x", checkpoint)
+
+
+def test_a_token_beyond_the_decoders_is_refused(checkpoint):
+    stored = json.loads((checkpoint / "tokenizer.json").read_text())
+    words = stored["model"]["vocab"]
+    words[max(words, key=words.get)] = 10**9
+    (checkpoint / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="has 1000000001 tokens and its decoder "):
+        load_base(str(checkpoint))
