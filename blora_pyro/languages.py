@@ -90,6 +90,9 @@ _SPOKEN_IN = {
     "UZ": "uz ru",
 }  # fmt: skip
 
+_CANTONESE = ("zh", "yue")  # joined, an older tag of it
+_NO_LANGUAGE = {"mis", "mul", "und", "zxx"}  # ISO 639's uncoded, several, undetermined and none
+
 _JOINT = re.compile(r"([-_])")
 
 
@@ -121,6 +124,7 @@ class Language:
         parts = [part for part in (*self.codes[:1], self.script, self.region) if part]
         for before, code in itertools.pairwise(self.codes):
             is_clear = before not in _SPOKEN_IN.get(code.upper(), "").split()
+            is_clear &= (before, code) != _CANTONESE
             parts.append(code if is_clear else LANGUAGES[code])
         return "-".join(parts)
 
@@ -170,6 +174,11 @@ def read_language(text: str) -> Language:
             region = part.upper() if is_first and is_code else region
         elif (code := code or _iso_code(part)) is None:
             return Language(tuple(text.split("-")))
+        elif (codes[-1], part.lower()) == _CANTONESE:
+            raise UserError(
+                f"the language '{text}' may be Cantonese, or Chinese code-switched with it; give "
+                "'yue', or 'zh-cantonese'"
+            )
         else:
             codes.append(code)
     return Language(tuple(codes), script, region)
@@ -186,7 +195,8 @@ def _code(name: str) -> str | None:
 def _iso_code(name: str) -> str | None:
     """Return what may be a code of ISO 639, of two or three letters; None if it is none."""
     name = name.strip().lower()
-    return name if name in _ISO_639_1 or re.fullmatch("[a-z]{3}", name) else None
+    is_code = re.fullmatch("[a-z]{3}", name) and name not in _NO_LANGUAGE
+    return name if name in _ISO_639_1 or is_code else None
 
 
 def is_iso_code(code: str) -> bool:

@@ -65,6 +65,19 @@ def test_as_people_write_them(text, code):
     assert is_language(text)
 
 
+def test_an_older_tag_of_cantonese_is_refused_with_both_readings():
+    for text in ("zh-yue", "zh_yue", "Chinese-yue"):
+        with pytest.raises(UserError, match="may be Cantonese, or Chinese code-switched with it"):
+            read_language(text)
+    assert language_code("zh-cantonese") == "zh-yue"
+    assert read_language(read_language("zh-cantonese").tag).codes == ("zh", "yue")
+
+
+@pytest.mark.parametrize("text", ["und", "mul", "zxx", "de-und"])
+def test_what_iso_639_has_for_no_language_is_none(text):
+    assert not is_language(text) and not is_iso_code(text)
+
+
 def test_every_language_has_a_code_of_three_letters():
     letters = map("".join, itertools.product(string.ascii_lowercase, repeat=3))
     found = {code: one for one in letters if (code := language_code(one)) in LANGUAGES}
