@@ -19,6 +19,7 @@ __all__ = [
     "combine",
     "evaluate_run",
     "fit",
+    "keep_adapter",
     "load_base",
     "load_examples",
     "merge_run",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
     from blora_pyro.runs.fits import Run, fit
     from blora_pyro.runs.folders import read_run
+    from blora_pyro.runs.keeping import keep_adapter
     from blora_pyro.runs.loading import load_examples
 
 _HOMES = {
@@ -49,6 +51,7 @@ _HOMES = {
     "combine": "posterior.combining",
     "evaluate_run": "runs.finished",
     "fit": "runs.fits",
+    "keep_adapter": "runs.keeping",
     "load_base": "models",
     "load_examples": "runs.loading",
     "merge_run": "runs.finished",

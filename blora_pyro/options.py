@@ -80,6 +80,11 @@ AVERAGE, EACH = "average", "each"  # limits of a contract; a further one is a ba
 COLUMNS = ("audio", "text", "language", "word_languages", "duration", "start", "end", "offset")
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform")
 ADAPTER_SHAPE = ("rank", "alpha", "rank_pattern", "use_rslora")  # those of --prior-from stay
+KEEP_OPTIONS = (  # what an adapter is held to, on which sets, and how they are scored
+    *("keep", "base", "revision", "local_files_only", "device", "dtype", "normalizer"),
+    *("data", "test", "dev", "backward", "language", "language_map", "task", "column"),
+    *("on_bad_row", "max_eval_utterances"),
+)
 MACHINE_OPTIONS = ("device", "local_files_only", "track")  # they decide nothing of what is found
 
 Schedule = Literal["cosine", "linear", "constant"]

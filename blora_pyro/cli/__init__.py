@@ -13,7 +13,7 @@ HOMES = {
     "fit": "fit",
     **dict.fromkeys(("study", "sweep", "compare"), "study"),
     **dict.fromkeys(("evaluate", "errors", "diagnose"), "runs"),
-    **dict.fromkeys(("prune", "combine"), "exports"),
+    **dict.fromkeys(("keep", "prune", "combine"), "exports"),
     "priors": "runs",
     "transcribe": "transcribe",
     **dict.fromkeys(("merge", "push-to-hub"), "exports"),

@@ -1,7 +1,7 @@
 """Commands that make another folder, or a repository, of runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,59 @@ from blora_pyro.cli.common import (
     print_result,
     quiet_libraries,
 )
-from blora_pyro.declarations import numbers
+from blora_pyro.cli.parameters import with_options
+from blora_pyro.declarations import declarations, numbers
+from blora_pyro.errors import UserError
+from blora_pyro.options import KEEP_OPTIONS, FitConfig
+
+
+@with_options(
+    FitConfig, leave_out=tuple(one for one in declarations(FitConfig) if one not in KEEP_OPTIONS)
+)
+def keep(
+    given: dict[str, Any],
+    adapter: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER", help="A run, or any PEFT LoRA of a Whisper: folder or Hub id."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the adapter at the strength that is found.", show_default="none"
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Show how much an adapter has forgotten, and turn it down until it keeps a contract.
+
+    What is not given is that of the fit, where the adapter is a run.
+    """
+    with one_line_errors():
+        if (contract := given.pop("keep", None)) is None:
+            raise UserError("keep is not given; give the points that may be lost, as --keep 1")
+        quiet_libraries()
+        from blora_pyro.cli.progress import TerminalProgress
+        from blora_pyro.runs.keeping import keep_adapter
+        from blora_pyro.runs.report import fit_tables, kept_line, strength_tables
+
+        with TerminalProgress() as progress:
+            found = keep_adapter(
+                adapter, contract, output, overwrite=overwrite, progress=progress, **given
+            )
+        kept, written = found["kept"], [f"adapter: {output}"] if output else []
+        print_result(
+            found,
+            as_json,
+            lambda: [
+                *strength_tables(kept["curve"]),
+                *fit_tables(found["metrics"]),
+                kept_line(kept),
+                *written,
+            ],
+        )
 
 
 def prune(

@@ -24,6 +24,7 @@ from blora_pyro.runs.record import EVALUATING, FITTING, RUN, RunRecord, state_of
 METRICS, CHECKPOINT, SKIPPED = "metrics.json", checkpoints.FILE, "skipped_rows.jsonl"
 UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
 PLOTS, TRACKING = "diagnostics", "tracking"  # the second is a folder that trackers write to
+KEPT = "keep.json"  # of an adapter that is no run
 TRANSCRIPTS = "transcripts-*.json"  # of a state: base, adapted, or a strength on dev
 ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 RESULTS = (  # names, and patterns of those of several splits and strengths
@@ -36,6 +37,7 @@ RESULTS = (  # names, and patterns of those of several splits and strengths
     "utterances-*.jsonl",
     SKIPPED,
     STRENGTH_PLOT,
+    KEPT,
     PLOTS,
     TRACKING,
 )

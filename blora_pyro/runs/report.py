@@ -182,7 +182,7 @@ def strength_tables(curve: Mapping[str, Any]) -> list[Part]:
     low = fit["interval"][0]
     doubt = "" if low is None or low > 0 else "; the fit's own forgetting may be chance"
     removed = f"forgetting removed: of that at strength 1{doubt}"
-    return [table, *notes, removed, f"plot: {curve['plot']}"]
+    return [table, *notes, removed, *([f"plot: {curve['plot']}"] if "plot" in curve else [])]
 
 
 def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Part]:

@@ -15,6 +15,7 @@ COMMANDS = (
     "evaluate",
     "errors",
     "diagnose",
+    "keep",
     "prune",
     "combine",
     "priors",

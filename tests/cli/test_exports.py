@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -14,6 +15,33 @@ def test_merge_writes_a_base_that_says_what_the_run_says(finished_run, tones_fol
     well("merge", finished_run.output, tmp_path / "out", "--overwrite", "--dtype", "float16")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "float16"
+
+
+def test_keep_shows_the_curve_and_writes_the_adapter_at_its_strength(
+    finished_run, tones_folder, tmp_path
+):
+    for name, source in {"new": "test", "de": "de"}.items():
+        (tmp_path / name).mkdir()
+        for split in ("dev", "test"):
+            shutil.copy(tones_folder / f"{source}.jsonl", tmp_path / name / f"{split}.jsonl")
+        for wav in tones_folder.glob(f"{source}*.wav"):
+            shutil.copy(wav, tmp_path / name)
+    sets = ["--data", tmp_path / "new", "--backward", f"de={tmp_path / 'de'}"]
+    command = ["keep", finished_run.output, *sets, "--keep", "average=60", "--keep", "de=100"]
+    out = well(*command, "--output", tmp_path / "out")
+    for words in (
+        "error in % [95% interval] on the dev sets, by scale",
+        "contract: average at most +60, de at most +100 points; strength",
+        "contract on test: kept",
+        f"adapter: {tmp_path / 'out'}",
+    ):
+        assert words in out
+    assert "contract on test: kept" in well("evaluate", tmp_path / "out")
+    assert "contract" not in well("evaluate", tmp_path / "out", "--strength", 1)
+    message = complaint(run("keep", finished_run.output, *sets))
+    assert "keep is not given; give the points that may be lost, as --keep 1" in message
+    message = complaint(run("keep", finished_run.output, "--keep", 1))
+    assert "keep needs the dev and the test split of a backward set" in message
 
 
 def test_prune_prints_what_is_left_and_what_it_costs(finished_run, tmp_path):

@@ -24,6 +24,8 @@ from blora_pyro.runs.fits import fit
 from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.listeners import Listener
 
+from .conftest import Notes
+
 # ---- the search, on errors that are made up
 
 
@@ -127,44 +129,6 @@ def test_sets_without_words_are_refused(random_posterior):
 # ---- a fit that keeps one
 
 
-def put(tones_folder, name: str, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(tones_folder / f"{name}.jsonl", file)
-    for wav in tones_folder.glob(f"{name}*.wav"):
-        shutil.copy(wav, file.parent)
-
-
-@pytest.fixture(scope="module")
-def options(fit_options, tones_folder, tmp_path_factory):
-    """Of a fit with dev sets that loses all German and English at strength 1, at 0.5 75 points."""
-    data = tmp_path_factory.mktemp("data")
-    for split in ("train", "test", "dev"):
-        put(tones_folder, "train" if split == "train" else "test", data / "new" / f"{split}.jsonl")
-    for name in ("de", "en"):
-        put(tones_folder, name, data / name / "dev.jsonl")
-        put(tones_folder, name, data / name / "test.jsonl")
-    backward = {name: str(data / name) for name in ("de", "en")}
-    own = {"data": str(data / "new"), "backward": backward, "target_modules": ".*decoder.*"}
-    return {**fit_options, **own, "keep": {"average": 80}}
-
-
-class Notes(Listener):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-@pytest.fixture(scope="module")
-def kept_run(options, tmp_path_factory):
-    """A run that keeps a contract, and what it noted. Leave it as it is."""
-    torch.set_num_threads(1)
-    progress = Notes()
-    run = fit(FitConfig(**options), tmp_path_factory.mktemp("runs") / "kept", progress=progress)
-    return run, progress.notes
-
-
 @pytest.fixture
 def folder(kept_run) -> Path:
     return kept_run[0].output
@@ -203,7 +167,7 @@ def test_the_table_says_whether_the_contract_holds_on_test(kept_run):
 
 
 def test_adapter_merge_and_scores_have_the_strength_and_1_gives_the_full_fit(
-    kept_run, folder, options, tmp_path
+    kept_run, folder, keep_options, tmp_path
 ):
     run, _ = kept_run
     loaded, _ = read_run(folder)
@@ -222,7 +186,7 @@ def test_adapter_merge_and_scores_have_the_strength_and_1_gives_the_full_fit(
 
     merge_run(folder, tmp_path / "merged")
     merged = load_base(str(tmp_path / "merged")).net.state_dict()
-    base = load_base(options["base"]).net.state_dict()
+    base = load_base(keep_options["base"]).net.state_dict()
     for name, delta in loaded.delta_weights():
         change = merged[f"{name}.weight"] - base[f"{name}.weight"]
         torch.testing.assert_close(change, delta, rtol=1e-3, atol=1e-5)
@@ -261,7 +225,9 @@ def test_a_fit_that_was_ended_before_its_strength_was_chosen_goes_on(kept_run, f
     assert run.metrics == kept_run[0].metrics
 
 
-def test_where_nothing_keeps_the_contract_the_base_comes_out(kept_run, folder, options, tmp_path):
+def test_where_nothing_keeps_the_contract_the_base_comes_out(
+    kept_run, folder, keep_options, tmp_path
+):
     copy, progress = shutil.copytree(folder, tmp_path / "run"), Notes()
     about = json.loads((copy / "run.json").read_text(encoding="utf-8"))
     del about["kept"], about["options"]["keep"]
@@ -276,7 +242,7 @@ def test_where_nothing_keeps_the_contract_the_base_comes_out(kept_run, folder, o
     assert (
         at_strength(read_run(copy)[0], 1).fingerprint == at_strength(run.posterior, 1).fingerprint
     )
-    base = load_base(options["base"]).net.state_dict()
+    base = load_base(keep_options["base"]).net.state_dict()
     as_base = load_base(str(copy)).net.state_dict()  # by PEFT
     torch.testing.assert_close(as_base, base, rtol=0, atol=0)
 
@@ -285,11 +251,11 @@ def test_where_nothing_keeps_the_contract_the_base_comes_out(kept_run, folder, o
 
 
 def test_sets_without_dev_and_test_are_refused_before_anything_is_fitted(
-    options, tones_folder, tmp_path
+    keep_options, tones_folder, tmp_path
 ):
     def complaint(**other):
         with pytest.raises(UserError) as caught:
-            fit(FitConfig(**{**options, **other}), tmp_path / "run", progress=Stop())
+            fit(FitConfig(**{**keep_options, **other}), tmp_path / "run", progress=Stop())
         return str(caught.value)
 
     class Stop(Listener):
@@ -301,13 +267,13 @@ def test_sets_without_dev_and_test_are_refused_before_anything_is_fitted(
     assert "en has only de, en, test, train; give" in complaint(backward={"en": str(tones_folder)})
     missing = complaint(data=str(tones_folder))
     assert f"keep needs a dev set of the new domain, and {tones_folder} has no dev split" in missing
-    check_dev_sets(FitConfig(**{**options, "data": str(tones_folder), "dev": "de"}))
+    check_dev_sets(FitConfig(**{**keep_options, "data": str(tones_folder), "dev": "de"}))
     with pytest.raises(UserError, match="keep is given, but no backward set to keep it on"):
-        FitConfig(**{**options, "backward": ()})
+        FitConfig(**{**keep_options, "backward": ()})
     with pytest.raises(UserError, match=r"limit for 'eng', .* did you mean 'en'\?"):
-        FitConfig(**{**options, "keep": "eng=1"})
+        FitConfig(**{**keep_options, "keep": "eng=1"})
     with pytest.raises(UserError, match=r"keep is .*, which pooling none can't take"):
-        FitConfig(**{**options, "data": ["de", "en"], "pooling": "none"})
+        FitConfig(**{**keep_options, "data": ["de", "en"], "pooling": "none"})
 
 
 def test_a_posterior_keeps_its_strength_on_disk_whatever_else_is_made_of_it(

@@ -1,0 +1,51 @@
+"""A fit whose sets have dev splits, and which keeps a contract on them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from blora_pyro.options import FitConfig
+from blora_pyro.runs.fits import fit
+from blora_pyro.runs.listeners import Listener
+
+
+def put(tones_folder, name: str, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(tones_folder / f"{name}.jsonl", file)
+    for wav in tones_folder.glob(f"{name}*.wav"):
+        shutil.copy(wav, file.parent)
+
+
+@pytest.fixture(scope="session")
+def keep_options(fit_options, tones_folder, tmp_path_factory):
+    """Of a fit with dev sets that loses all German and English at strength 1, at 0.5 75 points."""
+    data = tmp_path_factory.mktemp("data")
+    for split in ("train", "test", "dev"):
+        put(tones_folder, "train" if split == "train" else "test", data / "new" / f"{split}.jsonl")
+    for name in ("de", "en"):
+        put(tones_folder, name, data / name / "dev.jsonl")
+        put(tones_folder, name, data / name / "test.jsonl")
+    backward = {name: str(data / name) for name in ("de", "en")}
+    own = {"data": str(data / "new"), "backward": backward, "target_modules": ".*decoder.*"}
+    return {**fit_options, **own, "keep": {"average": 80}}
+
+
+class Notes(Listener):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="session")
+def kept_run(keep_options, tmp_path_factory):
+    """A run that keeps a contract, and what it noted. Leave it as it is."""
+    torch.set_num_threads(1)
+    progress = Notes()
+    run = fit(
+        FitConfig(**keep_options), tmp_path_factory.mktemp("runs") / "kept", progress=progress
+    )
+    return run, progress.notes

@@ -1,0 +1,82 @@
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from blora_pyro.errors import UserError
+from blora_pyro.posterior.strength import at_strength
+from blora_pyro.runs.finished import evaluate_run
+from blora_pyro.runs.folders import read_run
+from blora_pyro.runs.keeping import keep_adapter
+
+from .conftest import Notes
+
+
+@pytest.fixture(scope="module")
+def lora(kept_run, tmp_path_factory):
+    """The whole fit of `kept_run` as an adapter of PEFT's, and nothing else."""
+    folder = tmp_path_factory.mktemp("adapters") / "lora"
+    at_strength(kept_run[0].posterior, 1).save(folder)
+    (folder / "posterior.safetensors").unlink()
+    return folder
+
+
+def test_an_adapter_of_others_is_turned_down_as_a_fit_is(
+    lora, kept_run, keep_options, tones_folder, tmp_path
+):
+    run, _ = kept_run
+    sets = {name: keep_options[name] for name in ("data", "backward")}
+    found = keep_adapter(lora, {"average": 80}, tmp_path / "out", **sets)
+    assert found["kept"]["strength"] == 0.5
+    assert found["kept"]["losses"] == read_run(run.output)[1].kept["losses"]
+    assert found["metrics"]["contract"] == run.metrics["contract"]
+    assert found["metrics"]["new_domain"]["adapted"] == run.metrics["new_domain"]["adapted"]
+    out = tmp_path / "out"
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["lora_alpha"] == 4.0
+    assert config["base_model_name_or_path"] == keep_options["base"]
+    assert load_file(out / "adapter_model.safetensors").keys()
+    kept = json.loads((out / "keep.json").read_text(encoding="utf-8"))
+    assert kept == {"adapter": lora.as_posix(), **json.loads(json.dumps(found["kept"]))}
+    assert json.loads((out / "metrics.json").read_text(encoding="utf-8")) == found["metrics"]
+    assert (out / "strength.png").is_file()
+
+    # and as base or as adapter of the next look it is what was written
+    again = keep_adapter(out, 100, **sets)
+    ends = {one["strength"]: one["new_domain"]["rate"] for one in again["kept"]["curve"]["points"]}
+    assert ends[1.0] == found["metrics"]["new_domain"]["adapted"]["wer"]["rate"]
+
+
+def test_a_run_keeps_another_contract_by_the_sets_of_its_fit(kept_run, tmp_path):
+    run, _ = kept_run
+    found = keep_adapter(run.output, {"each": 40}, tmp_path / "out")
+    assert found["kept"]["limits"] == {"each": 0.4}
+    assert found["kept"]["curve"]["adapter"] == at_strength(run.posterior, 1).fingerprint
+    assert found["kept"]["strength"] < 0.5  # at which English has lost all
+    posterior, record = read_run(tmp_path / "out")
+    assert posterior.strength == found["kept"]["strength"]
+    assert record.resolved.keep == {"each": 40.0}
+    assert record.resolved.data == run.config.data
+    assert evaluate_run(tmp_path / "out") == found["metrics"]
+
+
+def test_it_says_what_is_missing(lora, kept_run, keep_options, tones_folder, tmp_path):
+    with pytest.raises(UserError, match="fitted here, and data and backward is not given"):
+        keep_adapter(lora, 1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is neither a run folder nor a PEFT adapter"):
+        keep_adapter(tmp_path / "empty", 1)
+    sets = {name: keep_options[name] for name in ("data", "backward")}
+    copy = shutil.copytree(lora, tmp_path / "copy")
+    config = json.loads((copy / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = None
+    (copy / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match="does not name its base; give base"):
+        keep_adapter(copy, 1, **sets)
+    with pytest.raises(UserError, match="keep needs the dev and the test split"):
+        keep_adapter(lora, 1, data=sets["data"], backward=(str(tones_folder / "de.jsonl"),))
+    with pytest.raises(UserError, match="the limit 'average' of keep is '-1'"):
+        keep_adapter(kept_run[0].output, -1, progress=Notes())
+    with pytest.raises(TypeError, match="has no option 'steps'"):
+        keep_adapter(lora, 1, steps=3)
