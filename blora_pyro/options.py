@@ -455,6 +455,9 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         Raises:
             UserError: Naming the option, what it was given, and what is allowed.
         """
+        for name, value in _values(self).items():
+            if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+                object.__setattr__(self, name, value.item())
         for name, value in _suited(self).items():
             object.__setattr__(self, name, value)
         check_kinds(FitConfig, {name: getattr(self, name) for name in declarations(FitConfig)})

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
@@ -33,6 +34,12 @@ def test_options_are_checked_without_torch_transformers_or_datasets():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = FitConfig(steps=np.int64(3), lr=np.float64(0.25), streaming=np.bool_(False))
+    assert (config.steps, config.lr, config.streaming) == (3, 0.25, False)
+    assert [type(one) for one in (config.steps, config.lr, config.streaming)] == [int, float, bool]
 
 
 def test_the_defaults_can_be_fitted():

@@ -139,11 +139,12 @@ def text_ids(
 ) -> list[int]:
     """Return the tokens of a transcript, which Whisper begins with a space; [] if it is blank.
 
-    Where `generate` may not begin with a lone space there is none before a script without spaces,
-    nor where the space would be a token of its own. Special tokens spelled out in the text are read
-    as text, so that no transcript can end early.
+    White space inside, line ends too, is single spaces, as Whisper writes it. Where `generate` may
+    not begin with a lone space there is none before a script without spaces, nor where the space
+    would be a token of its own. Special tokens spelled out in the text are read as text, so that no
+    transcript can end early.
     """
-    if not (text := text.strip()):
+    if not (text := " ".join(text.split())):
         return []
 
     def encode(text: str) -> list[int]:

@@ -112,7 +112,7 @@ def of_domain(config: FitConfig, domain: str | None) -> FitConfig:
 
 def merge_run(
     folder: str | Path,
-    out: Path,
+    out: str | Path,
     overwrite: bool = False,
     dtype: str = "float32",
     *,
@@ -142,6 +142,7 @@ def merge_run(
             or domain, or the merged net's logits differ from the adapted one's.
     """
     check_dtype(dtype)
+    out = Path(out)
     posterior, record = read_run(folder, pooled=True)
     posterior = at_strength(posterior.for_domain(domain), strength, strength_by)
     base = base_of(replace(record.resolved, dtype="float32"))
@@ -163,7 +164,7 @@ def merge_run(
 
 
 def transcribe(
-    audio: Sequence[str | Path],
+    audio: str | Path | Sequence[str | Path],
     adapter: str | Path | None = None,
     base: str | None = None,
     language: str | None = None,
@@ -187,7 +188,7 @@ def transcribe(
     """Return transcripts of audio files, by a base model alone or adapted by a posterior mean.
 
     Args:
-        audio: files (wav, mp3, m4a, webm, ...) of any length.
+        audio: a file (wav, mp3, m4a, webm, ...) of any length, or several.
         adapter: Folder of a run, or its Hub id.
         base: Base model; None is the adapter's, or the pocket Whisper.
         language: A Whisper code, or "de-en" for code-switched speech; "auto" is what the model
@@ -254,4 +255,5 @@ def transcribe(
         samples=samples,
         seed=seed,
     )
-    return transcribe_files(transcriber, audio, on_transcript, on_error)
+    paths = [audio] if isinstance(audio, str | Path) else audio
+    return transcribe_files(transcriber, paths, on_transcript, on_error)

@@ -138,6 +138,8 @@ def fit(
     given = {name: value for name, value in keywords.items() if value is not None}
     if config is None:
         config = FitConfig(**given)
+    elif not isinstance(config, FitConfig):
+        raise UserError(f"config is {config!r:.60}; give a FitConfig, or options by name: data=...")
     elif given:
         config = config.with_options(**given)
     processes = Processes.join(_device(output, config))

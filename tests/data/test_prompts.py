@@ -96,6 +96,10 @@ def test_text_is_tokenised_as_in_whisper_s_transcripts(tokenizer, text):
     assert [*prompt_ids(tokenizer, "de"), *ids, tokenizer.get_vocab()[END]] == expected
 
 
+def test_white_space_in_a_text_is_a_space(tokenizer):
+    assert text_ids(tokenizer, "das\r\n rote\u00a0\trad") == text_ids(tokenizer, "das rote rad")
+
+
 def test_special_tokens_in_a_text_are_text(tokenizer):
     ids = text_ids(tokenizer, "a <|endoftext|> b")
     assert not set(ids) & set(tokenizer.all_special_ids)

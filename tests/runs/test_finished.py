@@ -106,7 +106,7 @@ def test_a_run_can_be_evaluated_on_other_data(finished_run, tones_folder):
 def test_a_merged_run_is_a_plain_checkpoint_with_the_adapted_logits(
     finished_run, fluent_base, tones_folder, tmp_path
 ):
-    merge_run(finished_run.output, tmp_path / "merged")
+    merge_run(finished_run.output, str(tmp_path / "merged"))
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     plain = WhisperForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
     WhisperTokenizer.from_pretrained(tmp_path / "merged")
@@ -209,6 +209,13 @@ def test_transcribing_with_and_without_an_adapter(finished_run, fluent_folder, t
     assert [one.text for one in base] != ["ein bicycle", "das red"]
     (detected,) = transcribe([tones_folder / "de3.wav"], base=str(fluent_folder))
     assert (detected.text, detected.language) == ("ein rad", "de")
+
+
+def test_one_file_is_transcribed_by_its_path_alone(fluent_folder, tones_folder):
+    path = tones_folder / "de2.wav"
+    for given in (path, str(path)):
+        (found,) = transcribe(given, base=str(fluent_folder), language="de")
+        assert found.text == "das rote"
 
 
 def test_an_adapters_language_is_that_of_its_data_unless_given(finished_run, tones_folder):

@@ -433,6 +433,11 @@ def test_a_data_set_in_memory_is_fitted_and_resumed_where_it_is_given_again(
     assert again.history == run.history
 
 
+def test_a_config_that_is_none_is_refused():
+    with pytest.raises(UserError, match="config is 'corpus'; give a FitConfig, or options by name"):
+        fit("corpus")
+
+
 def test_an_unknown_option_is_refused_with_the_one_that_was_meant():
     for call, words in {
         lambda: fit(stpes=3): "has no option 'stpes'; did you mean 'steps'?",
