@@ -110,7 +110,7 @@ def measure_beyond(
         "language": lambda name, one: [
             (found != code, True)
             for found, code in zip(one.languages, codes[name], strict=bool(one.languages))
-            if "-" not in code
+            if "-" not in code and code not in base.language_map
         ],
         "capital": lambda name, one: [
             (not _begins_with_capital(text), bool(regex.search(r"\p{Lu}|\p{Ll}", text)))
@@ -164,7 +164,8 @@ def _hear(base: Base, examples: Examples, rows: list[int], shares_encoder: bool)
     if "translate" in (getattr(base.net.generation_config, "task_to_id", None) or {}):
         foreign = [i for i, row in enumerate(rows) if examples.languages[row] != ENGLISH.code]
         asked = [
-            prompt_ids(base.tokenizer, examples.languages[rows[i]], "translate") for i in foreign
+            prompt_ids(base.tokenizer, examples.languages[rows[i]], "translate", base.language_map)
+            for i in foreign
         ]
         translations = transcribe_features(
             base,

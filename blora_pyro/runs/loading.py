@@ -15,6 +15,7 @@ from transformers import WhisperTokenizer
 from blora_pyro.data import (
     BadRow,
     EncodedRow,
+    Encoder,
     Examples,
     Heard,
     OnBadRow,
@@ -127,6 +128,7 @@ class Loader:
         if split != "train":  # which is not scored
             dataset = without_bad_tags(dataset, on_bad)
         self._map_languages(dataset, language or self.config.language)
+        self._check_languages(dataset, language or self.config.language)
         examples = Examples(
             dataset,
             self.base.feature_extractor,
@@ -143,6 +145,25 @@ class Loader:
         )
         self._look_at(sources, split, examples)
         return examples
+
+    def _check_languages(self, dataset: Dataset, default: str | None) -> None:
+        """Refuse a language that can't be prompted once for all its rows, if none is to be skipped.
+
+        Raises:
+            BadRow: Naming the first.
+        """
+        if self.config.on_bad_row != "stop":
+            return
+        tokenizer, spoken = self.base.tokenizer, dataset["language"][:]
+        known = self.base.language_map
+        encoder = Encoder(tokenizer, default, self.config.task, language_map=known)
+        for text, count in Counter(spoken).items():
+            try:
+                encoder.encode("", text)
+            except UserError as error:
+                first = dataset[spoken.index(text)]["origin"]
+                more = f" and {count - 1:,} more rows" if count > 1 else ""
+                raise BadRow(f"{first}{more}", str(error)) from None
 
     def _map_languages(
         self, dataset: Dataset, default: str | None, rows: Dataset | None = None
