@@ -1,0 +1,125 @@
+"""How sure must one be on dev that a contract on forgetting holds on test?
+
+    python experiments/contracts.py
+
+From the table of the pocket study (`experiments/pocket/results.csv`), without a fit: for LoRA,
+BLoRA and the horseshoe, scaled after the fit (3 settings, 3 domains, 3 seeds), the test utterances
+are split into halves at random. On one, as if it were dev, the strength with the lowest new-domain
+error is chosen among those whose loss is within the limit at a quantile of the paired bootstrap, as
+`fit --keep` does (which has more strengths to choose from); on the other it is seen whether the
+contract holds, and what it cost: new-domain error above that of the best strength which holds
+there. Results: `experiments/pocket/contracts.json`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from records import ROOT, origin
+
+from blora_pyro.files import write_json
+from blora_pyro.metrics import Counts
+from blora_pyro.metrics.bootstrap import macro_rate, paired_macro_quantile
+from blora_pyro.runs.scoring import NEW_DOMAIN
+from blora_pyro.studies.results import TEST, ScoredFit, read_results
+
+METHODS = ("lora", "blora", "horseshoe")
+LIMITS = (0.005, 0.01, 0.02)
+QUANTILES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+HALVES = 20
+DRAWS = 400
+
+Curve = dict[float, ScoredFit]  # by strength; 0 is the base
+
+
+def curves(scores: Sequence[ScoredFit]) -> list[Curve]:
+    """Return the strengths of every fit that was scaled."""
+    tested = [one for one in scores if one.split == TEST and one.counts]
+    bases = {one.data: one for one in tested if one.method == "base"}
+    found = []
+    for method in METHODS:
+        scaled = [one for one in tested if one.method == f"scaled-{method}"]
+        for name in sorted({(one.setting, one.data, one.seed, parent(one)) for one in scaled}):
+            own = {
+                float(one.candidate.split(":")[1]): one
+                for one in scaled
+                if (one.setting, one.data, one.seed, parent(one)) == name
+            }
+            full = [
+                one
+                for one in tested
+                if (one.setting, one.data, one.seed, one.candidate) == (*name[:3], name[3])
+            ]
+            found.append({0.0: bases[name[1]], **own, 1.0: full[0]})
+    return found
+
+
+def parent(scored: ScoredFit) -> str:
+    """Return the candidate that was scaled."""
+    return f"{scored.method.removeprefix('scaled-')}:{scored.candidate.split(':')[2]}"
+
+
+def half(counts: Counts, rows: Any) -> Counts:
+    """Return the counts of some utterances."""
+    return Counts(counts.edits[rows], counts.lengths[rows])
+
+
+def outcomes(curve: Curve, seed: int) -> list[dict[str, Any]]:
+    """Return what each quantile chooses for each limit, for one split into halves."""
+    rng = np.random.default_rng(seed)
+    orders = {name: rng.permutation(len(curve[0.0].main(name).edits)) for name in curve[0.0].counts}
+    sides = [{name: rows[side::2] for name, rows in orders.items()} for side in (0, 1)]
+    backward = curve[0.0].backward_sets
+
+    def old(strength: float, side: int) -> list[Counts]:
+        return [half(curve[strength].main(name), sides[side][name]) for name in backward]
+
+    def new(strength: float, side: int) -> float:
+        return half(curve[strength].main(NEW_DOMAIN), sides[side][NEW_DOMAIN]).rate
+
+    lost = {one: macro_rate(old(one, 1)) - macro_rate(old(0.0, 1)) for one in curve}
+    found = []
+    for quantile in QUANTILES:
+        sure = {
+            one: paired_macro_quantile(old(0.0, 0), old(one, 0), quantile, DRAWS) if one else 0.0
+            for one in curve
+        }
+        for limit in LIMITS:
+            chosen = min((one for one in curve if sure[one] <= limit), key=lambda one: new(one, 0))
+            best = min(new(one, 1) for one in curve if lost[one] <= limit)
+            found.append(
+                {
+                    "quantile": quantile,
+                    "limit": limit,
+                    "holds": bool(lost[chosen] <= limit),
+                    "strength": chosen,
+                    "cost": new(chosen, 1) - best,
+                }
+            )
+    return found
+
+
+def main() -> None:
+    """Count, print and write."""
+    file = ROOT / "experiments" / "pocket" / "results.csv"
+    every = curves(read_results(file))
+    rows = [one for curve in every for seed in range(HALVES) for one in outcomes(curve, seed)]
+    summary = []
+    for limit in LIMITS:
+        for quantile in QUANTILES:
+            own = [one for one in rows if (one["limit"], one["quantile"]) == (limit, quantile)]
+            about = {
+                key: float(np.mean([one[key] for one in own]))
+                for key in ("holds", "cost", "strength")
+            }
+            summary.append({"limit": limit, "quantile": quantile, **about})
+            print(
+                f"limit {limit:.1%}, quantile {quantile}: holds {about['holds']:.1%}, "
+                f"costs {100 * about['cost']:.2f} points, mean strength {about['strength']:.2f}"
+            )
+    about = {**origin(), "curves": len(every), "halves": HALVES, "rows": summary}
+    write_json(file.with_name("contracts.json"), about)
+
+
+if __name__ == "__main__":
+    main()
