@@ -117,8 +117,8 @@ def main() -> None:
                 f"limit {limit:.1%}, quantile {quantile}: holds {about['holds']:.1%}, "
                 f"costs {100 * about['cost']:.2f} points, mean strength {about['strength']:.2f}"
             )
-    about = {**origin(), "curves": len(every), "halves": HALVES, "rows": summary}
-    write_json(file.with_name("contracts.json"), about)
+    result: dict[str, Any] = {**origin(), "curves": len(every), "halves": HALVES, "rows": summary}
+    write_json(file.with_name("contracts.json"), result)
 
 
 if __name__ == "__main__":
