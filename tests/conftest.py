@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from blora_pyro.posterior import Posterior
     from blora_pyro.runs.fits import Run
 
-# Fixtures of a session, notebooks and pages of the docs keep out of the user's home, and share
+# Fixtures of a session and pages of the docs keep out of the user's home, and share
 # what they have computed, in all workers.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="blora-pyro-tests-")

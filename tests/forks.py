@@ -12,10 +12,14 @@ from typing import Any
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     [
+        "IPython.core.interactiveshell",
+        "arviz",
         "blora_pyro.cli.progress",
         "blora_pyro.runs.fits",
         "blora_pyro.studies.running",
-        "blora_pyro.studies.searching",
+        "blora_pyro.studies.search",
+        "matplotlib.pyplot",
+        "pandas",
         "peft",
         "pytest",
         "transformers.models.whisper.feature_extraction_whisper",

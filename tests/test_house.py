@@ -46,6 +46,7 @@ ACROSS = {
     "test_docs.py",
     "test_fuzz.py",
     "test_house.py",
+    "test_notebooks.py",
 }
 
 
