@@ -333,6 +333,11 @@ class FittingOptions:
         "shared",
         choices=("shared", "flipout", "flipout-token", "local"),
     )
+    alarms: bool = option(
+        "End a fit that goes wrong early, with its last good posterior: the NLL above its start, "
+        "the gradient's norm far above its median, or the dev error running away.",
+        True,
+    )
     average_from: float | None = option(
         "Average the posterior over the steps after this share of them.",
         unset="no averaging",

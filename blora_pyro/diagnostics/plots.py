@@ -13,7 +13,7 @@ from blora_pyro.diagnostics.densities import Densities, densities
 from blora_pyro.diagnostics.heat_maps import active_rank_plot, kl_map, update_map
 from blora_pyro.diagnostics.layers import PROJECTIONS, LayerPosition
 from blora_pyro.diagnostics.summaries import Summary, UpdateSummary
-from blora_pyro.fitting.svi import Step
+from blora_pyro.fitting.history import Step
 from blora_pyro.guides.contracts import shrinkage_of
 from blora_pyro.plotting import (
     BLACK,

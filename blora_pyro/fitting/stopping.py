@@ -107,9 +107,9 @@ class EarlyStopping:
         self._best = {name: value.clone() for name, value in best.items()}
         self.errors = [DevError(**one) for one in errors]
 
-    def to_json(self) -> DevErrors:
-        """Return what `run.json` stores once the fit is done."""
-        ended = "patience" if self.stops else "steps"
+    def to_json(self, by_alarm: bool = False) -> DevErrors:
+        """Return what `run.json` stores once the fit is done, or an alarm has ended it."""
+        ended = "alarm" if by_alarm else "patience" if self.stops else "steps"
         errors: list[Any] = [asdict(one) for one in self.errors]
         return {"errors": errors, "best_step": self.best.step, "ended_by": ended}
 

@@ -4,17 +4,20 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from blora_pyro.data import Batch, Examples, Stream, StreamPosition
+from blora_pyro.data import IGNORED, Batch, Examples, Stream, StreamPosition
 from blora_pyro.errors import UserError
+from blora_pyro.fitting.alarms import Alarms
 from blora_pyro.fitting.batches import SpecAugment, Teacher, batches
 from blora_pyro.fitting.checkpoints import Checkpoint, Checkpoints, RandomState
+from blora_pyro.fitting.history import Step
 from blora_pyro.fitting.objective import Objective
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import Average, EarlyStopping
@@ -23,38 +26,6 @@ from blora_pyro.models import WhisperProgram, build_estimator
 from blora_pyro.options import FittingOptions, Schedule, default_warmup_steps
 
 MAX_SKIPPED = 10  # steps in a row
-
-
-@dataclass(frozen=True)
-class Step:
-    """The figures of one step of SVI.
-
-    Attributes:
-        step: Counted from 1.
-        loss: nll + beta · kl + regularizer.
-        nll: Mean negative log-likelihood of the batch's target tokens, nats.
-        kl: KL(q || p) summed over every adapter weight, nats, to the rounding of loss / beta (for
-            `point`: -log p; for `auto-normal`: a one-draw estimate). None with beta = 0, where the
-            loss has no such part.
-        lr: Learning rate of the step.
-        tokens: Target tokens in the batch.
-        regularizer: The weighted terms of distillation and EWC, nats; 0 without them.
-        grad_norm: Norm of the gradient before it was clipped, all parameters together; None in a
-            history that was stored without it.
-    """
-
-    step: int
-    loss: float
-    nll: float
-    kl: float | None
-    lr: float
-    tokens: int
-    regularizer: float = 0.0
-    grad_norm: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures by name, without the norm where it is not known."""
-        return {k: v for k, v in vars(self).items() if k != "grad_norm" or v is not None}
 
 
 def learning_rate(
@@ -95,6 +66,7 @@ def fit_guide(
     early_stopping: EarlyStopping | None = None,
     teacher: Teacher | None = None,
     processes: Processes | None = None,
+    alarms: Alarms | None = None,
 ) -> list[Step]:
     """Fit `guide` to `model` by SVI on `mean token NLL + beta · KL`, one weight draw a step.
 
@@ -119,6 +91,8 @@ def fit_guide(
             as without it.
         teacher: Completes every batch, see `Distillation` and `EncoderCache`.
         processes: Those that fit together; None is this one alone.
+        alarms: May end the fit early, with its last good parameters (or the best by
+            `early_stopping`, where it has measured).
 
     Returns:
         One `Step` for every step that was not skipped.
@@ -139,7 +113,7 @@ def fit_guide(
             guide.to(device)
             guide(examples.batch([0]).to(device))  # Pyro's own guides make their parameters here
             checkpoints = checkpoints or Checkpoints(None)
-            trainer = Trainer(model, guide, options, checkpoints, early_stopping, processes)
+            trainer = Trainer(model, guide, options, checkpoints, early_stopping, processes, alarms)
             trainer.evaluate()  # a checkpoint may be from just before
             stream = batches(
                 examples,
@@ -159,8 +133,10 @@ def fit_guide(
                     trainer.evaluate()
     finally:
         model.adapters.clear()
-    if early_stopping:
+    if early_stopping and early_stopping.errors:
         early_stopping.restore(guide)
+    elif alarms and alarms.ended:
+        alarms.restore(guide)
     elif trainer.average:
         trainer.average.restore(guide)
     return trainer.history
@@ -184,6 +160,7 @@ class Trainer:
         checkpoints: Checkpoints,
         stopping: EarlyStopping | None,
         processes: Processes,
+        alarms: Alarms | None = None,
     ) -> None:
         """Start at the first step, or where the checkpoint is."""
         self.model, self.guide, self.options, self.stopping = model, guide, options, stopping
@@ -204,13 +181,18 @@ class Trainer:
         self.done, self.skipped = 0, 0
         self.history: list[Step] = []
         self.position: StreamPosition | None = None
-        self.checkpoints = checkpoints
+        self.checkpoints, self.alarms = checkpoints, alarms
+        self.start = {name: value.detach().clone() for name, value in guide.mean().items()}
+        if alarms:
+            alarms.start(guide)
         if checkpoint := processes.read_checkpoint(checkpoints):
             self._restore(checkpoint)
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done and the last loss was finite, or patience is at its end."""
+        """Whether all steps are done and the last loss was finite, or something ends it early."""
+        if self.alarms and self.alarms.ended:
+            return True
         if self.stopping and self.stopping.stops:
             return True
         return self.done >= self.options.steps and not self.skipped
@@ -242,7 +224,29 @@ class Trainer:
             self._skip(value)
             return None
         self.skipped = 0
-        return self._update(value, nll) if self.done < self.options.steps else None
+        if self.done == self.options.steps:
+            return None
+        step = self._update(value, nll)
+        if self.alarms:
+            errors = self.stopping.errors if self.stopping else []
+            self.alarms.check(self.history, errors, self.guide, lambda: self.nll_at_start(batch))
+        return step
+
+    @torch.no_grad()
+    def nll_at_start(self, batch: Batch | None) -> float:
+        """Return the mean NLL of a batch's target tokens at the mean that the fit started with."""
+        total, tokens = 0.0, 0
+        if batch is not None:
+            self.model.place(self.start, batch)
+            assert batch.labels is not None
+            logits, _ = self.model.likelihood(replace(batch, soft=None))
+            total = cross_entropy(
+                logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            ).item()
+            tokens = batch.num_tokens
+        parts = self.processes.gather([total, tokens]) if self.processes.count > 1 else []
+        totals, counts = zip(*(parts or [(total, tokens)]), strict=True)
+        return sum(totals) / sum(counts)
 
     def _update(self, loss: float, nll: float) -> Step:
         options, regularizer = self.options, self.objective.regularizer
@@ -293,6 +297,9 @@ class Trainer:
         if self.stopping:
             best, about["dev_errors"] = self.stopping.state()
             tensors |= {f"best.{name}": value for name, value in best.items()}
+        if self.alarms:
+            kept, about["alarms"] = self.alarms.state()
+            tensors |= {f"kept.{name}": value for name, value in kept.items()}
         if self.average:
             averages, about["averaged_steps"] = self.average.state()
             tensors |= {f"average.{name}": value for name, value in averages.items()}
@@ -317,6 +324,8 @@ class Trainer:
             self.objective.scale, self.objective.steps_at_scale = scale
             if self.stopping:
                 self.stopping.load_state(parts.get("best", {}), checkpoint.about["dev_errors"])
+            if self.alarms and "alarms" in checkpoint.about:
+                self.alarms.load_state(parts.get("kept", {}), checkpoint.about["alarms"])
             if self.average:
                 count = checkpoint.about["averaged_steps"]
                 self.average.load_state(parts.get("average", {}), count)

@@ -12,9 +12,10 @@ from blora_pyro.declarations import check_names
 from blora_pyro.errors import UserError
 from blora_pyro.families import ROLES, check_code, check_hashes, code_hashes, is_code
 from blora_pyro.files import replace_file, write_json
+from blora_pyro.fitting.alarms import Ended
 from blora_pyro.fitting.checkpoints import stored_step
+from blora_pyro.fitting.history import Step
 from blora_pyro.fitting.stopping import EarlyStopping
-from blora_pyro.fitting.svi import Step
 from blora_pyro.guides import with_prior_arguments
 from blora_pyro.options import AUTO, FitConfig
 from blora_pyro.posterior import Posterior
@@ -221,15 +222,18 @@ class FitFolder:
         history: list[Step],
         stopping: EarlyStopping | None,
         seconds: float,
+        alarm: Ended | None = None,
     ) -> None:
         """Keep the posterior of the fit, which is done now."""
         if self.path is not None:
             save_posterior(self.path, fitted)
         record = self.record
-        steps = stopping.errors[-1].step if stopping else record.resolved.steps
+        steps = stopping.errors[-1].step if stopping and stopping.errors else record.resolved.steps
+        if alarm is not None:
+            steps, record.ended_by, record.alarm = alarm["step"], "alarm", alarm
         record.state, record.seconds = EVALUATING, {"fit": round(seconds, 3)}
         record.skipped_steps, record.history = steps - len(history), history
-        record.dev = stopping.to_json() if stopping else None
+        record.dev = stopping.to_json(alarm is not None) if stopping and stopping.errors else None
         if self.path is not None:
             record.write(self.path)
             remove_files(self.path, CHECKPOINT)

@@ -11,11 +11,12 @@ from blora_pyro.declarations import check_value, known_keywords
 from blora_pyro.errors import Interrupted, ProcessLost, UserError, is_out_of_memory
 from blora_pyro.files import read_json
 from blora_pyro.fitting import fit_guide
+from blora_pyro.fitting.alarms import Alarms
 from blora_pyro.fitting.checkpoints import Checkpoints
+from blora_pyro.fitting.history import Step
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import DevErrors
-from blora_pyro.fitting.svi import Step
 from blora_pyro.models import check_device
 from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.posterior import Family, Posterior
@@ -27,7 +28,13 @@ from blora_pyro.runs.folders import writing
 from blora_pyro.runs.listeners import Listener, check_trackers, tracked
 from blora_pyro.runs.parts import Parts
 from blora_pyro.runs.record import FINISHED, FITTING, RUN, state_of
-from blora_pyro.runs.report import NOTHING_MEASURED, error_changes, fit_tables, kept_line
+from blora_pyro.runs.report import (
+    NOTHING_MEASURED,
+    alarm_line,
+    error_changes,
+    fit_tables,
+    kept_line,
+)
 from blora_pyro.runs.scoring import Scoring, compare
 from blora_pyro.runs.utterances import utterance_rows
 from blora_pyro.sources import Source
@@ -268,6 +275,8 @@ def _fit(
     metrics = compare(posterior, before, after, parts.config)
     if folder.record.kept is not None:
         metrics |= verdict(folder.record.kept, metrics)
+    if folder.record.alarm:
+        metrics["alarm"] = folder.record.alarm
     rows = utterance_rows(parts.scoring.sets, {"base": before, "adapted": after}, posterior)
     folder.finish(metrics, rows, time.monotonic() - started)
     progress.measured(metrics, history[-1].step if history else 0)
@@ -288,6 +297,7 @@ def _fit_and_keep(
     if (done := checkpoints.stored_step()) is not None:
         progress.stage(f"going on from step {done}")
     progress.ready(config, parts.size["tokens"], model.num_weights)
+    alarms = Alarms() if config.alarms else None
     history = fit_guide(
         model,
         guide,
@@ -298,6 +308,7 @@ def _fit_and_keep(
         early_stopping=stopping,
         teacher=teacher,
         processes=processes,
+        alarms=alarms,
     )
     parts.loader.report_skipped(folder.list_skipped(parts.loader.skipped))  # of a stream
     family = Family.of(config.prior, config.prior_args, str(config.guide))
@@ -305,7 +316,10 @@ def _fit_and_keep(
     posterior = Posterior.from_guide(
         base.name, model, guide, family, config.revision, allowed, base.language_map
     )
-    folder.save(posterior, history, stopping, time.monotonic() - started)
+    ended = alarms.ended if alarms else None
+    folder.save(posterior, history, stopping, time.monotonic() - started, ended)
+    if ended:
+        progress.note(alarm_line(ended))
     if skipped := folder.record.skipped_steps:
         progress.note(
             f"{skipped} of {skipped + len(history)} steps were skipped, because their loss or "

@@ -11,8 +11,9 @@ from typing import Any, Literal, NotRequired, Self, TypedDict, get_args, get_ori
 
 from blora_pyro.errors import UserError, reason
 from blora_pyro.files import read_json, write_json
+from blora_pyro.fitting.alarms import Ended
+from blora_pyro.fitting.history import Step
 from blora_pyro.fitting.stopping import DevErrors
-from blora_pyro.fitting.svi import Step
 from blora_pyro.options import AVERAGE, EACH, FitConfig
 
 RUN = "run.json"
@@ -91,6 +92,8 @@ class RunRecord:
         history: One `Step` for each step of SVI.
         dev: Errors on the dev set, the best step, and what ended the fit, with `eval_every`.
         kept: The contract and the strength that keeps it, with `keep`; None until it is chosen.
+        ended_by: `alarm`, if one ended the fit early; then `alarm` has the steps and the reason.
+        alarm: See `Ended`.
         pruned: How the run was made of another by pruning, see `prune_run`.
         combined: How the run was made of several, see `combine_runs`.
         other: Further content of the file.
@@ -113,6 +116,8 @@ class RunRecord:
     history: list[Step] | None = None
     dev: DevErrors | None = None
     kept: Kept | None = None
+    ended_by: Literal["alarm"] | None = None
+    alarm: Ended | None = None
     pruned: Pruned | None = None
     combined: Combined | None = None
     other: dict[str, Any] = field(default_factory=dict)

@@ -25,9 +25,10 @@ AlignedWord = tuple[str, str, str]  # reference, hypothesis, and the kind of err
 
 def fit_tables(metrics: Mapping[str, Any]) -> list[Part]:
     """Return table and lines of `metrics.json`: rates in percent with 95% bootstrap intervals."""
-    parts = _rate_tables(metrics, ("base", "adapted"))
-    if not parts:
-        return [NOTHING_MEASURED]
+    alarm = [alarm_line(metrics["alarm"])] if "alarm" in metrics else []
+    parts = [*alarm, *_rate_tables(metrics, ("base", "adapted"))]
+    if len(parts) == len(alarm):
+        return [*alarm, NOTHING_MEASURED]
     if "strength" in metrics:
         parts.append(f"adapted: at strength {metrics['strength']:g} by {metrics['strength_by']}")
     if contract := metrics.get("contract"):
@@ -124,11 +125,17 @@ def error_changes(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield f"backward {' -> '.join(percent(rate['rate']) for rate in rates)}"
 
 
+def alarm_line(alarm: Mapping[str, Any]) -> str:
+    """Return a line on the alarm that ended a fit."""
+    kept = f"the posterior of step {alarm['kept_step']}" if alarm["kept_step"] else "its start"
+    return f"ALARM, the fit ended early at step {alarm['step']} with {kept}: {alarm['reason']}"
+
+
 def dev_line(dev: Mapping[str, Any]) -> str:
     """Return a line on the best step of a fit with a dev set, and how far the fit went."""
     errors = {one["step"]: one["error"] for one in dev["errors"]}
     best, last = dev["best_step"], max(errors)
-    end = "stopped early, after" if dev["ended_by"] == "patience" else "of"
+    end = "of" if dev["ended_by"] == "steps" else "stopped early, after"
     return f"dev error {errors[best]:.1%} after step {best}, the best; {end} {last} steps"
 
 

@@ -169,6 +169,9 @@ def test_other_options_reach_the_configuration(handed_on):
     well("fit", *(one for one in more if one != "--cache-encoder"))
     config = handed_on["config"]
     assert (config.streaming, config.shuffle_buffer, config.average_from) == (True, 50, 0.25)
+    assert config.alarms
+    well("fit", "--no-alarms")
+    assert not handed_on["config"].alarms
     data = ["--data", "a=de-en", "--data", "b=es-en"]
     well("fit", *data, "--pooling", "hierarchical", "--pooling-scale", 0.2, "--cache-encoder")
     config = handed_on["config"]
@@ -199,7 +202,7 @@ def test_folders_of_fits_that_differ_differ_by_name(tmp_path):
 def test_no_option_is_left_out_of_these_tests():
     tested = {name.replace("-", "_") for name in (*EVERY_OPTION, *SWITCHES)} | {"prior_args"}
     tested |= {"streaming", "shuffle_buffer", "average_from", "pooling", "pooling_scale"}
-    tested |= {"cache_encoder", "prior_from", "prior_inflation", "layers_to_transform"}
+    tested |= {"alarms", "cache_encoder", "prior_from", "prior_inflation", "layers_to_transform"}
     assert set(declarations(FitConfig)) <= tested
 
 

@@ -14,7 +14,7 @@ from blora_pyro.diagnostics.plots import (
     singular_value_plot,
     trace_plot,
 )
-from blora_pyro.fitting.svi import Step
+from blora_pyro.fitting.history import Step
 
 from .conftest import SQUARE, TALL, fitted
 

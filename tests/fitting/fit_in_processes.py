@@ -17,10 +17,10 @@ from blora_pyro.cli import app
 from blora_pyro.data import read_manifest
 from blora_pyro.data.collation import Examples
 from blora_pyro.errors import Interrupted
+from blora_pyro.fitting.history import Step
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.objective import Objective
 from blora_pyro.fitting.processes import Processes
-from blora_pyro.fitting.svi import Step
 from blora_pyro.guides import with_prior_arguments
 from blora_pyro.models import load_base
 from blora_pyro.models.estimators import build_estimator

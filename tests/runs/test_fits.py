@@ -119,6 +119,41 @@ def test_the_backward_error_is_the_average_over_the_backward_sets(finished_run):
 # ---- a dev set
 
 
+class Notes(Listener):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def test_a_fit_that_goes_wrong_ends_early_with_its_last_good_posterior(
+    fit_options, tones_folder, tmp_path
+):
+    known = {"data": str(tones_folder / "de.jsonl"), "backward": ()}  # what can be lost
+    wild = FitConfig(**{**fit_options, **known, "lr": 3.0, "steps": 12})
+    listener = Notes()
+    run = fit(wild, tmp_path / "run", progress=listener)
+    about = read_json(tmp_path / "run" / "run.json")
+    alarm = about["alarm"]
+    assert about["ended_by"] == "alarm" and about["skipped_steps"] == 0
+    assert 2 < alarm["step"] == len(run.history) < 12
+    assert "smaller --lr" in alarm["reason"]
+    assert any(
+        note.startswith(f"ALARM, the fit ended early at step {alarm['step']}")
+        for note in listener.notes
+    )
+    assert run.table.startswith("ALARM, ") and run.metrics["alarm"] == alarm
+    assert alarm["kept_step"] == 0  # B of the posterior is 0: it is the base
+    assert all(not delta.any() for _, delta in run.posterior.delta_weights())
+    again = fit(output=tmp_path / "run", resume=True)
+    assert (again.history, again.table) == (run.history, run.table)
+
+    unwatched = fit(wild.with_options(alarms=False), evaluate=False)
+    assert len(unwatched.history) == 12
+    assert unwatched.history[: alarm["step"]] == run.history
+
+
 class Errors(Listener):
     def __init__(self):
         self.seen = []

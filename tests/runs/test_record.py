@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from blora_pyro.errors import UserError
-from blora_pyro.fitting.svi import Step
+from blora_pyro.fitting.history import Step
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.record import FINISHED, RUN, Link, RunRecord, conforms, state_of, versions
 
@@ -118,6 +118,8 @@ def whole_content():
         **{"adapter_weights": 12, "versions": versions(), "seconds": {"fit": 1.5}},
         **{"code_sha256": {"prior": "0"}, "skipped_steps": 0, "history": [Step(**STEP)]},
         dev={"errors": [{"step": 1, "error": 0.5}], "best_step": 1, "ended_by": "steps"},
+        ended_by="alarm",
+        alarm={"step": 4, "kept_step": 0, "reason": "too fast"},
         kept={
             **{"limits": {"average": 0.01, "b": 0.02}, "confidence": 0.5, "strength": 0.7},
             **{"losses": {"average": 0.005, "b": 0.005}, "curve": {"points": []}},

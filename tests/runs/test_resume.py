@@ -244,6 +244,15 @@ def test_a_run_with_every_knob_turned_goes_on_too(turned, tmp_path):
     assert_same_run(folder, run.output)
 
 
+def test_an_alarm_is_raised_in_the_same_step_after_a_kill(options, tones_folder, tmp_path):
+    options = {**options, "data": str(tones_folder / "de.jsonl"), "lr": 3.0}
+    run = fit(FitConfig(**options), tmp_path / "straight")
+    folder = crashed(tmp_path / "run", options, step=2)
+    resumed = fit(output=folder, resume=True)
+    assert "alarm" in run.metrics and resumed.metrics["alarm"] == run.metrics["alarm"]
+    assert_same_run(folder, run.output)
+
+
 def test_so_does_a_regularised_and_averaged_one(options, tones_folder, tmp_path):
     options = {
         **options,

@@ -1,0 +1,9 @@
+from blora_pyro.fitting.history import Step
+
+
+def test_a_step_is_stored_by_name_and_without_a_norm_that_is_not_known():
+    step = Step(3, 2.5, 2.0, None, 1e-3, 50)
+    stored = {"step": 3, "loss": 2.5, "nll": 2.0, "kl": None, "lr": 1e-3, "tokens": 50}
+    assert step.to_json() == {**stored, "regularizer": 0.0}
+    with_norm = Step(**stored, grad_norm=4.0)
+    assert Step(**with_norm.to_json()) == with_norm and with_norm.to_json()["grad_norm"] == 4.0
