@@ -46,6 +46,7 @@ class Evaluation:
         points: Per utterance, which tokens of the reference PIER counts; [] if it counts none.
         raw: The evaluation of the raw texts; None in the raw one itself.
         examples: Fingerprint of the data set, see `Examples`; "" is not known.
+        is_drift: The references are the base's own transcripts, see `Examples.against`.
     """
 
     metric: str
@@ -55,6 +56,7 @@ class Evaluation:
     points: list[list[bool]]
     raw: "Evaluation | None" = None
     examples: str = ""
+    is_drift: bool = False
 
     @property
     def main(self) -> Counts:

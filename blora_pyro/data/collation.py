@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Self
@@ -87,7 +88,10 @@ class Examples:
         features: log-mel spectrograms, as good as a tensor (n, mels, frames), float16 on the CPU.
         heard: what is known of their audio; None for the sample of a stream.
         fingerprint: a text that changes with the content of audio, segments, prompts or targets.
+        is_drift: the texts are a model's own, see `against`.
     """
+
+    is_drift = False
 
     def __init__(
         self,
@@ -186,6 +190,15 @@ class Examples:
         for values in zip(*columns, languages, self.texts, strict=True):
             total.update(json.dumps(values).encode())
         self.fingerprint = total.hexdigest()
+
+    def against(self, texts: Sequence[str]) -> "Examples":
+        """Return the same utterances with a model's own transcripts as references, to be scored.
+
+        Errors then tell how far another model has drifted from it. Targets stay what they are.
+        """
+        examples = copy(self)
+        examples.texts, examples.is_drift = list(texts), True
+        return examples
 
     def __len__(self) -> int:
         """The number of utterances."""

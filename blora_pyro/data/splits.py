@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
+from blora_pyro.data.containers import AUDIO_SUFFIXES
 from blora_pyro.data.hf_datasets import (
     HfDataset,
     dataset_split,
@@ -61,7 +62,9 @@ def load_split(
             - a folder with `{split}.jsonl` (or .json, .csv, .tsv), `{split}/metadata.csv` (or
               another such ending), or one `metadata.csv` for all, as a manifest;
             - a folder that `save_to_disk` made;
-            - a folder with parquet files as on the Hub, `{split}-*.parquet`.
+            - a folder with parquet files as on the Hub, `{split}-*.parquet`;
+            - a folder of nothing but audio files, whose texts are empty: those of `{split}/`, or
+              where there are no such folders every other file for test, and the rest for dev.
         split: "train", "dev", "test", or whatever the source has.
         on_bad: called with the error of every bad row; where it does not raise, the row is left
             out, and there may be none left.
@@ -166,7 +169,26 @@ def split_names(source: Source) -> list[str]:
         names = names & {"train", "dev", "test"} or names
     if not names and (manifest := _only(folder, "metadata")):
         return manifest_splits(manifest)
-    return sorted(names or parquet_files(folder))
+    return sorted(names or parquet_files(folder) or audio_files(folder))
+
+
+def audio_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the audio files of each split of a folder that holds nothing else; {} of another.
+
+    There is none for training, which needs texts.
+    """
+    inside = [path for path in (*folder.iterdir(), *folder.glob("*/*")) if path.is_file()]
+    if any(path.suffix.lower() in (*FORMATS, ".parquet") for path in inside):
+        return {}
+    heard = sorted(path for path in inside if path.suffix.lower() in AUDIO_SUFFIXES)
+    parts = {
+        name: [path for path in heard if path.parent == folder / name]
+        for name in ("dev", "validation", "test")
+    }
+    if not any(parts.values()):
+        files = [path for path in heard if path.parent == folder]
+        parts = {"dev": files[1::2], "test": files[::2]}
+    return {name: files for name, files in parts.items() if files}
 
 
 def is_hub_id(name: str) -> bool:
@@ -232,6 +254,11 @@ def _find(source: Source, split: str, columns: Columns | None) -> _Found:
     if files := parquet_files(folder).get(split):
         load = partial(load_parquet, files, split)
         return _Found(f"{printable(folder)}, {split}", load=load, columns=columns)
+    if heard := audio_files(folder).get(split):
+        rows = [{"audio": str(path), "text": ""} for path in heard]
+        return _Found(
+            f"{printable(folder)}, {split}", load=lambda streaming: Dataset.from_list(rows)
+        )
     splits = ", ".join(split_names(folder)) or "none"
     raise UserError(
         f"{printable(folder)} has no {split}.jsonl (.csv, .tsv, or {split}/metadata.csv); "

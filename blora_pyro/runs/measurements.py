@@ -38,9 +38,13 @@ class Average(TypedDict):
 
 
 class Measured(TypedDict):
-    """What was measured on a set, before and after: rates by measure."""
+    """What was measured on a set, before and after: rates by measure.
+
+    With `drift` the references are the base's own transcripts.
+    """
 
     name: NotRequired[str]
+    drift: NotRequired[bool]
     base: dict[str, Any]
     adapted: dict[str, Any]
     change: dict[str, Change]

@@ -210,17 +210,20 @@ def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Pa
     for name, domain in domains.items():
         for index, measure in enumerate(domain["change"]):
             rates = [domain[state][measure] for state in STATES]
-            _add_rates(table, "" if index else name, measure, rates)
+            _add_rates(table, "" if index else name, measure.upper(), rates)
         _add_loops(table, domain)
         table.add_section()
     for name, both in metrics["backward"].items():
         measure = both["base"]["metric"]
-        _add_rates(table, f"backward {name}", measure, [both[state][measure] for state in STATES])
+        shown = f"drift ({measure.upper()})" if both.get("drift") else measure.upper()
+        _add_rates(table, f"backward {name}", shown, [both[state][measure] for state in STATES])
         _add_loops(table, both)
     if average := metrics.get("backward_error"):
         _add_rates(table, "backward average", "", [average[state] for state in STATES])
     measured = domains | {f"backward {name}": both for name, both in metrics["backward"].items()}
     notes = list(_above_all(measured, states))
+    if any(both.get("drift") for both in metrics["backward"].values()):
+        notes.append("drift: against what the base itself says, for the set has no texts")
     if heard := metrics.get("heard"):  # runs of old versions do not say it
         notes.append(f"heard: {heard}")
     if not (normalizer := metrics.get("normalizer")):  # runs of old versions had no choice
@@ -231,10 +234,10 @@ def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Pa
 def _add_rates(table: Table, name: str, measure: str, rates: Sequence[Mapping[str, Any]]) -> None:
     """Add a row of normalised rates, and below it one of the raw rates, if they differ."""
     cells = [Percent.of(rate) for rate in rates]
-    table.add_row(name, measure.upper(), *cells)
+    table.add_row(name, measure, *cells)
     raw = [Percent.of(rate["raw"]) for rate in rates] if all("raw" in one for one in rates) else []
     if raw and [*map(str, raw)] != [*map(str, cells)]:
-        table.add_row("", f"raw {measure.upper()}".strip(), *raw, emphasis="dim")
+        table.add_row("", f"raw {measure}".strip(), *raw, emphasis="dim")
 
 
 def _add_loops(table: Table, both: Mapping[str, Any]) -> None:

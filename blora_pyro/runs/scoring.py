@@ -75,10 +75,36 @@ def evaluation_sets(
     for name, source in config.backward_sets.items():
         its = _existing_dev_split(loader, source) if split == "dev" else "test"
         examples = loader.load(source, its, name if is_language(name) else None, limit)
+        examples = with_references(base, name, examples)
         apart = config.domains if config.pooling == "none" else None
         names = [name] if apart is None else [f"{name} ({domain})" for domain in apart]
         sets |= dict.fromkeys(names, examples)
     return sets
+
+
+def with_references(base: Base, name: str, examples: Examples) -> Examples:
+    """Return a backward set with texts: its own, or if it has none, what the base says to it.
+
+    Args:
+        base: The net as it is.
+        name: Of the set.
+        examples: The set.
+
+    Raises:
+        UserError: If some of its utterances have texts, and others have none.
+    """
+    empty = [row for row, text in enumerate(examples.texts) if not text.strip()]
+    if examples.is_drift or not empty:
+        return examples
+    if len(empty) < len(examples):
+        raise UserError(
+            f"backward set {name} has {len(empty):,} utterances without a text and "
+            f"{len(examples) - len(empty):,} with one (the first without: "
+            f"{examples.origins[empty[0]]}); give texts to all of them or to none, to be scored "
+            "against the base's own"
+        )
+    transcribe = partial(transcribe_examples, base, examples, True)
+    return examples.against(kept_transcripts(base, examples, transcribe))
 
 
 def scoring_config(
@@ -219,7 +245,7 @@ def measure(
             if keep:
                 write_json(keep, known)
         found = score(examples, texts, normalize)
-        results[name] = replace(found, examples=examples.fingerprint)
+        results[name] = replace(found, examples=examples.fingerprint, is_drift=examples.is_drift)
     return results
 
 
@@ -347,7 +373,9 @@ def compare(
     }
     domains = {domain_set(name): name for name in config.domains} if config.pooling else {}
     for name, base in before.items():
-        both = {"base": base.summary(), "adapted": after[name].summary()}
+        both: dict[str, Any] = {"base": base.summary(), "adapted": after[name].summary()}
+        if base.is_drift:
+            both["drift"] = True
         both["change"] = {
             measure: change_summary([base], [after[name]], measure) for measure in base.counts
         }

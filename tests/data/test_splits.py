@@ -235,3 +235,24 @@ def test_a_limit_draws_rows_of_the_first_source_by_the_seed():
         assert [text[0] for text in texts] == ["a"] * 5 + ["b"] * 20
         assert texts[:5] == sorted(set(texts[:5]))
     assert len(load_mixture(one, "train", limit=30)) == 20
+
+
+def test_a_folder_of_audio_alone_has_empty_texts_and_a_dev_half(speak, tmp_path):
+    for name in ("b.wav", "a.wav", "c.wav"):
+        speak(name)
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for path in tmp_path.glob("*.wav"):
+        path.rename(folder / path.name)
+    assert split_names(folder) == ["dev", "test"]
+    dev, test = (load_split(str(folder), split) for split in ("dev", "test"))
+    assert [row["path"] for row in test["audio"]] == [f"{folder}/a.wav", f"{folder}/c.wav"]
+    assert [row["path"] for row in dev["audio"]] == [f"{folder}/b.wav"]
+    assert test["text"][:] == ["", ""]
+    (folder / "dev").mkdir()
+    (folder / "b.wav").rename(folder / "dev" / "b.wav")
+    (folder / "a.wav").unlink()
+    (folder / "c.wav").unlink()
+    assert split_names(folder) == ["dev"]
+    with pytest.raises(UserError, match=r"has no train\.jsonl"):
+        load_split(str(folder), "train")

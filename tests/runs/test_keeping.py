@@ -61,6 +61,19 @@ def test_a_run_keeps_another_contract_by_the_sets_of_its_fit(kept_run, tmp_path)
     assert evaluate_run(tmp_path / "out") == found["metrics"]
 
 
+def test_old_audio_without_texts_keeps_a_contract_by_its_drift(kept_run, tones_folder, tmp_path):
+    for split in ("dev", "test"):
+        (tmp_path / "old" / split).mkdir(parents=True)
+        for wav in tones_folder.glob("de*.wav"):
+            shutil.copy(wav, tmp_path / "old" / split)
+    found = keep_adapter(kept_run[0].output, 40, backward={"de": str(tmp_path / "old")})
+    both = found["metrics"]["backward"]["de"]
+    assert both["drift"] and both["base"]["wer"]["rate"] == 0
+    points = found["kept"]["curve"]["points"]
+    assert points[0]["backward"]["de"]["rate"] == 0 < points[-1]["backward"]["de"]["rate"]
+    assert found["metrics"]["contract"]["holds"]
+
+
 def test_it_says_what_is_missing(lora, kept_run, keep_options, tones_folder, tmp_path):
     with pytest.raises(UserError, match="fitted here, and data and backward is not given"):
         keep_adapter(lora, 1)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -7,6 +8,8 @@ from blora_pyro.models import encoder_states
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader, load_examples
+from blora_pyro.runs.measurements import check_metrics
+from blora_pyro.runs.report import fit_tables
 from blora_pyro.runs.scoring import (
     Scoring,
     compare,
@@ -14,6 +17,7 @@ from blora_pyro.runs.scoring import (
     measure,
     scoring_config,
 )
+from blora_pyro.tables import report_text
 
 
 def test_no_training_data_are_scored_as_a_dev_set(fluent_base, tones_folder):
@@ -125,3 +129,50 @@ def test_as_many_utterances_as_asked_for_are_scored_the_same_in_every_fit(
         found.append(evaluation_sets(fluent_base, config))
     assert [len(one) for one in found[0].values()] == [1, 1]
     assert [one.texts for one in found[0].values()] == [one.texts for one in found[1].values()]
+
+
+# ---- drift
+
+
+@pytest.fixture
+def silent_set(tones_folder, tmp_path):
+    """German without texts, split into dev and test."""
+    for split in ("dev", "test"):
+        rows = [json.loads(line) for line in (tones_folder / "de.jsonl").read_text().splitlines()]
+        for row in rows:
+            row |= {"text": "", "word_languages": [], "audio": str(tones_folder / row["audio"])}
+        lines = "\n".join(map(json.dumps, rows))
+        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return tmp_path
+
+
+def test_a_backward_set_without_texts_is_scored_against_what_the_base_says(
+    finished_run, silent_set, tones_folder
+):
+    backward = {"old": str(silent_set), "de": str(tones_folder / "de.jsonl")}
+    config = replace(finished_run.config, backward=backward)
+    scoring = Scoring.of(config, "test", Listener())
+    assert scoring.sets["old"].texts == scoring.sets["de"].texts  # which the base knows by heart
+    assert scoring.sets["old"].is_drift and not scoring.sets["de"].is_drift
+    before, after = scoring.score(None), scoring.score(finished_run.posterior)
+    metrics = compare(finished_run.posterior, before, after, config)
+    check_metrics(metrics)
+    old, de = metrics["backward"]["old"], metrics["backward"]["de"]
+    assert old.pop("drift") and "drift" not in de
+    assert old["base"]["wer"]["rate"] == 0 < old["adapted"]["wer"]["rate"]
+    assert old["change"] == de["change"]
+    old["drift"] = True
+    table = report_text(fit_tables(metrics))
+    assert "backward old" in table and "drift (WER)" in table
+    assert "drift: against what the base itself says, for the set has no texts" in table
+
+
+def test_a_backward_set_with_and_without_texts_is_refused(fluent_base, silent_set, tones_folder):
+    file = silent_set / "test.jsonl"
+    first, *rest = file.read_text(encoding="utf-8").splitlines()
+    row = json.loads(first) | {"text": "das rote"}
+    file.write_text("\n".join([json.dumps(row), *rest]), encoding="utf-8")
+    config = FitConfig(data=str(tones_folder), backward={"old": str(silent_set)})
+    words = r"old has 1 utterances without a text and 1 with one .*test.jsonl, line 2\); give texts"
+    with pytest.raises(UserError, match=words):
+        evaluation_sets(fluent_base, config)
