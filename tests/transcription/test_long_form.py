@@ -83,6 +83,7 @@ def test_long_audio_is_decoded_as_by_transformers_own_long_form(timed_base, plai
         assert [end for _, end, _ in found] == pytest.approx(ends)
 
 
+@pytest.mark.usefixtures("two_temperatures")
 @pytest.mark.parametrize("language", ["de-en", None])
 def test_long_audio_of_any_language_is_decoded_to_its_end(timed_base, language):
     recordings = [noise(2.2, 1), noise(0.5, 2), noise(1.2, 3)]
@@ -101,6 +102,7 @@ def test_long_audio_of_any_language_is_decoded_to_its_end(timed_base, language):
     assert language in (None, decoded[0][0].language)
 
 
+@pytest.mark.usefixtures("two_temperatures")
 def test_the_batch_size_changes_nothing(timed_base):
     recordings = [noise(1.6, 1), noise(1.2, 2), noise(0.5, 3)]
     first, second = (

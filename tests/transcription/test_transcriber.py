@@ -204,6 +204,7 @@ def test_unreadable_files_are_reported_and_left_out_if_on_error_is_given(
 # ---- long ones
 
 
+@pytest.mark.usefixtures("two_temperatures")
 def test_long_recordings_have_segments_in_order(timed_base):
     recordings = [noise(2.6, 1), noise(0.4, 2), noise(1.2, 3)]
     found = Transcriber(timed_base, language="de-en").transcribe(recordings)
@@ -217,6 +218,7 @@ def test_long_recordings_have_segments_in_order(timed_base):
     assert len(found[0].segments) > 2
 
 
+@pytest.mark.usefixtures("two_temperatures")
 def test_the_seed_decides_sampled_windows_and_the_callers_state_stays(timed_base):
     state = torch.get_rng_state()
     transcriber = Transcriber(timed_base, language="de")
@@ -282,6 +284,7 @@ def test_confidences_are_those_of_every_draw_by_itself(fluent_base, tones_folder
     assert agreed > 0.5 * checked if stddev < 0.1 else agreed < 0.9 * checked
 
 
+@pytest.mark.usefixtures("two_temperatures")
 def test_confidences_of_timed_windows(timed_base):
     torch.manual_seed(3)
     posterior = a_posterior(timed_base, stddev=1e-6)  # so that draws say what the mean says
