@@ -8,7 +8,7 @@ import torch
 
 from blora_pyro import BLoRA, Posterior, fit
 from blora_pyro.declarations import reference
-from blora_pyro.guides import build_prior, check_family
+from blora_pyro.guides import build_prior, check_family, checks
 from blora_pyro.options import GROUPS, REFERENCE, FitConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -39,7 +39,8 @@ def test_a_file_of_the_docs_is_a_family_that_fits(name, fit_options, tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_of_the_docs_passes_the_checks_of_a_family(name, tmp_path):
+def test_a_file_of_the_docs_passes_the_checks_of_a_family(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "DRAWS", 60)  # for the sake of time; standard errors allow for it
     path = tmp_path / name
     path.write_text(FILES[name], encoding="utf-8")
     assert [check for check in check_family(str(path)).checks if not check.passed] == []

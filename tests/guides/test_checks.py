@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from blora_pyro.errors import UserError
-from blora_pyro.guides import check_family
+from blora_pyro.guides import check_family, checks
 
 FLAT = """
 import pyro.distributions as dist
@@ -123,7 +123,8 @@ def test_a_users_family_that_is_right_passes(failed):
         (FLAT + FROZEN, "small fit", "gradient"),
     ],
 )
-def test_what_is_wrong_with_a_family_fails_its_check(failed, code, name, message):
+def test_what_is_wrong_with_a_family_fails_its_check(failed, code, name, message, monkeypatch):
+    monkeypatch.setattr(checks, "DRAWS", 50)  # enough for what is so wrong
     found = [text for key, text in failed(code).items() if name in key]
     assert len(found) == 1
     assert re.search(message, found[0])

@@ -169,7 +169,7 @@ def drift(net, batch):
 def test_draws_of_the_guide_at_its_start_hardly_move_the_base(name, net, drift):
     model, _, guide = adapted(net, name)
     with torch.no_grad():
-        change = drift(model, (guide() for _ in range(20)))
+        change = drift(model, (guide() for _ in range(10)))
     if "B" in POINTS.get(name, ""):
         assert change < NO_NOISE
     else:
@@ -179,7 +179,7 @@ def test_draws_of_the_guide_at_its_start_hardly_move_the_base(name, net, drift):
 @EVERY_FAMILY
 def test_draws_of_the_prior_move_the_base_within_a_bound(name, net, drift):
     model, prior, _ = adapted(net, name)
-    change = drift(model, (prior() for _ in range(20)))
+    change = drift(model, (prior() for _ in range(10)))
     assert PRIOR[name] / 4 < change < PRIOR[name]  # a NaN is in no bounds
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from blora_pyro import FitConfig, Posterior, at_strength, fit, load_base, merge_run, read_run
+from blora_pyro.runs import diagnosis
 from blora_pyro.runs.diagnosis import diagnose
 from blora_pyro.runs.edited import combine_runs, prune_run
 from blora_pyro.runs.utterances import read_utterances
@@ -36,7 +37,8 @@ def holds(written, stored):
     return written == stored
 
 
-def test_an_old_run_can_be_edited_merged_and_diagnosed(tmp_path):
+def test_an_old_run_can_be_edited_merged_and_diagnosed(tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnosis, "all_plots", lambda *args: {})
     size = prune_run(OLD / "normal", tmp_path / "pruned", sparsity=0.5, evaluate=False)["size"]
     stored = json.loads((OLD / "pruned" / "run.json").read_text(encoding="utf-8"))["pruned"]
     assert size["pruned"]["nonzero_weights"] == stored["pruned"]["nonzero_weights"]
