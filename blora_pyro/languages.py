@@ -42,6 +42,7 @@ _SCRIPTS = {*UNSPACED_SCRIPTS, *_MIXED_SCRIPTS, *_OTHER_SCRIPTS}
 
 # Codes that others use for a language of Whisper's, those of ISO 639-3 and 639-2 among them.
 _OTHER_CODES = {"nb": "no", "jv": "jw", "iw": "he", "ji": "yi"}
+_OTHER_CODES |= {"mandarin chinese": "zh", "cantonese chinese": "yue", "filipino": "tl"}  # FLEURS'
 _ISO_639_3 = (
     "eng=en zho=zh chi=zh cmn=zh deu=de ger=de spa=es rus=ru kor=ko fra=fr fre=fr jpn=ja por=pt "
     "tur=tr pol=pl cat=ca nld=nl dut=nl ara=ar arb=ar swe=sv ita=it ind=id hin=hi fin=fi vie=vi "

@@ -49,10 +49,12 @@ from blora_pyro.languages import (
     read_language_map,
 )
 from blora_pyro.sources import (
+    FLEURS,
     Source,
     as_domains,
     as_sources,
     describe_source,
+    fleurs_sets,
     is_source,
     is_table,
     named_sources,
@@ -171,7 +173,7 @@ class DataOptions:
     )
     backward: Mapping[str, Source] | Sequence[str] | None = option(
         "A held-out set of what the base already knows; several may be given, or with commas "
-        "between ('none': no set).",
+        "between; fleurs:de,fr are those of google/fleurs ('none': no set).",
         metavar="[NAME=]SOURCE",
         unset="the six pocket languages for the pocket base, none for another",
         listed="repeated",
@@ -900,12 +902,16 @@ def column_names(column: Mapping[str, str] | None) -> dict[str, list[str]]:
 
 
 def _backward(value: Any) -> Any:
-    """Return backward sets without "none"; a text may hold several, with commas between."""
+    """Return backward sets without "none"; a text may hold several, with commas between.
+
+    "fleurs:de,fr" is one set of google/fleurs for each language.
+    """
     if is_table(value) or not isinstance(value, list | tuple):
         return value
     whole = [not isinstance(one, str) or os.path.exists(one) for one in value]
     parts = [
-        [one] if is_one else separated(str(one)) for one, is_one in zip(value, whole, strict=True)
+        [one] if is_one else fleurs_sets(one) if one.startswith(FLEURS) else separated(str(one))
+        for one, is_one in zip(value, whole, strict=True)
     ]
     return tuple(one for part in parts for one in part if one != "none")
 

@@ -8,9 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from blora_pyro.errors import UserError
+from blora_pyro.languages import language_code
 
 # A path or a name, or an object of `datasets`, which takes a second to import: options come before.
 Source = str | Path | Any
+
+FLEURS = "fleurs:"  # and languages, with commas between: the sets of google/fleurs
+_FLEURS_CONFIGS = (
+    "af_za am_et ar_eg as_in ast_es az_az be_by bg_bg bn_in bs_ba ca_es ceb_ph ckb_iq cmn_hans_cn "
+    "cs_cz cy_gb da_dk de_de el_gr en_us es_419 et_ee fa_ir ff_sn fi_fi fil_ph fr_fr ga_ie gl_es "
+    "gu_in ha_ng he_il hi_in hr_hr hu_hu hy_am id_id ig_ng is_is it_it ja_jp jv_id ka_ge kam_ke "
+    "kea_cv kk_kz km_kh kn_in ko_kr ky_kg lb_lu lg_ug ln_cd lo_la lt_lt luo_ke lv_lv mi_nz mk_mk "
+    "ml_in mn_mn mr_in ms_my mt_mt my_mm nb_no ne_np nl_nl nso_za ny_mw oc_fr om_et or_in pa_in "
+    "pl_pl ps_af pt_br ro_ro ru_ru sd_in sk_sk sl_si sn_zw so_so sr_rs sv_se sw_ke ta_in te_in "
+    "tg_tj th_th tr_tr uk_ua umb_ao ur_pk uz_uz vi_vn wo_sn xh_za yo_ng yue_hant_hk zu_za"
+).split()
+# Whisper's codes of those that begin otherwise
+_FLEURS_CODES = {"zh": "cmn", "no": "nb", "jw": "jv", "tl": "fil"}
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
@@ -99,6 +113,33 @@ def named_sources(value: Mapping[str, Source] | Sequence[str]) -> dict[str, Sour
         if name in found:
             raise UserError(f"two sets are called '{name}'; name them apart: NAME=SOURCE")
         found[name] = source
+    return found
+
+
+def fleurs_sets(text: str) -> list[str]:
+    """Return the sets of "fleurs:de,fr": `de=google/fleurs:de_de` and `fr=google/fleurs:fr_fr`.
+
+    A language is a code or name of Whisper's, or a configuration of google/fleurs.
+
+    Raises:
+        UserError: If it has no such language.
+    """
+    found = []
+    for given in text.removeprefix(FLEURS).split(","):
+        name = given.strip()
+        if name in _FLEURS_CONFIGS:
+            config = name
+        else:
+            code = language_code(name)
+            start = _FLEURS_CODES.get(code, code)
+            config = next((one for one in _FLEURS_CONFIGS if one.split("_")[0] == start), "")
+            name = code
+        if not config:
+            raise UserError(
+                f"backward is '{FLEURS}{name}', and google/fleurs has no such language; give "
+                f"languages of it, such as {FLEURS}de,fr,zh"
+            )
+        found.append(f"{name}=google/fleurs:{config}")
     return found
 
 

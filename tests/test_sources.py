@@ -2,7 +2,8 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from blora_pyro.errors import UserError
-from blora_pyro.sources import as_domains, as_sources, describe_source, named_sources
+from blora_pyro.options import FitConfig
+from blora_pyro.sources import as_domains, as_sources, describe_source, fleurs_sets, named_sources
 
 
 def test_an_object_is_described_by_its_kind_and_fingerprint():
@@ -47,3 +48,19 @@ def test_a_data_set_of_several_splits_is_one_source():
     splits = DatasetDict(train=Dataset.from_dict({"text": ["a"]}))
     assert as_sources(splits) == (splits,)
     assert as_domains(splits) == (splits,)
+
+
+def test_fleurs_is_named_by_languages():
+    assert fleurs_sets("fleurs:de, fr,zh,es,pt_br,nb,Cantonese Chinese") == [
+        "de=google/fleurs:de_de",
+        "fr=google/fleurs:fr_fr",
+        "zh=google/fleurs:cmn_hans_cn",
+        "es=google/fleurs:es_419",
+        "pt_br=google/fleurs:pt_br",
+        "no=google/fleurs:nb_no",
+        "yue=google/fleurs:yue_hant_hk",
+    ]
+    backward = FitConfig(backward=("fleurs:de,fr", "mine=x.csv")).backward
+    assert backward == {"de": "google/fleurs:de_de", "fr": "google/fleurs:fr_fr", "mine": "x.csv"}
+    with pytest.raises(UserError, match="'fleurs:la', and google/fleurs has no such language"):
+        fleurs_sets("fleurs:la")

@@ -3,7 +3,7 @@
 import glob
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from blora_pyro.errors import UserError, printable, reason
 
 HfDataset: TypeAlias = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
 
+CONVERTED = "refs/convert/parquet"  # the Hub's branch of Parquet files made of a data set
 SHARDS = 64  # that a data set on disk is streamed in
 IN_MEMORY = 1 << 26  # bytes of parquet files that are read into memory, not through a cache
 
@@ -183,16 +184,29 @@ def load_hub(name: str, split: str, streaming: bool = False) -> Dataset | Iterab
     It goes through the cache of `datasets`; streamed files are read when they are needed, and not
     kept.
     """
-    repository, _, config = name.partition(":")
     with _hub_errors(name):
-        return load_dataset(repository, config or None, split=split, streaming=streaming)
+        return _asked(load_dataset, name, split=split, streaming=streaming)
 
 
 def hub_splits(name: str) -> list[str]:
     """Return the splits of a data set of the Hub, named as in `load_hub`."""
-    repository, _, config = name.partition(":")
     with _hub_errors(name):
-        return list(get_dataset_split_names(repository, config or None))
+        return list(_asked(get_dataset_split_names, name))
+
+
+def _asked(function: Callable[..., Any], name: str, **options: Any) -> Any:
+    """Call a function of `datasets` for a data set of the Hub, named as in `load_hub`.
+
+    Of a repository that is a script, as google/fleurs is, the Parquet files are taken that the Hub
+    has made of it, in a folder a configuration.
+    """
+    repository, _, config = name.partition(":")
+    try:
+        return function(repository, config or None, **options)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+    return function(repository, data_dir=config or None, revision=CONVERTED, **options)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from blora_pyro.data import rows as rows_module
 from blora_pyro.data.rows import BadRow, Unreadable
 from blora_pyro.data.splits import load_split, split_names, stream_split
 from blora_pyro.errors import UserError
+from blora_pyro.options import FitConfig
 
 COLUMNS = [
     *("audio", "text", "language", "word_languages", "duration", "start", "end", "origin"),
@@ -312,6 +313,42 @@ def test_a_hub_id_is_loaded_and_a_path_comes_first(hub, monkeypatch, tmp_path):
     hub.clear()
     check(load_split("owner/name", "train"))
     assert not hub
+
+
+def test_a_repository_that_is_a_script_is_read_as_the_hub_has_converted_it(
+    monkeypatch, saved, tmp_path
+):
+    """google/fleurs: a folder a language, with one for each split, and these columns."""
+    rows = [
+        {"id": 7, "num_samples": 8000, "path": "a.wav", "audio": row["audio"], "gender": 1}
+        | {"transcription": "das rote", "raw_transcription": "Das Rote.", "lang_id": 19}
+        | {"language": "German"}
+        for row in saved.cast_column("audio", Audio(decode=False))
+    ]
+    table = Dataset.from_list(rows).cast_column("audio", Audio())
+    for split in ("train", "validation", "test"):
+        (tmp_path / "de_de" / split).mkdir(parents=True)
+        table.to_parquet(tmp_path / "de_de" / split / "0000.parquet")
+
+    def converted(real):
+        def call(name, config=None, *, revision=None, **options):
+            assert name == "google/fleurs"
+            if revision is None:
+                raise RuntimeError("Dataset scripts are no longer supported, but found fleurs.py")
+            assert (revision, config) == ("refs/convert/parquet", None)
+            return real(str(tmp_path), **options)
+
+        return call
+
+    for name in ("load_dataset", "get_dataset_split_names"):
+        monkeypatch.setattr(hf_datasets, name, converted(getattr(datasets, name)))
+    ((name, source),) = FitConfig(backward=["fleurs:German"]).backward.items()
+    assert (name, source) == ("de", "google/fleurs:de_de")
+    assert sorted(split_names(source)) == ["test", "train", "validation"]
+    dataset = load_split(source, "test")
+    assert dataset["text"][:] == ["das rote", "das rote"]
+    assert dataset["language"][:] == ["German", "German"]
+    assert len(read_audio(dataset[0]["audio"])) == 8000
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch):
