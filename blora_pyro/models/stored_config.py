@@ -200,6 +200,8 @@ def read_tokenizer(name: str, folder: Path) -> WhisperTokenizer:
                 raise
             why = reason(error).replace(copies, str(folder))
             raise _damaged(name, "tokenizer", why) from None
+    # OpenAI's ask for it: "ça va ?" would lose its space, or transformers warns of that.
+    tokenizer.clean_up_tokenization_spaces = False
     if absent := {START, END, NO_TIMESTAMPS} - tokenizer.get_vocab().keys():
         raise UserError(
             f"base model '{name}' is not whole: its tokenizer has no "

@@ -187,6 +187,14 @@ def test_an_overflow_of_a_shorter_dtype_is_told(checkpoint):
 # ---- the tokenizer
 
 
+def test_a_text_is_decoded_as_its_tokens_spell_it(checkpoint):
+    change(checkpoint / "tokenizer_config.json", clean_up_tokenization_spaces=True)
+    tokenizer = read_tokenizer("x", checkpoint)
+    for text in ("ça va ? oui !", "I 'm"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert tokenizer.clean_up_tokenization_spaces is False  # else transformers warns, or does it
+
+
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_a_tokenizer_reads_no_file_that_it_names(checkpoint, tmp_path, file):
     before = read_tokenizer("x", checkpoint)
