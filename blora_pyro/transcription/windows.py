@@ -12,6 +12,7 @@ from torch import Tensor
 from blora_pyro.data.audio import SAMPLING_RATE, Wave
 from blora_pyro.models.decoding import Piece
 
+MIN_AGAIN = 1.0  # seconds of silence from which on a window without a text is heard again
 MIN_WINDOW = 0.1  # seconds; a shorter rest of a recording is left out
 
 # Pauses, at which long audio is cut for a model without timestamp tokens
@@ -102,14 +103,24 @@ class Window:
         """The sample at which the next window begins, if this one is timed.
 
         Two timestamps at the end mean that another segment begins that the window cuts off: the
-        next window starts there. Otherwise it starts where this one ends.
+        next window starts there. One without a text that begins with silence may hold the beginning
+        of what the next would miss, and is heard again from its first sound on. Otherwise the next
+        window starts where this one ends.
         """
         tokens = self.tokens
+        silent = self._silent_samples() - round(MIN_PAUSE * SAMPLING_RATE)
+        if not tokens and MIN_AGAIN * SAMPLING_RATE < silent < self.span[1] - self.span[0]:
+            return self.span[0] + silent
         if len(tokens) > 1 and min(tokens[-2:]) >= timestamp_begin:
             finished = self.pieces[-1].end
             if MIN_WINDOW < finished < self.seconds:
                 return self.span[0] + round(finished * SAMPLING_RATE)
         return self.span[1]
+
+    def _silent_samples(self) -> int:
+        """Return the number of samples before the first that sounds; 0 if none does."""
+        is_sound = (self.features > self.features.amin()).any(0)
+        return int(is_sound.int().argmax()) * FRAME
 
 
 def batched(

@@ -34,6 +34,23 @@ def test_the_next_window_begins_after_the_last_complete_segment(pieces, expected
     assert heard.next_sample(BEGIN) / SECOND == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("sounds_at", "pieces", "expected"),
+    [
+        (2.5, (), 2.25),  # a little earlier
+        (2.5, (Piece(0.1, 2.9, [105, 6, 135]),), 3.0),
+        (0.5, (), 3.0),  # hardly any silence
+        (None, (), 3.0),
+    ],
+)
+def test_a_window_without_a_text_is_heard_again_from_its_first_sound(sounds_at, pieces, expected):
+    heard = window((0, 3 * SECOND), *pieces)
+    heard.features = torch.full((2, 300), -1.0)
+    if sounds_at is not None:
+        heard.features[1, int(100 * sounds_at) :] = 0.5
+    assert heard.next_sample(BEGIN) / SECOND == pytest.approx(expected)
+
+
 def test_spans_fit_the_window_and_leave_a_tiny_rest_out():
     recording = Recording("x", np.zeros(int(2.5 * SECOND), np.float32))
     assert recording.duration == 2.5
