@@ -416,7 +416,7 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         "A contract: the points that the average over the backward sets may lose at most, or "
         "average=1,each=2,de=0.5. The fit is turned down to the strength of the lowest new-domain "
         "error among those that keep it on the dev sets.",
-        metavar="POINTS|NAME=POINTS",
+        metavar="[NAME=]POINTS",
         unset="no contract: the fit is kept at strength 1",
         listed="repeated",
         panel=KEEPING,
