@@ -192,8 +192,10 @@ def parse_details(record: Record, text: str, audio: str) -> Row:
         codes = codes.split()
     if codes is not None and not isinstance(codes, list | tuple):
         raise UserError(f"word_languages must be a list of texts, got {shown(codes)}")
-    spoken = [(name, record[name]) for name in LANGUAGE if not _is_blank(record.get(name))]
-    name, language = spoken[0] if spoken else ("language", "")
+    language = record.get("language")
+    if language in (None, ""):  # others' may also be numbers, which say nothing here
+        texts = (one for name in LANGUAGE if isinstance(one := record.get(name), str) and one)
+        language = next(texts, "")
     duration, start, end, offset = (_seconds(name, record.get(name)) for name in SECONDS)
     segmented = start is not None or end is not None
     if offset is not None and segmented:
@@ -212,7 +214,7 @@ def parse_details(record: Record, text: str, audio: str) -> Row:
         raise UserError(f"the segment starts at {start or 0.0:g} s, but ends at {end:g} s")
     return {
         "text": _text("text", record[text]),
-        "language": _text(name, language),
+        "language": _text("language", language),
         "word_languages": [_text("word_languages", code) for code in codes or []],
         "duration": duration,
         "start": start,
@@ -311,10 +313,6 @@ def _text(name: str, value: object) -> str:
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\ud800"
         raise UserError(f"{name} is not valid Unicode: {shown(value)}") from error
     return value
-
-
-def _is_blank(value: object) -> bool:
-    return value is None or value == ""
 
 
 def _seconds(name: str, value: object) -> float | None:

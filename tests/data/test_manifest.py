@@ -223,13 +223,13 @@ def test_common_voice_and_nemo_call_the_language_otherwise(speak, manifest):
     speak("a.wav")
     row = {"audio": "a.wav", "text": "a"}
     rows = [{"locale": "sv-SE"}, {"lang": "de"}, {"language": "", "locale": "fr"}, {"locale": None}]
-    rows += [{"language": "de", "locale": "fr"}]
+    rows += [{"language": "de", "locale": "fr"}, {"lang": 3}]
     data = read_manifest(manifest(*[row | one for one in rows]))
-    assert data["language"][:] == ["sv-SE", "de", "fr", "", "de"]
+    assert data["language"][:] == ["sv-SE", "de", "fr", "", "de", ""]
     chosen = read_manifest(manifest(row | {"x": "es", "lang": "de"}), columns={"language": ["x"]})
     assert chosen["language"][:] == ["es"]
-    with pytest.raises(UserError, match="lang must be text, got 3"):
-        read_manifest(manifest(row | {"lang": 3}))
+    with pytest.raises(UserError, match="language must be text, got 3"):
+        read_manifest(manifest(row | {"language": 3, "lang": "de"}))
 
 
 def test_a_split_that_differs_by_its_capitals_alone_is_refused(speak, manifest):
