@@ -133,7 +133,10 @@ class BaseOptions:
         "Branch, tag or commit of a base on the Hub.", unset="the main branch"
     )
     local_files_only: bool = option("Look for a Hub id in the Hub's local cache alone.", False)
-    device: str = option("A torch device: cpu, cuda, cuda:1, ...", "cpu")
+    device: str = option(
+        "A torch device: cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else CPU.",
+        AUTO,
+    )
     language_map: Mapping[str, str] | str = option(
         "What prompts a language that the base has no token for: qu=mi; of code-switched speech "
         "also the pair, qu-es=mi. 'auto' takes the token under which the base finds the training "
@@ -336,9 +339,10 @@ class FittingOptions:
         choices=("shared", "flipout", "flipout-token", "local"),
     )
     alarms: bool = option(
-        "End a fit that goes wrong early, with its last good posterior: the NLL above its start, "
+        "End a fit that goes wrong, with its last good posterior: the NLL far above its start, "
         "the gradient's norm far above its median, or the dev error running away.",
         True,
+        panel=EARLY_STOPPING,
     )
     average_from: float | None = option(
         "Average the posterior over the steps after this share of them.",
@@ -510,6 +514,10 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
     def given_options(self) -> dict[str, Any]:
         """Return the options that were passed, by name."""
         return {name: getattr(self, name) for name in sorted(self.given)}
+
+    def on_device(self, device: str) -> "FitConfig":
+        """Return a copy on a device, which counts as given only if one was."""
+        return FitConfig.with_given({**_values(self), "device": device}, self.given)
 
     # ---- defaults worked out
 

@@ -21,7 +21,7 @@ from blora_pyro.cli.common import (
 from blora_pyro.cli.parameters import with_options
 from blora_pyro.declarations import declarations, numbers
 from blora_pyro.errors import UserError
-from blora_pyro.options import KEEP_OPTIONS, FitConfig
+from blora_pyro.options import AUTO, KEEP_OPTIONS, FitConfig
 
 
 @with_options(
@@ -91,7 +91,7 @@ def prune(
         bool, typer.Option("--evaluate/--no-evaluate", help="Measure the errors of both adapters.")
     ] = True,
     overwrite: Overwrite = False,
-    device: Device = "cpu",
+    device: Device = AUTO,
     as_json: Json = False,
 ) -> None:
     """Write a smaller or sparser adapter; show what that costs."""

@@ -130,6 +130,7 @@ def show_resolved(config: FitConfig, resumed: Path | None, as_json: bool) -> Non
         as_json: Print JSON.
     """
     from blora_pyro.guides import with_prior_arguments
+    from blora_pyro.models import resolve_device
     from blora_pyro.runs.chains import continued
     from blora_pyro.runs.fit_folders import FitFolder
 
@@ -139,6 +140,7 @@ def show_resolved(config: FitConfig, resumed: Path | None, as_json: bool) -> Non
         config.check_base()
         config, _ = continued(config)
     options = with_prior_arguments(config).resolved(None, None).to_json()
+    options["device"] = resolve_device(config.device)
     if as_json:
         print_json(options)
     else:

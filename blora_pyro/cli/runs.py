@@ -22,7 +22,7 @@ from blora_pyro.cli.common import (
 )
 from blora_pyro.declarations import metavar_of
 from blora_pyro.errors import UserError
-from blora_pyro.options import FitConfig
+from blora_pyro.options import AUTO, FitConfig
 
 
 def evaluate(
@@ -81,7 +81,7 @@ def evaluate(
         ),
     ] = False,
     overwrite: Overwrite = False,
-    device: Device = "cpu",
+    device: Device = AUTO,
     as_json: Json = False,
 ) -> None:
     """Score a run, base and adapted, on its own sets or on another; or at several strengths."""
@@ -182,7 +182,7 @@ def diagnose(
         bool, typer.Option(help="Compute k-hat, on up to 64 training utterances.")
     ] = True,
     draws: Annotated[int, typer.Option(help="Draws for k-hat, 30 or more.")] = 30,
-    device: Device = "cpu",
+    device: Device = AUTO,
     as_json: Json = False,
 ) -> None:
     """Show where a fit adapted Whisper and how its prior shrank it; plot it."""

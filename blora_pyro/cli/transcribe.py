@@ -22,6 +22,7 @@ from blora_pyro.cli.common import (
     quiet_libraries,
 )
 from blora_pyro.errors import UserError
+from blora_pyro.options import AUTO
 
 if TYPE_CHECKING:
     from blora_pyro.transcription.transcripts import Transcript
@@ -86,7 +87,7 @@ def transcribe(
         bool, typer.Option("--resume", help="Skip inputs whose file is in --output already.")
     ] = False,
     overwrite: Overwrite = False,
-    device: Device = "cpu",
+    device: Device = AUTO,
     dtype: Annotated[
         str | None,
         typer.Option(help="Data type of the base.", show_default="the adapter's"),

@@ -15,6 +15,7 @@ from blora_pyro.models.base import (
     check_dtype,
     load_base,
     map_languages,
+    resolve_device,
 )
 from blora_pyro.models.estimators import (
     ESTIMATORS,
@@ -55,4 +56,5 @@ __all__ = [
     "load_base",
     "map_languages",
     "pooling_of",
+    "resolve_device",
 ]

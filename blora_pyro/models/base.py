@@ -34,7 +34,7 @@ from blora_pyro.models.stored_config import (
     read_generation,
     read_tokenizer,
 )
-from blora_pyro.options import POCKET, TASKS, BaseOptions
+from blora_pyro.options import AUTO, POCKET, TASKS, BaseOptions
 
 DTYPES = {
     "float32": torch.float32,
@@ -90,8 +90,21 @@ class Base:
                 shutil.copyfile(self.folder / name, folder / name)
 
 
+def resolve_device(device: str) -> str:
+    """Return the torch device that `auto` is on this machine: CUDA, else MPS, else the CPU.
+
+    Any other device is returned as it is.
+    """
+    if device != AUTO:
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def check_device(device: str) -> None:
-    """Raise UserError unless tensors can be made on the device."""
+    """Raise UserError unless tensors can be made on the device, or it is `auto`."""
+    device = resolve_device(device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -108,7 +121,7 @@ def check_dtype(dtype: str) -> None:
 @quiet_transformers()
 def load_base(
     name: str = POCKET,
-    device: str = "cpu",
+    device: str = AUTO,
     dtype: str = "float32",
     revision: str | None = None,
     local_files_only: bool = False,
@@ -134,6 +147,7 @@ def load_base(
         UserError: If there is no such checkpoint, it is not a Whisper or not complete, has values
             that are not finite, or the device can't be used.
     """
+    device = resolve_device(device)
     check_device(device)
     check_dtype(dtype)
     if name == POCKET and revision is not None:

@@ -14,7 +14,7 @@ from blora_pyro.diagnostics.report import Diagnosis
 from blora_pyro.diagnostics.summaries import Summary, summarise
 from blora_pyro.errors import UserError
 from blora_pyro.models import base_of
-from blora_pyro.options import FitConfig, column_names
+from blora_pyro.options import AUTO, FitConfig, column_names
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.inference_data import MIN_RATIOS
 from blora_pyro.runs.folders import claim, default_output, read_run
@@ -32,7 +32,7 @@ def diagnose(
     trust_prior_file: bool = False,
     khat: bool = True,
     draws: int = KHAT_DRAWS,
-    device: str = "cpu",
+    device: str = AUTO,
     on_stage: Callable[[str], None] = lambda name: None,
 ) -> Diagnosis:
     """Compute figures and k-hat of a run, and draw its plots.

@@ -25,7 +25,7 @@ def prune_run(
     sparsity: float | None = None,
     evaluate: bool = True,
     overwrite: bool = False,
-    device: str = "cpu",
+    device: str = AUTO,
     progress: Listener | None = None,
 ) -> dict[str, Any]:
     """Write a run with a smaller adapter, and measure what that costs on the run's test sets.

@@ -9,7 +9,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.models import DTYPES, base_of, check_dtype
 from blora_pyro.models.base import check_finite, check_merge, distance, probe
-from blora_pyro.options import FitConfig
+from blora_pyro.options import AUTO, FitConfig
 from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.beyond import measure_beyond
 from blora_pyro.runs.contracts import verdict
@@ -26,7 +26,7 @@ def evaluate_run(
     folder: str | Path,
     data: Source | None = None,
     progress: Listener | None = None,
-    device: str = "cpu",
+    device: str = AUTO,
     *,
     normalizer: str | None = None,
     output: str | Path | None = None,
@@ -168,7 +168,7 @@ def transcribe(
     adapter: str | Path | None = None,
     base: str | None = None,
     language: str | None = None,
-    device: str = "cpu",
+    device: str = AUTO,
     *,
     dtype: str | None = None,
     revision: str | None = None,

@@ -11,7 +11,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.evaluation import Evaluation, change_summary, rate_summary
 from blora_pyro.files import replace_file
 from blora_pyro.metrics import forgetting_removed
-from blora_pyro.options import FitConfig
+from blora_pyro.options import AUTO, FitConfig
 from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, VERMILLION, label_axes, new_figure
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.strength import SCALE, at_strength, check_strength
@@ -27,7 +27,7 @@ def strength_curve(
     folder: str | Path,
     strengths: Sequence[float],
     progress: Listener | None = None,
-    device: str = "cpu",
+    device: str = AUTO,
     *,
     by: str = SCALE,
     split: str = "test",

@@ -16,8 +16,9 @@ from transformers.utils import logging
 
 from blora_pyro.data import prompt_ids
 from blora_pyro.errors import UserError
-from blora_pyro.models import Base, load_base, map_languages
+from blora_pyro.models import Base, load_base, map_languages, resolve_device
 from blora_pyro.models.base import unmapped_settings
+from blora_pyro.options import BaseOptions, FitConfig
 from blora_pyro.transcription import Transcriber, transcribe_files
 
 SLOW_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
@@ -283,3 +284,15 @@ def test_loading_and_saving_leave_the_terminal_and_the_logging_of_transformers_a
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, has_bars)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device"),
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_auto_is_cuda_else_mps_else_the_cpu(monkeypatch, cuda, mps, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert resolve_device("auto") == device
+    assert resolve_device("cuda:1") == "cuda:1"
+    assert FitConfig().device == BaseOptions().device == "auto"

@@ -183,12 +183,12 @@ def test_a_base_is_loaded_as_the_run_has_it_unless_told(monkeypatch, finished_ru
         with pytest.raises(UserError, match="seen"):
             use()
     assert seen == [
-        ("someone/whisper", "cpu", "float16", "v1", True),
+        ("someone/whisper", "auto", "float16", "v1", True),
         ("someone/whisper", "cpu", "float32", "v1", True),  # a merge adds up in float32
-        ("someone/whisper", "cpu", "float16", "v1", True),
-        ("b", "cpu", "float32", None, True),
-        ("someone/whisper", "cpu", "float16", "v2", True),
-        ("b", "cpu", "float32", "v3", True),
+        ("someone/whisper", "auto", "float16", "v1", True),
+        ("b", "auto", "float32", None, True),
+        ("someone/whisper", "auto", "float16", "v2", True),
+        ("b", "auto", "float32", "v3", True),
     ]
 
 

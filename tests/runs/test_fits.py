@@ -13,6 +13,7 @@ from blora_pyro.data import load_split
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.stopping import DevError
 from blora_pyro.fitting.svi import learning_rate
+from blora_pyro.models import resolve_device
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.finished import evaluate_run
@@ -53,6 +54,7 @@ def test_a_run_folder_holds_the_adapter_the_posterior_and_the_figures(finished_r
 
 def test_run_json_holds_the_resolved_configuration(finished_run, run_json, fit_options):
     resolved = {"alpha": 8.0, "guide": "normal", "prior_args": {"scale": 0.05}, "warmup_steps": 4}
+    resolved["device"] = resolve_device("auto")
     expected = replace(FitConfig(**fit_options), **resolved)
     assert run_json["config"] == expected.to_json()
     assert finished_run.config == expected
@@ -481,3 +483,15 @@ def test_an_unknown_option_is_refused_with_the_one_that_was_meant():
     }.items():
         with pytest.raises(TypeError, match=re.escape(words)):
             call()
+
+
+def test_the_device_that_was_found_is_kept_and_counts_as_given_only_where_it_was(short, tmp_path):
+    run = fit(FitConfig(**short), tmp_path / "run", evaluate=False)
+    about = read_json(tmp_path / "run" / "run.json")
+    found = resolve_device("auto")
+    assert run.config.device == about["options"]["device"] == about["config"]["device"] == found
+    again = fit(FitConfig(device="auto"), tmp_path / "run", resume=True)
+    assert again.history == run.history
+    config = FitConfig(steps=3)
+    assert config.on_device("cpu").given == {"steps"}
+    assert config.with_options(device="auto").on_device("cpu").given == {"steps", "device"}
