@@ -398,7 +398,7 @@ rows = st.fixed_dictionaries({"audio": sounds | values}, optional={name: values 
 
 @settings(
     deadline=None,
-    max_examples=40,
+    max_examples=25,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],  # the machine may be busy
 )

@@ -8,7 +8,9 @@ import pytest
 
 from blora_pyro import fit
 from blora_pyro.diagnostics import summarise
+from blora_pyro.diagnostics.plots import trace_plot
 from blora_pyro.errors import UserError
+from blora_pyro.fitting.svi import Step
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior.inference_data import MIN_RATIOS
 from blora_pyro.runs import diagnosis
@@ -71,8 +73,8 @@ def test_every_stage_is_announced(finished_run, tmp_path):
 
 def test_plots_go_into_the_run_s_folder(fit_options, tmp_path, monkeypatch):
     fitted(fit_options, tmp_path / "run")
-    plot = diagnosis.all_plots
-    monkeypatch.setattr(diagnosis, "all_plots", lambda *args: {"trace": plot(*args)["trace"]})
+    trace = trace_plot([Step(1, 2.0, 2.0, 1000.0, 1e-3, 10)], 1e-3)
+    monkeypatch.setattr(diagnosis, "all_plots", lambda *args: {"trace": trace})
     for _ in range(2):  # over its own files, too
         found = diagnose(tmp_path / "run", khat=False)
     folder = tmp_path / "run" / "diagnostics"

@@ -198,15 +198,14 @@ def test_the_dev_set_is_the_dev_split_of_the_new_domain(short, tones_folder, tmp
 # ---- the same again
 
 
-def test_the_same_seed_gives_the_same_history_posterior_and_metrics(
-    finished_run, fit_options, tmp_path
-):
+def test_the_same_seed_gives_the_same_history_posterior_and_metrics(short, tmp_path):
+    run = fit(FitConfig(**short), tmp_path / "run")
     torch.rand(5)
-    again = fit(FitConfig(**fit_options), tmp_path / "again")
-    assert again.history == finished_run.history
-    assert again.metrics == finished_run.metrics
+    again = fit(FitConfig(**short), tmp_path / "again")
+    assert again.history == run.history
+    assert again.metrics == run.metrics
     for name in ("posterior.safetensors", "adapter_model.safetensors"):
-        first, second = load_file(finished_run.output / name), load_file(again.output / name)
+        first, second = load_file(run.output / name), load_file(again.output / name)
         assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
@@ -220,7 +219,7 @@ def test_the_seed_orders_the_data_too(short):
     options = {**short, "batch_size": 1, "epochs": 2}
     orders = {
         tuple(step.tokens for step in fit(FitConfig(**options, seed=seed), evaluate=False).history)
-        for seed in range(5)
+        for seed in range(3)
     }
     assert len(orders) > 1
 
@@ -417,10 +416,10 @@ def test_word_languages_that_do_not_fit_their_text_are_refused_before_the_fit(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_base_in_a_short_dtype_is_fitted_and_evaluated(fit_options, tmp_path, dtype):
-    run = fit(FitConfig(**{**fit_options, "dtype": dtype, "backward": ()}), tmp_path)
+def test_a_base_in_a_short_dtype_is_fitted_and_evaluated(short, tmp_path, dtype):
+    run = fit(FitConfig(**{**short, "dtype": dtype, "steps": 15, "lr": 0.06}), tmp_path)
     assert {value.dtype for value in run.posterior.mean.values()} == {torch.float32}
-    assert run.history[-1].nll < run.history[0].nll / 4
+    assert run.history[-1].nll < run.history[0].nll / 2
     assert evaluate_run(tmp_path) == run.metrics
 
 

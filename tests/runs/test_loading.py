@@ -49,7 +49,7 @@ def spoilt(tones_folder, tmp_path):
 
 @pytest.fixture
 def options(fit_options, spoilt):
-    return {**fit_options, "data": str(spoilt), "steps": 3}
+    return {**fit_options, "data": str(spoilt), "steps": 3, "backward": ()}
 
 
 def read_json(path):
@@ -67,7 +67,8 @@ def test_a_fit_stops_at_a_bad_row(options):
 def test_a_fit_leaves_bad_rows_out_and_lists_them(options, fit_options, tmp_path):
     progress, folder = Notes(), tmp_path / "run"
     run = fit(FitConfig(on_bad_row="skip", **options), folder, progress=progress)
-    clean = fit(FitConfig(**{**fit_options, "steps": 3}), tmp_path / "clean")
+    clean = {**options, "data": fit_options["data"]}
+    clean = fit(FitConfig(**clean), tmp_path / "clean")
     assert run.history == clean.history
     expected = clean.metrics["new_domain"] | {"name": options["data"]}
     assert run.metrics["new_domain"] == expected
@@ -100,7 +101,7 @@ def test_a_run_without_bad_rows_lists_none_and_an_earlier_list_goes(options, fit
     fit(FitConfig(on_bad_row="skip", **options), tmp_path / "run")
     assert (tmp_path / "run" / SKIPPED).exists()
     progress = Notes()
-    clean = {**fit_options, "steps": 3, "on_bad_row": "skip"}
+    clean = {**options, "data": fit_options["data"], "on_bad_row": "skip"}
     fit(FitConfig(**clean), tmp_path / "run", overwrite=True, progress=progress)
     assert not (tmp_path / "run" / SKIPPED).exists()
     assert not any("bad rows" in note for note in progress.notes)
@@ -230,11 +231,12 @@ def test_the_caller_hears_of_the_features(fit_options, tones_folder, tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_ends_no_fit(fit_options, monkeypatch, tmp_path):
-    expected = fit(FitConfig(**{**fit_options, "steps": 2})).history
+    config = FitConfig(**{**fit_options, "steps": 2, "backward": ()})
+    expected = fit(config, evaluate=False).history
     (tmp_path / "file").touch()
     monkeypatch.setenv("BLORA_PYRO_CACHE", str(tmp_path / "file"))
     progress = Notes()
-    run = fit(FitConfig(**{**fit_options, "steps": 2}), progress=progress)
+    run = fit(config, progress=progress)
     assert run.history == expected
     assert sum("can't be written" in note for note in progress.notes) == 1
 
@@ -242,6 +244,7 @@ def test_a_cache_that_cannot_be_written_ends_no_fit(fit_options, monkeypatch, tm
 def test_skipped_steps_are_told_at_the_end(fit_options, tmp_path, monkeypatch):
     monkeypatch.setattr(fits, "fit_guide", lambda *a, **k: fit_guide(*a, **k)[1:])
     progress = Notes()
-    fit(FitConfig(**{**fit_options, "steps": 3}), tmp_path / "run", progress=progress)
+    config = FitConfig(**{**fit_options, "steps": 3})
+    fit(config, tmp_path / "run", evaluate=False, progress=progress)
     assert any(note.startswith("1 of 3 steps were skipped, because") for note in progress.notes)
     assert read_json(tmp_path / "run" / "run.json")["skipped_steps"] == 1

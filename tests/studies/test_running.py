@@ -347,8 +347,9 @@ def test_fits_that_are_finished_here_are_scored_first(study, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("what", "count"),
     [
-        *(("before_cursor_execute", 0), ("begin", 12), ("before_cursor_execute", 60)),
-        *(("begin", 50), ("before_cursor_execute", 120)),
+        ("before_cursor_execute", 0),
+        ("begin", 12),
+        ("before_cursor_execute", 60),
     ],
 )
 def test_a_storage_that_goes_away_is_one_line_and_the_same_call_goes_on(
