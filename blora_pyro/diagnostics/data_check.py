@@ -5,7 +5,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
@@ -262,6 +262,7 @@ class _Checks:
     given: Mapping[str, str]  # what prompts languages that the base has no token for
     tokens: dict[str, str]  # likewise, and any token for those that a fit chooses one for
     is_auto: bool  # it does choose
+    missing: dict[str, list[str]] = field(default_factory=dict)  # languages -> codes without token
 
 
 class _SetChecker:
@@ -372,8 +373,12 @@ class _SetChecker:
     ) -> Iterator[tuple[str, str, str]]:
         """Yield what has no token, and have it prompted as any that has: a fit chooses which."""
         checks, tokenizer = self.checks, encoder.tokenizer
-        for one in unmapped_codes(tokenizer, code, checks.given) if checks.is_auto else ():
-            checks.tokens.setdefault(one, language_codes(tokenizer)[0])
+        if checks.is_auto and code not in checks.missing:
+            checks.missing[code] = unmapped_codes(tokenizer, code, checks.given)
+            if checks.missing[code]:
+                any_token, *_ = language_codes(tokenizer)
+                checks.tokens.update(dict.fromkeys(checks.missing[code], any_token))
+        for one in checks.missing.get(code, ()):
             yield "no token", origin, f"{one}; or give one by --language-map {one}=TOKEN"
 
 
