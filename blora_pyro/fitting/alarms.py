@@ -1,7 +1,7 @@
 """Alarms: a fit that goes wrong says so, ends early, and keeps its last good parameters.
 
-- tokens are half as likely as at the start, on the very same batches: where the last steps' median
-  NLL is above the first step's, which may be chance, a batch's NLL at the start is computed, too;
+- tokens are half as likely as at the start, on the very same batches: where a step's NLL says so
+  against the first step's, which may be chance, its batch's NLL at the start is computed, too;
 - the norm of the gradient is far above its running median;
 - the dev error (with `eval_every`) runs away from its best.
 """
@@ -22,7 +22,7 @@ NLL_RISE, NLL_TIMES = (
     math.log(2),
     2,
 )  # nats over the start's on a batch, and in how many steps running
-NLL_REST = 10  # steps without a further look, after one that was no higher
+NLL_REST = 5  # steps without a further look, after one that was no higher
 NORM_RISE, NORM_STEPS = 10.0, 50  # factor on the median norm, and of how many steps that is
 DEV_RISE, DEV_POINTS = 1.5, 0.1  # factor on the best dev error, and fractions on top
 EVERY = 10  # steps between two looks at whether the parameters are the best so far
@@ -42,12 +42,6 @@ class Ended(TypedDict):
     step: int
     kept_step: int
     reason: str
-
-
-def is_above_first(history: Sequence[Step]) -> bool:
-    """Return whether the median NLL of the last three steps is above that of the first."""
-    last = history[-WINDOW:]
-    return len(last) == WINDOW and median(one.nll for one in last) > history[0].nll
 
 
 def norm_alarm(history: Sequence[Step]) -> str | None:
@@ -134,7 +128,8 @@ class Alarms:
     def _nll_alarm(self, history: Sequence[Step], nll_at_start: Callable[[], float]) -> str | None:
         """Return what is wrong with the NLL of the last steps; None if nothing is."""
         last = history[-1]
-        if last.step < self._rests_until or not is_above_first(history):
+        is_high = last.nll > history[0].nll + NLL_RISE
+        if last.step < self._rests_until or not is_high:
             self._high = []
             return None
         before = nll_at_start()
