@@ -263,7 +263,8 @@ def test_a_run_with_every_knob_turned_goes_on_too(turned, tmp_path):
 
 
 def test_an_alarm_is_raised_in_the_same_step_after_a_kill(options, tones_folder, tmp_path):
-    options = {**options, "data": str(tones_folder / "de.jsonl"), "lr": 3.0}
+    data = str(tones_folder / "de.jsonl")
+    options = {**options, "data": data, "lr": 3.0, "steps": 12}
     run = fit(FitConfig(**options), tmp_path / "straight")
     folder = crashed(tmp_path / "run", options, step=2)
     resumed = fit(output=folder, resume=True)
