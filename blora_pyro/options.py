@@ -108,6 +108,7 @@ BASE, DATA, PRIOR, FIT, REGULARISERS, KEEPING, EARLY_STOPPING, SCORING, OUTPUT =
 # Bounds of the many options that are a count, or a positive number.
 COUNT: dict[str, Any] = {"at_least": 1}
 POSITIVE: dict[str, Any] = {"above": 0}
+LARGEST = 1e15  # that an alpha must not reach: no product of what a posterior keeps overflows
 
 
 T = TypeVar("T")
@@ -273,7 +274,10 @@ class PriorOptions:
         listed="repeated",
     )
     alpha: float | None = option(
-        "Updates are scaled by alpha / rank, a layer's own.", unset="2 * rank", **POSITIVE
+        "Updates are scaled by alpha / rank, a layer's own.",
+        unset="2 * rank",
+        below=LARGEST,
+        **POSITIVE,
     )
     use_rslora: bool = option(
         "Scale updates by alpha / √rank instead (rank-stabilised LoRA).", False

@@ -104,6 +104,12 @@ def test_alpha_is_twice_the_rank_unless_given(rank, alpha):
     assert FitConfig(rank=rank, alpha=alpha).resolved(10, 10).alpha == alpha
 
 
+@pytest.mark.parametrize("alpha", [1e15, 1e300])
+def test_an_alpha_that_no_posterior_may_have_is_refused(alpha):
+    with pytest.raises(UserError, match=r"alpha is 1.*; give a number above 0 below 1e\+15"):
+        FitConfig(alpha=alpha)
+
+
 @quick
 @given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 30))
 def test_epochs_become_steps_that_visit_everything_that_often(utterances, batch_size, epochs):

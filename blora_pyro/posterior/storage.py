@@ -23,11 +23,12 @@ from blora_pyro.files import check_name, parse_json
 from blora_pyro.models import Pooling
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from blora_pyro.models.peft_adapters import metadata_of
+from blora_pyro.options import LARGEST
 from blora_pyro.posterior.family import Family
 
 POSTERIOR_FILE = "posterior.safetensors"
 DOMAIN_FOLDERS = "domains"  # holds a PEFT adapter for each domain
-LARGEST, LARGEST_MOMENT = 1e15, 1e6  # so that no product of what is stored overflows
+LARGEST_MOMENT = 1e6  # so that no product of what is stored overflows, as `LARGEST` of an alpha
 _LAYER = re.compile(r"[\w.@-]+")
 
 
