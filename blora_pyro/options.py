@@ -656,6 +656,11 @@ class CommandOptions:
         unset="none",
     )
     dry_run: bool = option("Print the resolved options as TOML, and stop.", False)
+    estimate: bool = option(
+        "Time two steps and a few transcripts, tell how long the fit will take and how much memory "
+        "and disk, and stop.",
+        False,
+    )
     json: bool = option("Print JSON instead of a table.", False)
 
 

@@ -14,6 +14,7 @@ from blora_pyro.cli.common import (
     quiet_libraries,
 )
 from blora_pyro.cli.parameters import with_options
+from blora_pyro.errors import UserError
 from blora_pyro.families import ROLES, check_code
 from blora_pyro.launched import is_main
 from blora_pyro.options import (
@@ -38,6 +39,12 @@ def fit(given: dict[str, Any], where: dict[str, Any], how: dict[str, Any]) -> No
     with one_line_errors():
         with one_line_errors(only_main=True):
             output, command = OutputOptions(**where), CommandOptions(**how)
+            if command.estimate and (output.resume or command.dry_run):
+                other = "resume" if output.resume else "dry_run"
+                raise UserError(
+                    f"estimate is given with {other}; an estimate is of a whole fit, and stops: "
+                    "give one of them"
+                )
             file = None if command.config is None else Path(command.config)
             chosen = configuration(given, file)
             folder = output.output or default_folder(chosen)
@@ -46,6 +53,11 @@ def fit(given: dict[str, Any], where: dict[str, Any], how: dict[str, Any]) -> No
         quiet_libraries()
         if command.dry_run:
             show_resolved(chosen, folder if output.resume else None, command.json)
+            return
+
+        if command.estimate:
+            if is_main():
+                show_estimate(chosen, command.json)
             return
 
         from blora_pyro.cli.progress import TerminalProgress
@@ -145,3 +157,13 @@ def show_resolved(config: FitConfig, resumed: Path | None, as_json: bool) -> Non
         print_json(options)
     else:
         echo(to_toml(options), nl=False)
+
+
+def show_estimate(config: FitConfig, as_json: bool) -> None:
+    """Time a few steps and transcripts, and print what the fit takes; see `estimate_fit`."""
+    from blora_pyro.cli.progress import TerminalProgress
+    from blora_pyro.runs.estimation import estimate_fit, estimate_tables
+
+    with TerminalProgress() as progress:
+        estimate = estimate_fit(config, progress)
+    print_result(estimate, as_json, lambda: estimate_tables(estimate))

@@ -29,6 +29,7 @@ from blora_pyro.sources import Source, describe_source
 # three of four; see experiments/contracts.py.
 CONFIDENCE = 0.9
 STRENGTHS = tuple(round(0.1 * tenths, 1) for tenths in range(11))
+MOST_SCORED = 7  # of them, as a rule, 0 and 1 included
 ROUNDING = 1e-9  # of a loss that is exactly its limit
 
 Results = dict[str, Evaluation]

@@ -146,6 +146,15 @@ class Loader:
         self._look_at(sources, split, examples)
         return examples
 
+    def count(self, source: Source | Sequence[Source], split: str, limit: int | None = None) -> int:
+        """Return the number of rows that `load` reads; it may leave out some whose audio is bad.
+
+        Raises:
+            UserError: See `load_mixture`.
+        """
+        on_bad = self._on_bad([describe_source(one) for one in as_sources(source)], split)
+        return len(load_mixture(source, split, on_bad, limit, columns=self.columns))
+
     def _check_languages(self, dataset: Dataset, default: str | None) -> None:
         """Refuse a language that can't be prompted once for all its rows, if none is to be skipped.
 

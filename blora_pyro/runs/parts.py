@@ -28,11 +28,11 @@ from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader, SkippedRow
 from blora_pyro.runs.record import FITTING
 from blora_pyro.runs.scoring import (
-    NEW_DOMAIN,
     Scoring,
     domain_name,
     early_stopping,
     evaluation_sets,
+    is_new_domain,
 )
 from blora_pyro.sources import describe_source
 
@@ -86,7 +86,7 @@ class Parts:
         if base.language_map:
             config = replace(config, language_map=base.language_map)
         sets = evaluation_sets(base, config, loader) if evaluate else {}
-        if evaluate and not any(name.startswith((NEW_DOMAIN, "domain ")) for name in sets):
+        if evaluate and not any(map(is_new_domain, sets)):
             progress.note(
                 f"{domain_name(config, 'test')} has no test split and no test set is given: the "
                 "new domain will not be scored"

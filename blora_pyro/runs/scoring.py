@@ -59,26 +59,61 @@ def evaluation_sets(
     Raises:
         UserError: If there is no such split, or see `Loader.load`.
     """
-    check_split(split)
     loader = loader or Loader(base, config)
+    limit, loaded = config.max_eval_utterances, dict[SetSource, Examples]()
+    sets = {}
+    for name, its in set_sources(config, split, loader.on_note).items():
+        if its not in loaded:
+            examples = loader.load(its.source, its.split, its.language, limit)
+            if its.backward:
+                examples = with_references(base, its.backward, examples)
+            loaded[its] = examples
+        sets[name] = loaded[its]
+    return sets
+
+
+@dataclass(frozen=True, eq=False)
+class SetSource:
+    """Where a set that is scored comes from; one that has several names is one object.
+
+    Attributes:
+        source: Its source.
+        split: Split of the source.
+        language: Language of rows that name none; None is that of the configuration.
+        backward: Name of the backward set; "" is the new domain's.
+    """
+
+    source: Source
+    split: str
+    language: str | None = None
+    backward: str = ""
+
+
+def set_sources(
+    config: FitConfig, split: str, on_note: Callable[[str], object] = lambda note: None
+) -> dict[str, SetSource]:
+    """Return where the sets come from that `evaluation_sets` loads, by name; arguments as there.
+
+    Raises:
+        UserError: If there is no such split.
+    """
+    check_split(split)
     domains = {domain_set(name): source for name, source in config.domains.items()}
     if config.pooling is None:
         domains = {NEW_DOMAIN: _new_domain(config, split)}
-    sets, limit = {}, config.max_eval_utterances
+    sets = {}
     for key, source in domains.items():
         if split == "dev":
             is_held_out = config.dev is not None or config.test == source
-            its = _existing_dev_split(loader, source, is_held_out)
-            sets[key] = loader.load(source, its, limit=limit)
+            sets[key] = SetSource(source, _existing_dev_split(source, on_note, is_held_out))
         elif config.test is not None or "test" in split_names(source):
-            sets[key] = loader.load(source, "test", limit=limit)
+            sets[key] = SetSource(source, "test")
     for name, source in config.backward_sets.items():
-        its = _existing_dev_split(loader, source) if split == "dev" else "test"
-        examples = loader.load(source, its, name if is_language(name) else None, limit)
-        examples = with_references(base, name, examples)
+        its = _existing_dev_split(source, on_note) if split == "dev" else "test"
+        language = name if is_language(name) else None
         apart = config.domains if config.pooling == "none" else None
         names = [name] if apart is None else [f"{name} ({domain})" for domain in apart]
-        sets |= dict.fromkeys(names, examples)
+        sets |= dict.fromkeys(names, SetSource(source, its, language, name))
     return sets
 
 
@@ -137,6 +172,11 @@ def domain_set(name: str) -> str:
     return f"domain {name}"
 
 
+def is_new_domain(name: str) -> bool:
+    """Return whether a set's name, see `evaluation_sets`, is that of new-domain data."""
+    return name == NEW_DOMAIN or name.startswith(domain_set(""))
+
+
 def domain_name(config: FitConfig, split: str) -> str:
     """Return the source of the new domain's set of a split, in words."""
     return describe_source(_new_domain(config, split))
@@ -155,12 +195,14 @@ def _dev_split(names: Sequence[str], is_held_out: bool) -> str | None:
     return next((split for split in DEV_SPLITS if split in names), None)
 
 
-def _existing_dev_split(loader: Loader, source: Source, is_held_out: bool = True) -> str:
+def _existing_dev_split(
+    source: Source, on_note: Callable[[str], object], is_held_out: bool = True
+) -> str:
     name, names = describe_source(source), split_names(source)
     if (split := _dev_split(names, is_held_out)) is None:
         raise UserError(f"{name} has no dev split; give a set that has one")
     if not names:
-        loader.on_note(f"{name} is one set without splits: the same for dev as for test")
+        on_note(f"{name} is one set without splits: the same for dev as for test")
     return split
 
 
@@ -187,14 +229,8 @@ def early_stopping(
     """
     if config.eval_every is None:
         return None
-    source = _new_domain(config, "dev")
-    split = _dev_split(split_names(source), is_held_out=config.dev is not None)
-    if split is None:
-        raise UserError(
-            f"{describe_source(source)} has no dev split, and eval_every is {config.eval_every}; "
-            "give a set that has one as dev, or leave eval_every out"
-        )
-    examples = loader.load(source, split, limit=config.max_eval_utterances)
+    its = stopping_set(config)
+    examples = loader.load(its.source, its.split, limit=config.max_eval_utterances)
 
     def dev_error() -> float:
         with allowing(loader.base.net, unsuppressed):
@@ -202,6 +238,22 @@ def early_stopping(
 
     measure = partial((processes or Processes()).from_main, dev_error)
     return EarlyStopping(measure, config.eval_every, config.patience, on_error)
+
+
+def stopping_set(config: FitConfig) -> SetSource:
+    """Return the dev set that `eval_every` measures on.
+
+    Raises:
+        UserError: If there is none.
+    """
+    source = _new_domain(config, "dev")
+    split = _dev_split(split_names(source), is_held_out=config.dev is not None)
+    if split is None:
+        raise UserError(
+            f"{describe_source(source)} has no dev split, and eval_every is {config.eval_every}; "
+            "give a set that has one as dev, or leave eval_every out"
+        )
+    return SetSource(source, split)
 
 
 # ---- their scores

@@ -284,6 +284,16 @@ def test_what_a_dry_run_prints_is_a_file_of_the_same_options(handed_on, tmp_path
     assert parsed(well("fit", *options, "--dry-run", "--json"))["warmup_steps"] == 2
 
 
+def test_an_estimate_is_printed_and_nothing_is_written(handed_on, short, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = parsed(well(*short, "--estimate", "--json"))
+    assert [one["count"] for one in found["work"]] == [2, 2, 2, 2]
+    assert not handed_on and not [*tmp_path.iterdir()]
+    for other in ("--resume", "--dry-run"):
+        message = complaint(run(*short, "--estimate", other, "--output", tmp_path / "run"))
+        assert "estimate is given with" in message and "give one of them" in message
+
+
 def test_code_that_only_a_file_names_is_not_run(handed_on, tmp_path):
     code, file = tmp_path / "mine.py", tmp_path / "fit.toml"
     code.write_text("raise SystemExit('run')")
