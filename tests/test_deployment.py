@@ -113,7 +113,9 @@ def merged(base) -> Path:
     (folder / "sounds.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = {"base": str(base), "data": str(folder / "sounds.jsonl")}
     fit(
-        FitConfig(steps=2, lr=1e-3, rank=2, batch_size=2, **options), folder / "run", evaluate=False
+        FitConfig(steps=2, rank=2, batch_size=2, target_modules="all-linear", **options),
+        folder / "run",
+        evaluate=False,
     )
     merge_run(folder / "run", folder / "merged")
     return folder / "merged"

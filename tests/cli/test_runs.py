@@ -194,9 +194,15 @@ def test_evaluate_at_several_strengths_draws_the_curve(finished_run, tmp_path):
         (["--strength", "0,3"], "strength is 3; give a number from 0"),
         (["--strength", "0,1", "--split", "train"], "split is 'train'; give test or dev"),
         (["--split", "dev"], "has no dev split; give a set that has one"),
-        (["--strength", "0,1", "--output", "u.jsonl"], "--output are for a single strength"),
-        (["--strength", "0,1", "--data", "de"], "--data, --domain and --output are for a single"),
-        (["--strength", "0,1", "--domain", "a"], "--data, --domain and --output are for a single"),
+        (["--strength", "0,1", "--output", "u.jsonl"], "--beyond are for a single strength"),
+        (
+            ["--strength", "0,1", "--data", "de"],
+            "--data, --domain, --output and --beyond are for a single",
+        ),
+        (
+            ["--strength", "0,1", "--domain", "a"],
+            "--data, --domain, --output and --beyond are for a single",
+        ),
         (["--strength", "0,1", "--plot", "x.doc"], "plot is 'x.doc'; give a file that ends in"),
         (["--plot", "x.png"], "there is one strength; give several"),
     ],
