@@ -33,7 +33,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.metrics import check_tags
 from blora_pyro.models import Base, map_languages
-from blora_pyro.options import AUTO, SHUFFLE_BUFFER, FitConfig, column_names
+from blora_pyro.options import AUTO, BUILT_IN, SHUFFLE_BUFFER, FitConfig, column_names
 from blora_pyro.runs.language_maps import (
     choose_token,
     languages_of,
@@ -205,8 +205,9 @@ class Loader:
                 self.on_note(str(choice))
 
     def _look_at(self, sources: Sequence[str], split: str, examples: Examples) -> None:
-        """Keep what is worth knowing of a set, unless it has been looked at before."""
-        if (label := f"{', '.join(sources)} {split}") in self._looked_at:
+        """Keep what is worth knowing of a user's set, unless it has been looked at before."""
+        label = f"{', '.join(sources)} {split}"
+        if label in self._looked_at or {*sources} <= BUILT_IN:
             return
         self._looked_at.add(label)
         characters, is_train = Characters(), split == "train"
