@@ -5,7 +5,8 @@
 One BLoRA fit (200 utterances, 100 steps, the defaults else) for each map of languages, scored on
 the dev sets: what `--language-map auto` chooses, Maori's token with and without the second
 language's, and Spanish's. `human-speech` holds what `manifests.py` writes. A fit that is there is
-not made again. Results: `experiments/real/tokens.json`.
+not made again. Results go to `experiments/real/tokens.json`; so far only `auto` was seen to its end
+(dev, seed 0: new domain 134.7 to 69.5, backward average 16.4 to 20.4).
 """
 
 import argparse
