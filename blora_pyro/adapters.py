@@ -206,8 +206,7 @@ def find_targets(
         UserError: If nothing matches, nothing is left, or a regular expression is not one.
     """
     found = _matching(net, target_modules)
-    excluded = exclude_modules or ""
-    out = {*match_names(found, excluded, "exclude modules")} if exclude_modules else set()
+    out = {*match_names(found, exclude_modules, "exclude modules")} if exclude_modules else set()
     if exclude_modules and not out:
         raise UserError(
             f"exclude modules '{exclude_modules}' match none of the {len(found)} target modules"

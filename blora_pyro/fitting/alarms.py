@@ -18,10 +18,8 @@ from blora_pyro.fitting.history import Step
 from blora_pyro.fitting.stopping import DevError
 
 WINDOW = 3  # steps in a median
-NLL_RISE, NLL_TIMES = (
-    math.log(2),
-    2,
-)  # nats over the start's on a batch, and in how many steps running
+NLL_RISE = math.log(2)  # nats over the start's on a batch
+NLL_TIMES = 2  # steps running with such a rise
 NLL_REST = 5  # steps without a further look, after one that was no higher
 NORM_RISE, NORM_STEPS = 10.0, 50  # factor on the median norm, and of how many steps that is
 DEV_RISE, DEV_POINTS = 1.5, 0.1  # factor on the best dev error, and fractions on top

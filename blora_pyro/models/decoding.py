@@ -71,6 +71,16 @@ def text_of(base: Base, tokens: Sequence[int]) -> str:
     return base.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
+def alike_in_length(prompts: Prompts, size: int) -> Iterator[list[int]]:
+    """Yield indices of prompts of one length, up to `size` at a time, as `decode` takes them."""
+    by_length: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(index)
+    for indices in by_length.values():
+        for first in range(0, len(indices), size):
+            yield indices[first : first + size]
+
+
 @torch.inference_mode()
 def encode(base: Base, features: Tensor) -> Tensor:
     """Return the encoder's states, (batch, positions, width), of log-mels (batch, mels, frames)."""

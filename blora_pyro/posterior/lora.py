@@ -77,7 +77,7 @@ def _factors(
 ) -> LayerFactors:
     """Return A and B of a layer at scaling 1: what scales them is in B."""
     weight = net.get_parameter(f"{layer}.weight")
-    if None in [None if one is None else 0 for one in pair]:
+    if any(one is None for one in pair):
         raise _refusal(name, f"has no A or B for {layer}")
     a, b = (one.double() for one in pair)
     if b.shape[:1] + a.shape[1:] != weight.shape or b.shape[1:] != a.shape[:1]:

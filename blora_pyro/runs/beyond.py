@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import regex
 
-from blora_pyro.data import SAMPLING_RATE, Examples, featurise, prompt_ids
+from blora_pyro.data import SAMPLING_RATE, Examples, featurise, language_codes, prompt_ids
 from blora_pyro.errors import UserError
 from blora_pyro.languages import ENGLISH
 from blora_pyro.metrics import Counts
@@ -23,7 +23,12 @@ from blora_pyro.metrics.bootstrap import (
     paired_macro_bootstrap,
 )
 from blora_pyro.models import Base
-from blora_pyro.models.decoding import detect_languages, encode, timestamp_begin
+from blora_pyro.models.decoding import (
+    alike_in_length,
+    detect_languages,
+    encode,
+    timestamp_begin,
+)
 from blora_pyro.models.encoder_states import last_states
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.listeners import Listener
@@ -183,15 +188,12 @@ def _ends(
     """Return the last timestamp of every utterance."""
     ends = [math.nan] * len(prompts)
     window = float(base.feature_extractor.chunk_length)
-    for length in sorted({len(prompt) for prompt in prompts}):
-        alike = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
-        for first in range(0, len(alike), BATCH_SIZE):
-            indices = alike[first : first + BATCH_SIZE]
-            timed = [list(prompts[index])[:-1] for index in indices]  # without <|notimestamps|>
-            known = hearings(base, features[indices])
-            pieces = decode_safely(base, encoder(indices), timed, known, [window] * len(indices))
-            for index, found in zip(indices, pieces, strict=True):
-                ends[index] = found[-1].end if found else math.nan
+    for indices in alike_in_length(prompts, BATCH_SIZE):
+        timed = [list(prompts[index])[:-1] for index in indices]  # without <|notimestamps|>
+        known = hearings(base, features[indices])
+        pieces = decode_safely(base, encoder(indices), timed, known, [window] * len(indices))
+        for index, found in zip(indices, pieces, strict=True):
+            ends[index] = found[-1].end if found else math.nan
     return ends
 
 
@@ -207,10 +209,8 @@ def _silence(base: Base) -> Counts:
             gain = 0.0 if level is None else 10 ** (level / 20)
             waves.append((f"noise at {level} dB", (gain * noise).clip(-1, 1).astype(np.float32)))
     features = featurise(waves, base.feature_extractor)
-    settings = base.net.generation_config
-    codes = [*(getattr(settings, "lang_to_id", None) or {})]
-    code = codes[0].strip("<|>") if f"<|{ENGLISH.code}|>" not in codes and codes else ENGLISH.code
-    prompt = prompt_ids(base.tokenizer, code)
+    known = language_codes(base.tokenizer) or [ENGLISH.code]
+    prompt = prompt_ids(base.tokenizer, ENGLISH.code if ENGLISH.code in known else known[0])
     texts = transcribe_features(base, features, [prompt] * len(waves), BATCH_SIZE)
     return _counts([(bool(text.strip()), True) for text in texts])
 

@@ -22,7 +22,7 @@ from blora_pyro.data.prompts import END, START
 from blora_pyro.errors import UserError
 from blora_pyro.languages import is_language, prompt_codes, read_language
 from blora_pyro.models import Base
-from blora_pyro.models.decoding import encode, score_tokens
+from blora_pyro.models.decoding import alike_in_length, encode, score_tokens
 from blora_pyro.options import FitConfig, column_names
 
 # On how many utterances the tokens are compared, and how many of the best are compared on more.
@@ -211,16 +211,11 @@ def _surprise(
     base: Base, states: Tensor, prompts: Sequence[Sequence[int]], text: Sequence[int]
 ) -> list[float]:
     """Return the negative log-likelihood of a text after each prompt, nats, without its end."""
-    by_length: dict[int, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(place)
     sums = dict[int, float]()
-    for places in by_length.values():
-        for first in range(0, len(places), _BATCH):
-            some = places[first : first + _BATCH]
-            encoded = states.expand(len(some), -1, -1)
-            scores = score_tokens(base, encoded, [prompts[one] for one in some], [text] * len(some))
-            sums |= {
-                one: -float(score.log_probs.sum()) for one, score in zip(some, scores, strict=True)
-            }
+    for some in alike_in_length(prompts, _BATCH):
+        encoded = states.expand(len(some), -1, -1)
+        scores = score_tokens(base, encoded, [prompts[one] for one in some], [text] * len(some))
+        sums |= {
+            one: -float(score.log_probs.sum()) for one, score in zip(some, scores, strict=True)
+        }
     return [sums[place] for place in range(len(prompts))]

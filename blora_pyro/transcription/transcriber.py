@@ -13,7 +13,14 @@ from torch import Tensor
 from blora_pyro.data import SAMPLING_RATE, Features, read_audio, stream_audio
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.models import Base
-from blora_pyro.models.decoding import decode, decode_timed, encode, score_tokens, text_of
+from blora_pyro.models.decoding import (
+    alike_in_length,
+    decode,
+    decode_timed,
+    encode,
+    score_tokens,
+    text_of,
+)
 from blora_pyro.posterior import Posterior
 from blora_pyro.transcription.confidence import Speller, Spelling, Tally
 from blora_pyro.transcription.long_form import BATCHES_IN_MEMORY, LongFormDecoder
@@ -41,21 +48,16 @@ def transcribe_features(
     encoder's states of some of them, (indices, positions, width); None is the base's, as it is.
     """
     texts = [""] * len(prompts)
-    by_length: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(index)
-    for indices in by_length.values():
-        for start in range(0, len(indices), batch_size):
-            chosen = indices[start : start + batch_size]
-            heard = hearings(base, features[chosen])
-            audible = [i for i, one in zip(chosen, heard, strict=True) if not one.is_silent]
-            if not audible:
-                continue
-            encoded = encoder(audible) if encoder else encode(base, features[audible])
-            known = [one for one in heard if not one.is_silent]
-            rows = decode_safely(base, encoded, [prompts[index] for index in audible], known)
-            for index, pieces in zip(audible, rows, strict=True):
-                texts[index] = "".join(text_of(base, piece.tokens) for piece in pieces)
+    for chosen in alike_in_length(prompts, batch_size):
+        heard = hearings(base, features[chosen])
+        audible = [i for i, one in zip(chosen, heard, strict=True) if not one.is_silent]
+        if not audible:
+            continue
+        encoded = encoder(audible) if encoder else encode(base, features[audible])
+        known = [one for one in heard if not one.is_silent]
+        rows = decode_safely(base, encoded, [prompts[index] for index in audible], known)
+        for index, pieces in zip(audible, rows, strict=True):
+            texts[index] = "".join(text_of(base, piece.tokens) for piece in pieces)
     return texts
 
 

@@ -6,6 +6,7 @@ import torch
 
 from blora_pyro.data import featurise, prompt_ids, read_audio
 from blora_pyro.models.decoding import (
+    alike_in_length,
     decode,
     decode_timed,
     detect_languages,
@@ -198,3 +199,8 @@ def test_scores_of_a_transcript_that_fills_the_decoder(tiny_base):
     assert len(one.log_probs) == most
     assert math.isfinite(one.mean)
     assert one.no_speech == 0  # without such a token
+
+
+def test_prompts_are_taken_together_that_are_alike_in_length():
+    prompts = [[1, 2], [1], [3, 4], [5, 6], [7]]
+    assert [*alike_in_length(prompts, 2)] == [[0, 2], [3], [1, 4]]
