@@ -763,7 +763,7 @@ def _toml(value: Any) -> str:
 
 def differing(options: Mapping[str, Any]) -> list[str]:
     """Return the names of the options, as `to_json` has them all, that must be given to be had."""
-    usual = FitConfig(**({"base": options["base"]} if options["base"] != POCKET else {})).to_json()
+    usual = FitConfig(base=options["base"]).to_json()
     instead = {"steps"} if usual["epochs"] is not None and options["epochs"] is None else set()
     return [
         name
