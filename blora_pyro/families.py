@@ -26,6 +26,8 @@ PREVIOUS_POSTERIOR = "previous-posterior"  # the prior that `prior_from` resolve
 NO_PRIOR = "none"  # of a posterior combined of several, or of one domain's part of one
 # Families whose rows depend on one another, by a scale that they share: they cannot be pooled.
 DEPENDENT_ROWS = ("horseshoe",)
+# Guides whose deviations are not all those of independent Normals, softplus(rho).
+NOT_MEAN_FIELD = ("point", "auto-normal", "horseshoe")
 
 ROLES = ("prior", "guide")  # options that may name a file of code
 

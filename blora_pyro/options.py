@@ -40,7 +40,13 @@ from blora_pyro.declarations import (
     texts_of,
 )
 from blora_pyro.errors import UserError
-from blora_pyro.families import DEPENDENT_ROWS, FAMILIES, GUIDES, PREVIOUS_POSTERIOR
+from blora_pyro.families import (
+    DEPENDENT_ROWS,
+    FAMILIES,
+    GUIDES,
+    NOT_MEAN_FIELD,
+    PREVIOUS_POSTERIOR,
+)
 from blora_pyro.files import check_name, read_json
 from blora_pyro.languages import (
     is_language,
@@ -315,6 +321,11 @@ class FittingOptions:
         real=1e-5,
     )
     lr: float = option("Peak learning rate of Adam.", 5e-3, real=1e-3, **POSITIVE)
+    optimizer: Literal["adam", "natural-gradient"] = option(
+        "adam for all parameters, which in a short fit leaves the deviations near their start; or "
+        "natural-gradient for the deviations, which then converge, and Adam for the rest.",
+        "adam",
+    )
     steps: int = option("Steps of SVI.", 400, **COUNT)
     schedule: Schedule = option("Learning rate after its peak.", "cosine")
     warmup_steps: int | None = option(
@@ -1021,6 +1032,20 @@ def _check_fit(config: FitConfig) -> None:
         raise UserError(
             f"gradient_accumulation is {config.gradient_accumulation}, more than the "
             f"{config.batch_size} utterances of a step; give batch_size or less"
+        )
+    if config.optimizer == "natural-gradient":
+        guide = config.guide or config.prior
+        _check_possible(
+            config,
+            "optimizer natural-gradient",
+            "fit with optimizer adam",
+            {
+                "beta": (config.beta != 0, "give a number above 0, or auto"),
+                ("prior" if config.guide is None else "guide"): (
+                    guide not in NOT_MEAN_FIELD,
+                    "its deviations are not those of a mean-field Normal; give guide normal",
+                ),
+            },
         )
     if config.dev is not None and config.eval_every is None and config.keep is None:
         raise UserError("dev is given, but neither keep nor eval_every; give one of them, too")

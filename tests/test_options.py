@@ -248,6 +248,7 @@ def test_the_json_of_a_config_makes_the_same_config():
         ({"prior_inflation": 0.5}, "^prior_inflation is 0.5; give a number from 1$"),
         ({"streaming": "yes"}, "^streaming is 'yes'; give true or false$"),
         ({"dtype": "int8"}, "^dtype is 'int8'; give float32, bfloat16 or float16$"),
+        ({"optimizer": "sgd"}, "^optimizer is 'sgd'; give adam or natural-gradient$"),
         ({"precision": "FP32"}, "^precision is 'FP32'; give fp32 or bf16$"),
         ({"schedule": "cosin"}, "^schedule is 'cosin'; .*; did you mean 'cosine'[?]$"),
         (
@@ -320,6 +321,18 @@ def test_a_value_that_an_option_does_not_allow_is_refused(options, message):
         ({"streaming": True, "data": ("a", "b")}, "data is 2 sources, and streaming takes one"),
         ({"streaming": True, "beta": "auto"}, "^beta is auto, which streaming can't take; give a"),
         ({"streaming": True, "epochs": 2}, "^epochs is 2, which streaming can't take; give steps"),
+        (
+            {"optimizer": "natural-gradient", "beta": 0.0},
+            "^beta is 0.0, which optimizer natural-gradient can't take; give a number above 0",
+        ),
+        (
+            {"optimizer": "natural-gradient", "guide": "point"},
+            "^guide is point, which optimizer natural-gradient can't take; .* guide normal",
+        ),
+        (
+            {"optimizer": "natural-gradient", "prior": "horseshoe"},
+            "^prior is horseshoe, which optimizer natural-gradient can't take; .* guide normal",
+        ),
         ({"streaming": True, "max_utterances": 2}, "^max_utterances is 2, which streaming can't"),
     ],
 )

@@ -18,6 +18,7 @@ from blora_pyro.fitting.alarms import Alarms
 from blora_pyro.fitting.batches import SpecAugment, Teacher, batches
 from blora_pyro.fitting.checkpoints import Checkpoint, Checkpoints, RandomState
 from blora_pyro.fitting.history import Step
+from blora_pyro.fitting.natural_gradient import deviation_parameters, natural_step
 from blora_pyro.fitting.objective import Objective
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import Average, EarlyStopping
@@ -71,7 +72,8 @@ def fit_guide(
     """Fit `guide` to `model` by SVI on `mean token NLL + beta · KL`, one weight draw a step.
 
     Adam without weight decay (which would ruin the means), gradients through the reparameterised
-    draw. Pyro's global parameter store is left as it was.
+    draw; under `optimizer` natural-gradient deviations by `natural_step`. Pyro's global parameter
+    store is left as it was.
 
     A step whose loss or gradient is not finite is skipped: the weights stay, and the step is not in
     the history. A fit does not end on such a step, but tries further batches.
@@ -100,7 +102,7 @@ def fit_guide(
     Raises:
         FloatingPointError: If loss or gradient are not finite ten times in a row.
         UserError: If the checkpoint is damaged or of another fit, the dev set has nothing to score,
-            or a stream can't be read on.
+            a stream can't be read on, or the optimizer can't fit the guide.
         OSError: If a checkpoint can't be written.
         Interrupted: If a signal has come; a checkpoint has been written.
         ProcessLost: If one of several processes is gone.
@@ -175,7 +177,12 @@ class Trainer:
             interrupts=checkpoints.interrupts,
         )
         self.augment = SpecAugment(model.net.config) if options.spec_augment else None
-        self.optimizer = torch.optim.Adam(guide.parameters(), lr=options.lr, fused=True)
+        natural = options.optimizer == "natural-gradient"
+        self.rhos = deviation_parameters(guide, self.beta) if natural else []
+        apart = {id(rho) for rho in self.rhos}
+        named = [(name, one) for name, one in guide.named_parameters() if id(one) not in apart]
+        self.names = [name for name, _ in named]
+        self.optimizer = torch.optim.Adam([one for _, one in named], lr=options.lr, fused=True)
         start = options.average_from
         self.average = None if start is None else Average(start * options.steps)
         self.done, self.skipped = 0, 0
@@ -256,6 +263,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        natural_step(self.rhos, self.beta, self.done)
         self.done += 1
         if self.average:
             self.average.update(self.done, self.guide)
@@ -286,9 +294,9 @@ class Trainer:
     def _state(self) -> Checkpoint:
         random = RandomState.now(self.device)
         tensors = {f"guide.{name}": value for name, value in self.guide.state_dict().items()}
-        names = [name for name, _ in self.guide.named_parameters()]
         for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{slot}.{names[index]}": value for slot, value in slots.items()}
+            name = self.names[index]
+            tensors |= {f"adam.{slot}.{name}": value for slot, value in slots.items()}
         about: dict[str, Any] = {
             "random": random.about,
             "history": [step.to_json() for step in self.history],
@@ -310,13 +318,12 @@ class Trainer:
         for name, value in checkpoint.tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = value
-        names = [name for name, _ in self.guide.named_parameters()]
         slots: dict[int, dict[str, Tensor]] = {}
         try:
             self.guide.load_state_dict(parts["guide"])
             for key, value in parts.get("adam", {}).items():
                 slot, _, name = key.partition(".")
-                slots.setdefault(names.index(name), {})[slot] = value.clone()
+                slots.setdefault(self.names.index(name), {})[slot] = value.clone()
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
             self.history = [Step(**step) for step in checkpoint.about["history"]]

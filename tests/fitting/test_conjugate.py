@@ -19,11 +19,12 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 from blora_pyro.adapters import Adapters, group_by_shape
+from blora_pyro.fitting.natural_gradient import natural_step
 from blora_pyro.guides import previous_posterior
 from blora_pyro.guides.normal import Guide, Prior
 from blora_pyro.models import Temper
 
-OUT, IN, RANK, ROWS = 3, 4, 2, 12
+OUT, IN, RANK, ROWS = 24, 4, 2, 12
 ALPHA, SCALE, NOISE = 6.0, 0.5, 2.0
 S = ALPHA / RANK
 COLUMN_NORMS = torch.tensor([[1.0, 2.0], [1.5, 3.0]])  # |z_r| for layers and columns
@@ -138,6 +139,31 @@ def test_svi_recovers_the_known_posterior(problem, signs, beta):
     fit(model, guide, a, x, y, beta)
     assert ((guide.mean()[B] - mean) / stddev).abs().max() < 0.01
     torch.testing.assert_close(guide.stddev()[B], stddev, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize(("start", "beta"), [(0.1, 0.25), (10.0, 1.0)])
+def test_deviations_converge_by_natural_gradient_from_any_start(problem, start, beta):
+    """With a fit's own noise, of one draw a step.
+
+    The rows of B share a deviation. Their mean square is to be within 5% of it; that of one weight
+    has the noise of one weight, √2 / √400 of a precision at the very least.
+    """
+    model, a, x, y = problem
+    mean, stddev = known_posterior(model, a, x, y, beta)
+    guide = Guide(model)
+    previous_posterior.start_at(guide, {B: torch.zeros_like(mean)}, {B: start * stddev})
+    conditioned = Temper(beta)(poutine.condition(model, data={A: a}))
+    blocked = Temper(beta)(poutine.block(guide, hide=[A]))
+    elbo, adam = TraceMeanField_ELBO(), torch.optim.Adam([guide.means[B]], lr=0.05)
+    with pyro.validation_enabled(False):
+        for step in range(400):
+            guide.zero_grad()
+            elbo.differentiable_loss(conditioned, blocked, x, y).backward()
+            adam.step()
+            natural_step([guide.rhos[B]], beta, step)
+    ratio = guide.stddev()[B] / stddev
+    assert (ratio.square().mean(1).sqrt() - 1).abs().max() < 0.05
+    assert (ratio - 1).square().mean().sqrt() < 0.1
 
 
 def exact_fit(guide, prior, site, expected_nll):

@@ -312,6 +312,32 @@ def test_a_crash_after_every_step(net, four, tmp_path):
     assert_same(again, straight)
 
 
+def test_deviations_by_natural_gradient_leave_adam_the_rest(net, four, tmp_path):
+    """The first step of the means is Adam's, and a checkpoint has no moments of the deviations."""
+    options = {**OPTIONS, "steps": 1}
+    (model, adam), (_, natural) = start(net), start(net)
+    fit_with(model, adam, four, **options)
+    kept = Checkpoints(tmp_path, {}, 1)
+    options["optimizer"] = "natural-gradient"
+    with pytest.raises(Crash):
+        steps = {**options, "steps": 2}
+        fit_with(model, natural, four, **steps, checkpoints=kept, on_step=crash_at(2))
+    tensors = read_checkpoint(tmp_path / FILE).tensors
+    slots = {name.split(".", 2)[2] for name in tensors if name.startswith("adam.")}
+    assert slots == {f"means.{name}" for name in adam.means}
+    again, natural = start(net)
+    fit_with(again, natural, four, **options)
+    for name, mean in natural.means.items():
+        assert torch.equal(mean, adam.means[name])
+        assert not torch.equal(natural.rhos[name], adam.rhos[name])
+
+
+@pytest.mark.parametrize("guide", ["point", "auto-normal"])
+def test_a_guide_without_such_deviations_is_refused(net, four, guide):
+    with pytest.raises(UserError, match="needs a mean-field Normal guide"):
+        fit_with(*start(net, guide), four, **OPTIONS, optimizer="natural-gradient")
+
+
 def test_writing_checkpoints_changes_nothing(net, four, tmp_path):
     model, straight = start(net)
     history = fit_with(model, straight, four, **FEWER_STEPS)
@@ -360,6 +386,7 @@ def test_a_signal_ends_the_fit_after_its_step_with_a_checkpoint(net, four, tmp_p
 KNOBS = [
     {"schedule": "linear", "warmup_steps": 3, "max_grad_norm": 0.1},
     {"gradient_accumulation": 2, "estimator": "flipout", "spec_augment": True},
+    {"optimizer": "natural-gradient", "gradient_accumulation": 2, "max_grad_norm": 0.5},
 ]
 
 
