@@ -16,6 +16,7 @@ FAMILIES = {
     "learned-scale": "blora_pyro.guides.learned_scale",
     "pretrained-scale": "blora_pyro.guides.pretrained_scale",
     "a-only": "blora_pyro.guides.a_only",
+    "base-informed": "blora_pyro.guides.base_informed",
 }
 GUIDES = {
     **FAMILIES,
@@ -24,8 +25,9 @@ GUIDES = {
 }
 PREVIOUS_POSTERIOR = "previous-posterior"  # the prior that `prior_from` resolves to
 NO_PRIOR = "none"  # of a posterior combined of several, or of one domain's part of one
-# Families whose rows depend on one another, by a scale that they share: they cannot be pooled.
-DEPENDENT_ROWS = ("horseshoe",)
+# Families whose weights depend on one another, by a scale that rows share or along directions of
+# a layer's inputs: they cannot be pooled.
+DEPENDENT_ROWS = ("horseshoe", "base-informed")
 # Guides whose deviations are not all those of independent Normals, softplus(rho).
 NOT_MEAN_FIELD = ("point", "auto-normal", "horseshoe")
 

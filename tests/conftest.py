@@ -11,7 +11,7 @@ import os
 import runpy
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +161,25 @@ def make_base(name: str, net: WhisperForConditionalGeneration, tokenizer: Whispe
 @pytest.fixture
 def net(tiny_tokenizer) -> WhisperForConditionalGeneration:
     return make_net(tiny_tokenizer)
+
+
+def inform(prior: Any, groups: Iterable[Any], seed: int = 0) -> Any:
+    """Return a prior of layers, with statistics of random inputs if it needs some."""
+    import torch
+
+    from blora_pyro.guides.base_informed import leading_eigenvectors
+    from blora_pyro.guides.contracts import PreparedPrior
+
+    if isinstance(prior, PreparedPrior):
+        draws, tensors = torch.Generator().manual_seed(seed), {}
+        for group in groups:
+            for name in group.modules:
+                n = group.in_features
+                x = torch.randn(3 * n, n, generator=draws) @ torch.randn(n, n, generator=draws)
+                found = leading_eigenvectors(x.mT @ x, max(1, n // 2))
+                tensors |= {f"{name}.{what}": one for what, one in found.items()}
+        prior.tensors = tensors
+    return prior
 
 
 @pytest.fixture

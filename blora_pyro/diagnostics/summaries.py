@@ -26,7 +26,8 @@ class FactorSummary:
     Attributes:
         weights: Number of elements.
         contraction: Mean over the elements of 1 - Var_q / Var_p: 0 where the data said nothing, 1
-            where they left no doubt.
+            where they left no doubt. Where weights depend on one another it is that of their
+            independent coordinates, as signal_to_noise, share_of_signal and prior_stddev are.
         signal_to_noise: Median of |mean| / sigma; infinite for a point.
         share_of_signal: Share of elements with |mean| > sigma.
         near_zero: Share of elements with |mean| < 1e-3.
@@ -110,15 +111,18 @@ def summarise(posterior: Posterior) -> Summary:
     """
     variances = posterior.prior_variances()
     divergences = kl_by_site(posterior)
-    shrinkage = shrinkage_of(posterior.guide)
+    shrinkage, moments = shrinkage_of(posterior.guide), posterior.independent
     factors = []
     for site in (site for group in posterior.groups for site in group.sites):
         kl, factor_shrinkage = divergences.pop(site.name), shrinkage.get(site.name)
         for i, module in enumerate(site.modules):
             mean = posterior.mean[site.name][i].cpu()
-            stddev = posterior.stddev[site.name][i].cpu()
+            own = moments.get(site.name)
+            z, stddev = mean, posterior.stddev[site.name][i].cpu()
+            if own is not None:
+                z, stddev = own.mean[i].cpu(), own.stddev[i].cpu()
             variance = variances[site.name][i]
-            ratio = torch.where(mean == 0, 0.0, mean.abs() / stddev)  # x / 0 is infinite
+            ratio = torch.where(z == 0, 0.0, z.abs() / stddev)  # x / 0 is infinite
             active = None if factor_shrinkage is None else float((1 - factor_shrinkage[i]).sum())
             row = FactorSummary(
                 module=module,

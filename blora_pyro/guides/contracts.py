@@ -4,7 +4,7 @@ Every family has `Prior` and `Guide`; the other protocols are optional, found by
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pyro.distributions as dist
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers import WhisperForConditionalGeneration
 from blora_pyro.adapters import Site
 from blora_pyro.data import Batch
 from blora_pyro.errors import UserError
+from blora_pyro.models import FactorPrior
 
 
 class Prior(Protocol):
@@ -43,7 +44,9 @@ class PreparedPrior(TensorPrior, Protocol):
     """A prior that needs statistics of the frozen base.
 
     `prepare` runs once before the first step and its result becomes `tensors`, on the base's
-    device. A fit that is resumed runs it again, with the same random numbers.
+    device. A fit that is resumed runs it again, with the same random numbers. If the prior has an
+    attribute `modules`, it is set to the names of the adapted layers before that; an argument
+    `languages` has the backward sets', with commas, by default.
     """
 
     def prepare(
@@ -54,7 +57,20 @@ class PreparedPrior(TensorPrior, Protocol):
         Args:
             base: The frozen Whisper in eval mode, to be left as it is.
             batches: The training data once, in order, made as they are asked for and on the base's
-                device; of a stream its first rows.
+                device; of a stream its first rows. With the encoder's states, if the fit keeps
+                them.
+        """
+
+
+@runtime_checkable
+class NonCentredPrior(Prior, Protocol):
+    """A prior whose weights depend on one another, w = map(z) of independent coordinates z."""
+
+    def coordinates(self, site: Site) -> Any:
+        """The map, a bijective `Transform` of tensors of `site.shape`; None where w is z.
+
+        Beside that it has `adjoint` and `variance` as `base_informed.Colouring`. It is the same
+        object for the same site on the same device.
         """
 
 
@@ -72,6 +88,22 @@ class Guide(Protocol):
 
     def stddev(self) -> dict[str, Tensor]:
         """Posterior standard deviation, as `mean`; 0 where the guide is a point."""
+
+
+class Independent(NamedTuple):
+    """Independent coordinates z under q, of the site's shape; the factor is map(z)."""
+
+    map: Any
+    mean: Tensor
+    stddev: Tensor
+
+
+@runtime_checkable
+class NonCentredGuide(Guide, Protocol):
+    """A guide in the coordinates of a `NonCentredPrior`."""
+
+    def independent(self) -> dict[str, Independent]:
+        """The coordinates of the sites that have some, without gradient."""
 
 
 @runtime_checkable
@@ -97,6 +129,21 @@ def prior_scale(prior: object) -> float:
             "guide's own prior, or auto-normal"
         )
     return float(scale)
+
+
+def maps_of(model: FactorPrior) -> dict[str, Any]:
+    """Return the map of independent coordinates to the factor of the sites that have one."""
+    prior = model.prior
+    if not isinstance(prior, NonCentredPrior):
+        return {}
+    with model.device:
+        found = {site.name: prior.coordinates(site) for site in model.sites}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def independent_of(guide: object) -> dict[str, Independent]:
+    """Return `NonCentredGuide.independent` of a guide; empty for a guide without it."""
+    return guide.independent() if isinstance(guide, NonCentredGuide) else {}
 
 
 def shrinkage_of(guide: object) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """`point`: one point instead of a distribution, so that the same program fits plain LoRA.
 
 Against the `normal` prior it is the MAP estimate (L2-to-zero LoRA with strength
-beta / (2 scale²)); with beta = 0 it is LoRA (Hu et al., arXiv 2106.09685).
+beta / (2 scale²)); with beta = 0 it is LoRA (Hu et al., arXiv 2106.09685). Under a prior whose
+weights depend on one another the point is one in its independent coordinates, see
+`contracts.NonCentredPrior`: so steps are smaller where that prior is narrower.
 """
 
 import pyro
@@ -9,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from blora_pyro.guides.contracts import maps_of
 from blora_pyro.guides.normal import Prior, initial_mean
 from blora_pyro.models import FactorPrior
 
@@ -23,6 +26,13 @@ class Guide(nn.Module):
         super().__init__()
         self.groups = model.groups
         self.means = nn.ParameterDict({site.name: initial_mean(site) for site in model.sites})
+        self.maps = maps_of(model)
+
+    def _point(self, name: str) -> Tensor:
+        """The factor of a site."""
+        mean = self.means[name]
+        point: Tensor = self.maps[name](mean) if name in self.maps else mean
+        return point
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Visit every site; takes the model's arguments, returns site name -> point."""
@@ -31,13 +41,13 @@ class Guide(nn.Module):
         for group in self.groups:
             with group.plate():
                 for site in group.sites:
-                    delta = dist.Delta(self.means[site.name], event_dim=2)
+                    delta = dist.Delta(self._point(site.name), event_dim=2)
                     points[site.name] = pyro.sample(site.name, delta)
         return points
 
     def mean(self) -> dict[str, Tensor]:
         """The point of every site."""
-        return {name: mean.detach() for name, mean in self.means.items()}
+        return {name: self._point(name).detach() for name in self.means}
 
     def stddev(self) -> dict[str, Tensor]:
         """Zero."""

@@ -141,13 +141,20 @@ def with_prior_arguments(config: FitConfig) -> FitConfig:
     if config.prior_scale is not None:
         given["scale"] = config.prior_scale
     arguments = prior_arguments(config.prior, **given)
+    if "languages" in arguments and "languages" not in given and config.taught_languages:
+        arguments["languages"] = ",".join(config.taught_languages)
     return replace(config, prior_args=arguments, guide=config.guide or config.prior)
 
 
 def prepare_prior(
-    prior: object, base: WhisperForConditionalGeneration, batches: Iterable[Batch]
+    prior: object,
+    base: WhisperForConditionalGeneration,
+    batches: Iterable[Batch],
+    modules: Iterable[str] = (),
 ) -> None:
     """Run the `prepare` of a `PreparedPrior` and store its result; leave any other prior alone.
+
+    `modules` are the names of the adapted layers.
 
     Raises:
         UserError: If it fails or returns something else than tensors by name.
@@ -155,6 +162,8 @@ def prepare_prior(
     if not isinstance(prior, PreparedPrior):
         return
     name = _name_of(prior)
+    if hasattr(prior, "modules"):
+        prior.modules = tuple(modules)
     with users_code(name, "prepare(base, batches)"):
         tensors: object = prior.prepare(base, batches)
     if not isinstance(tensors, Mapping) or not all(

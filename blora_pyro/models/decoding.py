@@ -4,12 +4,12 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from blora_pyro.errors import UserError
@@ -23,6 +23,14 @@ NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")  # two names of one token, below 
 THRESHOLDS = ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold")
 
 Prompts = Sequence[Sequence[int]]  # of one length
+
+
+class HasNet(Protocol):
+    """What greedy decoding to tokens needs of a `Base`."""
+
+    @property
+    def net(self) -> WhisperForConditionalGeneration:
+        """The Whisper."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def encode(base: Base, features: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def decode(
-    base: Base,
+    base: HasNet,
     encoded: Tensor,
     prompts: Prompts,
     limits: Sequence[int] | None = None,
@@ -196,7 +204,7 @@ def _pieces(timed: Sequence[int], tokens: Sequence[int], begin: int, seconds: fl
 
 
 def _options(
-    base: Base,
+    base: HasNet,
     encoded: Tensor,
     prompts: Prompts,
     limits: Sequence[int] | None = None,
@@ -222,7 +230,7 @@ def _options(
 
 
 @contextmanager
-def _without_thresholds(base: Base) -> Iterator[None]:
+def _without_thresholds(base: HasNet) -> Iterator[None]:
     """Hide a checkpoint's thresholds for falling back, for which `generate` needs features."""
     config = base.net.generation_config
     hidden = {name: vars(config).pop(name) for name in THRESHOLDS if name in vars(config)}

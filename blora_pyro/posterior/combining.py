@@ -160,6 +160,13 @@ def combine(
         check_alike(posteriors[0], other, ("run 1", f"run {number}"))
     allowed = tuple(sorted({token for one in posteriors for token in one.unsuppressed}))
     named = {name: one for some in posteriors[::-1] for name, one in some.language_map.items()}
+    dependent = [number for number, one in enumerate(posteriors, 1) if one.independent]
+    if dependent and method == PRODUCT:
+        raise UserError(
+            f"the weights of run {dependent[0]} depend on one another (prior "
+            f"{posteriors[dependent[0] - 1].family.prior}), and a product takes them one by one; "
+            "give method mean or weighted"
+        )
     posteriors = [replace(one, unsuppressed=allowed, language_map=named) for one in posteriors]
     runs = [posterior_factors(one) for one in posteriors]
     largest = min(min(one.shape) for one in runs[0].values())

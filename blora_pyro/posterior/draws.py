@@ -58,17 +58,26 @@ def point_scales(guide: Program, factors: Collection[str]) -> dict[str, Tensor]:
 
 
 def prior_variances(
-    prior: Program, points: Mapping[str, Tensor], factors: Collection[str]
+    prior: Program,
+    points: Mapping[str, Tensor],
+    factors: Collection[str],
+    independent: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Prior variance of every weight by site, of the site's shape.
 
     The scales of a hierarchical prior are averaged over, and with them the weights of a layer: then
-    the shape is (modules, 1, 1). Scales among `points`, see `point_scales`, are held fixed.
+    the shape is (modules, 1, 1). Scales among `points`, see `point_scales`, are held fixed. Sites
+    in `independent` have that of their coordinates, see `guides.contracts.NonCentredPrior`.
     """
+
+    def variance(name: str, q: Any) -> Tensor:
+        found: Tensor = (q.base_dist if name in independent else q).variance
+        return found
+
     found = []
     for trace in traces(poutine.condition(prior, data=points), PRIOR_DRAWS):
         latent = latent_sites(trace)
-        variances = {name: latent[name]["fn"].variance for name in factors}
+        variances = {name: variance(name, latent[name]["fn"]) for name in factors}
         if latent.keys() == set(factors):
             return variances
         # E[w | scales] = 0, so the law of total variance has one term.

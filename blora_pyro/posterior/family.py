@@ -52,6 +52,11 @@ class Family:
         """The user's files among prior and guide."""
         return tuple(dict.fromkeys(n for n in (self.prior, self.guide) if is_code(n)))
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether there is no file of the user's that may not be run."""
+        return self.runs_code or not self.files
+
     def with_file(self, path: str) -> Self:
         """The same family with `path`, which the user has just named, as the user's file.
 

@@ -17,7 +17,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.families import NO_PRIOR
 from blora_pyro.files import check_name
 from blora_pyro.guides import Guide, latent_sites
-from blora_pyro.guides.contracts import TensorPrior
+from blora_pyro.guides.contracts import Independent, TensorPrior, independent_of
 from blora_pyro.hub import find_run
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
@@ -171,13 +171,25 @@ class Posterior:
         """Scales of a hierarchical prior that the guide fits as points, by site name."""
         return point_scales(self.guide, self.mean)
 
+    @cached_property
+    def independent(self) -> dict[str, Independent]:
+        """Independent coordinates of the sites whose weights depend on one another under q.
+
+        Empty for nearly all guides, after pruning, and for a user's prior that has not been named.
+        """
+        if not (self.state and self.prior_tensors) or not self.family.is_usable:
+            return {}
+        return independent_of(self.guide)
+
     def prior_variances(self) -> dict[str, Tensor]:
-        """Prior variance of every weight by site; see `draws.prior_variances`.
+        """Prior variance of every weight by site, or of its `independent` coordinates.
+
+        See `draws.prior_variances`.
 
         Raises:
             UserError: See `prior`.
         """
-        return prior_variances(self.prior, self.point_scales(), self.mean)
+        return prior_variances(self.prior, self.point_scales(), self.mean, self.independent)
 
     @property
     def rank(self) -> int:

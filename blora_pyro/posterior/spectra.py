@@ -31,8 +31,9 @@ def spectra(posterior: Posterior) -> dict[str, Spectrum]:
     """The spectrum of every group, by group key, from QR factors of B and Aᵀ.
 
     The variance of uᵀ B A v = Σᵣ (uᵀB)ᵣ (A v)ᵣ for fixed u and v is exact for independent weights:
-    Σᵣ Var(uᵀB)ᵣ E(A v)ᵣ² + E(uᵀB)ᵣ² Var(A v)ᵣ + Var(uᵀB)ᵣ Var(A v)ᵣ. (Under the horseshoe the
-    scale that a rank shares correlates them slightly.)
+    Σᵣ Var(uᵀB)ᵣ E(A v)ᵣ² + E(uᵀB)ᵣ² Var(A v)ᵣ + Var(uᵀB)ᵣ Var(A v)ᵣ, and so it is where A is a map
+    of independent coordinates, see `Posterior.independent`. (Under the horseshoe the scale that a
+    rank shares correlates them slightly.)
     """
     found, scalings = {}, posterior.scalings
     for group in posterior.groups:
@@ -44,7 +45,10 @@ def spectra(posterior: Posterior) -> dict[str, Spectrum]:
         u, values, vh = torch.linalg.svd(scaling * (r_b @ r_a.mT))
         left, right = q_b @ u, q_a @ vh.mT
         a_v, b_u = a @ right, b.mT @ left  # (modules, rank, directions)
-        var_a_v, var_b_u = var_a @ right**2, var_b.mT @ left**2
+        along = right
+        if coordinates := posterior.independent.get(group.A.name):
+            var_a, along = coordinates.stddev.cpu() ** 2, coordinates.map.adjoint(right)
+        var_a_v, var_b_u = var_a @ along**2, var_b.mT @ left**2
         variance = (var_b_u * a_v**2 + b_u**2 * var_a_v + var_b_u * var_a_v).sum(1)
         stddevs = scaling * variance.sqrt()
         found[group.key] = Spectrum(left, values, right, stddevs)

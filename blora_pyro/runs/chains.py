@@ -60,6 +60,12 @@ class Previous:
                 f"(prior {posterior.family.prior}, guide {posterior.family.guide}); give a run "
                 "with another guide"
             )
+        if posterior.independent:
+            raise UserError(
+                f"prior_from is {folder}, whose weights depend on one another (prior "
+                f"{posterior.family.prior}), and a chain takes them one by one; give a run with "
+                "another prior"
+            )
         chain = tuple(record.chain or ())
         return cls(str(folder), posterior, record.resolved, chain)
 

@@ -4,7 +4,7 @@ import json
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from blora_pyro.fitting.checkpoints import RandomState
 from blora_pyro.fitting.history import Step
 from blora_pyro.fitting.stopping import DevError
 from blora_pyro.guides import Guide
+from blora_pyro.guides.contracts import independent_of
 from blora_pyro.models import BLoRA, FactorPrior
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior.draws import point_scales, prior_variances
@@ -253,8 +254,10 @@ class PosteriorFigures:
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         """Return `contraction`, the mean of 1 - Var_q / Var_p, and shares of |mean| < 1e-3."""
-        means, stddevs = self.guide.mean(), self.guide.stddev()
-        variances = self._prior_variances(tuple(means))
+        own = independent_of(self.guide)
+        means = self.guide.mean()
+        stddevs = self.guide.stddev() | {name: one.stddev for name, one in own.items()}
+        variances = self._prior_variances(tuple(means), own)
         ratio, small, count = 0.0, {"A": 0, "B": 0}, {"A": 0, "B": 0}
         for name, mean in means.items():
             ratio += float((stddevs[name] ** 2 / variances[name]).mean()) * mean.numel()
@@ -263,12 +266,14 @@ class PosteriorFigures:
         sparsity = {f"sparsity/{factor}": small[factor] / count[factor] for factor in count}
         return {"contraction": 1 - ratio / sum(count.values()), **sparsity}
 
-    def _prior_variances(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def _prior_variances(
+        self, names: Sequence[str], independent: Collection[str]
+    ) -> dict[str, Tensor]:
         if self.variances is not None:
             return self.variances
         with RandomState.kept(self.prior.device):
             points = point_scales(self.guide, names)
-            found = prior_variances(self.prior, points, names)
+            found = prior_variances(self.prior, points, names, independent)
         if not points:
             self.variances = found
         return found

@@ -1,6 +1,6 @@
 """What a fit works with: data, program, guide, teacher and penalty of its configuration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 import torch
 
-from blora_pyro.data import Examples, Stream, Suppressed, split_names
+from blora_pyro.data import Batch, Examples, Stream, Suppressed, split_names
 from blora_pyro.errors import UserError
 from blora_pyro.fitting import Teacher
 from blora_pyro.fitting.checkpoints import RandomState
@@ -248,11 +248,18 @@ def build(
 
 def _prepare(model: BLoRA, train: Examples | Stream, config: FitConfig) -> None:
     """Run the `prepare` of the model's prior; a fit that is resumed gets the same tensors again."""
-    examples, size = train.sample if isinstance(train, Stream) else train, config.batch_size
-    batches = (
-        examples.batch(range(first, min(first + size, len(examples)))).to(model.device)
-        for first in range(0, len(examples), size)
-    )
+
+    def batches() -> Iterator[Batch]:
+        examples, size = train.sample if isinstance(train, Stream) else train, config.batch_size
+        cache = None
+        if config.cache_encoder and isinstance(train, Examples):  # the fit's own, which it fills
+            cache = EncoderCache(model, len(train), fingerprint=train.fingerprint)
+        for first in range(0, len(examples), size):
+            indices = range(first, min(first + size, len(examples)))
+            batch = examples.batch(indices)
+            yield (batch if cache is None else cache(batch, indices, 0)).to(model.device)
+
+    modules = [name for group in model.groups for name in group.modules]
     with RandomState.kept(model.device):
         pyro.set_rng_seed(config.seed)
-        prepare_prior(model.prior, model.net, batches)
+        prepare_prior(model.prior, model.net, batches(), modules)

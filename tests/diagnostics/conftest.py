@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pyro
 import torch
 from torch import nn
@@ -6,6 +8,8 @@ from blora_pyro.adapters import Group
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import FactorPrior
 from blora_pyro.posterior import Family, Posterior
+
+from ..conftest import inform
 
 SQUARE = ("encoder.layers.0.q_proj", "encoder.layers.0.v_proj", "decoder.layers.0.q_proj")
 TALL = ("encoder.layers.0.fc1", "decoder.layers.0.fc1")
@@ -19,7 +23,8 @@ SCALING = ALPHA / 2
 
 def fitted(prior="normal", guide=None, groups=GROUPS, spread=0.2, **arguments) -> Posterior:
     """A posterior of the family whose parameters are away from their start."""
-    program = FactorPrior(groups, build_prior(prior, **arguments), torch.device("cpu"))
+    density = inform(build_prior(prior, **arguments), groups)
+    program = FactorPrior(groups, density, torch.device("cpu"))
     built = build_guide(guide or prior, program)
     assert isinstance(built, nn.Module)
     built()  # Pyro's own make their parameters here
@@ -29,7 +34,8 @@ def fitted(prior="normal", guide=None, groups=GROUPS, spread=0.2, **arguments) -
             parameter += spread * torch.randn_like(parameter)
     family = Family(prior, arguments, guide or prior)
     state = {name: value.detach() for name, value in built.state_dict().items()}
-    return Posterior("made", groups, ALPHA, built.mean(), built.stddev(), family, state)
+    posterior = Posterior("made", groups, ALPHA, built.mean(), built.stddev(), family, state)
+    return replace(posterior, prior_tensors=getattr(density, "tensors", {}))
 
 
 def sites_of(posterior):

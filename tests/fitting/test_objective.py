@@ -16,6 +16,8 @@ from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import ESTIMATORS, BLoRA, build_estimator
 from blora_pyro.models.estimators import Flipout
 
+from ..conftest import inform
+
 pytestmark = pytest.mark.filterwarnings("ignore:Encountered NaN")
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
@@ -26,6 +28,7 @@ def start(net, batch, name="normal", estimator="shared", accumulation=1, beta=1e
     pyro.set_rng_seed(1)
     prior = build_prior(name if name in FAMILIES else "normal")
     model = BLoRA(net, prior, rank=4, alpha=8.0, **options)
+    inform(prior, model.groups)
     guide = build_guide(name, model)
     guide(batch)
     with torch.no_grad():

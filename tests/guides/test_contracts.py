@@ -10,6 +10,8 @@ from blora_pyro.models import BLoRA
 from blora_pyro.posterior.pruning import prune
 from blora_pyro.runs.listeners import Listener
 
+from ..conftest import inform
+
 PREPARED = """
 import pyro.distributions as dist
 import torch
@@ -88,15 +90,17 @@ def test_what_prepare_does_wrong_is_told_in_one_line(prepared, options, tmp_path
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_built_in_prior_has_a_width_and_needs_no_preparation(name):
+def test_a_built_in_prior_has_a_width_and_one_prepares_itself(name):
     prior = build_prior(name)
     assert prior_scale(prior) == prior.scale > 0
-    assert not isinstance(prior, TensorPrior | PreparedPrior)
+    assert isinstance(prior, TensorPrior | PreparedPrior) == (name == "base-informed")
 
 
 def test_only_the_horseshoe_switches_ranks_off(net):
     for name in FAMILIES:
-        guide = build_guide(name, BLoRA(net, build_prior(name), rank=2, target_modules="fc1"))
+        model = BLoRA(net, build_prior(name), rank=2, target_modules="fc1")
+        inform(model.prior, model.groups)
+        guide = build_guide(name, model)
         assert bool(shrinkage_of(guide)) == (name == "horseshoe")
 
 

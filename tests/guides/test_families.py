@@ -20,6 +20,8 @@ from blora_pyro.guides import (
 from blora_pyro.models import BLoRA, FactorPrior, Temper
 from blora_pyro.posterior import Family, Posterior
 
+from ..conftest import inform
+
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 EVERY_GUIDE = pytest.mark.parametrize("name", GUIDES)
 GROUP = Group(("one", "two"), out_features=6, in_features=5, rank=3, weight_stddevs=(0.2, 0.1))
@@ -27,7 +29,10 @@ SCALES = {"horseshoe": ("_global", "_local"), "learned-scale": ("_scale",)}
 POINTS = {"point": "AB", "a-only": "B"}  # which factors have no noise
 
 # The KL of these is known without a draw; of the others it is estimated at the step's own.
-CLOSED_FORM = ("normal", "laplace", "learned-scale", "pretrained-scale", "a-only", "point")
+CLOSED_FORM = (
+    *("normal", "laplace", "learned-scale", "pretrained-scale", "a-only", "point"),
+    "base-informed",
+)
 
 # Root mean square change of the logits by a draw, in standard deviations of the base's logits.
 # Of the guide at its start, measured 0.043 to 0.045 (auto-normal 0.049, horseshoe 0.009): below 1.5
@@ -52,7 +57,8 @@ def family_of(guide):
 
 
 def program(prior):
-    return FactorPrior((GROUP,), build_prior(prior), torch.device("cpu"))
+    density = inform(build_prior(prior), (GROUP,))
+    return FactorPrior((GROUP,), density, torch.device("cpu"))
 
 
 def perturb(guide):
@@ -75,6 +81,7 @@ def adapted(net, name, target_modules="all-linear"):
     model = BLoRA(
         net, build_prior(family_of(name)), rank=4, alpha=8.0, target_modules=target_modules
     )
+    inform(model.prior, model.groups)
     prior = FactorPrior(model.groups, model.prior, torch.device("cpu"))  # no Whisper in its traces
     return model, prior, build_guide(name, prior)
 
@@ -84,7 +91,12 @@ def adapted(net, name, target_modules="all-linear"):
 
 @pytest.mark.parametrize(
     ("family", "guide"),
-    [*((name, None) for name in FAMILIES), ("normal", "point"), ("learned-scale", "auto-normal")],
+    [
+        *((name, None) for name in FAMILIES),
+        ("normal", "point"),
+        ("base-informed", "point"),
+        ("learned-scale", "auto-normal"),
+    ],
 )
 def test_every_built_in_family_passes_its_checks(family, guide):
     report = check_family(family, guide)
@@ -221,7 +233,12 @@ def test_a_saved_posterior_draws_what_the_fitted_guide_draws(name, net, tmp_path
 
 # ---- arguments
 
-ARGUMENTS = [(name, key) for name in FAMILIES for key in prior_arguments(name)]
+ARGUMENTS = [
+    (name, key)
+    for name in FAMILIES
+    for key, default in prior_arguments(name).items()
+    if not isinstance(default, str)
+]
 EVERY_ARGUMENT = pytest.mark.parametrize(("name", "key"), ARGUMENTS)
 
 
@@ -235,7 +252,8 @@ def test_a_bad_argument_is_refused_by_name(name, key):
 
 @EVERY_ARGUMENT
 def test_an_argument_reaches_the_prior_as_number_or_text(name, key):
-    value = 0.9 * prior_arguments(name)[key]
+    default = prior_arguments(name)[key]
+    value = type(default)(0.9 * default)
     for given in (value, repr(value)):
         assert prior_arguments(name, **{key: given})[key] == value
         assert getattr(build_prior(name, **{key: given}), key) == value

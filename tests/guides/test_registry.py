@@ -14,6 +14,8 @@ from blora_pyro.families import FAMILIES, GUIDES
 from blora_pyro.guides import build_guide, build_prior, load_family, normal
 from blora_pyro.models import BLoRA, Temper
 
+from ..conftest import inform
+
 LAPLACE = '''
 """A Laplace prior, fitted by a Normal guide."""
 
@@ -44,7 +46,9 @@ def write(tmp_path):
 
 
 def model_of(net, prior):
-    return BLoRA(net, build_prior(prior), rank=2)
+    model = BLoRA(net, build_prior(prior), rank=2)
+    inform(model.prior, model.groups)
+    return model
 
 
 # ---- which guide goes with which prior

@@ -8,11 +8,14 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
 from torch.nn import functional
 
+from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.data import IGNORED, Batch
 from blora_pyro.errors import UserError
 from blora_pyro.families import FAMILIES, GUIDES
 from blora_pyro.guides import build_guide, build_prior, normal
 from blora_pyro.models import BLoRA, Temper, WhisperLikelihood
+
+from ..conftest import inform
 
 ALL_GUIDES = pytest.mark.parametrize("name", GUIDES)
 SHAPES = {
@@ -25,9 +28,10 @@ SHAPES = {
 }
 
 
-def own_prior(guide):
+def own_prior(guide, net):
     """The prior of the guide's family; `point` and `auto-normal` have none of their own."""
-    return build_prior(guide if guide in FAMILIES else "normal")
+    groups = group_by_shape(find_targets(net, "all-linear"), 2)
+    return inform(build_prior(guide if guide in FAMILIES else "normal"), groups)
 
 
 @pytest.fixture
@@ -94,7 +98,7 @@ def test_only_the_target_layers_get_factors(net, batch):
 
 @ALL_GUIDES
 def test_svi_never_moves_the_frozen_whisper(name, net, batch):
-    model = BLoRA(net.train(), own_prior(name), rank=2)
+    model = BLoRA(net.train(), own_prior(name, net), rank=2)
     assert not net.training
     assert not any(parameter.requires_grad for parameter in net.parameters())
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -118,7 +122,7 @@ def test_svi_never_moves_the_frozen_whisper(name, net, batch):
 @ALL_GUIDES
 def test_the_mean_at_the_start_is_the_base(name, net, batch):
     base = base_logits(net, batch)
-    model = BLoRA(net, own_prior(name), rank=4)
+    model = BLoRA(net, own_prior(name, net), rank=4)
     guide = build_guide(name, model)
     guide(batch)
     mean = guide.mean()

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pyro
 import pytest
 import torch
@@ -8,6 +10,8 @@ from blora_pyro.adapters import Group, find_targets, group_by_shape
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import FactorPrior
 from blora_pyro.posterior import Family, Posterior
+
+from ..conftest import inform
 
 ENCODER = ("encoder.0.q_proj", "encoder.0.v_proj", "decoder.0.q_proj")
 TALL = ("encoder.0.fc1", "decoder.0.fc1")
@@ -20,7 +24,8 @@ FACTORS = ("A_4x4", "B_4x4", "A_6x4", "B_6x4")
 
 def fitted(prior="normal", guide=None, groups=GROUPS, **arguments) -> Posterior:
     """A posterior of the family whose parameters are away from their start."""
-    program = FactorPrior(groups, build_prior(prior, **arguments), torch.device("cpu"))
+    density = inform(build_prior(prior, **arguments), groups)
+    program = FactorPrior(groups, density, torch.device("cpu"))
     built = build_guide(guide or prior, program)
     assert isinstance(built, nn.Module)
     built()  # Pyro's own make their parameters here
@@ -30,7 +35,8 @@ def fitted(prior="normal", guide=None, groups=GROUPS, **arguments) -> Posterior:
             parameter += 0.2 * torch.randn_like(parameter)
     family = Family(prior, arguments, guide or prior)
     state = {name: value.detach() for name, value in built.state_dict().items()}
-    return Posterior("made", groups, 4.0, built.mean(), built.stddev(), family, state)
+    posterior = Posterior("made", groups, 4.0, built.mean(), built.stddev(), family, state)
+    return replace(posterior, prior_tensors=getattr(density, "tensors", {}))
 
 
 def group_of(data, name: str) -> xarray.Dataset:

@@ -1,0 +1,380 @@
+"""`base-informed`: a Normal prior that holds A where the base's layers already hear something."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn.functional import softplus
+from transformers import WhisperForConditionalGeneration
+
+from blora_pyro.adapters import ALL_LINEAR, Site, find_targets
+from blora_pyro.data import Batch
+from blora_pyro.errors import UserError, check_positive
+from blora_pyro.files import cache_dir, replace_file
+from blora_pyro.guides import normal
+from blora_pyro.guides.contracts import Independent, maps_of
+from blora_pyro.models import FactorPrior
+from blora_pyro.models.decoding import decode
+from blora_pyro.models.encoder import embed, first_adapted, run_layers
+from blora_pyro.models.encoder_states import weights_hash
+
+USUAL_LANGUAGES = ("en", "es", "fr", "de")
+PART = 6  # of the base's parameters: at most one in so many is as many as the eigenvectors have
+MOST_TOKENS = 64  # of a transcript, so that one which repeats itself does not outweigh the others
+OVERSAMPLING, ITERATIONS = 32, 4  # of the randomised eigendecomposition
+
+EXPLANATION = (
+    "A base-informed prior shrinks direction by direction: where a layer's inputs are large "
+    "whenever the base transcribes its old languages, A is pulled to 0 as by a Normal much "
+    "narrower than {scale:g} (1 / (1 + {lam:g} c) of its variance, c the inputs' second moment "
+    "over its mean); where the base hears nothing A is as free as under `normal`, and B is so "
+    "everywhere. Contraction and signal-to-noise are those of A's independent coordinates."
+)
+
+
+class Colouring(dist.transforms.Transform):
+    """z -> A = z D Qᵀ, both (modules, rank, n): rows of covariance s² I become s² (I + lam C)^-1.
+
+    C = Q diag(c) Qᵀ of each layer and D = (I + lam diag(c))^(-1/2). Q completes C's k leading
+    eigenvectors by any orthonormal basis of the rest, where c is one value. It is a product of k
+    Householder reflections, Q = I - V T Vᵀ with V (n, k) (Schreiber and Van Loan, A
+    Storage-Efficient WY Representation, 1989), so that a map costs 4 rank n k operations and no
+    n x n matrix.
+    """
+
+    domain = codomain = constraints.independent(constraints.real, 2)
+    bijective = True
+
+    def __init__(self, vectors: Tensor, values: Tensor, lam: float) -> None:
+        """The map of some layers.
+
+        Args:
+            vectors: Leading eigenvectors of C, (modules, n, k), made orthonormal here.
+            values: Their eigenvalues, and that of the rest, (modules, k + 1).
+            lam: The weight of C.
+        """
+        super().__init__()
+        n, k = vectors.shape[1:]
+        reflections, tau = torch.geqrf(vectors.float())
+        self._v = reflections.tril(-1) + torch.eye(n, k, device=vectors.device)
+        products = (self._v.mT @ self._v).triu(1) * tau[:, :, None]
+        self._t = torch.linalg.solve_triangular(
+            products, torch.diag_embed(tau), upper=True, unitriangular=True
+        )
+        c = torch.cat([values[:, :k], values[:, k:].expand(-1, n - k)], 1).float()
+        self.scales = (1 + lam * c).rsqrt()  # the diagonal of D, (modules, n)
+
+    def _call(self, z: Tensor) -> Tensor:
+        scaled = z * self.scales[:, None]
+        return scaled - scaled @ self._v @ self._t.mT @ self._v.mT
+
+    def _inverse(self, a: Tensor) -> Tensor:
+        return (a - a @ self._v @ self._t @ self._v.mT) / self.scales[:, None]
+
+    def log_abs_det_jacobian(self, z: Tensor, a: Tensor) -> Tensor:
+        """Of shape (modules,): rank · log det D."""
+        return z.shape[-2] * self.scales.log().sum(1)
+
+    def adjoint(self, x: Tensor) -> Tensor:
+        """D Qᵀ x of columns x (modules, n, columns): A x = z (D Qᵀ x)."""
+        return self.scales[:, :, None] * (x - self._v @ (self._t.mT @ (self._v.mT @ x)))
+
+    def variance(self, of_z: Tensor) -> Tensor:
+        """Variances of A's elements, of independent coordinates with variances `of_z`."""
+        identity = torch.eye(of_z.shape[-1], device=of_z.device)
+        found = []
+        for i, variances in enumerate(of_z):  # layer by layer, as they are n x n
+            q = identity - self._v[i] @ self._t[i].mT @ self._v[i].mT  # Qᵀ
+            found.append(variances @ (self.scales[i, :, None] * q).square())
+        return torch.stack(found)
+
+
+class Coloured(dist.TransformedDistribution):
+    """Of A = z D Qᵀ, with z independent Normals; the KL of two with one map is that of their z."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of A, (modules, rank, in_features)."""
+        mean: Tensor = self.transforms[0](self.base_dist.mean)
+        return mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of every element of A; they depend on one another within a row."""
+        variance: Tensor = self.transforms[0].variance(self.base_dist.variance)
+        return variance
+
+
+class Prior:
+    """Rows of A ~ N(0, scale² (I + lam C)^-1), every element of B ~ N(0, scale²).
+
+    C is the second moment E[x xᵀ] of the layer's inputs under the frozen base, over the mean of its
+    diagonal. It is made without old data: from the new domain's own audio, prompted in old
+    languages, and the base's own transcripts of it. An update B A x then changes little of what the
+    base does with such inputs. It is the Kronecker-factored Gaussian of Laplace's method (Ritter,
+    Botev and Barber, arXiv 1805.07810) with the identity as the factor of the outputs, as a prior
+    on LoRA in Sliwa et al., arXiv 2402.12220.
+
+    Attributes:
+        tensors: `{layer}.vectors`, the leading eigenvectors of C, (in_features, directions),
+            float16, and `{layer}.values`, their eigenvalues and the mean of the others.
+        modules: Names of the adapted layers, set by the library; empty is all linear layers.
+    """
+
+    def __init__(
+        self,
+        scale: float = 0.05,
+        lam: float = 3.0,
+        directions: int = 128,
+        utterances: int = 96,
+        languages: str = "",
+    ) -> None:
+        """A Normal around 0, narrower in some directions.
+
+        Args:
+            scale: Standard deviation where the base hears nothing, and of B.
+            lam: How much narrower it is where the base does: lambda; near 0 is `normal`.
+            directions: Most eigenvectors that are kept a layer, the rest being treated alike;
+                fewer where they would be more than a sixth of the base's parameters.
+            utterances: Training utterances that C is made from, the first ones.
+            languages: Old languages to prompt in, with commas; those of the backward sets if left
+                out, or else en, es, fr and de.
+        """
+        check_positive(scale=scale, lam=lam, directions=directions, utterances=utterances)
+        self.codes = tuple(one.strip() for one in languages.split(",")) if languages else ()
+        if languages and not all(one.replace("-", "").isalpha() for one in self.codes):
+            raise UserError(f"languages is '{languages}'; give codes such as en,es")
+        self.scale, self.lam, self.languages = scale, lam, languages
+        self.directions, self.utterances = directions, utterances
+        self.tensors: Mapping[str, Tensor] = {}
+        self.modules: tuple[str, ...] = ()
+        self._maps: dict[Any, Colouring] = {}
+
+    def __call__(self, site: Site) -> dist.Distribution:
+        """Batch shape (modules,), event shape (rows, columns)."""
+        z = dist.Normal(0.0, self.scale).expand(site.shape).to_event(2)
+        colouring = self.coordinates(site)
+        return z if colouring is None else Coloured(z, [colouring])
+
+    def coordinates(self, site: Site) -> Colouring | None:
+        """The map from independent coordinates to A, where tensors are made now; None for B.
+
+        Raises:
+            UserError: If there are no statistics of a layer.
+        """
+        if site.factor == "B":
+            return None
+        device = torch.empty(0).device
+        if (key := (site.modules, device)) not in self._maps:
+            if lacking := [one for one in site.modules if f"{one}.vectors" not in self.tensors]:
+                raise UserError(
+                    f"base-informed has no statistics of {lacking[0]}; fit with a base model"
+                )
+            vectors, values = (
+                torch.stack([self.tensors[f"{one}.{what}"].to(device) for one in site.modules])
+                for what in ("vectors", "values")
+            )
+            self._maps[key] = Colouring(vectors, values, self.lam)
+        return self._maps[key]
+
+    @torch.no_grad()
+    def prepare(
+        self, base: WhisperForConditionalGeneration, batches: Iterable[Batch]
+    ) -> dict[str, Tensor]:
+        """Return `tensors`, from the cache if they are in it.
+
+        Raises:
+            UserError: If the base does not know a language.
+        """
+        self._maps.clear()
+        modules = self.modules or tuple(find_targets(base, ALL_LINEAR))
+        prompts = _prompts(base, self.codes)
+        heard = [*islice(_utterances(batches), self.utterances)]
+        file = _file(base, heard, [modules, prompts, self.directions])
+        with suppress(OSError, SafetensorError):
+            if file is not None:
+                return load_file(file, str(base.device))
+        moments = {
+            name: torch.zeros(2 * (base.get_submodule(name).in_features,), device=base.device)
+            for name in modules
+        }
+        for number, utterance in enumerate(heard):
+            _listen(base, utterance, prompts[number % len(prompts)], moments)
+        room = base.num_parameters() // (PART * sum(map(len, moments.values())))
+        tensors: dict[str, Tensor] = {}
+        for name in modules:
+            found = leading_eigenvectors(moments.pop(name), max(1, min(self.directions, room)))
+            tensors |= {f"{name}.{what}": one.contiguous() for what, one in found.items()}
+        with suppress(OSError):  # a cache that can't be written is none
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(file, save({name: one.cpu() for name, one in tensors.items()}))
+        return tensors
+
+
+class Guide(normal.Guide):
+    """A = z D Qᵀ with z ~ N(mean, softplus(rho)²) for every element, and B as under `normal`.
+
+    The non-centred form: means and rhos are those of z, whose KL to N(0, scale²) is that of A.
+    """
+
+    def __init__(self, model: FactorPrior) -> None:
+        """Parameters of shape `site.shape` for every site of `model`.
+
+        Raises:
+            UserError: If the model's prior is not base-informed.
+        """
+        super().__init__(model)
+        self.maps: dict[str, Any] = maps_of(model)
+        if not self.maps:
+            raise UserError("the guide base-informed needs that prior; give the prior's own")
+
+    def distribution(self, site: Site) -> dist.Distribution:
+        """Q of a site: batch shape (modules,), event shape (rows, columns)."""
+        q = super().distribution(site)
+        if site.name not in self.maps:
+            return q
+        return Coloured(q, [self.maps[site.name]], validate_args=False)
+
+    def mean(self) -> dict[str, Tensor]:
+        """Posterior mean of every site."""
+        means = super().mean()
+        return means | {name: one(means[name]) for name, one in self.maps.items()}
+
+    def stddev(self) -> dict[str, Tensor]:
+        """Posterior standard deviation of every site."""
+        stddevs = super().stddev()
+        coloured = {name: one.variance(stddevs[name] ** 2) for name, one in self.maps.items()}
+        return stddevs | {name: variance.sqrt() for name, variance in coloured.items()}
+
+    def independent(self) -> dict[str, Independent]:
+        """The coordinates of every A."""
+        return {
+            name: Independent(one, self.means[name].detach(), softplus(self.rhos[name].detach()))
+            for name, one in self.maps.items()
+        }
+
+
+# ---- the statistics
+
+
+def leading_eigenvectors(moment: Tensor, count: int) -> dict[str, Tensor]:
+    """Return `vectors` (n, k), k = min(count, n), and `values` (k + 1,) of a second moment (n, n).
+
+    The moment is divided by the mean of its diagonal; the last value is the mean of the eigenvalues
+    that are left. By subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061), which is
+    exact for all of them.
+    """
+    n = len(moment)
+    k = min(count, n)
+    c = moment / moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
+    vectors, values, _ = torch.svd_lowrank(c, min(n, k + OVERSAMPLING), ITERATIONS)
+    vectors, values = vectors[:, :k], values[:k]
+    rest = (c.diagonal().sum() - values.sum()).clamp(min=0) / max(n - k, 1)
+    return {"vectors": vectors.half(), "values": torch.cat([values, rest[None]]).float()}
+
+
+def _prompts(base: WhisperForConditionalGeneration, codes: Sequence[str]) -> list[list[int]]:
+    """Return the decoder's prompt in every language; of an English-only base the one it has."""
+    settings: Any = base.generation_config
+    start, end = [base.config.decoder_start_token_id], []
+    if (last := getattr(settings, "no_timestamps_token_id", None)) is not None:
+        end = [last]
+    known = getattr(settings, "lang_to_id", None) or {}
+    if not known:
+        return [start + end]
+    tasks = getattr(settings, "task_to_id", None) or {}
+    end = [tasks["transcribe"], *end] if "transcribe" in tasks else end
+    codes = codes or [one for one in USUAL_LANGUAGES if f"<|{one}|>" in known]
+    prompts = []
+    for code in codes:
+        tokens = [f"<|{one}|>" for one in code.split("-")]
+        if unknown := [one for one in tokens if one not in known]:
+            some = ", ".join(sorted(name.strip("<|>") for name in known)[:12])
+            raise UserError(
+                f"languages has '{code}', and the base has no {unknown[0]}; give some of: {some}"
+            )
+        prompts.append([*start, *(known[one] for one in tokens), *end])
+    if not prompts:
+        raise UserError("the base knows none of the usual languages; give some as languages")
+    return prompts
+
+
+def _utterances(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield features (1, mels, frames), and states before the first adapted layer, if known."""
+    for batch in batches:
+        states = batch.encoder_states
+        for i, features in enumerate(batch.input_features):
+            yield features[None], None if states is None else states[i : i + 1]
+
+
+def _file(
+    base: WhisperForConditionalGeneration,
+    heard: Sequence[tuple[Tensor, Tensor | None]],
+    about: list[Any],
+) -> Path | None:
+    """Return the file of the statistics, named by a hash of all that they depend on."""
+    if (folder := cache_dir()) is None:
+        return None
+    own = [weights_hash(base), torch.__version__, base.device.type, str(base.dtype)]
+    code = sha256(Path(__file__).read_bytes()).hexdigest()
+    total = sha256(json.dumps([*about, *own, code]).encode())
+    for features, _ in heard:
+        total.update(f"{tuple(features.shape)}".encode())
+        total.update(features.cpu().contiguous().numpy().data)
+    return folder / "statistics" / f"{total.hexdigest()}.safetensors"
+
+
+def _listen(
+    base: WhisperForConditionalGeneration,
+    utterance: tuple[Tensor, Tensor | None],
+    prompt: list[int],
+    moments: dict[str, Tensor],
+) -> None:
+    """Add x xᵀ of all inputs x of the layers, as the base says its own transcript again."""
+    features, states = utterance
+    first = 0 if states is None else first_adapted(base, moments)
+    encoder: Any = base.get_encoder()
+    with _adding_to(base, moments):
+        states = embed(base, features) if states is None else states
+        states = encoder.layer_norm(run_layers(encoder.layers[first:], states))
+    room = base.config.max_target_positions - len(prompt) - 1
+    (tokens,) = decode(SimpleNamespace(net=base), states, [prompt], [min(MOST_TOKENS, room)])
+    with _adding_to(base, moments):
+        inputs = torch.tensor([[*prompt, *tokens]], device=base.device)
+        base.model.decoder(inputs, encoder_hidden_states=states, use_cache=False)
+
+
+@contextmanager
+def _adding_to(base: WhisperForConditionalGeneration, moments: dict[str, Tensor]) -> Iterator[None]:
+    """Inside a `with`, add x xᵀ of whatever the layers are given; layers of one input share it."""
+    seen: dict[Any, tuple[Tensor, Tensor]] = {}  # with x, so that its memory is not another's
+
+    def add(name: str, x: Tensor) -> None:
+        if (key := (x.data_ptr(), x.shape)) not in seen:
+            rows = x.flatten(0, -2).float()
+            seen[key] = x, rows.mT @ rows
+        moments[name] += seen[key][1]
+
+    hooks = [
+        base.get_submodule(name).register_forward_pre_hook(
+            lambda layer, inputs, name=name: add(name, inputs[0])
+        )
+        for name in moments
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,407 @@
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
+from torch.distributions import MultivariateNormal, Normal
+
+from blora_pyro.adapters import Group, find_targets
+from blora_pyro.data import Examples, load_split
+from blora_pyro.diagnostics.summaries import summarise
+from blora_pyro.errors import UserError
+from blora_pyro.files import cache_dir
+from blora_pyro.fitting.encoder_cache import EncoderCache
+from blora_pyro.guides import (
+    base_informed,
+    build_guide,
+    build_prior,
+    normal,
+    prepare_prior,
+    with_prior_arguments,
+)
+from blora_pyro.guides.base_informed import Guide, Prior, leading_eigenvectors
+from blora_pyro.models import BLoRA, FactorPrior, load_base
+from blora_pyro.models.decoding import decode, encode
+from blora_pyro.options import FitConfig
+from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.combining import combine
+from blora_pyro.posterior.pruning import prune
+from blora_pyro.posterior.spectra import spectra
+from blora_pyro.posterior.strength import at_strength
+from blora_pyro.runs.chains import Previous
+from blora_pyro.runs.fits import fit
+from blora_pyro.runs.listeners import Listener
+
+N, K, LAM, SCALE = 6, 3, 2.0, 0.3
+GROUP = Group(("one", "two"), out_features=4, in_features=N, rank=3)
+SITE = GROUP.A
+
+
+def moments(n=N):
+    """Second moments of inputs of two layers, of mean diagonal 1."""
+    found = {}
+    for seed, name in enumerate(GROUP.modules):
+        draws = torch.Generator().manual_seed(seed)
+        x = torch.randn(20, n, generator=draws) @ torch.randn(n, n, generator=draws)
+        c = (x.mT @ x).double()
+        found[name] = c / c.diagonal().mean()
+    return found
+
+
+def informed(k=N, lam=LAM):
+    """A prior with the leading `k` eigenvectors of `moments`, not rounded."""
+    prior = Prior(SCALE, lam)
+    for name, c in moments().items():
+        values, vectors = torch.linalg.eigh(c)
+        values, vectors = values.flip(0), vectors.flip(1)
+        rest = values[k:].mean() if k < N else torch.tensor(0.0)
+        found = {"vectors": vectors[:, :k], "values": torch.cat([values[:k], rest[None]])}
+        prior.tensors |= {f"{name}.{what}": one.float() for what, one in found.items()}
+    return prior
+
+
+def covariances(k=N, lam=LAM):
+    """scale² (I + lam C)^-1 of both layers, the eigenvalues beyond `k` replaced by their mean."""
+    found = []
+    for c in moments().values():
+        values, vectors = torch.linalg.eigh(c)
+        values[: N - k] = values[: N - k].mean() if k < N else 0
+        c = vectors @ torch.diag(values) @ vectors.mT
+        found.append(SCALE**2 * torch.linalg.inv(torch.eye(N).double() + lam * c))
+    return torch.stack(found)
+
+
+def moved_guide(prior, kind=Guide):
+    program = FactorPrior((GROUP,), prior, torch.device("cpu"))
+    guide = kind(program)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return program, guide
+
+
+# ---- the density
+
+
+@pytest.mark.parametrize("k", [N, K, 1])
+def test_rows_of_a_have_the_density_of_a_dense_normal(k):
+    a = 0.3 * torch.randn(SITE.shape)
+    found = informed(k)(SITE).log_prob(a)
+    covariance = covariances(k)[:, None].expand(-1, GROUP.rank, N, N)
+    dense = MultivariateNormal(torch.zeros(N).double(), covariance)
+    torch.testing.assert_close(found.double(), dense.log_prob(a.double()).sum(1), rtol=1e-5, atol=0)
+
+
+def test_b_is_as_under_normal_and_all_is_near_lambda_0():
+    b = torch.randn(GROUP.B.shape)
+    assert torch.equal(informed()(GROUP.B).log_prob(b), normal.Prior(SCALE)(GROUP.B).log_prob(b))
+    a = torch.randn(SITE.shape)
+    found, plain = (prior(SITE).log_prob(a) for prior in (informed(lam=1e-9), normal.Prior(SCALE)))
+    torch.testing.assert_close(found, plain)
+
+
+def test_draws_have_the_covariance_and_its_diagonal_is_the_variance():
+    prior = informed(K)
+    covariance = covariances(K)
+    rows = torch.stack([prior(SITE).sample() for _ in range(5000)]).transpose(0, 1).flatten(1, 2)
+    assert rows.shape == (2, 15000, N)
+    found = rows.mT.double() @ rows.double() / rows.shape[1]
+    torch.testing.assert_close(found, covariance, rtol=0, atol=0.05 * SCALE**2)
+    variance = covariance.diagonal(dim1=1, dim2=2)[:, None].expand(SITE.shape)
+    torch.testing.assert_close(prior(SITE).variance.double(), variance, rtol=1e-5, atol=0)
+
+
+def test_the_map_its_inverse_and_its_adjoint_agree():
+    colouring = informed(K).coordinates(SITE)
+    z, x = torch.randn(SITE.shape), torch.randn(2, N, 5)
+    a = colouring(z)
+    torch.testing.assert_close(colouring.inv(a), z)
+    torch.testing.assert_close(a @ x, z @ colouring.adjoint(x))
+
+
+# ---- the guides
+
+
+def test_the_kl_is_that_of_the_coordinates_and_of_a_monte_carlo_estimate():
+    program, guide = moved_guide(informed(K))
+    kl = TraceMeanField_ELBO().loss(program, guide)
+    expected = 0.0
+    for name in guide.means:
+        q = Normal(guide.means[name], torch.nn.functional.softplus(guide.rhos[name]))
+        expected += torch.distributions.kl_divergence(q, Normal(0.0, SCALE)).sum().item()
+    assert kl == pytest.approx(expected, rel=1e-5)
+    ratios = []
+    for _ in range(400):
+        drawn = poutine.trace(guide).get_trace()
+        scored = poutine.trace(poutine.replay(program, trace=drawn)).get_trace()
+        ratios.append((drawn.log_prob_sum() - scored.log_prob_sum()).item())
+    error = torch.tensor(ratios).std().item() / math.sqrt(400)
+    assert abs(sum(ratios) / 400 - kl) < 5 * error < 0.05 * kl
+
+
+def test_the_point_is_one_in_the_coordinates_and_costs_its_density():
+    prior = informed(K)
+    program, guide = moved_guide(prior, lambda program: build_guide("point", program))
+    a = prior.coordinates(SITE)(guide.means[SITE.name])
+    assert torch.equal(guide.mean()[SITE.name], a)
+    log_p = prior(SITE).log_prob(a).sum() + prior(GROUP.B).log_prob(guide.means["B_4x6"]).sum()
+    assert TraceMeanField_ELBO().loss(program, guide) == pytest.approx(-log_p.item(), rel=1e-5)
+    (a.sum() + guide()[SITE.name].sum()).backward()
+    assert (guide.means[SITE.name].grad != 0).all()
+
+
+def test_the_guide_needs_its_prior():
+    program = FactorPrior((GROUP,), normal.Prior(), torch.device("cpu"))
+    with pytest.raises(UserError, match="the guide base-informed needs that prior"):
+        Guide(program)
+
+
+# ---- the statistics
+
+
+def test_all_eigenvectors_are_those_of_the_whole_decomposition():
+    for c in moments(40).values():
+        found = leading_eigenvectors(7 * c, 40)  # its scale does not matter
+        values = torch.linalg.eigvalsh(c).flip(0)
+        torch.testing.assert_close(found["values"][:-1].double(), values, rtol=1e-4, atol=1e-4)
+        assert found["values"][-1] == 0
+        vectors = found["vectors"].double()
+        rebuilt = vectors @ torch.diag(values) @ vectors.mT
+        torch.testing.assert_close(rebuilt, c, rtol=0, atol=0.02)  # float16
+        part = leading_eigenvectors(c, 8)
+        assert part["vectors"].shape == (40, 8)
+        torch.testing.assert_close(part["values"][:8].double(), values[:8], rtol=1e-3, atol=1e-3)
+        assert part["values"][8].item() == pytest.approx(values[8:].mean().item(), rel=1e-3)
+
+
+def test_inputs_that_are_all_zero_hold_nothing():
+    found = leading_eigenvectors(torch.zeros(5, 5), 2)
+    assert not found["values"].any()
+
+
+@pytest.fixture
+def heard(fluent_base, tones_folder):
+    """The base of the tones, and two batches of the new domain's audio."""
+    train = load_split(str(tones_folder), "train")
+    examples = Examples(train, fluent_base.feature_extractor, fluent_base.tokenizer)
+    return fluent_base, examples, [examples.batch([0]), examples.batch([1])]
+
+
+DECODER = ".*decoder.*"
+
+
+def prepared(base, batches, targets=DECODER, **arguments):
+    torch.manual_seed(0)
+    prior = Prior(**{"languages": "en,de", "directions": 2, **arguments})
+    prepare_prior(prior, base.net, iter(batches), find_targets(base.net, targets))
+    return prior
+
+
+def test_c_is_of_the_inputs_as_the_base_says_its_own_transcripts_in_old_languages(heard):
+    base, _, batches = heard
+    inputs = {name: [] for name in find_targets(base.net, DECODER)}
+    ids = base.tokenizer.convert_tokens_to_ids
+    for batch, language in zip(batches, ("en", "de"), strict=True):
+        names = ("startoftranscript", language, "transcribe", "notimestamps")
+        prompt = [
+            ids(f"<|{name}|>") for name in names if f"<|{name}|>" in base.tokenizer.get_vocab()
+        ]
+        states = encode(base, batch.input_features)
+        (tokens,) = decode(base, states, [prompt])
+        assert tokens
+        hooks = [
+            base.net.get_submodule(name).register_forward_pre_hook(
+                lambda layer, given, rows=rows: rows.append(given[0][0])
+            )
+            for name, rows in inputs.items()
+        ]
+        with torch.no_grad():
+            base.net(encoder_outputs=(states,), decoder_input_ids=torch.tensor([prompt + tokens]))
+        for hook in hooks:
+            hook.remove()
+    tensors = prepared(base, batches).tensors
+    assert {name.rpartition(".")[0] for name in tensors} == inputs.keys()
+    for name, rows in inputs.items():
+        x = torch.cat(rows).double()
+        c = x.mT @ x / (x**2).sum(0).mean()
+        values, found = torch.linalg.eigvalsh(c).flip(0), tensors[f"{name}.values"].double()
+        kept = len(found) - 1
+        torch.testing.assert_close(found[:kept], values[:kept], rtol=1e-3, atol=1e-3)
+        first = tensors[f"{name}.vectors"][:, 0].double()
+        assert (first @ c @ first).item() == pytest.approx(values[0].item(), rel=1e-2)
+
+
+def test_states_that_the_fit_keeps_are_taken(heard):
+    base, examples, batches = heard
+    model = BLoRA(base.net, normal.Prior(), rank=2, target_modules=DECODER)
+    cache = EncoderCache(model, 2, fingerprint=examples.fingerprint)
+    with_states = [cache(batch, [i], 0) for i, batch in enumerate(batches)]
+    plain = prepared(base, batches).tensors
+    for file in (cache_dir() / "statistics").iterdir():
+        file.unlink()
+    for name, value in prepared(base, with_states).tensors.items():
+        torch.testing.assert_close(value, plain[name])
+
+
+def test_layers_of_the_encoder_have_statistics_too(heard):
+    base, _, batches = heard
+    tensors = prepared(base, batches, "all-linear").tensors
+    assert tensors["model.encoder.layers.1.fc2.vectors"].shape[0] == 32
+    size = sum(one.numel() for name, one in tensors.items() if name.endswith("vectors"))
+    assert size <= base.net.num_parameters() / base_informed.PART
+
+
+def test_they_are_computed_once_and_kept(heard, monkeypatch):
+    base, _, batches = heard
+    first = prepared(base, batches).tensors
+    (file,) = (cache_dir() / "statistics").iterdir()
+
+    def refuse(*given):
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base_informed, "_listen", refuse)
+        again = prepared(base, batches, lam=9.0).tensors  # which they do not depend on
+        with pytest.raises(UserError, match="computed again"):
+            prepared(base, batches, languages="de,en")
+        with pytest.raises(UserError, match="computed again"):
+            prepared(base, batches[::-1])
+    assert again.keys() == first.keys()
+    assert all(torch.equal(value, first[name]) for name, value in again.items())
+    file.write_bytes(b"damaged")
+    assert prepared(base, batches).tensors.keys() == first.keys()
+
+
+def test_an_unknown_language_is_refused(heard):
+    base, _, batches = heard
+    with pytest.raises(UserError, match=r"languages has 'fr', and the base has no <\|fr\|>; give"):
+        prepared(base, batches, languages="en,fr")
+    with pytest.raises(UserError, match="languages is 'en,,de'; give codes"):
+        Prior(languages="en,,de")
+
+
+def test_without_statistics_there_is_no_density():
+    with pytest.raises(UserError, match="has no statistics of one; fit with a base model"):
+        Prior()(SITE)
+
+
+def test_an_english_only_base_is_prompted_as_ever(net):
+    net.generation_config.lang_to_id = None
+    start, last = net.config.decoder_start_token_id, net.generation_config.no_timestamps_token_id
+    assert base_informed._prompts(net, ("en",)) == [[start, last]]
+
+
+def test_the_languages_are_those_of_the_backward_sets_unless_given():
+    config = FitConfig(prior="base-informed", backward={"de": "a", "en": "b"}, base="x", data="c")
+    assert with_prior_arguments(config).prior_args["languages"] == "de,en"
+    given = config.with_options(prior_args={"languages": "fr"})
+    assert with_prior_arguments(given).prior_args["languages"] == "fr"
+    assert build_prior("base-informed").languages == ""
+
+
+# ---- what is made of a posterior
+
+
+@pytest.fixture(scope="module")
+def fitted(fit_options, tmp_path_factory):
+    """A run of some steps, its encoder's states kept, with its folder."""
+    options = {**fit_options, "target_modules": DECODER, "cache_encoder": True, "steps": 8}
+    options["backward"] = dict(zip(("de", "en"), fit_options["backward"], strict=True))
+    config = FitConfig(**options, prior="base-informed", prior_args={"utterances": 2})
+    return fit(config, tmp_path_factory.mktemp("informed") / "run", evaluate=False)
+
+
+def test_a_fit_learns_and_its_posterior_is_read_as_it_was_written(fitted):
+    assert fitted.history[-1].nll < fitted.history[0].nll
+    assert fitted.config.prior_args["languages"] == "de,en"
+    stored, own = Posterior.load(fitted.output), fitted.posterior
+    assert own.prior_tensors.keys() == stored.prior_tensors.keys() != set()
+    for group in own.groups:
+        name = group.A.name
+        torch.testing.assert_close(stored.guide.mean()[name], own.mean[name])
+        torch.testing.assert_close(stored.guide.stddev()[name], own.stddev[name])
+        draws = torch.stack([draw[name] for draw in stored.draws(300)])
+        errors = (draws.mean(0) - own.mean[name]) / (draws.std(0) / math.sqrt(300))
+        assert errors.abs().max() < 6
+        torch.testing.assert_close(draws.std(0), own.stddev[name], rtol=0.3, atol=0)
+
+
+def test_a_fit_that_is_stopped_goes_on_to_the_same_posterior(fitted, tmp_path):
+    def stop(step):
+        if step.step == 5:
+            raise KeyboardInterrupt
+
+    listener = Listener()
+    listener.step = stop
+    folder = tmp_path / "run"
+    options = {"evaluate": False, "checkpoint_every": 4}
+    with pytest.raises(KeyboardInterrupt):
+        fit(fitted.config, folder, progress=listener, **options)
+    again = fit(output=folder, resume=True, **options).posterior
+    for name, mean in fitted.posterior.mean.items():
+        assert torch.equal(again.mean[name], mean)
+        assert torch.equal(again.stddev[name], fitted.posterior.stddev[name])
+
+
+def test_contraction_and_signal_to_noise_are_those_of_the_coordinates(fitted):
+    own = fitted.posterior
+    rows = {(row.module, row.factor): row for row in summarise(own).factors}
+    for group in own.groups:
+        z = own.independent[group.A.name]
+        for i, module in enumerate(group.modules):
+            row = rows[module, "A"]
+            ratio = (z.stddev[i] / 0.05) ** 2
+            assert row.contraction == pytest.approx(1 - ratio.mean().item(), rel=1e-4)
+            snr = (z.mean[i] / z.stddev[i]).abs().median().item()
+            assert row.signal_to_noise == pytest.approx(snr, rel=1e-4)
+    assert own.independent.keys() == {group.A.name for group in own.groups}
+    assert math.isfinite(summarise(own).kl)
+
+
+def test_the_spread_of_singular_values_is_that_of_draws(fitted):
+    own = fitted.posterior
+    draws = list(own.draws(400))
+    for group, found in zip(own.groups, spectra(own).values(), strict=True):
+        values = torch.stack(
+            [
+                own.scalings[group.key]
+                * (
+                    (draw[group.A.name] @ found.right).mT * (found.left.mT @ draw[group.B.name])
+                ).sum(2)
+                for draw in draws
+            ]
+        )
+        torch.testing.assert_close(values.std(0), found.stddevs, rtol=0.25, atol=0)
+
+
+def test_what_takes_weights_one_by_one_refuses_and_the_rest_works(fitted, tmp_path):
+    own = fitted.posterior
+    with pytest.raises(UserError, match=r"run 1 depend on one another .*; give method mean") as one:
+        combine([own, own], "product")
+    with pytest.raises(UserError, match=r"whose weights depend on one another .*another") as two:
+        Previous.read(fitted.output)
+    assert "\n" not in f"{one.value}{two.value}"
+    with pytest.raises(UserError, match="prior"):
+        FitConfig(
+            prior="base-informed", data={"a": "x", "b": "y"}, base="z", pooling="none"
+        ).check()
+    half = at_strength(own, 0.5)
+    for smaller in (combine([own, own])[0], prune(own, snr=0.1), prune(own, rank=2), half):
+        assert smaller.rank > 0
+    for (_, delta), (_, whole) in zip(half.delta_weights(), own.delta_weights(), strict=True):
+        torch.testing.assert_close(delta, whole / 2)
+
+
+def test_the_adapter_is_that_of_peft(fitted, fluent_folder):
+    base = load_base(str(fluent_folder))
+    adapted = PeftModel.from_pretrained(load_base(str(fluent_folder)).net, str(fitted.output))
+    fitted.posterior.merge(base.net)
+    features, tokens = torch.randn(1, 8, 100), torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        one, other = (
+            net(input_features=features, decoder_input_ids=tokens).logits
+            for net in (base.net, adapted)
+        )
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
