@@ -114,7 +114,7 @@ BASE, DATA, PRIOR, FIT, REGULARISERS, KEEPING, EARLY_STOPPING, SCORING, OUTPUT =
 # Bounds of the many options that are a count, or a positive number.
 COUNT: dict[str, Any] = {"at_least": 1}
 POSITIVE: dict[str, Any] = {"above": 0}
-LARGEST = 1e15  # that an alpha must not reach: no product of what a posterior keeps overflows
+LARGEST = 1e15  # that no number must reach: no product of what a posterior keeps overflows
 
 
 T = TypeVar("T")
@@ -246,7 +246,7 @@ class PriorOptions:
         metavar="NAME|FILE",
     )
     prior_scale: float | None = option(
-        "The prior's argument 'scale'.", unset="the family's", **POSITIVE
+        "The prior's argument 'scale'.", unset="the family's", below=LARGEST, **POSITIVE
     )
     prior_args: Mapping[str, Any] = option(
         "Further argument of the prior family (see 'blora-pyro priors').",
@@ -318,9 +318,10 @@ class FittingOptions:
         "data 'elbo' is 1/N, the exact negative ELBO per token, and 'auto' 0.03/N.",
         1e-4,
         at_least=0,
+        below=LARGEST,
         real=1e-5,
     )
-    lr: float = option("Peak learning rate of Adam.", 5e-3, real=1e-3, **POSITIVE)
+    lr: float = option("Peak learning rate of Adam.", 5e-3, below=LARGEST, real=1e-3, **POSITIVE)
     optimizer: Literal["adam", "natural-gradient"] = option(
         "adam for all parameters, which in a short fit leaves the deviations near their start; or "
         "natural-gradient for the deviations, which then converge, and Adam for the rest.",

@@ -361,7 +361,7 @@ def explained_ends(folder: FitFolder) -> Iterator[None]:
         message = f"interrupted; {folder.safe()}; {folder.way_on()}"
         raise Interrupted(error.signum, message) from None
     except FloatingPointError as error:
-        again = "" if folder.path is None else f"; {folder.safe()}, but leads to the same"
+        again = "" if folder.path is None else f"; {folder.safe()}, and the same comes of going on"
         raise FloatingPointError(f"{error}{again}") from None
     except OSError as error:
         if folder.path not in Path(str(error.filename)).parents:

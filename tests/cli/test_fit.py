@@ -400,7 +400,7 @@ def test_fit_refuses_bad_options_in_one_line(short, tmp_path, options, words):
 
 
 def test_a_fit_that_diverges_ends_in_one_line(short, tmp_path):
-    result = run(*short, "--output", tmp_path / "run", "--lr", "1e30", "--steps", 5)
+    result = run(*short, "--output", tmp_path / "run", "--lr", "1e14", "--steps", 5)
     assert result.exit_code == 1
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr
     line = result.stderr.splitlines()[-1]
