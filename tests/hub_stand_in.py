@@ -1,7 +1,7 @@
 """The Hub's HTTP interface, as far as huggingface_hub uses it here, on a port of this machine.
 
 Up: create a repository or branch, check a card, preupload, LFS batch and upload (safetensors; other
-files go into the commit itself), commit. Down: info, tree, files. Not xet.
+files go into the commit itself), commit. Down: info, tree, files. Not xet, nor data sets.
 """
 
 import base64
@@ -15,8 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+import datasets
 import huggingface_hub
-from huggingface_hub import constants
+from huggingface_hub import HfFileSystem, constants
 
 REFUSALS = {  # status and error code, as the Hub has them
     "someone/gated": (403, "GatedRepo"),
@@ -226,6 +227,10 @@ def answering(handler: type, cache: Path, monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
+    HfFileSystem.clear_instance_cache()  # which remembers another address
     yield
     server.shutdown()
     thread.join()
