@@ -1,6 +1,7 @@
 """How sure must one be on dev that a contract on forgetting holds on test?
 
     python experiments/contracts.py
+    python experiments/contracts.py --real
 
 From the table of the pocket study (`experiments/pocket/results.csv`), without a fit: for LoRA,
 BLoRA and the horseshoe, scaled after the fit (3 settings, 3 domains, 3 seeds), the test utterances
@@ -8,16 +9,19 @@ are split into halves at random. On one, as if it were dev, the strength with th
 error is chosen among those whose loss is within the limit at a quantile of the paired bootstrap, as
 `fit --keep` does (which has more strengths to choose from); on the other it is seen whether the
 contract holds, and what it cost: new-domain error above that of the best strength which holds
-there. Results: `experiments/pocket/contracts.json`.
+there. Results: `experiments/pocket/contracts.json`. With `--real` the same of the fits of
+whisper-base in `experiments/real/strengths.json`, whose dev and test utterances are put together
+before they are split; results: `experiments/real/contracts.json`.
 """
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from records import ROOT, origin
 
-from blora_pyro.files import write_json
+from blora_pyro.files import read_json, write_json
 from blora_pyro.metrics import Counts
 from blora_pyro.metrics.bootstrap import macro_rate, paired_macro_quantile
 from blora_pyro.runs.scoring import NEW_DOMAIN
@@ -29,7 +33,7 @@ QUANTILES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 HALVES = 20
 DRAWS = 400
 
-Curve = dict[float, ScoredFit]  # by strength; 0 is the base
+Curve = dict[float, dict[str, Counts]]  # of every set, by strength; 0 is the base
 
 
 def curves(scores: Sequence[ScoredFit]) -> list[Curve]:
@@ -50,8 +54,46 @@ def curves(scores: Sequence[ScoredFit]) -> list[Curve]:
                 for one in tested
                 if (one.setting, one.data, one.seed, one.candidate) == (*name[:3], name[3])
             ]
-            found.append({0.0: bases[name[1]], **own, 1.0: full[0]})
+            fits = {0.0: bases[name[1]], **own, 1.0: full[0]}
+            found.append(
+                {
+                    strength: {key: one.main(key) for key in one.counts}
+                    for strength, one in fits.items()
+                }
+            )
     return found
+
+
+def real_curves(fits: dict[str, Any]) -> list[Curve]:
+    """Return the strengths of every real fit that all of them were scored at, dev and test as one.
+
+    What the base says of the old languages was counted with the first fit alone.
+    """
+    base = next(iter(fits.values()))["scores"]
+    scored = [{name.partition("-")[2] for name in one["scores"]} for one in fits.values()]
+    strengths = sorted(set.intersection(*scored), key=float)
+
+    def counts(scores: dict[str, Any], strength: str) -> dict[str, Counts]:
+        sides = [{**base[f"{split}-{strength}"]} for split in ("dev", "test")]
+        if scores is not base:
+            sides = [
+                {**(old if strength == "0" else {}), **scores[f"{split}-{strength}"]}
+                for split, old in zip(("dev", "test"), sides, strict=True)
+            ]
+        return {
+            name: Counts(
+                *(
+                    np.concatenate([side[name][key] for side in sides])
+                    for key in ("edits", "lengths")
+                )
+            )
+            for name in sides[0]
+        }
+
+    return [
+        {float(strength): counts(one["scores"], strength) for strength in strengths}
+        for one in fits.values()
+    ]
 
 
 def parent(scored: ScoredFit) -> str:
@@ -67,15 +109,15 @@ def half(counts: Counts, rows: Any) -> Counts:
 def outcomes(curve: Curve, seed: int) -> list[dict[str, Any]]:
     """Return what each quantile chooses for each limit, for one split into halves."""
     rng = np.random.default_rng(seed)
-    orders = {name: rng.permutation(len(curve[0.0].main(name).edits)) for name in curve[0.0].counts}
+    orders = {name: rng.permutation(len(one.edits)) for name, one in curve[0.0].items()}
     sides = [{name: rows[side::2] for name, rows in orders.items()} for side in (0, 1)]
-    backward = curve[0.0].backward_sets
+    backward = [name for name in orders if name != NEW_DOMAIN]
 
     def old(strength: float, side: int) -> list[Counts]:
-        return [half(curve[strength].main(name), sides[side][name]) for name in backward]
+        return [half(curve[strength][name], sides[side][name]) for name in backward]
 
     def new(strength: float, side: int) -> float:
-        return half(curve[strength].main(NEW_DOMAIN), sides[side][NEW_DOMAIN]).rate
+        return half(curve[strength][NEW_DOMAIN], sides[side][NEW_DOMAIN]).rate
 
     lost = {one: macro_rate(old(one, 1)) - macro_rate(old(0.0, 1)) for one in curve}
     found = []
@@ -101,8 +143,13 @@ def outcomes(curve: Curve, seed: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Count, print and write."""
-    file = ROOT / "experiments" / "pocket" / "results.csv"
-    every = curves(read_results(file))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--real", action="store_true", help="of the fits of whisper-base")
+    folder = ROOT / "experiments" / ("real" if parser.parse_args().real else "pocket")
+    if folder.name == "real":
+        every = real_curves(read_json(folder / "strengths.json")["fits"])
+    else:
+        every = curves(read_results(folder / "results.csv"))
     rows = [one for curve in every for seed in range(HALVES) for one in outcomes(curve, seed)]
     summary = []
     for limit in LIMITS:
@@ -118,7 +165,7 @@ def main() -> None:
                 f"costs {100 * about['cost']:.2f} points, mean strength {about['strength']:.2f}"
             )
     result: dict[str, Any] = {**origin(), "curves": len(every), "halves": HALVES, "rows": summary}
-    write_json(file.with_name("contracts.json"), result)
+    write_json(folder / "contracts.json", result)
 
 
 if __name__ == "__main__":

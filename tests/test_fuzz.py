@@ -32,6 +32,7 @@ from blora_pyro.adapters import Group
 from blora_pyro.data import Encoder, Examples, Stream, load_mixture, stream_split
 from blora_pyro.diagnostics.data_check import check_data
 from blora_pyro.errors import UserError
+from blora_pyro.fitting.history import Step
 from blora_pyro.models import Base, load_base
 from blora_pyro.models.base import _merged
 from blora_pyro.models.folders import ADAPTER_CONFIG, check_folder, weight_files
@@ -43,8 +44,13 @@ from blora_pyro.models.stored_config import (
     read_generation,
     read_tokenizer,
 )
+from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.posterior.storage import POSTERIOR_FILE
+from blora_pyro.publishing.uploads import write_public_run
+from blora_pyro.runs.fit_folders import FitFolder
+from blora_pyro.runs.folders import RUN, read_run
+from blora_pyro.runs.record import RunRecord, versions
 
 CASES = int(os.environ.get("BLORA_PYRO_FUZZ_CASES", "0"))
 
@@ -262,7 +268,56 @@ def tokenizer_file(name: str) -> Target:
     return Target(good, read, 20)
 
 
+def good_run(world: World) -> Any:
+    """The `run.json` of a fit that is done, beside its posterior."""
+    posterior(False).save(world.folder / "fitted")
+    config = FitConfig(data="de-en", backward={"en": "en"}, keep=1, steps=2, target_modules="fc1")
+    points = [{"strength": 0.0}, {"strength": 1.0}]
+    record = RunRecord(
+        state="finished",
+        options=config.to_json(),
+        config=config,
+        language="en",
+        training_utterances=6,
+        training_tokens=60,
+        temperature=0.006,
+        adapter_weights=192,
+        versions=versions(),
+        seconds={"fit": 1.0, "total": 2.0},
+        skipped_steps=0,
+        history=[Step(step, 2.0, 1.5, 5.0, 1e-3, 60, 0.0, 1.0) for step in (1, 2)],
+        kept={
+            "limits": {"average": 0.01},
+            "confidence": 0.9,
+            "strength": 1.0,
+            "losses": {"average": 0.0},
+            "curve": {"points": points},
+        },
+    )
+    return record.to_json()
+
+
+def read_one(world: World, content: Any) -> None:
+    folder, public = world.folder / "fitted", world.folder / "public"
+    (folder / RUN).write_text(json.dumps(content))
+    public.mkdir(exist_ok=True)
+    refusal = None
+    for way in (
+        lambda: FitFolder.reopen(folder, FitConfig()).fitted(),
+        lambda: read_run(folder),
+        lambda: write_public_run(folder, public, "me/adapter", base="someone/base"),
+    ):
+        try:
+            way()
+        except UserError as error:
+            refusal = error
+            assert "\n" not in str(error)
+    if refusal:
+        raise refusal
+
+
 TARGETS = {
+    "run": Target(good_run, read_one),
     "Parquet rows": Target(good_rows("bytes"), read_rows, 40),
     "Parquet rows of arrays": Target(good_rows("array"), read_rows, 40),
     "posterior": Target(good_posterior(False), read_posterior(False)),

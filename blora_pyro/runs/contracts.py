@@ -2,7 +2,7 @@
 
 Forgetting grows with the strength of an update, and so does, up to a point, what is learned. So the
 largest strength that keeps the contract on the dev sets is looked for by halving, and from there on
-a lower one as long as the new domain's dev error falls: three to seven of eleven are scored.
+a lower one as long as the new domain's dev error falls: three to eight of 21 are scored.
 """
 
 import math
@@ -28,8 +28,9 @@ from blora_pyro.sources import Source, describe_source
 # contracts hold on other utterances in about nine fits of ten, by 0.5, the loss as measured, in
 # three of four; see experiments/contracts.py.
 CONFIDENCE = 0.9
-STRENGTHS = tuple(round(0.1 * tenths, 1) for tenths in range(11))
-MOST_SCORED = 7  # of them, as a rule, 0 and 1 included
+STRENGTHS = tuple(round(0.05 * place, 2) for place in range(21))
+LOWER = 2  # places down, in search of a lower error
+MOST_SCORED = 8  # of them, as a rule, 0 and 1 included
 ROUNDING = 1e-9  # of a loss that is exactly its limit
 
 Results = dict[str, Evaluation]
@@ -146,8 +147,8 @@ def keep_contract(
     if math.isnan(error(0.0)):
         raise UserError("the dev set of the new domain has no words to score; give another as dev")
     place = largest(lambda place: is_kept(STRENGTHS[place]), len(STRENGTHS))
-    while place and error(STRENGTHS[place - 1]) < error(STRENGTHS[place]):
-        place -= 1
+    while place and error(STRENGTHS[max(0, place - LOWER)]) < error(STRENGTHS[place]):
+        place = max(0, place - LOWER)
     score(1.0)  # the curve shows it in any case
     chosen = min(filter(is_kept, sorted(results)), key=error)
     return {

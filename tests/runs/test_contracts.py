@@ -54,15 +54,15 @@ def chosen(posterior, scores, keep, **options):
     return keep_contract(scores, posterior, config, **options)
 
 
-@pytest.mark.parametrize("last", range(11))
-def test_the_last_place_is_found_in_five_looks_or_less(last):
+@pytest.mark.parametrize("last", range(21))
+def test_the_last_place_is_found_in_six_looks_or_less(last):
     looked = []
-    assert largest(lambda place: looked.append(place) or place <= last, 11) == last
-    assert looked[0] == 10 and 0 not in looked
-    assert len(looked) == len({*looked}) <= 5
+    assert largest(lambda place: looked.append(place) or place <= last, 21) == last
+    assert looked[0] == 20 and 0 not in looked
+    assert len(looked) == len({*looked}) <= 6
 
 
-@pytest.mark.parametrize(("points", "strength"), [(0, 0.0), (1.5, 0.3), (4, 0.8), (30, 1.0)])
+@pytest.mark.parametrize(("points", "strength"), [(0, 0.0), (1.5, 0.3), (4.3, 0.85), (30, 1.0)])
 def test_the_strength_is_the_largest_that_keeps_the_contract(random_posterior, points, strength):
     """The new domain gets better all the way, the average loses 5 points at full strength."""
     scores = Scores(lambda s: 90 - 50 * s, lambda s: 10 + 10 * s)
@@ -70,7 +70,7 @@ def test_the_strength_is_the_largest_that_keeps_the_contract(random_posterior, p
     assert kept["strength"] == strength
     assert kept["losses"]["average"] == pytest.approx(0.05 * strength)
     assert kept["losses"]["de"] == pytest.approx(0.1 * strength)
-    assert len(scores.asked) == len({*scores.asked}) <= 7
+    assert len(scores.asked) == len({*scores.asked}) <= 8
 
 
 def test_a_lower_strength_is_taken_where_the_new_domain_is_better_there(random_posterior):
