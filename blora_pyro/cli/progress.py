@@ -114,4 +114,7 @@ class TerminalProgress(Listener):
     def evaluated(self, error: DevError, best: DevError) -> None:
         """Print a line for each dev error."""
         text = "the best so far" if error == best else f"{best.error:.1%} at step {best.step}"
-        self.console.print(f"step {error.step}: dev error {error.error:.1%} ({text})")
+        line = f"step {error.step}: dev error {error.error:.1%} ({text})"
+        if error.forgetting is not None:
+            line += f", backward average {100 * error.forgetting:+.1f} points"
+        self.console.print(line)

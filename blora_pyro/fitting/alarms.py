@@ -3,7 +3,8 @@
 - tokens are half as likely as at the start, on the very same batches: where a step's NLL says so
   against the first step's, which may be chance, its batch's NLL at the start is computed, too;
 - the norm of the gradient is far above its running median;
-- the dev error (with `eval_every`) runs away from its best.
+- the dev error (with `eval_every`) runs away from its best, or that of the backward sets, where
+  they are watched, from the base's.
 """
 
 import math
@@ -23,6 +24,7 @@ NLL_TIMES = 2  # steps running with such a rise
 NLL_REST = 5  # steps without a further look, after one that was no higher
 NORM_RISE, NORM_STEPS = 10.0, 50  # factor on the median norm, and of how many steps that is
 DEV_RISE, DEV_POINTS = 1.5, 0.1  # factor on the best dev error, and fractions on top
+FORGOTTEN = 0.3  # of the backward sets' dev errors, fractions above the base's
 EVERY = 10  # steps between two looks at whether the parameters are the best so far
 
 _RATE = "try a smaller --lr, a longer --warmup-steps, or --max-grad-norm 1"
@@ -58,6 +60,12 @@ def norm_alarm(history: Sequence[Step]) -> str | None:
 
 def dev_alarm(errors: Sequence[DevError]) -> str | None:
     """Return what is wrong with the last two dev errors, fractions; None if nothing is."""
+    lost = [one.forgetting for one in errors[-2:] if one.forgetting is not None]
+    if len(lost) == 2 and min(lost) > FORGOTTEN:
+        return (
+            f"the backward sets' dev error is {100 * min(lost):.1f} points above the base's at the "
+            "last two measurements; try a smaller --lr or fewer --steps"
+        )
     if len(errors) < 3:
         return None
     best, now = min(one.error for one in errors), min(one.error for one in errors[-2:])

@@ -18,10 +18,17 @@ class DevError:
     Attributes:
         step: Number of steps done.
         error: The main measure, as a fraction.
+        forgetting: What the average error of the backward dev sets rose by, likewise; None where
+            they are not watched.
     """
 
     step: int
     error: float
+    forgetting: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures by name, without what was not measured."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class DevErrors(TypedDict):
@@ -47,6 +54,7 @@ class EarlyStopping:
         every: int,
         patience: int | None = None,
         on_error: Callable[[DevError, DevError], None] = lambda error, best: None,
+        forgetting: Callable[[], float] | None = None,
     ) -> None:
         """Start without measurements.
 
@@ -55,10 +63,11 @@ class EarlyStopping:
             every: Steps between two measurements; there is one after the last step, too.
             patience: End after so many in a row without a new lowest error; None never does.
             on_error: Called after every measurement, with it and the best so far.
+            forgetting: Returns what the net as it is has forgotten, see `DevError`.
         """
         self.every, self.patience = every, patience
         self.errors: list[DevError] = []
-        self._measure, self._on_error = measure, on_error
+        self._measure, self._on_error, self._forgetting = measure, on_error, forgetting
         self._best: dict[str, Tensor] = {}
 
     @property
@@ -84,7 +93,8 @@ class EarlyStopping:
         Raises:
             UserError: If the dev set has nothing to score.
         """
-        error = DevError(step, self._measure())
+        lost = self._forgetting() if self._forgetting else None
+        error = DevError(step, self._measure(), lost)
         if not math.isfinite(error.error):
             raise UserError("the dev set has no words to score; give another with --dev")
         self.errors.append(error)
@@ -100,7 +110,7 @@ class EarlyStopping:
 
     def state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Return what a checkpoint keeps: the best parameters, and the errors as JSON."""
-        return self._best, [asdict(one) for one in self.errors]
+        return self._best, [one.to_json() for one in self.errors]
 
     def load_state(self, best: Mapping[str, Tensor], errors: Sequence[Mapping[str, Any]]) -> None:
         """Continue from what `state` returned."""
@@ -110,7 +120,7 @@ class EarlyStopping:
     def to_json(self, by_alarm: bool = False) -> DevErrors:
         """Return what `run.json` stores once the fit is done, or an alarm has ended it."""
         ended = "alarm" if by_alarm else "patience" if self.stops else "steps"
-        errors: list[Any] = [asdict(one) for one in self.errors]
+        errors: list[Any] = [one.to_json() for one in self.errors]
         return {"errors": errors, "best_step": self.best.step, "ended_by": ended}
 
 

@@ -165,8 +165,9 @@ class Tracking(Listener):
         self._log(values, step.step)
 
     def evaluated(self, error: DevError, best: DevError) -> None:
-        """Log the dev error, a fraction."""
-        self._log({"dev_error": error.error}, error.step)
+        """Log the dev error and what is forgotten on dev, fractions."""
+        lost = {} if error.forgetting is None else {"dev_forgetting": error.forgetting}
+        self._log({"dev_error": error.error, **lost}, error.step)
 
     def fitted(self) -> None:
         """Log figures of the posterior that is kept."""

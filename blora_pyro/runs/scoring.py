@@ -21,6 +21,7 @@ from blora_pyro.files import read_json, write_json
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import DevError, EarlyStopping
 from blora_pyro.languages import is_language
+from blora_pyro.metrics.bootstrap import macro_rate
 from blora_pyro.metrics.normalizers import NORMALIZERS
 from blora_pyro.models import Base, base_of
 from blora_pyro.models.logits import allowing
@@ -213,8 +214,11 @@ def early_stopping(
     processes: Processes | None = None,
     unsuppressed: Sequence[int] = (),
     shares_encoder: bool = False,
+    watched: "Scoring | None" = None,
 ) -> EarlyStopping | None:
     """Return what measures the net on the new domain's dev set during a fit; None if nothing is to.
+
+    With a contract (`keep`) the backward dev sets are measured, too.
 
     Args:
         loader: Loader of the base.
@@ -223,6 +227,7 @@ def early_stopping(
         processes: Those of the fit, of which the main one measures for all.
         unsuppressed: Tokens that the net may say, see `Posterior`.
         shares_encoder: The fit leaves the encoder as it is, see `transcribe_examples`.
+        watched: The dev sets of a contract, in the main process.
 
     Raises:
         UserError: If there is no dev set.
@@ -236,8 +241,31 @@ def early_stopping(
         with allowing(loader.base.net, unsuppressed):
             return evaluate(loader.base, examples, config.normalizer, shares_encoder).main.rate
 
-    measure = partial((processes or Processes()).from_main, dev_error)
-    return EarlyStopping(measure, config.eval_every, config.patience, on_error)
+    sets = (
+        {name: one for name, one in watched.sets.items() if name != NEW_DOMAIN} if watched else {}
+    )
+    before = replace(watched, sets=sets).score(None, "dev, the base") if watched else {}
+
+    def forgetting() -> float:
+        with allowing(loader.base.net, unsuppressed):
+            after = measure(
+                loader.base,
+                sets,
+                lambda name: None,
+                normalizer=config.normalizer,
+                shares_encoder=shares_encoder,
+            )
+        old, new = (macro_rate([one.main for one in some.values()]) for some in (before, after))
+        return new - old
+
+    from_main = (processes or Processes()).from_main
+    return EarlyStopping(
+        partial(from_main, dev_error),
+        config.eval_every,
+        config.patience,
+        on_error,
+        None if config.keep is None else partial(from_main, forgetting),
+    )
 
 
 def stopping_set(config: FitConfig) -> SetSource:

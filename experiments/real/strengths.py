@@ -23,9 +23,10 @@ from blora_pyro.posterior.strength import at_strength
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.scoring import NEW_DOMAIN, Scoring
 
-STRENGTHS = (0.0, 1.0, 0.5, 0.6, 0.4, 0.7, 0.3, 0.85)
+STRENGTHS = (0.0, 0.5, 0.6, 0.4, 0.7, 1.0, 0.3, 0.85)
+FIRST = "auto-0"
 FITS: dict[str, dict[str, Any]] = {
-    "auto-0": {},
+    FIRST: {},
     "mi-0": {"language_map": {"qu-es": "mi"}},
     "auto-1": {"seed": 1},
     "es-0": {"language_map": {"qu": "es"}},
@@ -74,7 +75,9 @@ def main() -> None:
                 if f"{split}-{strength:g}" in its["scores"]:
                     continue
                 sets = scoring.sets
-                if not strength and name != "auto-0":  # the old languages' are those of the first
+                if not strength:
+                    if name != FIRST:  # what the base says of the old languages is the same
+                        continue
                     sets = {key: one for key, one in sets.items() if key != NEW_DOMAIN}
                 adapted = at_strength(run.posterior, strength) if strength else None
                 scores = replace(scoring, sets=sets).score(adapted)

@@ -111,6 +111,22 @@ def test_a_dev_error_that_stays_far_above_its_best_is_wrong(errors, is_wrong):
     assert (found is not None) == is_wrong
 
 
+@pytest.mark.parametrize(
+    ("forgetting", "is_wrong"),
+    [
+        ([0.31, 0.35], True),
+        ([0.5, 0.29], False),
+        ([0.4], False),
+        ([None, 0.4], False),
+        ([None, None], False),
+    ],
+)
+def test_backward_sets_that_stay_far_above_the_base_are_wrong(forgetting, is_wrong):
+    found = dev_alarm([DevError(i, 0.2, one) for i, one in enumerate(forgetting)])
+    assert (found is not None) == is_wrong
+    assert not found or "is 31.0 points above the base's" in found
+
+
 def test_a_checkpoint_keeps_all_that_the_next_alarm_depends_on():
     nlls = [5 - i / 10 for i in range(25)] + [9.0] * 10
     whole, guide, _ = watched(nlls, [5.0] * 35)

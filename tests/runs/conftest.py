@@ -21,7 +21,7 @@ def put(tones_folder, name: str, file: Path) -> None:
 
 @pytest.fixture(scope="session")
 def keep_options(fit_options, tones_folder, tmp_path_factory):
-    """Of a fit with dev sets that loses all German and English at strength 1, at 0.5 75 points."""
+    """Of a fit with dev sets that loses all German and English at strength 1, at 0.35 50 points."""
     data = tmp_path_factory.mktemp("data")
     for split in ("train", "test", "dev"):
         put(tones_folder, "train" if split == "train" else "test", data / "new" / f"{split}.jsonl")

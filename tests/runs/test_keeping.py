@@ -28,13 +28,13 @@ def test_an_adapter_of_others_is_turned_down_as_a_fit_is(
     run, _ = kept_run
     sets = {name: keep_options[name] for name in ("data", "backward")}
     found = keep_adapter(lora, {"average": 80}, tmp_path / "out", **sets)
-    assert found["kept"]["strength"] == 0.5
+    assert found["kept"]["strength"] == 0.35
     assert found["kept"]["losses"] == read_run(run.output)[1].kept["losses"]
     assert found["metrics"]["contract"] == run.metrics["contract"]
     assert found["metrics"]["new_domain"]["adapted"] == run.metrics["new_domain"]["adapted"]
     out = tmp_path / "out"
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
-    assert config["lora_alpha"] == 4.0
+    assert config["lora_alpha"] == 2.8
     assert config["base_model_name_or_path"] == keep_options["base"]
     assert load_file(out / "adapter_model.safetensors").keys()
     kept = json.loads((out / "keep.json").read_text(encoding="utf-8"))
