@@ -347,7 +347,7 @@ def _listen(
     first = 0 if states is None else first_adapted(base, moments)
     encoder: Any = base.get_encoder()
     with _adding_to(base, moments):
-        states = embed(base, features) if states is None else states
+        states = embed(base, features) if states is None else states.to(base.dtype)
         states = encoder.layer_norm(run_layers(encoder.layers[first:], states))
     room = base.config.max_target_positions - len(prompt) - 1
     (tokens,) = decode(SimpleNamespace(net=base), states, [prompt], [min(MOST_TOKENS, room)])

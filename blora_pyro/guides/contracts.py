@@ -57,8 +57,8 @@ class PreparedPrior(TensorPrior, Protocol):
         Args:
             base: The frozen Whisper in eval mode, to be left as it is.
             batches: The training data once, in order, made as they are asked for and on the base's
-                device; of a stream its first rows. With the encoder's states, if the fit keeps
-                them.
+                device; of a stream its first rows. In full windows, with the encoder's states if
+                the fit keeps them.
         """
 
 

@@ -256,7 +256,8 @@ def _prepare(model: BLoRA, train: Examples | Stream, config: FitConfig) -> None:
             cache = EncoderCache(model, len(train), fingerprint=train.fingerprint)
         for first in range(0, len(examples), size):
             indices = range(first, min(first + size, len(examples)))
-            batch = examples.batch(indices)
+            windows = examples.features[list(indices)].float()  # full ones, also with trim_audio
+            batch = replace(examples.batch(indices), input_features=windows)
             yield (batch if cache is None else cache(batch, indices, 0)).to(model.device)
 
     modules = [name for group in model.groups for name in group.modules]

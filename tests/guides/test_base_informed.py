@@ -8,7 +8,7 @@ from pyro.infer import TraceMeanField_ELBO
 from torch.distributions import MultivariateNormal, Normal
 
 from blora_pyro.adapters import Group, find_targets
-from blora_pyro.data import Examples, load_split
+from blora_pyro.data import Examples, features, load_split
 from blora_pyro.diagnostics.summaries import summarise
 from blora_pyro.errors import UserError
 from blora_pyro.files import cache_dir
@@ -33,6 +33,7 @@ from blora_pyro.posterior.strength import at_strength
 from blora_pyro.runs.chains import Previous
 from blora_pyro.runs.fits import fit
 from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.parts import build
 
 N, K, LAM, SCALE = 6, 3, 2.0, 0.3
 GROUP = Group(("one", "two"), out_features=4, in_features=N, rank=3)
@@ -245,6 +246,22 @@ def test_states_that_the_fit_keeps_are_taken(heard):
         torch.testing.assert_close(value, plain[name])
 
 
+def test_full_windows_are_heard_whatever_the_fit_cuts(
+    fluent_base, tones_folder, fit_options, monkeypatch
+):
+    monkeypatch.setattr(features, "MARGIN", 0)  # of frames: the tones fill half of the window
+    options = {**fit_options, "prior": "base-informed", "target_modules": DECODER}
+    config = with_prior_arguments(FitConfig(**options)).resolved(10, 2)
+    train, found = load_split(str(tones_folder), "train"), []
+    for trim in (False, True):
+        extractor, tokenizer = fluent_base.feature_extractor, fluent_base.tokenizer
+        examples = Examples(train, extractor, tokenizer, trim=trim)
+        found.append((examples.batch([0]), build(fluent_base, config, None, examples)[0].prior))
+    (whole, one), (cut, other) = found
+    assert cut.input_features.shape[-1] < whole.input_features.shape[-1]
+    assert all(torch.equal(value, other.tensors[name]) for name, value in one.tensors.items())
+
+
 def test_layers_of_the_encoder_have_statistics_too(heard):
     base, _, batches = heard
     tensors = prepared(base, batches, "all-linear").tensors
@@ -398,10 +415,9 @@ def test_the_adapter_is_that_of_peft(fitted, fluent_folder):
     base = load_base(str(fluent_folder))
     adapted = PeftModel.from_pretrained(load_base(str(fluent_folder)).net, str(fitted.output))
     fitted.posterior.merge(base.net)
-    features, tokens = torch.randn(1, 8, 100), torch.tensor([[1, 2, 3]])
+    mels, tokens = torch.randn(1, 8, 100), torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         one, other = (
-            net(input_features=features, decoder_input_ids=tokens).logits
-            for net in (base.net, adapted)
+            net(input_features=mels, decoder_input_ids=tokens).logits for net in (base.net, adapted)
         )
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
