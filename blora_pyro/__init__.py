@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from blora_pyro.posterior.combining import combine
     from blora_pyro.posterior.pruning import prune
     from blora_pyro.posterior.strength import at_strength
-    from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
+    from blora_pyro.runs.engines import transcribe
+    from blora_pyro.runs.finished import evaluate_run, merge_run
     from blora_pyro.runs.fits import Run, fit
     from blora_pyro.runs.folders import read_run
     from blora_pyro.runs.keeping import keep_adapter
@@ -57,7 +58,7 @@ _HOMES = {
     "merge_run": "runs.finished",
     "prune": "posterior.pruning",
     "read_run": "runs.folders",
-    "transcribe": "runs.finished",
+    "transcribe": "runs.engines",
 }
 
 

@@ -20,11 +20,13 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperProcessor,
 )
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from blora_pyro import fit
 from blora_pyro.data import IGNORED, featurise, load_split, prompt_ids, text_ids
 from blora_pyro.models import Base, load_base
 from blora_pyro.options import FitConfig
+from blora_pyro.runs.engines import transcribe
 from blora_pyro.runs.finished import merge_run
 from blora_pyro.runs.loading import load_examples
 from blora_pyro.transcription import transcribe_features
@@ -158,6 +160,24 @@ def test_timestamps_take_both_through_more_than_a_window(merged, converted):
     text = " the red a bicycle the red"
     assert by_transformers(merged, long, return_timestamps=True) == text
     assert by_faster_whisper(converted, long, condition_on_previous_text=False) == text
+
+
+def test_transcribe_says_in_its_time_what_faster_whisper_does(merged, converted):
+    long = np.concatenate([*SOUNDS.values(), SOUNDS["the red"]])
+    soundfile.write(merged.parent / "long.wav", long, 16_000, subtype="FLOAT")
+    paths = [*(merged.parent / f"{text}.wav" for text in SOUNDS), merged.parent / "long.wav"]
+    options = {"engine": "ctranslate2", "word_timestamps": True, "batch_size": 4}
+    *short, found = transcribe(paths, merged.parent / "run", **options)
+    assert [one.text for one in short] == [*SOUNDS]
+    theirs, _ = converted.transcribe(
+        *(long, "en"),
+        **{"beam_size": 1, "suppress_tokens": [], "condition_on_previous_text": False},
+        word_timestamps=True,
+    )
+    words = [(one.word.strip(), one.start, one.end) for part in theirs for one in part.words]
+    ours = [(one.text, one.start, one.end) for part in found.segments for one in part.times]
+    assert len(ours) == 6 and ours == words
+    assert transcribe(paths[-1], base=str(merged), language="auto")[0].language in LANGUAGES
 
 
 def test_the_merged_weights_are_not_those_of_the_base(base, merged):

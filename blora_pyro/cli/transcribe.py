@@ -19,7 +19,6 @@ from blora_pyro.cli.common import (
     one_line_errors,
     print_error,
     print_json,
-    quiet_libraries,
 )
 from blora_pyro.errors import UserError
 from blora_pyro.options import AUTO
@@ -77,6 +76,37 @@ def transcribe(
             help="Posterior draws for word confidences, which are in the JSON; 0 is none.",
         ),
     ] = 0,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|torch|ctranslate2",
+            help="What decodes. ctranslate2 needs blora-pyro[fast], has no --samples, and keeps a "
+            "converted model in the cache; auto takes it where it can do what is asked for.",
+        ),
+    ] = AUTO,
+    beam_size: Annotated[
+        int,
+        typer.Option(
+            help="Hypotheses of the beam search; 1 is greedy. As the next four, of "
+            "ctranslate2 alone."
+        ),
+    ] = 1,
+    word_timestamps: Annotated[
+        bool,
+        typer.Option(
+            "--word-timestamps",
+            help="Find when each word is said, for the JSON; subtitles have it anyway.",
+        ),
+    ] = False,
+    vad_filter: Annotated[
+        bool, typer.Option("--vad-filter", help="Leave out what is no speech before decoding.")
+    ] = False,
+    initial_prompt: Annotated[
+        str | None, typer.Option(help="Text that a recording goes on from.", show_default="none")
+    ] = None,
+    hotwords: Annotated[
+        str | None, typer.Option(help="Words that are likely to be said.", show_default="none")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows that are transcribed at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     prior: Annotated[
@@ -90,7 +120,10 @@ def transcribe(
     device: Device = AUTO,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Data type of the base.", show_default="the adapter's"),
+        typer.Option(
+            help="Data type of the base; with ctranslate2 float32, float16 or int8.",
+            show_default="the adapter's",
+        ),
     ] = None,
     revision: Revision = None,
     local_files_only: LocalFilesOnly = False,
@@ -101,8 +134,7 @@ def transcribe(
     A file that can't be read is reported and left out; the exit code is then 2.
     """
     with one_line_errors():
-        quiet_libraries()
-        from blora_pyro.runs import finished
+        from blora_pyro.runs import engines
         from blora_pyro.transcription.outputs import Output, check_format, find_audio, render
 
         if as_json and form not in ("json", "text"):
@@ -130,7 +162,7 @@ def transcribe(
                 echo(render(transcript, form), nl=False)
 
         with _Bar(len(files), shown=output is not None or not sys.stdout.isatty()) as bar:
-            done = finished.transcribe(
+            done = engines.transcribe(
                 [file.path for file in files],
                 adapter,
                 base,
@@ -149,6 +181,12 @@ def transcribe(
                 batch_size=batch_size,
                 samples=samples,
                 seed=seed,
+                engine=engine,
+                beam_size=beam_size,
+                word_timestamps=word_timestamps or (None if form in ("srt", "vtt") else False),
+                vad_filter=vad_filter,
+                initial_prompt=initial_prompt,
+                hotwords=hotwords,
             )
         if output is not None:
             echo(f"{len(done)} written to {output}")

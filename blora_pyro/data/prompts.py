@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from blora_pyro.data.rows import located
 from blora_pyro.errors import UserError
 from blora_pyro.languages import (
     ENGLISH,
@@ -239,6 +238,8 @@ class Encoder:
         Raises:
             BadRow: if the language is unknown, or the text too long.
         """
+        from blora_pyro.data.rows import located  # which takes seconds to load
+
         origin, text, source = row["origin"], row["text"], row.get("source", 0)
         with located(origin, source):
             spoken, prompt, target = self.encode(text, row["language"])

@@ -7,6 +7,7 @@
   `folders`: writing and reading run folders;
   `fit_folders`: the folder of a fit that may be interrupted;
 - `listeners`: progress and experiment trackers;
+- `engines`: transcribing, by torch or CTranslate2;
 - `finished`: scoring, merging and using a finished run; `edited`: pruned and combined runs;
   `diagnosis`: figures and plots; `strength_curves`: errors at several strengths;
 - `report`: tables for the terminal.

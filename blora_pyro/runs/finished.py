@@ -10,6 +10,7 @@ from blora_pyro.languages import language_code
 from blora_pyro.models import DTYPES, base_of, check_dtype
 from blora_pyro.models.base import check_finite, check_merge, distance, probe
 from blora_pyro.options import AUTO, FitConfig
+from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.beyond import measure_beyond
 from blora_pyro.runs.contracts import verdict
@@ -185,7 +186,7 @@ def transcribe(
     samples: int = 0,
     seed: int = 0,
 ) -> list[Transcript]:
-    """Return transcripts of audio files, by a base model alone or adapted by a posterior mean.
+    """Return transcripts of audio files by torch; see `engines.transcribe` for both engines.
 
     Args:
         audio: a file (wav, mp3, m4a, webm, ...) of any length, or several.
@@ -215,6 +216,53 @@ def transcribe(
         UserError: If a file or the run can't be read, the language is unknown to the model, draws
             are asked for where there are none, or there is no such strength or domain.
     """
+    posterior, config, own = adapted(
+        adapter,
+        base,
+        revision,
+        local_files_only,
+        strength,
+        strength_by,
+        domain,
+        device=device,
+        prior=prior,
+        trust_prior_file=trust_prior_file,
+    )
+    config = replace(config, dtype=dtype or config.dtype)
+    code = language_code(language) if language else own or None
+    transcriber = Transcriber(
+        base_of(config),
+        posterior,
+        None if code == "auto" else code,
+        task or config.task,
+        batch_size=batch_size,
+        samples=samples,
+        seed=seed,
+    )
+    paths = [audio] if isinstance(audio, str | Path) else audio
+    return transcribe_files(transcriber, paths, on_transcript, on_error)
+
+
+def adapted(
+    adapter: str | Path | None,
+    base: str | None,
+    revision: str | None,
+    local_files_only: bool,
+    strength: float | None,
+    strength_by: str,
+    domain: str | None,
+    *,
+    device: str = "cpu",
+    prior: str | None = None,
+    trust_prior_file: bool = False,
+) -> tuple[Posterior | None, FitConfig, str | None]:
+    """Return what transcribes: posterior, options of base and task, and the data's language.
+
+    For the arguments see `transcribe`.
+
+    Raises:
+        UserError: If there is no such run, strength or domain, or nothing is given.
+    """
     posterior, config, own = None, FitConfig(device=device), None
     if adapter is not None:
         posterior, record = read_run(
@@ -241,19 +289,7 @@ def transcribe(
     config = replace(
         config,
         base=base or config.base,
-        dtype=dtype or config.dtype,
         revision=revision if base or revision else config.revision,
         local_files_only=local_files_only or config.local_files_only,
     )
-    code = language_code(language) if language else own or None
-    transcriber = Transcriber(
-        base_of(config),
-        posterior,
-        None if code == "auto" else code,
-        task or config.task,
-        batch_size=batch_size,
-        samples=samples,
-        seed=seed,
-    )
-    paths = [audio] if isinstance(audio, str | Path) else audio
-    return transcribe_files(transcriber, paths, on_transcript, on_error)
+    return posterior, config, own

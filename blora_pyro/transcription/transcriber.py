@@ -25,9 +25,8 @@ from blora_pyro.posterior import Posterior
 from blora_pyro.transcription.confidence import Speller, Spelling, Tally
 from blora_pyro.transcription.long_form import BATCHES_IN_MEMORY, LongFormDecoder
 from blora_pyro.transcription.safeguards import decode_safely, hearings
-from blora_pyro.transcription.streams import StreamedWave
 from blora_pyro.transcription.transcripts import Segment, Transcript, Word
-from blora_pyro.transcription.windows import Recording, Window, batched
+from blora_pyro.transcription.windows import Recording, StreamedWave, Window, batched
 
 BATCH_SIZE = 64  # in evaluation
 LONG = 600  # seconds that a recording has in memory at most

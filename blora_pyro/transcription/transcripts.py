@@ -7,8 +7,10 @@ of times with commas, lines of text and an empty line.
 import html
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import regex
@@ -55,21 +57,39 @@ class Word:
 
 
 @dataclass(frozen=True)
+class TimedWord:
+    """A word, punctuation included, when it is said, in seconds, and its mean token probability."""
+
+    text: str
+    start: float
+    end: float
+    probability: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The word for JSON; times to the millisecond."""
+        times = {"start": round(self.start, 3), "end": round(self.end, 3)}
+        return {"text": self.text, **times, "probability": round(self.probability, 4)}
+
+
+@dataclass(frozen=True)
 class Segment:
     """The transcript of a part of a recording, from `start` to `end` in seconds.
 
-    `words` are those of the text with their confidences; None without draws.
+    `words` are those of the text with their confidences, None without draws; `times` the same with
+    their times, None unless they are asked for.
     """
 
     start: float
     end: float
     text: str
     words: tuple[Word, ...] | None = None
+    times: tuple[TimedWord, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The segment for JSON; times to the millisecond."""
         times = {"start": round(self.start, 3), "end": round(self.end, 3)}
-        words = {} if self.words is None else {"words": [word.to_json() for word in self.words]}
+        found = self.times if self.words is None else self.words
+        words = {} if found is None else {"words": [word.to_json() for word in found]}
         return {**times, "text": self.text, **words}
 
 
@@ -83,12 +103,14 @@ class Transcript:
             is given and nothing can be heard.
         duration: Seconds.
         segments: Non-empty segments, in order.
+        engine: What decoded it, `torch` or `ctranslate2`.
     """
 
     audio: str
     language: str
     duration: float
     segments: tuple[Segment, ...]
+    engine: str = "torch"
 
     @property
     def text(self) -> str:
@@ -101,6 +123,7 @@ class Transcript:
             "audio": self.audio,
             "language": self.language,
             "duration": round(self.duration, 3),
+            "engine": self.engine,
             "text": self.text,
             "segments": [segment.to_json() for segment in self.segments],
         }
@@ -138,12 +161,19 @@ def vtt(transcript: Transcript) -> str:
 def cues(segments: Iterable[Segment]) -> Iterator[Cue]:
     """Yield cues that do not overlap, in order.
 
-    A segment that needs several cues gives each a share of its time in proportion to its columns.
+    A cue lasts from its first word to its last, if the words' times are known. Otherwise a segment
+    that needs several cues gives each a share of its time in proportion to its columns.
     """
     shown = 0
     for segment in segments:
         lines = _wrap(segment.text)
         groups = [tuple(lines[i : i + CUE_LINES]) for i in range(0, len(lines), CUE_LINES)]
+        if segment.times:
+            for group, (start, end) in zip(groups, _spoken(groups, segment.times), strict=True):
+                start = max(start, shown)
+                shown = max(end, start + MIN_CUE)
+                yield Cue(start, shown, group)
+            continue
         widths = [max(1, sum(map(_width, group))) for group in groups]
         start, end = (round(1000 * time) for time in (segment.start, segment.end))
         start = max(start, shown)
@@ -154,6 +184,20 @@ def cues(segments: Iterable[Segment]) -> Iterator[Cue]:
             stop = start + MIN_CUE * index + spare * done // sum(widths)
             yield Cue(max(shown, start), stop, group)
             shown = stop
+
+
+def _spoken(
+    groups: Iterable[tuple[str, ...]], words: Sequence[TimedWord]
+) -> Iterator[tuple[int, int]]:
+    """Yield when each group of lines is said, in milliseconds, by the letters of the words."""
+    ends = [*accumulate(len("".join(word.text.split())) for word in words)]
+    first = 0
+    for group in groups:
+        last = first + len("".join("".join(group).split())) - 1
+        places = (min(bisect_right(ends, at), len(words) - 1) for at in (first, last))
+        begin, end = (words[place] for place in places)
+        yield round(1000 * begin.start), round(1000 * end.end)
+        first = last + 1
 
 
 def _wrap(text: str) -> list[str]:

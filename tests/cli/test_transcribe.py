@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from blora_pyro.runs import finished
+from blora_pyro.runs import engines
 
 from .conftest import complaint, parsed, run, well
 
@@ -22,6 +22,7 @@ def test_transcribe_prints_a_line_a_file(finished_run, tones_folder):
         "audio": str(one),
         "language": "de-en",
         "duration": 0.5,
+        "engine": "torch",
         "text": "das red",
         "segments": [{"start": 0.0, "end": 0.5, "text": "das red"}],
     }
@@ -100,6 +101,9 @@ def test_transcribe_tells_of_a_bad_file_and_transcribes_the_others(
         (["--samples", "-4", "--json"], "samples is -4"),
         (["--batch-size", "0"], "batch_size is 0"),
         (["--task", "sing"], "'sing'"),
+        (["--engine", "fast"], "engine is 'fast'; give one of auto, torch, ctranslate2"),
+        (["--engine", "torch", "--hotwords", "red"], "hotwords is given"),
+        (["--word-timestamps"], "its tokenizer has no <|startofprev|>; give engine torch"),
         (["--resume"], "give --output"),
         (["--overwrite"], "give --output"),
     ],
@@ -139,11 +143,13 @@ def test_transcribe_hands_every_option_on(monkeypatch, tmp_path):
         seen.update(options, audio=audio, given=given)
         return []
 
-    monkeypatch.setattr(finished, "transcribe", transcribe)
+    monkeypatch.setattr(engines, "transcribe", transcribe)
     flags = ["--adapter", "run", "--base", "b", "--language", "de-en", "--device", "cuda:1"]
     flags += ["--task", "translate", "--samples", 4, "--batch-size", 5, "--seed", 6, "--json"]
     flags += ["--dtype", "bfloat16", "--revision", "v1", "--local-files-only"]
     flags += ["--strength", 0.5, "--strength-by", "signal-to-noise", "--domain", "court"]
+    flags += ["--engine", "ctranslate2", "--beam-size", 4, "--word-timestamps", "--vad-filter"]
+    flags += ["--initial-prompt", "Once.", "--hotwords", "wombat"]
     assert well("transcribe", "a.wav", *flags, "--prior", "mine.py") == ""
     assert seen == {
         "audio": [Path("a.wav")],
@@ -159,6 +165,12 @@ def test_transcribe_hands_every_option_on(monkeypatch, tmp_path):
         "samples": 4,
         "batch_size": 5,
         "seed": 6,
+        "engine": "ctranslate2",
+        "beam_size": 4,
+        "word_timestamps": True,
+        "vad_filter": True,
+        "initial_prompt": "Once.",
+        "hotwords": "wombat",
     }
 
 

@@ -89,6 +89,7 @@ def test_formats():
         "audio": "a.wav",
         "language": "de",
         "duration": 1.235,
+        "engine": "torch",
         "text": "das",
         "segments": [
             {

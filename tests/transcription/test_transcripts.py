@@ -10,6 +10,7 @@ from blora_pyro.transcription.transcripts import (
     CUE_LINES,
     LINE_COLUMNS,
     Segment,
+    TimedWord,
     Transcript,
     cues,
     srt,
@@ -67,6 +68,26 @@ def test_long_text_is_shared_out_in_proportion():
     assert (first.start, first.end) == (10_000, 15_000)
     assert (second.start, second.end) == (15_000, 20_000)
     assert first.lines == ("fahrrad fahrrad fahrrad fahrrad fahrrad",) * 2
+
+
+def test_a_cue_lasts_from_its_first_word_to_its_last():
+    words = ["fahrrad"] * 19 + ["rot."]  # 5 words a line: 2 cues
+    times = tuple(TimedWord(one, at + 0.25, at + 0.75, 0.5) for at, one in enumerate(words))
+    found = [Segment(0, 30, " ".join(words), times=times), Segment(30, 31, "das", times=times[:1])]
+    assert [(cue.start, cue.end) for cue in cues(found)] == [
+        (250, 9750),
+        (10_250, 19_750),
+        (19_750, 19_751),  # no cue begins before the last ends
+    ]
+    han = tuple(TimedWord(one, at, at + 1, 0.5) for at, one in enumerate("我" * 63))
+    found = [Segment(0, 70, "我" * 63, times=han)]
+    assert [(cue.start, cue.end) for cue in cues(found)] == [(0, 42_000), (42_000, 63_000)]
+    assert found[0].to_json()["words"][1] == {
+        "text": "我",
+        "start": 1,
+        "end": 2,
+        "probability": 0.5,
+    }
 
 
 def test_han_characters_take_two_columns_and_need_no_space_for_a_line_to_end():

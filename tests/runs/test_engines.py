@@ -1,0 +1,224 @@
+"""Which engine transcribes, and the converted model that CTranslate2 has."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import soundfile
+
+from blora_pyro.data import SAMPLING_RATE, load_split, prompt_ids, read_audio
+from blora_pyro.errors import UserError
+from blora_pyro.models import load_base
+from blora_pyro.options import FitConfig
+from blora_pyro.runs import engines, finished
+from blora_pyro.runs.engines import Which, converted, transcribe
+from blora_pyro.runs.fits import fit
+
+pytest.importorskip("faster_whisper", reason="needs blora-pyro[fast]")
+
+POCKET = Which(None, "pocket", None, False, None, "scale", None)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """Two German-English utterances, and a manifest that calls them Kichwa and English."""
+    folder, rows = tmp_path_factory.mktemp("speech"), []
+    for number, row in enumerate(load_split("de-en", "test").select(range(2))):
+        wave = read_audio(row["audio"], start=row["start"], end=row["end"])
+        soundfile.write(folder / f"{number}.wav", wave, SAMPLING_RATE, subtype="FLOAT")
+        rows.append({"audio": f"{number}.wav", "text": row["text"], "language": "qu-en"})
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(speech, tmp_path_factory):
+    """A fit whose adapter says something else than the base."""
+    own = {"data": str(speech), "backward": [], "language_map": ["qu=tr"]}
+    sizes = {"steps": 8, "batch_size": 2, "rank": 2, "lr": 0.02}
+    config = FitConfig(base="pocket", **sizes, **own)
+    return fit(config, tmp_path_factory.mktemp("runs") / "run", evaluate=False).output
+
+
+@pytest.fixture(scope="module")
+def paths(speech):
+    return sorted(speech.glob("*.wav"))
+
+
+@pytest.fixture
+def shared_cache(monkeypatch, tmp_path_factory):
+    """A cache of all tests that take it: each model is converted once."""
+    monkeypatch.setenv("BLORA_PYRO_CACHE", str(tmp_path_factory.getbasetemp() / "engines"))
+
+
+def texts(transcripts) -> list[str]:
+    return [one.text for one in transcripts]
+
+
+@pytest.mark.usefixtures("shared_cache")
+def test_an_adapted_model_says_what_it_says_in_torch(run, paths):
+    found = {
+        strength: {
+            engine: transcribe(paths, run, strength=strength, engine=engine)
+            for engine in ("ctranslate2", "torch")
+        }
+        for strength in (None, 0.0)
+    }
+    for both in found.values():
+        assert texts(both["ctranslate2"]) == texts(both["torch"])
+        assert {one.language for one in both["ctranslate2"]} == {"qu-en"}
+        for engine, transcripts in both.items():
+            assert {one.to_json()["engine"] for one in transcripts} == {engine}
+    assert texts(found[None]["torch"]) != texts(found[0.0]["torch"])
+
+
+@pytest.mark.usefixtures("shared_cache")
+def test_a_converted_model_prompts_as_the_run_does(run, paths, monkeypatch):
+    from blora_pyro.transcription import ct2
+
+    seen = []
+
+    def spied(*given):
+        seen.append(prompt_ids(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(ct2, "prompt_ids", spied)
+    transcribe(paths[0], run, engine="ctranslate2")
+    tokenizer = load_base("pocket").tokenizer
+    assert seen == [prompt_ids(tokenizer, "qu-en", language_map={"qu": "tr"})]
+    names = tokenizer.convert_ids_to_tokens(seen[0])
+    assert names[1:3] == ["<|tr|>", "<|en|>"]
+
+
+@pytest.mark.usefixtures("shared_cache")
+def test_a_model_is_converted_once(run, paths, monkeypatch):
+    first = transcribe(paths, run, engine="ctranslate2")
+
+    def refuse(*_):
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(engines, "_convert", refuse)
+    assert transcribe(paths, run, engine="ctranslate2") == first
+    with pytest.raises(AssertionError, match="converted again"):
+        transcribe(paths, run, strength=0.25, engine="ctranslate2")
+
+
+def test_the_fingerprint_is_that_of_all_the_model_depends_on(run, tmp_path):
+    which = Which(run, None, None, False, None, "scale", None)
+    copy, plain, over = tmp_path / "copy", tmp_path / "plain", tmp_path / "over"
+    shutil.copytree(run, copy)
+    load_base("pocket").save_pretrained(plain)
+    over.mkdir()
+    below = {"base_model_name_or_path": str(plain)}
+    (over / "adapter_config.json").write_text(json.dumps(below))
+    assert replace(which, adapter=copy).fingerprint == which.fingerprint
+
+    def fingerprints():
+        changes = ({}, {"strength": 0.5}, {"domain": "court"}, {"strength_by": "signal-to-noise"})
+        changes += ({"adapter": copy}, {"base": str(plain)}, {"base": str(over)})
+        return [replace(which, **change).fingerprint for change in changes]
+
+    before = fingerprints()
+    (copy / "posterior.safetensors").write_bytes(b"another")
+    (plain / "model.safetensors").write_bytes(b"another")
+    after = fingerprints()
+    assert before[:4] == after[:4]
+    assert len({*before, *after}) == 6 + 3  # a copy of the run was the run
+
+
+@pytest.mark.usefixtures("shared_cache")
+def test_nothing_of_torch_is_imported_once_a_model_is_converted(run, paths):
+    transcribe(paths[0], run, engine="ctranslate2")
+    script = (
+        "import sys; from blora_pyro.cli import app\n"
+        "try: app()\n"
+        "finally: print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", script, "transcribe", str(paths[0]), "--adapter", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (text,) = texts(transcribe(paths[0], run, engine="ctranslate2"))
+    assert done.stdout.splitlines() == [text, "[]"]
+
+
+@pytest.mark.usefixtures("shared_cache")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "fast"}, "engine is 'fast'; give one of auto, torch, ctranslate2"),
+        ({"engine": "torch", "beam_size": 2}, "beam_size is given, which the engine torch"),
+        ({"engine": "torch", "vad_filter": True}, "vad_filter is given"),
+        ({"beam_size": 0}, "beam_size is 0"),
+        ({"samples": 2, "engine": "ctranslate2"}, "samples is 2, and the engine ctranslate2 has"),
+        ({"samples": 2, "word_timestamps": True}, "leave word_timestamps out"),
+        ({"engine": "ctranslate2", "device": "mps"}, "device is 'mps'"),
+        ({"engine": "ctranslate2", "dtype": "bfloat16"}, "dtype is 'bfloat16', and the engine"),
+        ({"engine": "ctranslate2", "language": "auto"}, "finds no language"),
+        ({"engine": "ctranslate2", "task": "sing"}, "no task is called 'sing'"),
+        ({"engine": "ctranslate2", "base": None}, "neither base nor adapter is given"),
+    ],
+)
+def test_what_an_engine_does_not_do_is_refused(paths, options, message):
+    with pytest.raises(UserError, match=message):
+        transcribe(paths, **{"base": "pocket", "language": "de-en", **options})
+
+
+@pytest.mark.usefixtures("shared_cache")
+def test_auto_takes_what_can_do_it(paths, monkeypatch):
+    def engine_of(**options):
+        given = {"base": "pocket", "language": "de-en", **options}
+        return transcribe(paths[0], **given)[0].engine
+
+    assert engine_of() == "ctranslate2"
+    assert engine_of(dtype="int8") == "ctranslate2"
+    assert engine_of(language="auto") == engine_of(dtype="bfloat16") == "torch"
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    assert engine_of() == "torch"
+    with pytest.raises(UserError, match=r"pip install 'blora-pyro\[fast\]'"):
+        engine_of(hotwords="brille")
+
+
+def test_a_model_for_torch_alone_is_found_out_once(fluent_folder, tones_folder, monkeypatch):
+    given = {"base": str(fluent_folder), "language": "en"}
+    (one,) = transcribe(tones_folder / "en0.wav", **given)
+    assert (one.engine, one.text) == ("torch", "the red")
+    monkeypatch.setattr(engines, "_convert", lambda *_: pytest.fail("looked into again"))
+    with pytest.raises(UserError, match=r"its tokenizer has no <\|startofprev\|>; give engine"):
+        transcribe(tones_folder / "en0.wav", engine="ctranslate2", **given)
+
+
+def test_without_a_place_for_the_converted_model_there_is_torch(paths, monkeypatch, tmp_path):
+    monkeypatch.setenv("BLORA_PYRO_CACHE", "")
+    with pytest.raises(UserError, match="the folder BLORA_PYRO_CACHE, which is empty"):
+        converted(POCKET)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BLORA_PYRO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="the converted model can't be written"):
+        converted(POCKET)
+    assert transcribe(paths[0], base="pocket", language="de-en")[0].engine == "torch"
+
+
+def test_who_converts_second_takes_what_is_there(monkeypatch):
+    write = engines._by_ctranslate2
+
+    def overtaken(merged, out):
+        monkeypatch.setattr(engines, "_by_ctranslate2", write)
+        converted(POCKET)
+        write(merged, out)
+
+    monkeypatch.setattr(engines, "_by_ctranslate2", overtaken)
+    folder = converted(POCKET)
+    assert {one.name for one in folder.parent.iterdir()} == {folder.name}
+
+
+def test_every_option_reaches_torch(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(finished, "transcribe", lambda *given, **options: seen.update(options))
+    transcribe("a.wav", base="b", engine="torch", seed=3, prior="p.py", trust_prior_file=True)
+    assert (seen["seed"], seen["prior"], seen["trust_prior_file"]) == (3, "p.py", True)
+    with pytest.raises(TypeError, match="sample"):
+        monkeypatch.undo()
+        transcribe("a.wav", base="pocket", engine="torch", sample=3)
