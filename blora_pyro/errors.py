@@ -1,6 +1,7 @@
-"""The exceptions that end in one line: bad input, and an interruption."""
+"""The exceptions that end in one line (bad input, an interruption), and who of several tells."""
 
 import math
+import os
 
 from blora_pyro.terminal import escaped
 
@@ -75,3 +76,16 @@ def reason(error: BaseException, limit: int = 200) -> str:
     """Return what an exception of other people's code says, as one line of `limit` characters."""
     text = escaped(" ".join(str(error).split()) or type(error).__name__)
     return text if len(text) <= limit else text[:limit] + "…"
+
+
+# ---- processes that `accelerate launch` or `torchrun` has started together
+
+
+def started() -> int:
+    """How many processes were started together with this one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is to write and report; before `Processes.join`, too."""
+    return started() == 1 or os.environ.get("RANK", "0") == "0"

@@ -369,3 +369,11 @@ def finished_run(tmp_path_factory, fit_options) -> Run:
 
     torch.set_num_threads(1)
     return fit(FitConfig(**fit_options), tmp_path_factory.mktemp("runs") / "finished")
+
+
+@pytest.fixture
+def two_temperatures(monkeypatch):
+    """Greedy, and else the wildest of the samples, without those between."""
+    from blora_pyro.transcription import safeguards
+
+    monkeypatch.setattr(safeguards, "TEMPERATURES", (0.0, 1.0))

@@ -6,9 +6,11 @@ from blora_pyro.errors import (
     Interrupted,
     UserError,
     check_positive,
+    is_main,
     is_out_of_memory,
     printable,
     reason,
+    started,
 )
 
 
@@ -54,3 +56,22 @@ def test_an_error_of_other_code_is_one_line_of_limited_length():
     assert reason(ValueError("two\n  lines")) == "two lines"
     assert reason(ValueError()) == "ValueError"
     assert reason(ValueError("x" * 300)) == "x" * 200 + "…"
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_process_that_was_started_alone_is_the_main_one():
+    assert started() == 1 and is_main()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("rank", "main"), [("0", True), ("1", False)])
+def test_of_several_processes_the_first_is_the_main_one(monkeypatch, rank, main):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert started() == 2 and is_main() == main

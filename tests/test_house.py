@@ -16,7 +16,6 @@ ORDER = (  # of the rooms and of the files beside them, as CONTRIBUTING.md has i
         "errors",
         "files",
         "hub",
-        "launched",
         "families",
         "languages",
         "sources",

@@ -15,10 +15,10 @@ from blora_pyro.errors import (
     Interrupted,
     OtherProcessFailed,
     UserError,
+    is_main,
     is_out_of_memory,
     reason,
 )
-from blora_pyro.launched import is_main
 from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.terminal import escaped
 

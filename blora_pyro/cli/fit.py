@@ -14,9 +14,8 @@ from blora_pyro.cli.common import (
     quiet_libraries,
 )
 from blora_pyro.cli.parameters import with_options
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, is_main
 from blora_pyro.families import ROLES, check_code
-from blora_pyro.launched import is_main
 from blora_pyro.options import (
     GROUPS,
     MACHINE_OPTIONS,

@@ -17,7 +17,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from blora_pyro.errors import OtherProcessFailed, ProcessLost, UserError
+from blora_pyro.errors import OtherProcessFailed, ProcessLost, UserError, started
 from blora_pyro.fitting.checkpoints import (
     Checkpoint,
     Checkpoints,
@@ -26,7 +26,6 @@ from blora_pyro.fitting.checkpoints import (
     to_bytes,
 )
 from blora_pyro.fitting.interrupts import Interrupts
-from blora_pyro.launched import started
 
 T = TypeVar("T")
 TIMEOUT = timedelta(days=1)  # of a silent process; one that has ended is noticed at once
