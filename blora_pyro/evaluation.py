@@ -203,12 +203,19 @@ def normalizer_for(base: Base, name: str) -> Normalizer:
     return Normalizer(name, base.tokenizer.english_spelling_normalizer)
 
 
-def transcribe_examples(base: Base, examples: Examples, shares_encoder: bool = False) -> list[str]:
+def transcribe_examples(
+    base: Base,
+    examples: Examples,
+    shares_encoder: bool = False,
+    on_done: Callable[[int], object] = lambda done: None,
+) -> list[str]:
     """Transcribe a set; the encoder, if it is not adapted, hears it once in a process."""
     encoder = None
     if shares_encoder:
         encoder = partial(last_states, base.net, examples.fingerprint, examples.features)
-    return transcribe_features(base, examples.features, examples.prompts, encoder=encoder)
+    return transcribe_features(
+        base, examples.features, examples.prompts, encoder=encoder, on_done=on_done
+    )
 
 
 def evaluate(

@@ -107,7 +107,7 @@ def test_commands_take_it(uploaded, tmp_path):
 def test_plots_of_a_run_on_the_hub_need_a_place(uploaded, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="on the Hub and has no folder for diagnostics; give out"):
-        diagnose(uploaded, khat=False)
+        diagnose(uploaded)
     with pytest.raises(UserError, match=r"no folder for strength\.png; give plot"):
         strength_curve(uploaded, (0.0, 1.0))
     assert not Path("me").exists()

@@ -1,5 +1,8 @@
 """Progress of a run on the terminal."""
 
+import time
+from datetime import timedelta
+
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -10,10 +13,11 @@ from blora_pyro.runs.listeners import Listener
 from blora_pyro.tables import Terminal
 
 SMOOTHING = 0.9  # of the figures next to the bar
+EVERY = 30.0  # seconds between two lines on what goes on, where there is no terminal for a bar
 
 
 class TerminalProgress(Listener):
-    """Shows stages and steps on stderr, as a context manager."""
+    """Shows stages and steps on stderr, as a context manager: bars, or off a terminal lines."""
 
     def __init__(self) -> None:
         """Show nothing before the first stage."""
@@ -30,6 +34,7 @@ class TerminalProgress(Listener):
         self.counting: Progress | None = None
         self.beta = 0.0
         self.smooth: dict[str, float] = {}
+        self.pace = Pace()
 
     def __enter__(self) -> "TerminalProgress":
         """Show no bar before `ready`."""
@@ -53,10 +58,14 @@ class TerminalProgress(Listener):
         """Show a bar for each set whose audio is read."""
         self._count(f"audio of {name}", done, total)
 
+    def transcripts(self, name: str, done: int, total: int) -> None:
+        """Show a bar for each set that is transcribed."""
+        self._count(name, done, total)
+
     def _count(self, what: str, done: int, total: int) -> None:
-        """Show a bar until all is done, in a terminal only."""
+        """Show a bar until all is done."""
         if not self.console.is_terminal:
-            return
+            return self._tell(what, done, total)
         if self.counting is None:
             count = TextColumn("{task.completed}/{task.total}")
             bar, left = BarColumn(bar_width=20), TimeRemainingColumn()
@@ -68,6 +77,12 @@ class TerminalProgress(Listener):
         if done == total:
             self.counting.stop()
             self.counting = None
+
+    def _tell(self, what: str, done: int, total: int, figures: str = "") -> None:
+        """Print a line on what takes long, now and then."""
+        if left := self.pace.left(what, done, total):
+            line = f"{what}: {done:,} of {total:,}, {left} left{figures and f'; {figures}'}"
+            self.console.print(line, style="dim", markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Print a line in another colour."""
@@ -110,6 +125,8 @@ class TerminalProgress(Listener):
         if self.beta == 0:
             figures = f"NLL {self.smooth['nll']:.3f}"
         self.bar.update(self.task, completed=step.step, figures=f"{figures}  {pace}")
+        if not self.console.is_terminal:
+            self._tell("fit", step.step, int(self.bar.tasks[self.task].total or 0), figures)
 
     def evaluated(self, error: DevError, best: DevError) -> None:
         """Print a line for each dev error."""
@@ -118,3 +135,23 @@ class TerminalProgress(Listener):
         if error.forgetting is not None:
             line += f", backward average {100 * error.forgetting:+.1f} points"
         self.console.print(line)
+
+
+class Pace:
+    """Says when it is time for another line, and how long what goes on will still take."""
+
+    def __init__(self) -> None:
+        """Nothing goes on yet."""
+        self.what, self.first = "", 0
+        self.began = self.told = 0.0
+
+    def left(self, what: str, done: int, total: int) -> str:
+        """Return the time left, such as 0:01:30; "" if it is not yet time to tell, or all done."""
+        now = time.monotonic()
+        if what != self.what or done < self.first:
+            self.what, self.first, self.began, self.told = what, done, now, now
+        if now - self.told < EVERY or not self.first < done < total:
+            return ""
+        self.told = now
+        seconds = (now - self.began) * (total - done) / (done - self.first)
+        return str(timedelta(seconds=round(seconds)))

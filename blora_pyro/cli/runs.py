@@ -179,8 +179,12 @@ def diagnose(
         typer.Option(help="The .py file of the run's own prior, if it has one: its code is run."),
     ] = None,
     khat: Annotated[
-        bool, typer.Option(help="Compute k-hat, on up to 64 training utterances.")
-    ] = True,
+        bool,
+        typer.Option(
+            "--khat",
+            help="Compute k-hat, too, on up to 64 training utterances: minutes on a real Whisper.",
+        ),
+    ] = False,
     draws: Annotated[int, typer.Option(help="Draws for k-hat, 30 or more.")] = 30,
     device: Device = AUTO,
     as_json: Json = False,
@@ -189,8 +193,13 @@ def diagnose(
     with one_line_errors():
         quiet_libraries()
         from blora_pyro.cli.progress import TerminalProgress
-        from blora_pyro.diagnostics.report import diagnosis_tables
+        from blora_pyro.diagnostics.report import Diagnosis, closing_lines, figure_tables
         from blora_pyro.runs import diagnosis
+        from blora_pyro.tables import print_report
+
+        def show(found: Diagnosis) -> None:
+            if not as_json:
+                print_report(figure_tables(found))
 
         with TerminalProgress() as progress:
             found = diagnosis.diagnose(
@@ -201,8 +210,9 @@ def diagnose(
                 draws=draws,
                 device=device,
                 on_stage=progress.stage,
+                on_figures=show,
             )
-        print_result(found.to_json(), as_json, lambda: diagnosis_tables(found))
+        print_result(found.to_json(), as_json, lambda: closing_lines(found))
 
 
 def priors(

@@ -56,7 +56,18 @@ def _as_json(content: Any) -> Any:
 
 
 def diagnosis_tables(found: Diagnosis) -> list[Part]:
-    """Return header, tables, explanations and plots of `blora-pyro diagnose`."""
+    """Return what `blora-pyro diagnose` shows: header, tables, explanations, k-hat and plots."""
+    return [*figure_tables(found), *closing_lines(found)]
+
+
+def figure_tables(found: Diagnosis) -> list[Part]:
+    """Return header, tables and explanations."""
+    parts: list[Part] = [*_header(found), "", _kinds_table(found), _layers_table(found)]
+    return [*parts, Text(f"How this prior shrinks. {found.explanation}\n")]
+
+
+def closing_lines(found: Diagnosis) -> list[Part]:
+    """Return lines on k-hat and plots, which take longer than the figures."""
     khat = found.khat
     text = khat.meaning
     if khat.value is not None:
@@ -65,9 +76,7 @@ def diagnosis_tables(found: Diagnosis) -> list[Part]:
             f"{value} ({khat.draws} draws, {khat.utterances} of {khat.of_utterances} "
             f"training utterances). {text}"
         )
-    parts: list[Part] = [*_header(found), "", _kinds_table(found), _layers_table(found)]
-    parts.append(Text(f"How this prior shrinks. {found.explanation}\n"))
-    parts.append(Text(f"k-hat of the fit: {text}"))
+    parts: list[Part] = [Text(f"k-hat of the fit: {text}")]
     if found.plots:
         names = ", ".join(path.name for path in found.plots if path.suffix == ".png")
         parts.append(f"\nplots (and as .pdf) in {found.plots[0].parent}: {names}")

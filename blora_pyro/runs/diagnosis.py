@@ -1,6 +1,7 @@
 """Diagnosis of a run: figures by kind of layer, k-hat, plots, and how its prior shrinks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,22 +31,26 @@ def diagnose(
     *,
     prior: str | None = None,
     trust_prior_file: bool = False,
-    khat: bool = True,
+    khat: bool = False,
     draws: int = KHAT_DRAWS,
     device: str = AUTO,
     on_stage: Callable[[str], None] = lambda name: None,
+    on_figures: Callable[[Diagnosis], object] = lambda found: None,
 ) -> Diagnosis:
-    """Compute figures and k-hat of a run, and draw its plots.
+    """Compute the figures of a run, draw its plots, and compute k-hat if that is asked for.
 
     Args:
         run: Folder of a fit, or its Hub id.
         output: Folder for the plots; None is `diagnostics` in the run's folder.
         prior: File of the prior, if the run was fitted with a user's own: its code is run.
         trust_prior_file: Run the file that the run names; see `Posterior.load`.
-        khat: Compute k-hat, on up to 64 utterances of the run's training set.
+        khat: Compute k-hat, on up to 64 utterances of the run's training set: as long as their
+            forward pass for every draw.
         draws: Draws for k-hat, 30 or more.
         device: A torch device, for k-hat.
         on_stage: Called with the name of every stage.
+        on_figures: Called with the diagnosis as soon as its figures are there, without plots and
+            k-hat.
 
     Raises:
         UserError: If the run can't be read, or is a pruned or combined one, its prior has to be
@@ -65,12 +70,7 @@ def diagnose(
     summary = summarise(posterior)
     folder = claim(Path(output or default_output(run, "diagnostics", "output")), overwrite=True)
     shrinkage = Shrinkage.of(posterior, summary)
-    found = Khat(None, "not asked for")
-    if khat:
-        on_stage("k-hat")
-        found = measure_khat(posterior, summary, config, draws)
-    on_stage("plots")
-    return Diagnosis(
+    found = Diagnosis(
         run=Path(run),
         beta=beta,
         num_weights=posterior.num_weights,
@@ -78,9 +78,17 @@ def diagnose(
         kinds=summarise_kinds(summary),
         shrinkage=shrinkage,
         explanation=how_it_shrinks(summary, shrinkage, beta),
-        khat=found,
-        plots=tuple(save_plots(folder, all_plots(posterior, summary, history, beta))),
+        khat=Khat(None, "not asked for; --khat computes it"),
+        plots=(),
     )
+    on_figures(found)
+    on_stage("plots")
+    plots = tuple(save_plots(folder, all_plots(posterior, summary, history, beta)))
+    found = replace(found, plots=plots)
+    if khat:
+        on_stage("k-hat")
+        found = replace(found, khat=measure_khat(posterior, summary, config, draws))
+    return found
 
 
 def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draws: int) -> Khat:

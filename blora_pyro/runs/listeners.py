@@ -38,6 +38,9 @@ class Listener:
     def features(self, name: str, done: int, total: int) -> None:
         """`done` utterances of a set are featurised, or were found in the cache."""
 
+    def transcripts(self, name: str, done: int, total: int) -> None:
+        """`done` utterances of a set are transcribed."""
+
     def note(self, text: str) -> None:
         """A note of one line."""
 

@@ -296,6 +296,7 @@ def measure(
     *,
     is_base: bool = False,
     shares_encoder: bool = False,
+    on_done: Callable[[str, int, int], object] = lambda name, done, total: None,
 ) -> dict[str, Evaluation]:
     """Evaluate the net as it is on every set. Examples under two names are transcribed once.
 
@@ -307,6 +308,8 @@ def measure(
         normalizer: One of `normalizers.NORMALIZERS`.
         is_base: The net is the base as it is, whose transcripts are cached.
         shares_encoder: The net's encoder is the base's, see `transcribe_examples`.
+        on_done: Called with a set's name, how many of its utterances are transcribed, and of how
+            many.
     """
     normalize = normalizer_for(base, normalizer)
     known = _read_transcripts(keep)
@@ -315,8 +318,10 @@ def measure(
         fingerprint, texts = known.get(name, ("", []))
         if len(texts) != len(examples) or fingerprint not in ("", examples.fingerprint):
             if examples not in transcribed:
-                on_set("the new domain" if name == NEW_DOMAIN else name)
-                transcribe = partial(transcribe_examples, base, examples, shares_encoder)
+                shown = "the new domain" if name == NEW_DOMAIN else name
+                on_set(shown)
+                count = partial(_count, on_done, shown, len(examples))
+                transcribe = partial(transcribe_examples, base, examples, shares_encoder, count)
                 transcribed[examples] = (
                     kept_transcripts(base, examples, transcribe) if is_base else transcribe()
                 )
@@ -327,6 +332,10 @@ def measure(
         found = score(examples, texts, normalize)
         results[name] = replace(found, examples=examples.fingerprint, is_drift=examples.is_drift)
     return results
+
+
+def _count(on_done: Callable[[str, int, int], object], name: str, total: int, done: int) -> None:
+    on_done(name, done, total)
 
 
 def _read_transcripts(path: Path | None) -> dict[str, tuple[str, list[str]]]:
@@ -395,6 +404,10 @@ class Scoring:
             if what is not None:
                 self.progress.stage(f"{what} on {name}")
 
+        def on_done(name: str, done: int, total: int) -> None:
+            if what is not None:
+                self.progress.transcripts(f"{what} on {name}", done, total)
+
         if posterior is None:
             return measure(
                 self.base,
@@ -404,13 +417,20 @@ class Scoring:
                 self.normalizer,
                 is_base=True,
                 shares_encoder=True,
+                on_done=on_done,
             )
         frozen = posterior.leaves_encoder(self.base.net)
         results: dict[str, Evaluation] = {}
         for domain, sets in _by_domain(posterior, self.sets).items():
             with posterior.for_domain(domain).applied(self.base.net):
                 results |= measure(
-                    self.base, sets, on_set, keep, self.normalizer, shares_encoder=frozen
+                    self.base,
+                    sets,
+                    on_set,
+                    keep,
+                    self.normalizer,
+                    shares_encoder=frozen,
+                    on_done=on_done,
                 )
         return {name: results[name] for name in self.sets}
 

@@ -40,23 +40,26 @@ def transcribe_features(
     prompts: Sequence[Sequence[int]],
     batch_size: int = BATCH_SIZE,
     encoder: Callable[[Sequence[int]], Tensor] | None = None,
+    on_done: Callable[[int], object] = lambda done: None,
 ) -> list[str]:
     """Transcripts of log-mels (n, mels, frames), each with its own prompt, in order.
 
     Each is what `Transcriber` says of the same sound; see `safeguards`. `encoder` returns the
     encoder's states of some of them, (indices, positions, width); None is the base's, as it is.
+    `on_done` is called with how many are done, after every batch.
     """
-    texts = [""] * len(prompts)
+    texts, done = [""] * len(prompts), 0
     for chosen in alike_in_length(prompts, batch_size):
         heard = hearings(base, features[chosen])
         audible = [i for i, one in zip(chosen, heard, strict=True) if not one.is_silent]
-        if not audible:
-            continue
-        encoded = encoder(audible) if encoder else encode(base, features[audible])
-        known = [one for one in heard if not one.is_silent]
-        rows = decode_safely(base, encoded, [prompts[index] for index in audible], known)
-        for index, pieces in zip(audible, rows, strict=True):
-            texts[index] = "".join(text_of(base, piece.tokens) for piece in pieces)
+        if audible:
+            encoded = encoder(audible) if encoder else encode(base, features[audible])
+            known = [one for one in heard if not one.is_silent]
+            rows = decode_safely(base, encoded, [prompts[index] for index in audible], known)
+            for index, pieces in zip(audible, rows, strict=True):
+                texts[index] = "".join(text_of(base, piece.tokens) for piece in pieces)
+        done += len(chosen)
+        on_done(done)
     return texts
 
 

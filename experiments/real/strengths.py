@@ -23,10 +23,11 @@ from blora_pyro.posterior.strength import at_strength
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.scoring import NEW_DOMAIN, Scoring
 
-STRENGTHS = (0.0, 0.5, 0.6, 0.4, 0.7, 1.0, 0.3, 0.85)
+STRENGTHS = (0.0, 0.5, 0.7, 1.0, 0.6, 0.4, 0.3, 0.85)
 FIRST = "auto-0"
 FITS: dict[str, dict[str, Any]] = {
     FIRST: {},
+    "tl-0": {"language_map": {"qu-es": "tl"}},
     "mi-0": {"language_map": {"qu-es": "mi"}},
     "auto-1": {"seed": 1},
     "es-0": {"language_map": {"qu": "es"}},

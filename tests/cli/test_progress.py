@@ -80,6 +80,22 @@ def test_sets_are_counted_in_a_terminal_only(terminal):
         assert (part in shown) == terminal
 
 
+def test_off_a_terminal_a_line_every_half_minute_says_what_is_left(capsys, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = TerminalProgress()
+    for done in range(0, 101, 10):  # 4 seconds each
+        progress.transcripts("base on [en]", done, 100)
+        now[0] += 4
+    assert capsys.readouterr().err.splitlines() == ["base on [en]: 80 of 100, 0:00:08 left"]
+    progress.ready(FitConfig(beta=0.0, steps=60), num_tokens=100, num_weights=10)
+    capsys.readouterr()
+    for step in range(1, 61):
+        progress.step(Step(step, 2.0, 2.0, None, 1e-3, 40))
+        now[0] += 1
+    assert capsys.readouterr().err == "fit: 31 of 60, 0:00:29 left; NLL 2.000\n"
+
+
 def test_a_note_is_one_line_whatever_is_in_it(capsys):
     TerminalProgress().note("bad rows [bold] left out: " + "x" * 200)
     assert capsys.readouterr().err == "bad rows [bold] left out: " + "x" * 200 + "\n"

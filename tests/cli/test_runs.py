@@ -49,18 +49,19 @@ def no_plots(monkeypatch):
 
 @pytest.mark.usefixtures("no_plots")
 def test_diagnose_prints_tables_and_words(finished_run, tmp_path):
-    out = well("diagnose", finished_run.output, "--output", tmp_path, "--draws", 30)
+    out = well("diagnose", finished_run.output, "--output", tmp_path, "--khat", "--draws", 30)
     for words in ("KL(q || p)", "cross out", "How this prior shrinks.", "30 draws, 2 of 2"):
         assert words in out
 
 
 @pytest.mark.usefixtures("no_plots")
 def test_diagnose_with_json_prints_json_alone(finished_run, tmp_path):
-    result = run("diagnose", finished_run.output, "--output", tmp_path, "--no-khat", "--json")
+    result = run("diagnose", finished_run.output, "--output", tmp_path, "--json")
     content = parsed(result.stdout)
     assert content["summary"]["prior"] == "normal"
     assert len(content["kinds"]) == 16
-    assert content["khat"]["value"] is None
+    assert content["khat"] == {**content["khat"], "value": None, "utterances": 0}
+    assert "--khat computes it" in content["khat"]["meaning"]
     assert "figures ..." in result.stderr
 
 
@@ -72,13 +73,13 @@ def test_diagnose_hands_every_option_on(monkeypatch, tmp_path):
         raise UserError("enough")
 
     monkeypatch.setattr(diagnosis, "diagnose", diagnose)
-    options = ["--output", tmp_path, "--prior", "p.py", "--no-khat", "--draws", 50]
+    options = ["--output", tmp_path, "--prior", "p.py", "--khat", "--draws", 50]
     assert "enough" in complaint(run("diagnose", "r", *options, "--device", "cuda:1"))
-    del seen["on_stage"]
+    del seen["on_stage"], seen["on_figures"]
     assert seen == {
         "args": (Path("r"), tmp_path),
         "prior": "p.py",
-        "khat": False,
+        "khat": True,
         "draws": 50,
         "device": "cuda:1",
     }

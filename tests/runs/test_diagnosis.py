@@ -29,7 +29,9 @@ def no_plots(monkeypatch):
 def found(finished_run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diagnosis, "all_plots", lambda *args: {})
-        return diagnose(finished_run.output, tmp_path_factory.mktemp("plots"), draws=DRAWS)
+        return diagnose(
+            finished_run.output, tmp_path_factory.mktemp("plots"), khat=True, draws=DRAWS
+        )
 
 
 def fitted(fit_options, folder=None, **changes):
@@ -63,11 +65,12 @@ def test_json_is_valid_and_holds_every_layer(found):
 @pytest.mark.usefixtures("no_plots")
 def test_every_stage_is_announced(finished_run, tmp_path):
     stages = []
-    diagnose(finished_run.output, tmp_path, draws=DRAWS, on_stage=stages.append)
-    assert stages == ["figures", "k-hat", "plots"]
+    early = {"on_stage": stages.append, "on_figures": lambda found: stages.append(found.khat.value)}
+    diagnose(finished_run.output, tmp_path, khat=True, draws=DRAWS, **early)
+    assert stages == ["figures", None, "plots", "k-hat"]
     stages.clear()
-    found = diagnose(finished_run.output, tmp_path, khat=False, on_stage=stages.append)
-    assert stages == ["figures", "plots"]
+    found = diagnose(finished_run.output, tmp_path, **early)
+    assert stages == ["figures", None, "plots"]
     assert found.khat.value is None
 
 
@@ -76,7 +79,7 @@ def test_plots_go_into_the_run_s_folder(fit_options, tmp_path, monkeypatch):
     trace = trace_plot([Step(1, 2.0, 2.0, 1000.0, 1e-3, 10)], 1e-3)
     monkeypatch.setattr(diagnosis, "all_plots", lambda *args: {"trace": trace})
     for _ in range(2):  # over its own files, too
-        found = diagnose(tmp_path / "run", khat=False)
+        found = diagnose(tmp_path / "run")
     folder = tmp_path / "run" / "diagnostics"
     assert found.plots == (folder / "trace.png", folder / "trace.pdf")
     assert set(folder.iterdir()) == set(found.plots)
@@ -135,7 +138,7 @@ def test_a_damaged_history_is_refused(finished_run, tmp_path):
     about = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**about, "history": [{"nll": 1}]}))
     with pytest.raises(UserError, match=r"run\.json is missing or damaged"):
-        diagnose(folder, khat=False)
+        diagnose(folder)
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -145,7 +148,7 @@ def test_a_prior_of_ones_own_is_run_only_where_it_is_named(fit_options, tmp_path
     fitted(fit_options, tmp_path / "run", prior=str(mine))
     with pytest.raises(UserError, match="name it with --prior"):
         diagnose(tmp_path / "run")
-    found = diagnose(tmp_path / "run", prior=str(mine), khat=False)
+    found = diagnose(tmp_path / "run", prior=str(mine))
     assert found.explanation.startswith("The prior is your own code")
     assert found.summary.kl > 0
 
@@ -153,4 +156,4 @@ def test_a_prior_of_ones_own_is_run_only_where_it_is_named(fit_options, tmp_path
 def test_an_output_that_can_t_be_written_is_refused(finished_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
-        diagnose(finished_run.output, tmp_path / "file", khat=False)
+        diagnose(finished_run.output, tmp_path / "file")

@@ -51,7 +51,7 @@ def test_an_old_run_can_be_edited_merged_and_diagnosed(tmp_path, monkeypatch):
         assert torch.allclose(one, other, atol=1e-7), name
     merge_run(OLD / "second", tmp_path / "merged")
     assert load_base(str(tmp_path / "merged")).net.config.d_model == base.config.d_model
-    assert diagnose(OLD / "horseshoe", tmp_path / "plots", khat=False).num_weights > 0
+    assert diagnose(OLD / "horseshoe", tmp_path / "plots").num_weights > 0
     assert at_strength(new, 0.5).num_weights == new.num_weights
 
 
