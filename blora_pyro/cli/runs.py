@@ -21,7 +21,7 @@ from blora_pyro.cli.common import (
     quiet_libraries,
 )
 from blora_pyro.declarations import metavar_of
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, check_positive
 from blora_pyro.options import AUTO, FitConfig
 
 
@@ -157,14 +157,35 @@ def errors(
     state: Annotated[
         str, typer.Option(metavar="base|adapted", help="State of the model.")
     ] = "adapted",
+    broken: Annotated[
+        bool,
+        typer.Option("--broken", help="What the base had right and the adapted model has not."),
+    ] = False,
+    fixed: Annotated[
+        bool, typer.Option("--fixed", help="What the adapted model has right and the base had not.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the utterances with the most errors, word by word."""
+    """Show the utterances with the most errors, word by word, or what adaptation changed."""
     with one_line_errors():
         quiet_libraries()
-        from blora_pyro.runs.report import error_view
-        from blora_pyro.runs.utterances import choose, read_utterances, worst
+        from blora_pyro.runs.report import change_view, error_view
+        from blora_pyro.runs.utterances import (
+            BROKEN,
+            FIXED,
+            changed,
+            choose,
+            read_utterances,
+            worst,
+        )
 
+        if broken or fixed:
+            if (broken and fixed) or state != "adapted":
+                raise UserError("give one of --broken, --fixed and --state")
+            check_positive(top=top)
+            found, how = changed(read_utterances(results), test_set), BROKEN if broken else FIXED
+            shown = found[how][:top]
+            return print_result(shown, as_json, lambda: change_view(found, how, top))
         rows = choose(read_utterances(results), test_set, state)
         print_result(worst(rows, top), as_json, lambda: error_view(rows, top))
 

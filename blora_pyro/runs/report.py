@@ -16,6 +16,7 @@ from blora_pyro.tables import Part, Percent, Table, figure_columns, number, perc
 
 FREQUENT = 8  # kinds of errors that are counted in the last line
 LABELS = ("REF", "HYP", "")
+INSERTIONS = 12  # running that are shown of a loop
 GAP = "  "
 NOTHING_MEASURED = "no test set and no backward sets: nothing was measured"
 STATES = ("base", "adapted", "change")  # of the rates in `metrics.json`
@@ -272,7 +273,12 @@ class AlignedText:
     def __init__(self, row: Mapping[str, Any]) -> None:
         """Take a row of `utterance_rows`."""
         self.words: list[AlignedWord] = []
+        inserted = 0  # running
         for operation, reference, hypothesis, *pier in row["alignment"]:
+            inserted = inserted + 1 if operation == "I" else 0
+            if inserted > INSERTIONS:  # of a loop
+                self.words[-1] = "", f"... {inserted - INSERTIONS + 1} more", "I"
+                continue
             mark = "" if operation == "=" else operation + ("*" if pier else "")
             self.words.append((printable(reference), printable(hypothesis), mark))
 
@@ -319,6 +325,35 @@ def error_view(rows: Sequence[dict[str, Any]], top: int) -> list[RenderableType]
     if any(len(step) > 3 for row in shown for step in row["alignment"]):
         notes += ", * counts in PIER"
     return [*parts, Text(f"\nmost frequent: {frequent}"), Text(notes, style="dim")]
+
+
+def change_view(
+    found: Mapping[str, Sequence[dict[str, Any]]], how: str, top: int
+) -> list[RenderableType]:
+    """Return what adaptation changed by set, and the utterances and words of one kind.
+
+    Args:
+        found: See `utterances.changed`.
+        how: `broken` or `fixed`.
+        top: Utterances shown.
+    """
+    columns = [*text_columns("set", wrap=False), *figure_columns("broken", "fixed")]
+    table = Table(columns, "utterances that adaptation changed, and their words")
+    for name in dict.fromkeys(row["set"] for some in found.values() for row in some):
+        own = [[row for row in some if row["set"] == name] for some in found.values()]
+        sizes = [f"{len(some)} ({sum(abs(row['change']) for row in some)})" for some in own]
+        table.add_row(name, *sizes)
+    rows = found[how]
+    if not rows:
+        return [*([table] if table.rows else []), f"nothing was {how}"]
+    parts: list[RenderableType] = [table, f"{how}, the {min(top, len(rows))} most changed:"]
+    for row in rows[:top]:
+        parts += [Text(), *_utterance_title(row)]
+        for state, one in (("base", row["base"]), ("adapted", row)):
+            parts += [Text(state, style="dim"), AlignedText(one)]
+    words = Counter(word for row in rows for word in row["words"]).most_common(FREQUENT)
+    frequent = ", ".join(f"{printable(word)} ({count})" for word, count in words)
+    return [*parts, Text(f"\nmost often {how}: {frequent or 'no word, only insertions'}")]
 
 
 def _utterance_title(row: Mapping[str, Any]) -> list[Text]:

@@ -1,6 +1,7 @@
 """Results of every utterance, as JSON lines: reference, hypothesis, and how they differ."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,43 @@ def worst(rows: Iterable[dict[str, Any]], top: int) -> list[dict[str, Any]]:
     check_positive(top=top)
     wrong = [row for row in rows if row["edits"]]
     return sorted(wrong, key=lambda row: (-row["edits"], row["length"]))[:top]
+
+
+BROKEN, FIXED = "broken", "fixed"
+
+
+def changed(
+    rows: Iterable[dict[str, Any]], test_set: str | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the utterances that adaptation `broken` and those it `fixed`, the most changed first.
+
+    Each is the adapted row, with `base`, the base's own; `change`, how many words (or characters)
+    more are wrong than in the base, of both no more than the reference has, so that one that loops
+    is no worse than one that is all wrong; and `words`, those of the reference that only one of the
+    two has right. Utterances that are as wrong as before are in neither.
+
+    Raises:
+        UserError: If there are no rows of the set, of the base, or of the adapted model.
+    """
+    rows = list(rows)
+    sides = {
+        state: {(row["set"], row.get("utterance", 0)): row for row in choose(rows, test_set, state)}
+        for state in ("base", "adapted")
+    }
+    found: dict[str, list[dict[str, Any]]] = {BROKEN: [], FIXED: []}
+    for key, after in sides["adapted"].items():
+        if (before := sides["base"].get(key)) is None:
+            continue
+        wrong = [min(row["edits"], row["length"]) for row in (before, after)]
+        if change := wrong[1] - wrong[0]:
+            old, new = _right(before), _right(after)
+            words = list(((old - new) if change > 0 else (new - old)).elements())
+            about = {**after, "base": before, "change": change, "words": words}
+            found[BROKEN if change > 0 else FIXED].append(about)
+    for some in found.values():
+        some.sort(key=lambda row: (-abs(row["change"]), row["length"]))
+    return found
+
+
+def _right(row: Mapping[str, Any]) -> Counter[str]:
+    return Counter(step[1] for step in row["alignment"] if step[0] == "=")

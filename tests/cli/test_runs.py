@@ -147,6 +147,16 @@ def test_errors_shows_the_worst_utterances(finished_run, tmp_path):
     assert parsed(well("errors", file, "--state", "base", "--json")) == rows
 
 
+def test_errors_shows_what_adaptation_fixed(finished_run):
+    out = well("errors", finished_run.output, "--fixed", "--set", "new_domain", "--top", 1)
+    assert "fixed, the 1 most changed:" in out and "adapted\nREF" in out
+    rows = parsed(well("errors", finished_run.output, "--fixed", "--json"))
+    assert {row["set"] for row in rows} == {"new_domain"}
+    assert all(row["edits"] < row["base"]["edits"] for row in rows)
+    both = complaint(run("errors", finished_run.output, "--fixed", "--broken"))
+    assert "give one of --broken, --fixed and --state" in both
+
+
 def test_errors_of_what_is_not_there(finished_run, tmp_path):
     assert "can't be read" in complaint(run("errors", tmp_path))
     assert "no set 'x'" in complaint(run("errors", finished_run.output, "--set", "x"))

@@ -6,12 +6,14 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from blora_pyro.runs.report import (
+    change_view,
     dev_line,
     error_view,
     fit_tables,
     prune_tables,
     strength_tables,
 )
+from blora_pyro.runs.utterances import changed
 
 SIZE = {"adapter_weights": 9, "nonzero_weights": 9, "directions": 2, "layers": 1}
 
@@ -290,6 +292,40 @@ def test_an_utterance_by_hand():
         "most frequent: haus → house (1), cool → (nothing) (1), (nothing) → oh (1)",
         "S substitution, D deletion, I insertion, * counts in PIER",
     ]
+
+
+def test_a_loop_is_cut():
+    looping = utterance([["=", "das", "das"], *[["I", "", "oh"]] * 40, ["=", "haus", "haus"]])
+    line = shown_errors([looping])[5]
+    assert line.split() == ["HYP", "das", *["oh"] * 11, "...", "29", "more", "haus"]
+
+
+def test_what_adaptation_broke_by_hand():
+    before = utterance([["=", "das", "das"], ["=", "haus", "haus"]], state="base")
+    after = utterance([["=", "das", "das"], ["S", "haus", "house"]])
+    found = changed([before, after])
+    assert shown(change_view(found, "fixed", 5))[-1] == "nothing was fixed"
+    lines = shown(change_view(found, "broken", 5))
+    assert (
+        lines[-12:]
+        == [
+            "broken, the 1 most changed:",
+            "",
+            "WER 1 of 2  new_domain",
+            "clips/3.wav",
+            "base",
+            "REF  das  haus",
+            "HYP  das  haus",
+            "adapted",
+            "REF  das  haus",
+            "HYP  das  house",
+            "          S",
+            "",
+            "most often broken: haus (1)",
+        ][-12:]
+    )
+    (row,) = [line for line in lines if line.strip().startswith("new_domain")]
+    assert row.split() == ["new_domain", "1", "(1)", "0", "(0)"]
 
 
 def test_without_errors_there_is_nothing_to_see():

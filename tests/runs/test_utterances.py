@@ -10,6 +10,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.evaluation import score
 from blora_pyro.languages import read_language
 from blora_pyro.runs.utterances import (
+    changed,
     choose,
     read_utterances,
     utterance_rows,
@@ -217,6 +218,26 @@ def test_the_worst_have_the_most_edits_then_the_highest_rate():
     assert worst(made, 1) == [made[4]]
     with pytest.raises(UserError, match="top is 0"):
         worst(made, 0)
+
+
+def test_what_adaptation_changed_is_by_words_that_only_one_of_the_two_has_right(rows):
+    found = changed(rows)
+    (fixed,), (broken,) = found["fixed"], found["broken"]
+    assert (fixed["utterance"], fixed["change"], fixed["words"]) == (0, -2, ["red", "rad"])
+    assert (broken["utterance"], broken["change"], broken["words"]) == (1, 1, ["rad"])
+    assert broken["base"]["hypothesis"] == "ein rad" and broken["hypothesis"] == "ein"
+    with pytest.raises(UserError, match="no set 'de'"):
+        changed(rows, "de")
+    with pytest.raises(UserError, match="no state 'base'"):
+        changed([row for row in rows if row["state"] == "adapted"])
+
+
+def test_a_loop_is_no_worse_than_all_words_wrong():
+    examples = examples_of(["ein rad", "das rad fuhr"], ["de", "de"])
+    heard = {"base": ["ein rad", "das rad fuhr"], "adapted": ["ein rad" + " oh" * 50, "nichts"]}
+    states = {state: {"x": score(examples, texts)} for state, texts in heard.items()}
+    found = changed(utterance_rows({"x": examples}, states))["broken"]
+    assert [(row["utterance"], row["change"]) for row in found] == [(1, 3), (0, 2)]
 
 
 def test_rows_of_a_run_are_those_of_its_adapter(finished_run, tmp_path):
