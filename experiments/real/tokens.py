@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, default=Path("human-speech"))
     parser.add_argument("--runs", type=Path, default=Path("runs/tokens"))
     parser.add_argument("--maps", nargs="*", default=[*MAPS], choices=[*MAPS])
+    parser.add_argument("--prior", default="normal", help="base-informed holds what the base does")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     output = ROOT / "experiments" / "real" / "tokens.json"
@@ -58,6 +59,7 @@ def main() -> None:
         rows = []
     speech = arguments.speech
     backward = {code: str(speech / f"back-{code}.jsonl") for code in ("en", "es", "fr", "de")}
+    own = "" if arguments.prior == "normal" else f"-{arguments.prior}"
     for name in arguments.maps:
         config = FitConfig(
             base=arguments.base,
@@ -66,6 +68,7 @@ def main() -> None:
             eval_every=1000,  # so that there may be a dev set
             backward=backward,
             language_map=MAPS[name],
+            prior=arguments.prior,
             max_utterances=200,
             steps=100,
             max_eval_utterances=40,
@@ -73,13 +76,14 @@ def main() -> None:
         )
         run = fit(
             config,
-            arguments.runs / f"{name}-seed{arguments.seed}",
+            arguments.runs / f"{name}{own}-seed{arguments.seed}",
             evaluate=False,
             resume=True,
             progress=Notes(),
         )
         scoring = Scoring.of(run.config, "dev", Listener())
         row = {"map": name, "seed": arguments.seed, "resolved": run.config.language_map}
+        row["prior"] = arguments.prior
         for state, posterior in (("base", None), ("adapted", run.posterior)):
             scores = scoring.score(posterior)
             old = [one for key, one in scores.items() if key != NEW_DOMAIN]
@@ -90,8 +94,8 @@ def main() -> None:
                 },
                 "backward_error": rate_summary(old),
             }
-        key = name, arguments.seed
-        rows = [one for one in rows if (one["map"], one["seed"]) != key] + [row]
+        names = ("map", "seed", "prior")
+        rows = [one for one in rows if any(one[key] != row[key] for key in names)] + [row]
         write_json(arguments.output, {**origin(), "rows": rows})
         told = [
             row[state][what]["rate"]
