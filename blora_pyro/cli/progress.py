@@ -1,6 +1,7 @@
 """Progress of a run on the terminal."""
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 from rich.markup import escape
@@ -9,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from blora_pyro.fitting.history import Step
 from blora_pyro.fitting.stopping import DevError
 from blora_pyro.options import FitConfig
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Heard, Listener
 from blora_pyro.tables import Terminal
 
 SMOOTHING = 0.9  # of the figures next to the bar
@@ -127,6 +128,12 @@ class TerminalProgress(Listener):
         self.bar.update(self.task, completed=step.step, figures=f"{figures}  {pace}")
         if not self.console.is_terminal:
             self._tell("fit", step.step, int(self.bar.tasks[self.task].total or 0), figures)
+
+    def heard(self, some: Sequence[Heard]) -> None:
+        """Print what was said, what the base heard, and what is heard now."""
+        for one in some:
+            for name, text in one._asdict().items():
+                self.console.print(f"{name:9}  {text.strip()}", style="dim", markup=False)
 
     def evaluated(self, error: DevError, best: DevError) -> None:
         """Print a line for each dev error."""

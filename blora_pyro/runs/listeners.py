@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,20 @@ from blora_pyro.runs.folders import TRACKING
 
 PROJECT = "blora-pyro"
 EVERY = 20  # steps between two logs of the posterior's figures
+
+
+class Heard(NamedTuple):
+    """What was said in an utterance of the dev set, and what the net hears before the fit and now.
+
+    Attributes:
+        reference: Its text.
+        before: The base's transcript.
+        now: That of the net as it is.
+    """
+
+    reference: str
+    before: str
+    now: str
 
 
 class Listener:
@@ -61,6 +75,9 @@ class Listener:
 
     def evaluated(self, error: DevError, best: DevError) -> None:
         """The dev error has been measured; `best` is the lowest so far."""
+
+    def heard(self, some: Sequence[Heard]) -> None:
+        """A few utterances of the dev set have been transcribed."""
 
     def fitted(self) -> None:
         """The last step is done."""

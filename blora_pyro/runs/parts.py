@@ -102,7 +102,7 @@ class Parts:
             model, guide = build(base, config, folder.previous, train)
             shares = model.likelihood.first_adapted == base.net.config.encoder_layers
             stopping = early_stopping(
-                loader, config, progress.evaluated, processes, allowed, shares, dev
+                loader, config, progress.evaluated, progress.heard, processes, allowed, shares, dev
             )
             regularise(model, loader, progress.stage)
             teacher = teacher_of(base, model, config, train)

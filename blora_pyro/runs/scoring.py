@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from blora_pyro.data import Examples, split_names
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import (
     Evaluation,
     change_summary,
-    evaluate,
     normalizer_for,
     rate_summary,
     score,
@@ -28,14 +29,16 @@ from blora_pyro.models.logits import allowing
 from blora_pyro.options import FitConfig, read_columns
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.base_transcripts import kept_transcripts
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Heard, Listener
 from blora_pyro.runs.loading import Loader
 from blora_pyro.sources import Source, describe_source
+from blora_pyro.transcription import transcribe_features
 
 NEW_DOMAIN = "new_domain"
 OTHER_DATA = "data"  # a set that a run was given to be scored on, and no set of its fit
 HEARD = "in full windows, with Whisper's safeguards"  # up to 0.2.0 without, and maybe trimmed
 SPLITS = ("test", "dev")
+SHOWN = 3  # utterances of the dev set that a fit shows on its way
 DEV_SPLITS = ("dev", "validation")  # the second is what data sets of the Hub call it
 
 
@@ -211,6 +214,7 @@ def early_stopping(
     loader: Loader,
     config: FitConfig,
     on_error: Callable[[DevError, DevError], None],
+    on_heard: Callable[[Sequence[Heard]], None] = lambda some: None,
     processes: Processes | None = None,
     unsuppressed: Sequence[int] = (),
     shares_encoder: bool = False,
@@ -224,6 +228,7 @@ def early_stopping(
         loader: Loader of the base.
         config: Options of the fit.
         on_error: See `EarlyStopping`.
+        on_heard: Called before that with a few utterances, always the same.
         processes: Those of the fit, of which the main one measures for all.
         unsuppressed: Tokens that the net may say, see `Posterior`.
         shares_encoder: The fit leaves the encoder as it is, see `transcribe_examples`.
@@ -237,9 +242,16 @@ def early_stopping(
     its = stopping_set(config)
     examples = loader.load(its.source, its.split, limit=config.max_eval_utterances)
 
+    rows = sorted({round(place) for place in np.linspace(0, len(examples) - 1, SHOWN)})
+    shown = [examples.prompts[row] for row in rows]
+    first = transcribe_features(loader.base, examples.features[rows], shown)
+
     def dev_error() -> float:
         with allowing(loader.base.net, unsuppressed):
-            return evaluate(loader.base, examples, config.normalizer, shares_encoder).main.rate
+            texts = transcribe_examples(loader.base, examples, shares_encoder)
+        heard = zip(rows, first, strict=True)
+        on_heard([Heard(examples.texts[row], before, texts[row]) for row, before in heard])
+        return score(examples, texts, normalizer_for(loader.base, config.normalizer)).main.rate
 
     sets = (
         {name: one for name, one in watched.sets.items() if name != NEW_DOMAIN} if watched else {}

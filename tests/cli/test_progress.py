@@ -7,6 +7,7 @@ from blora_pyro.cli.progress import TerminalProgress
 from blora_pyro.fitting.history import Step
 from blora_pyro.fitting.stopping import DevError
 from blora_pyro.options import FitConfig
+from blora_pyro.runs.listeners import Heard
 
 
 def test_brackets_in_a_stage_are_shown_as_they_are(capsys):
@@ -63,6 +64,15 @@ def test_dev_errors_are_told_one_a_line(capsys):
     assert capsys.readouterr().err.splitlines() == [
         "step 50: dev error 12.3% (the best so far)",
         "step 100: dev error 20.0% (12.3% at step 50), backward average -0.1 points",
+    ]
+
+
+def test_utterances_of_the_dev_set_are_shown_as_they_were_and_are_heard(capsys):
+    TerminalProgress().heard([Heard("das rote [b]", " das tote", "das rote")])
+    assert capsys.readouterr().err.splitlines() == [
+        "reference  das rote [b]",
+        "before     das tote",
+        "now        das rote",
     ]
 
 

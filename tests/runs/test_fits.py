@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import blora_pyro
-from blora_pyro.data import load_split
+from blora_pyro.data import load_split, read_manifest
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.stopping import DevError
 from blora_pyro.fitting.svi import learning_rate
@@ -163,6 +163,9 @@ class Errors(Listener):
     def evaluated(self, error, best):
         self.seen.append((error, best))
 
+    def heard(self, some):
+        self.texts = some
+
 
 def test_the_best_posterior_is_the_runs_and_run_json_tells_how_it_was_found(
     finished_run, fit_options, tones_folder, tmp_path
@@ -176,6 +179,8 @@ def test_the_best_posterior_is_the_runs_and_run_json_tells_how_it_was_found(
     assert errors[-1].step == len(run.history) == best.step + 12 < 40
     assert [one for one, _ in listener.seen] == errors
     assert listener.seen[-1][1] == best
+    assert [one.reference for one in listener.texts] == read_manifest(dev["dev"])["text"][:]
+    assert all(one.before != one.reference for one in listener.texts)
     assert run.history == finished_run.history[: len(run.history)]  # it changes no step
     # the dev set is the test set here, so that its error is that of the run
     scores = run.metrics["new_domain"]
