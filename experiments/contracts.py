@@ -65,35 +65,27 @@ def curves(scores: Sequence[ScoredFit]) -> list[Curve]:
 
 
 def real_curves(fits: dict[str, Any]) -> list[Curve]:
-    """Return the strengths of every real fit that all of them were scored at, dev and test as one.
+    """Return the strengths of every real fit that was scored on dev and test, both as one set.
 
-    What the base says of the old languages was counted with the first fit alone.
+    What the base says of the old languages was counted with one of the fits. It is not counted what
+    it says of the new domain, where it is the worst of all.
     """
-    base = next(iter(fits.values()))["scores"]
-    scored = [{name.partition("-")[2] for name in one["scores"]} for one in fits.values()]
-    strengths = sorted(set.intersection(*scored), key=float)
+    scores = {name: one["scores"] for name, one in fits.items()}
+    base = {name: own for one in scores.values() for name, own in one.items() if name[-2:] == "-0"}
 
-    def counts(scores: dict[str, Any], strength: str) -> dict[str, Counts]:
-        sides = [{**base[f"{split}-{strength}"]} for split in ("dev", "test")]
-        if scores is not base:
-            sides = [
-                {**(old if strength == "0" else {}), **scores[f"{split}-{strength}"]}
-                for split, old in zip(("dev", "test"), sides, strict=True)
-            ]
-        return {
-            name: Counts(
-                *(
-                    np.concatenate([side[name][key] for side in sides])
-                    for key in ("edits", "lengths")
-                )
-            )
-            for name in sides[0]
-        }
+    def counts(sides: Sequence[dict[str, Any]]) -> dict[str, Counts]:
+        def joined(name: str, key: str) -> Any:
+            return np.concatenate([np.array(side[name][key]) for side in sides])
 
-    return [
-        {float(strength): counts(one["scores"], strength) for strength in strengths}
-        for one in fits.values()
-    ]
+        return {name: Counts(joined(name, "edits"), joined(name, "lengths")) for name in sides[0]}
+
+    found = []
+    for own in (base | one for one in scores.values()):
+        names = {name.partition("-")[2] for name in own}
+        pairs = {name: [own.get(f"{split}-{name}") for split in ("dev", "test")] for name in names}
+        whole = {float(name): counts(pair) for name, pair in pairs.items() if all(pair)}
+        found.append({strength: whole[strength] for strength in sorted(whole)})
+    return found
 
 
 def parent(scored: ScoredFit) -> str:
@@ -109,7 +101,7 @@ def half(counts: Counts, rows: Any) -> Counts:
 def outcomes(curve: Curve, seed: int) -> list[dict[str, Any]]:
     """Return what each quantile chooses for each limit, for one split into halves."""
     rng = np.random.default_rng(seed)
-    orders = {name: rng.permutation(len(one.edits)) for name, one in curve[0.0].items()}
+    orders = {name: rng.permutation(len(one.edits)) for name, one in curve[max(curve)].items()}
     sides = [{name: rows[side::2] for name, rows in orders.items()} for side in (0, 1)]
     backward = [name for name in orders if name != NEW_DOMAIN]
 
@@ -117,6 +109,8 @@ def outcomes(curve: Curve, seed: int) -> list[dict[str, Any]]:
         return [half(curve[strength][name], sides[side][name]) for name in backward]
 
     def new(strength: float, side: int) -> float:
+        if NEW_DOMAIN not in curve[strength]:
+            return float("inf")
         return half(curve[strength][NEW_DOMAIN], sides[side][NEW_DOMAIN]).rate
 
     lost = {one: macro_rate(old(one, 1)) - macro_rate(old(0.0, 1)) for one in curve}
