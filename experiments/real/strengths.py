@@ -28,6 +28,7 @@ FIRST = "auto-0"
 FITS: dict[str, dict[str, Any]] = {
     FIRST: {},
     "tl-0": {"language_map": {"qu-es": "tl"}},
+    "informed-0": {"language_map": {"qu-es": "tl"}, "prior": "base-informed"},
     "mi-0": {"language_map": {"qu-es": "mi"}},
     "auto-1": {"seed": 1},
     "es-0": {"language_map": {"qu": "es"}},

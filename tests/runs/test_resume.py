@@ -566,8 +566,8 @@ def test_an_output_that_cannot_be_written_is_refused(options, tmp_path, monkeypa
 
 
 def test_a_diverging_run_says_what_is_safe(options, tmp_path):
-    options = {**options, "lr": 1e30}
-    with pytest.raises(FloatingPointError, match=r"in a row; no step is in .*run yet, but"):
+    options = {**options, "lr": 1e14}
+    with pytest.raises(FloatingPointError, match=r"in a row; no step is in .*run yet, and"):
         fit(FitConfig(**options), tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {
         "run.json",

@@ -264,7 +264,7 @@ def test_of_two_processes_at_the_last_trial_one_withdraws(options, tmp_path):
 
 
 def test_fits_that_diverge_are_told_and_no_knee(options, tmp_path):
-    given = {**options, "lr": 1e30, "steps": 14}
+    given = {**options, "lr": 1e14, "steps": 14}
     found = sweep(given, tmp_path / "sweep", trials=1)
     assert (found.trials, found.front, found.knee) == ([], [], None)
     (lost,) = found.diverged
