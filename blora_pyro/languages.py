@@ -40,6 +40,32 @@ _OTHER_SCRIPTS = {
 }
 _SCRIPTS = {*UNSPACED_SCRIPTS, *_MIXED_SCRIPTS, *_OTHER_SCRIPTS}
 
+# Whisper's languages by their codes, in the order of its tokens, and further names of some: tables
+# of openai/whisper that transformers has, too, whose import takes seconds.
+_NAMES = (
+    "en english, zh chinese, de german, es spanish, ru russian, ko korean, fr french, ja "
+    "japanese, pt portuguese, tr turkish, pl polish, ca catalan, nl dutch, ar arabic, sv swedish, "
+    "it italian, id indonesian, hi hindi, fi finnish, vi vietnamese, he hebrew, uk ukrainian, el "
+    "greek, ms malay, cs czech, ro romanian, da danish, hu hungarian, ta tamil, no norwegian, th "
+    "thai, ur urdu, hr croatian, bg bulgarian, lt lithuanian, la latin, mi maori, ml malayalam, "
+    "cy welsh, sk slovak, te telugu, fa persian, lv latvian, bn bengali, sr serbian, az "
+    "azerbaijani, sl slovenian, kn kannada, et estonian, mk macedonian, br breton, eu basque, is "
+    "icelandic, hy armenian, ne nepali, mn mongolian, bs bosnian, kk kazakh, sq albanian, sw "
+    "swahili, gl galician, mr marathi, pa punjabi, si sinhala, km khmer, sn shona, yo yoruba, so "
+    "somali, af afrikaans, oc occitan, ka georgian, be belarusian, tg tajik, sd sindhi, gu "
+    "gujarati, am amharic, yi yiddish, lo lao, uz uzbek, fo faroese, ht haitian creole, ps "
+    "pashto, tk turkmen, nn nynorsk, mt maltese, sa sanskrit, lb luxembourgish, my myanmar, bo "
+    "tibetan, tl tagalog, mg malagasy, as assamese, tt tatar, haw hawaiian, ln lingala, ha hausa, "
+    "ba bashkir, jw javanese, su sundanese, yue cantonese"
+)
+_FURTHER_NAMES = (
+    "my burmese, ca valencian, nl flemish, ht haitian, lb letzeburgesch, ps pushto, pa panjabi, "
+    "ro moldavian, ro moldovan, si sinhalese, es castilian, zh mandarin"
+)
+LANGUAGES = dict(pair.split(" ", 1) for pair in _NAMES.split(", "))
+_CODES = {name: code for code, name in LANGUAGES.items()}
+_CODES |= {name: code for code, name in (pair.split(" ", 1) for pair in _FURTHER_NAMES.split(", "))}
+
 # Codes that others use for a language of Whisper's, those of ISO 639-3 and 639-2 among them.
 _OTHER_CODES = {"nb": "no", "jv": "jw", "iw": "he", "ji": "yi"}
 _OTHER_CODES |= {"mandarin chinese": "zh", "cantonese chinese": "yue", "filipino": "tl"}  # FLEURS'
@@ -120,8 +146,6 @@ class Language:
     @property
     def tag(self) -> str:
         """The whole of it, as `read_language` reads it: "zh-Hant-TW", "ca-spanish"."""
-        from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
         parts = [part for part in (*self.codes[:1], self.script, self.region) if part]
         for before, code in itertools.pairwise(self.codes):
             is_clear = before not in _SPOKEN_IN.get(code.upper(), "").split()
@@ -187,10 +211,8 @@ def read_language(text: str) -> Language:
 
 def _code(name: str) -> str | None:
     """Return Whisper's code of a name or code; None if it is none."""
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
-
     name = name.strip().lower()
-    return name if name in LANGUAGES else TO_LANGUAGE_CODE.get(name) or _OTHER_CODES.get(name)
+    return name if name in LANGUAGES else _CODES.get(name) or _OTHER_CODES.get(name)
 
 
 def _iso_code(name: str) -> str | None:
@@ -265,8 +287,6 @@ def language_code(text: str) -> str:
 
 def is_language(text: str) -> bool:
     """Tell whether a text names one of Whisper's languages, or several joined."""
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
     try:
         codes = read_language(text).codes
     except UserError:
@@ -276,8 +296,6 @@ def is_language(text: str) -> bool:
 
 def near_languages(text: str, known: Iterable[str]) -> str:
     """Return which of some codes may be meant by a text, in words: "such as ka (Georgian)"."""
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
     names = {name: code for code in known for name in (code, LANGUAGES.get(code, code))}
     near = get_close_matches(text.lower(), names, cutoff=0.5) or ["en", "de", "zh"]
     found = dict.fromkeys(names.get(name, name) for name in near)

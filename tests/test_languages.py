@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
+from blora_pyro import languages
 from blora_pyro.errors import UserError
 from blora_pyro.languages import (
     UNSPACED_LANGUAGES,
@@ -243,6 +244,11 @@ def test_texts_are_joined_as_their_scripts_are_written(texts, joined):
 def test_a_code_of_iso_639_that_whisper_lacks_is_read_as_itself(text, codes, region):
     assert read_language(text) == Language(codes, "", region)
     assert is_iso_code(codes[-1]) and not is_language("qu")
+
+
+def test_the_languages_are_those_that_transformers_knows():
+    assert [*languages.LANGUAGES.items()] == [*LANGUAGES.items()]
+    assert languages._CODES == TO_LANGUAGE_CODE
 
 
 @pytest.mark.parametrize("text", ["jp", "Kichwa", "q", "q1", "", "QU"])

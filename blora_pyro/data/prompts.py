@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from blora_pyro.errors import UserError
 from blora_pyro.languages import (
     ENGLISH,
+    LANGUAGES,
     Language,
     begins_unspaced,
     is_iso_code,
@@ -96,8 +97,6 @@ def unmapped_codes(
     They are codes of ISO 639 that Whisper has no token for, or only the latest (Cantonese). Where
     anything else has none, such as a misspelling, there is no prompt either, see `prompt_ids`: [].
     """
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
     known = language_codes(tokenizer)
     codes = prompt_codes(language, language_map) if known and language else ()
     unknown = [code for code in codes if code not in known]

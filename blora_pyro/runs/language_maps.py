@@ -14,13 +14,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from blora_pyro.data import Examples, language_codes, load_split, prompt_ids, unmapped_codes
 from blora_pyro.data.features import sounding_frames
 from blora_pyro.data.prompts import END, START
 from blora_pyro.errors import UserError
-from blora_pyro.languages import is_language, prompt_codes, read_language
+from blora_pyro.languages import LANGUAGES, is_language, prompt_codes, read_language
 from blora_pyro.models import Base
 from blora_pyro.models.decoding import alike_in_length, encode, score_tokens
 from blora_pyro.options import FitConfig, column_names
