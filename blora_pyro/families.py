@@ -7,6 +7,7 @@ from typing import Any
 
 from blora_pyro.errors import UserError
 
+BASE_INFORMED = "base-informed"
 FAMILIES = {
     "normal": "blora_pyro.guides.normal",
     "laplace": "blora_pyro.guides.laplace",
@@ -16,7 +17,7 @@ FAMILIES = {
     "learned-scale": "blora_pyro.guides.learned_scale",
     "pretrained-scale": "blora_pyro.guides.pretrained_scale",
     "a-only": "blora_pyro.guides.a_only",
-    "base-informed": "blora_pyro.guides.base_informed",
+    BASE_INFORMED: "blora_pyro.guides.base_informed",
 }
 GUIDES = {
     **FAMILIES,
@@ -27,7 +28,7 @@ PREVIOUS_POSTERIOR = "previous-posterior"  # the prior that `prior_from` resolve
 NO_PRIOR = "none"  # of a posterior combined of several, or of one domain's part of one
 # Families whose weights depend on one another, by a scale that rows share or along directions of
 # a layer's inputs: they cannot be pooled.
-DEPENDENT_ROWS = ("horseshoe", "base-informed")
+DEPENDENT_ROWS = ("horseshoe", BASE_INFORMED)
 # Guides whose deviations are not all those of independent Normals, softplus(rho).
 NOT_MEAN_FIELD = ("point", "auto-normal", "horseshoe")
 

@@ -48,6 +48,7 @@ from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.posterior.storage import POSTERIOR_FILE
 from blora_pyro.publishing.uploads import write_public_run
+from blora_pyro.runs.engines import Which
 from blora_pyro.runs.fit_folders import FitFolder
 from blora_pyro.runs.folders import RUN, read_run
 from blora_pyro.runs.record import RunRecord, versions
@@ -158,8 +159,9 @@ def checkpoint_file(name: str) -> Target:
         (folder / name).write_text(json.dumps(content))
         check_folder("x", folder)
         weight_files("x", folder)
-        check_sizes("x", folder, read_config("x", folder))
-        read_generation("x", folder)
+        config = read_config("x", folder)
+        check_sizes("x", folder, config)
+        read_generation("x", folder, config)
         read_extractor("x", folder)
         if CASES and sum(json.dumps(content).encode()) % 20 == 0:
             load_base(str(folder))
@@ -305,6 +307,7 @@ def read_one(world: World, content: Any) -> None:
     for way in (
         lambda: FitFolder.reopen(folder, FitConfig()).fitted(),
         lambda: read_run(folder),
+        lambda: Which(folder, None, None, True, None, "scale", None).fingerprint,
         lambda: write_public_run(folder, public, "me/adapter", base="someone/base"),
     ):
         try:

@@ -235,7 +235,7 @@ def load_processor(
             return (*rest, below.without(lifted), {**known, **own})
     extractor, config = read_extractor(base, folder), read_config(base, folder)
     has_settings = (folder / "generation_config.json").is_file()
-    settings = read_generation(base, folder) if has_settings else None
+    settings = read_generation(base, folder, config) if has_settings else None
     tokenizer = read_tokenizer(base, folder)
     known = dict(getattr(settings, "language_map", None) or {})
     return tokenizer, extractor, config.max_target_positions, Suppressed.of(settings), known

@@ -202,9 +202,13 @@ class Prior:
         prompts = _prompts(base, self.codes)
         heard = [*islice(_utterances(batches), self.utterances)]
         file = _file(base, heard, [modules, prompts, self.directions])
-        with suppress(OSError, SafetensorError):
+        with suppress(OSError, SafetensorError, ValueError):
             if file is not None:
-                return load_file(file, str(base.device))
+                found = load_file(file, str(base.device))
+                check_statistics(
+                    found, {name: base.get_submodule(name).in_features for name in modules}
+                )
+                return found
         moments = {
             name: torch.zeros(2 * (base.get_submodule(name).in_features,), device=base.device)
             for name in modules
@@ -267,6 +271,32 @@ class Guide(normal.Guide):
 
 
 # ---- the statistics
+
+
+def check_statistics(tensors: Mapping[str, Tensor], layers: Mapping[str, int]) -> None:
+    """Refuse stored statistics that can't be.
+
+    Args:
+        tensors: See `Prior`.
+        layers: Name of every adapted layer -> its number of inputs.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    names = {f"{layer}.{what}" for layer in layers for what in ("vectors", "values")}
+    if wrong := names ^ tensors.keys():
+        raise ValueError(f"prior.{min(wrong)} is {'missing' if wrong & names else 'of no layer'}")
+    for layer, size in layers.items():
+        vectors, values = (tensors[f"{layer}.{what}"] for what in ("vectors", "values"))
+        k = vectors.shape[-1] if vectors.dim() == 2 else 0
+        if vectors.shape != (size, k) or not 0 <= k <= size or values.shape != (k + 1,):
+            what = f"{tuple(vectors.shape)} and {tuple(values.shape)}"
+            raise ValueError(f"prior.{layer} has vectors and values of shapes {what}")
+        if not (vectors.is_floating_point() and values.is_floating_point()):
+            raise ValueError(f"prior.{layer} has statistics that are no floats")
+        # unit vectors to half precision, and eigenvalues of a mean diagonal of 1
+        if not (vectors.abs() <= 1.01).all() or not ((values >= 0) & (values <= 1.01 * size)).all():
+            raise ValueError(f"prior.{layer} has statistics that no inputs have")
 
 
 def leading_eigenvectors(moment: Tensor, count: int) -> dict[str, Tensor]:

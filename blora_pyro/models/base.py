@@ -161,7 +161,8 @@ def load_base(
     check_folder(name, folder)
     config = read_config(name, folder)
     check_sizes(name, folder, config)
-    settings, feature_extractor = read_generation(name, folder), read_extractor(name, folder)
+    settings = read_generation(name, folder, config)
+    feature_extractor = read_extractor(name, folder)
     tokenizer = read_tokenizer(name, folder)
     try:
         net, report = WhisperForConditionalGeneration.from_pretrained(

@@ -72,6 +72,11 @@ _is_id = _whole(0, _MANY)
 _is_count = _whole(1, 10**6)
 _PAIRS = _list_of(_list_of(lambda value: value is None or _is_id(value)))
 
+_TOKENS = (  # settings that are tokens, or hold some
+    *("bos_token_id", "pad_token_id", "decoder_start_token_id", "no_timestamps_token_id"),
+    *("prev_sot_token_id", "eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    *("lang_to_id", "task_to_id"),
+)
 GENERATION: dict[str, Check] = {  # what Whisper's `generate`, and ours, may be told by a checkpoint
     **dict.fromkeys(("bos_token_id", "pad_token_id", "decoder_start_token_id"), _is_id),
     **dict.fromkeys(("no_timestamps_token_id", "prev_sot_token_id"), _is_id),
@@ -146,18 +151,43 @@ def read_config(name: str, folder: Path) -> WhisperConfig:
     return config
 
 
-def read_generation(name: str, folder: Path) -> GenerationConfig:
+def read_generation(name: str, folder: Path, config: WhisperConfig) -> GenerationConfig:
     """Return what a checkpoint says to `generate`; an older one says it in its config.json.
 
     Raises:
-        UserError: If a value can't be.
+        UserError: If a value can't be, or names a token or an attention head that the net has not.
     """
     file = "generation_config.json"
     file = file if (folder / file).is_file() else "config.json"
     stored = read_json_of(name, folder, file)
     own = {key: one for key, one in stored.items() if key in GENERATION and one is not None}
     _check(name, file, own, GENERATION)
+    _check(name, file, own, _within(config))
     return GenerationConfig(**own)
+
+
+def _within(config: WhisperConfig) -> dict[str, Check]:
+    """Return checks that tokens are of the vocabulary, and heads of the decoder."""
+    vocabulary = int(config.vocab_size)
+    layers, heads = int(config.decoder_layers), int(config.decoder_attention_heads)
+
+    def is_known(value: Any) -> bool:
+        if isinstance(value, dict | list):
+            return all(map(is_known, value.values() if isinstance(value, dict) else value))
+        return bool(value < vocabulary)
+
+    def are_heads(value: Any) -> bool:
+        pairs = all(len(one) == 2 and None not in one for one in value)
+        return pairs and all(layer < layers and head < heads for layer, head in value)
+
+    def are_forced(value: Any) -> bool:
+        return all(len(one) == 2 and (one[1] is None or one[1] < vocabulary) for one in value)
+
+    return {
+        **dict.fromkeys(_TOKENS, is_known),
+        "alignment_heads": are_heads,
+        "forced_decoder_ids": are_forced,
+    }
 
 
 def read_extractor(name: str, folder: Path) -> WhisperFeatureExtractor:

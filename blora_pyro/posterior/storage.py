@@ -18,8 +18,9 @@ from torch import Tensor
 
 from blora_pyro.adapters import Group, is_finite, scalings_of
 from blora_pyro.errors import UserError, reason
-from blora_pyro.families import GUIDES, PREVIOUS_POSTERIOR, is_code
+from blora_pyro.families import BASE_INFORMED, GUIDES, PREVIOUS_POSTERIOR, is_code
 from blora_pyro.files import check_name, parse_json
+from blora_pyro.guides.base_informed import check_statistics
 from blora_pyro.models import Pooling
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from blora_pyro.models.peft_adapters import metadata_of
@@ -59,7 +60,7 @@ def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
         about["unsuppressed"] = list(attributes["unsuppressed"])
     if attributes["fitted_alpha"] is not None:
         about["fitted_alpha"] = attributes["fitted_alpha"]
-    tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     save_file(tensors, path, metadata={"blora_pyro": json.dumps(about)})
 
 
@@ -88,13 +89,21 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
         _check_moments(tensors, sites, is_whole=bool(state) and family.guide in GUIDES)
         if carried and family.prior == PREVIOUS_POSTERIOR:
             _check_moments(carried, sites, is_whole=True, are_points=False)
+        if carried and family.prior == BASE_INFORMED:
+            check_statistics(
+                carried, {name: group.in_features for group in groups for name in group.modules}
+            )
         for prefix, name, rest in (
             ("guide.", family.guide, state),
             ("prior.", family.prior, carried),
         ):
             for key, value in rest.items():
-                if not is_code(name) and not is_finite(value):
+                if is_code(name):
+                    continue
+                if not is_finite(value):
                     raise ValueError(f"{prefix}{key} has values that are not finite")
+                if prefix == "guide." and value.numel() and value.abs().max() > LARGEST_MOMENT:
+                    raise ValueError(f"{prefix}{key} has values beyond {LARGEST_MOMENT:,.0f}")
         return {
             "base": _text(about, "base"),
             "groups": groups,

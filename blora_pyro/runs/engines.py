@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from blora_pyro import __version__
 from blora_pyro.errors import UserError, check_positive, printable, reason
-from blora_pyro.files import cache_dir, parse_json
+from blora_pyro.files import cache_dir, read_json, sync
 from blora_pyro.hub import BASE, download, find_run
 from blora_pyro.languages import language_code
 from blora_pyro.options import AUTO, POCKET, TASKS
@@ -41,7 +41,9 @@ NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")
 RUN_FILES = ("run.json", "posterior.safetensors")
 COPIED = ["tokenizer.json", "preprocessor_config.json"]
 DTYPES = ("float32", "float16", "int8")
+WEIGHTS = "model.bin"
 HALF_WRITTEN, HOUR = ".new", 3600.0
+MOST_BEAMS = 100
 LONGEST_CHAIN = 20  # adapters that lead to a base
 
 
@@ -111,6 +113,10 @@ def transcribe(
     if engine not in ENGINES:
         raise UserError(f"engine is '{engine}'; give one of {', '.join(ENGINES)}")
     check_positive(beam_size=beam_size, batch_size=batch_size)
+    if beam_size > MOST_BEAMS:
+        raise UserError(f"beam_size is {beam_size}; give a whole number from 1 to {MOST_BEAMS}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; give a whole number from 0 below {2**32}")
     own: dict[str, Any] = {
         "beam_size": beam_size,
         "word_timestamps": word_timestamps,
@@ -196,27 +202,36 @@ class Which:
         if self.adapter is not None:
             folder = find_run(self.adapter, self.local_files_only)
             parts += [_digest(folder / name) for name in RUN_FILES]
-            config = _content(folder / RUN_FILES[0]).get("config") or {}
-            revision = revision if base or revision else config.get("revision")
-            base = base or config.get("base")
+            config = _content(folder / RUN_FILES[0]).get("config")
+            config = config if isinstance(config, dict) else {}
+            revision = revision if base or revision else _text(config.get("revision"))
+            base = base or _text(config.get("base"))
         parts.append(_base_key(base, revision, self.local_files_only))
         return sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+# What can't be is as if it were not there: whoever loads the model tells of it.
+
+
 def _digest(file: Path) -> str:
+    if not file.is_file():  # but a pipe, or a device without an end
+        return ""
     try:
         with open(file, "rb") as content:
             return file_digest(content, "sha256").hexdigest()
-    except OSError:  # which whoever loads it tells of
+    except OSError:
         return ""
 
 
 def _content(file: Path) -> dict[str, Any]:
     try:
-        content = parse_json(file.read_bytes())
+        return read_json(file)
     except (OSError, ValueError):
-        content = None
-    return content if isinstance(content, dict) else {}
+        return {}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _base_key(name: str | None, revision: str | None, local: bool, above: int = 0) -> list[Any]:
@@ -232,7 +247,7 @@ def _base_key(name: str | None, revision: str | None, local: bool, above: int = 
         key = [str(folder)]  # which ends in the commit
     below = _content(folder / "adapter_config.json")
     if below and above < LONGEST_CHAIN:
-        under = below.get("base_model_name_or_path"), below.get("revision")
+        under = _text(below.get("base_model_name_or_path")), _text(below.get("revision"))
         key.append(_base_key(*under, local, above + 1))
     return key
 
@@ -252,8 +267,9 @@ def converted(which: Which) -> Path:
             f"which is empty; set it, or give engine {TORCH}"
         )
     folder = root / "ctranslate2" / which.fingerprint
-    if not (folder / ABOUT).is_file():
+    if not _is_whole(folder):
         try:
+            shutil.rmtree(folder, ignore_errors=True)
             _convert(which, folder)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -265,6 +281,19 @@ def converted(which: Which) -> Path:
             f"the engine {CTRANSLATE2} can't take the model: {why}; give engine {TORCH}"
         )
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a converted model is there, and as it was written."""
+    from blora_pyro.transcription.ct2 import ABOUT, About
+
+    about = _content(folder / ABOUT)
+    if "unfit" in about:
+        return _text(about["unfit"]) is not None
+    try:
+        return About.read(folder).weights == (folder / WEIGHTS).stat().st_size
+    except (OSError, ValueError):
+        return False
 
 
 def _convert(which: Which, folder: Path) -> None:
@@ -293,6 +322,9 @@ def _convert(which: Which, folder: Path) -> None:
                     posterior.merge(base.net)
                     check_merge(str(which.adapter), unmerged, probe(base.net))
                 settings = base.net.generation_config
+                base.save_pretrained(fresh / "merged")
+                _by_ctranslate2(fresh / "merged", fresh / "made")
+                shutil.rmtree(fresh / "merged")
                 about = asdict(
                     About(
                         language or "",
@@ -303,13 +335,13 @@ def _convert(which: Which, folder: Path) -> None:
                         bool(settings.is_multilingual),
                         list(settings.suppress_tokens or ()),
                         base.net.config.max_target_positions,
+                        (fresh / "made" / WEIGHTS).stat().st_size,
                     )
                 )
-                base.save_pretrained(fresh / "merged")
-                _by_ctranslate2(fresh / "merged", fresh / "made")
-                shutil.rmtree(fresh / "merged")
         (fresh / "made").mkdir(exist_ok=True)
         (fresh / "made" / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+        for one in (*(fresh / "made").iterdir(), fresh / "made"):
+            sync(one)
         with suppress(OSError):  # another process was first
             os.rename(fresh / "made", folder)
         if not (folder / ABOUT).is_file():
@@ -354,7 +386,7 @@ def _decoder(
         )
     import ctranslate2
 
-    from blora_pyro.transcription.ct2 import ABOUT, About, Decoder, Settings
+    from blora_pyro.transcription.ct2 import About, Decoder, Settings
 
     if task not in (None, *TASKS):
         raise UserError(f"no task is called {task!r}; choose from {', '.join(TASKS)}")
@@ -373,7 +405,7 @@ def _decoder(
             f"{device}; give one of them, or engine {TORCH}"
         )
     folder = converted(which)
-    about = About(**_content(folder / ABOUT))
+    about = About.read(folder)
     if dtype is None:
         is_short = about.dtype != "float32" and device != "cpu" and "float16" in can
         dtype = "float16" if is_short else "float32"

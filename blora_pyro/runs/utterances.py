@@ -130,11 +130,17 @@ def _is_row(row: Any) -> bool:
         isinstance(row, dict)
         and all(isinstance(row.get(name), str) for name in ("set", "state", "metric", "origin"))
         and isinstance(row.get("audio", 0), str | None)
-        and all(isinstance(row.get(name), float | int | None) for name in ("start", "end"))
+        and isinstance(row.get("adapter"), str | None)
+        and isinstance(row.get("utterance", 0), int)
+        and all(_is_time(row.get(name)) for name in ("start", "end"))
         and all(_is_figures(figures) for figures in (row, row.get("pier", row)))
         and isinstance(row.get("alignment"), list)
         and all(_is_step(step) for step in row["alignment"])
     )
+
+
+def _is_time(value: Any) -> bool:
+    return value is None or (isinstance(value, float | int) and abs(value) < 1e9)
 
 
 def _is_figures(value: Any) -> bool:

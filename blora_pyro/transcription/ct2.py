@@ -8,7 +8,6 @@ evaluation, together with others; one that does not, window by window from its t
 a model has none in spans that are cut at pauses.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,6 +22,7 @@ from faster_whisper.tokenizer import Tokenizer
 from blora_pyro.data import SAMPLING_RATE, prompt_ids, read_audio
 from blora_pyro.data.audio import Wave
 from blora_pyro.errors import UserError
+from blora_pyro.files import read_json
 from blora_pyro.languages import ENGLISH
 from blora_pyro.transcription.transcripts import Segment, TimedWord, Transcript
 
@@ -46,6 +46,7 @@ class About:
         multilingual: Whether it has language tokens.
         suppressed: Tokens that it never says.
         max_length: Positions of its decoder.
+        weights: Bytes of its `model.bin`.
     """
 
     language: str = ""
@@ -56,6 +57,26 @@ class About:
     multilingual: bool = True
     suppressed: Sequence[int] = ()
     max_length: int = 448
+    weights: int = 0
+
+    @classmethod
+    def read(cls, folder: Path) -> "About":
+        """Return that of a converted model.
+
+        Raises:
+            OSError: If it can't be read.
+            ValueError: If it is none.
+        """
+        content = read_json(folder / ABOUT)
+        usual = vars(cls())
+        kinds = {name: list if isinstance(one, tuple) else type(one) for name, one in usual.items()}
+        if content.keys() != kinds.keys():
+            raise ValueError("it holds other names")
+        if wrong := [name for name, kind in kinds.items() if not isinstance(content[name], kind)]:
+            raise ValueError(f"its {wrong[0]} is of another type")
+        if not all(type(one) is int for one in content["suppressed"]):
+            raise ValueError("its suppressed are no tokens")
+        return cls(**content)
 
 
 @dataclass(frozen=True)
@@ -156,7 +177,7 @@ class Decoder(WhisperModel):
         kind, _, index = device.partition(":")
         numbers = {"device": kind, "device_index": int(index or 0), "compute_type": dtype}
         super().__init__(str(folder), **numbers)
-        self.about = About(**json.loads((folder / ABOUT).read_text(encoding="utf-8")))
+        self.about = About.read(folder)
         self.max_length, self.settings = self.about.max_length, settings
         self.model: Any = _Model(self.model)
         self._planned: _Part | None = None

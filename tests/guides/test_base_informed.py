@@ -1,10 +1,13 @@
 import math
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributions import MultivariateNormal, Normal
 
 from blora_pyro.adapters import Group, find_targets
@@ -29,6 +32,7 @@ from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.combining import combine
 from blora_pyro.posterior.pruning import prune
 from blora_pyro.posterior.spectra import spectra
+from blora_pyro.posterior.storage import POSTERIOR_FILE
 from blora_pyro.posterior.strength import at_strength
 from blora_pyro.runs.chains import Previous
 from blora_pyro.runs.fits import fit
@@ -328,6 +332,34 @@ def fitted(fit_options, tmp_path_factory):
     options["backward"] = dict(zip(("de", "en"), fit_options["backward"], strict=True))
     config = FitConfig(**options, prior="base-informed", prior_args={"utterances": 2})
     return fit(config, tmp_path_factory.mktemp("informed") / "run", evaluate=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v, c: {"values": c - 5}, "statistics that no inputs have"),
+        (lambda v, c: {"values": c + 1e6}, "statistics that no inputs have"),
+        (lambda v, c: {"vectors": v.float() + 3e38}, "statistics that no inputs have"),
+        (lambda v, c: {"values": c[:-1]}, "of shapes"),
+        (lambda v, c: {"values": c.sum()}, "of shapes"),
+        (lambda v, c: {"vectors": v[:-1]}, "of shapes"),
+        (lambda v, c: {"vectors": v.float().round().long()}, "no floats"),
+        (lambda v, c: {"vectors": None}, "is missing"),
+        (lambda v, c: {"more": c + 1}, "of no layer"),
+    ],
+)
+def test_statistics_that_cannot_be_are_refused_as_they_are_read(fitted, tmp_path, change, words):
+    copy = shutil.copytree(fitted.output, tmp_path / "run")
+    with safe_open(copy / POSTERIOR_FILE, framework="pt") as file:
+        about = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    layer = next(name for name in tensors if name.startswith("prior.")).rpartition(".")[0]
+    given = [tensors[f"{layer}.{what}"] for what in ("vectors", "values")]
+    changed = {f"{layer}.{name}": one for name, one in change(*given).items()}
+    kept = {name: one for name, one in (tensors | changed).items() if one is not None}
+    save_file(kept, copy / POSTERIOR_FILE, metadata=about)
+    with pytest.raises(UserError, match=words):
+        Posterior.load(copy)
 
 
 def test_a_fit_learns_and_its_posterior_is_read_as_it_was_written(fitted):

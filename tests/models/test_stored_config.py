@@ -33,7 +33,7 @@ def change(file: Path, **content) -> None:
 def read_all(folder: Path) -> None:
     config = read_config("x", folder)
     check_sizes("x", folder, config)
-    read_generation("x", folder)
+    read_generation("x", folder, config)
     read_extractor("x", folder)
 
 
@@ -116,6 +116,14 @@ def test_a_config_that_asks_for_what_its_weights_have_not_is_refused_unbuilt(
         ("generation_config.json", {"lang_to_id": 3}, "lang_to_id is 3"),
         ("generation_config.json", {"lang_to_id": {"<|en|>": "x"}}, "lang_to_id is"),
         ("generation_config.json", {"suppress_tokens": "all"}, "suppress_tokens is 'all'"),
+        ("generation_config.json", {"suppress_tokens": [-1, 2**29]}, "suppress_tokens is"),
+        ("generation_config.json", {"begin_suppress_tokens": [2**31 - 1]}, "begin_suppress_tok"),
+        ("generation_config.json", {"eos_token_id": 10**6}, "eos_token_id is 1000000"),
+        ("generation_config.json", {"lang_to_id": {"<|en|>": 10**6}}, "lang_to_id is"),
+        ("generation_config.json", {"alignment_heads": [[1000, 0]]}, "alignment_heads is"),
+        ("generation_config.json", {"alignment_heads": [[0, 1000]]}, "alignment_heads is"),
+        ("generation_config.json", {"alignment_heads": [[0]]}, "alignment_heads is"),
+        ("generation_config.json", {"forced_decoder_ids": [[1, 10**6]]}, "forced_decoder_ids is"),
         ("generation_config.json", {"max_length": 10**12}, "max_length is 1000000000000"),
         ("generation_config.json", {"num_beams": 10**9}, "num_beams is"),
         ("generation_config.json", {"temperature": float("inf")}, "temperature is inf"),

@@ -185,7 +185,7 @@ def test_all_commands_work_where_the_earlier_run_is_gone(
 ):
     monkeypatch.setattr(diagnosis, "save_plots", lambda folder, plots: [])
     monkeypatch.setattr(diagnosis, "all_plots", lambda posterior, summary, *_: {})
-    found = diagnosis.diagnose(alone, draws=30)
+    found = diagnosis.diagnose(alone, khat=True, draws=30)
     assert found.explanation.startswith("The prior is an earlier run's posterior")
     assert found.khat.value is not None
     assert evaluate_run(alone) == chained.metrics

@@ -1,6 +1,7 @@
 """Which engine transcribes, and the converted model that CTranslate2 has."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,9 @@ def test_nothing_of_torch_is_imported_once_a_model_is_converted(run, paths):
         ({"engine": "torch", "beam_size": 2}, "beam_size is given, which the engine torch"),
         ({"engine": "torch", "vad_filter": True}, "vad_filter is given"),
         ({"beam_size": 0}, "beam_size is 0"),
+        ({"beam_size": 10**12}, "beam_size is 1000000000000; give a whole number from 1 to 100"),
+        ({"seed": -1}, "seed is -1; give a whole number from 0"),
+        ({"seed": 2**40}, "seed is 1099511627776; give"),
         ({"samples": 2, "engine": "ctranslate2"}, "samples is 2, and the engine ctranslate2 has"),
         ({"samples": 2, "word_timestamps": True}, "leave word_timestamps out"),
         ({"engine": "ctranslate2", "device": "mps"}, "device is 'mps'"),
@@ -212,6 +216,48 @@ def test_who_converts_second_takes_what_is_there(monkeypatch):
     monkeypatch.setattr(engines, "_by_ctranslate2", overtaken)
     folder = converted(POCKET)
     assert {one.name for one in folder.parent.iterdir()} == {folder.name}
+
+
+@pytest.mark.parametrize("name", ["run.json", "posterior.safetensors"])
+def test_a_pipe_in_the_place_of_a_runs_file_is_not_read(run, paths, tmp_path, name):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(UserError):
+        transcribe(paths[0], copy)
+
+
+@pytest.mark.parametrize(
+    "config", [["x"], "x", {"base": ["x"]}, {"base": "a/b", "revision": ["x"]}, None]
+)
+def test_a_run_whose_configuration_cannot_be_is_one_line(run, paths, tmp_path, config):
+    copy = shutil.copytree(run, tmp_path / "run")
+    about = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**about, "config": config}))
+    with pytest.raises(UserError, match=r"run\.json"):
+        transcribe(paths[0], copy, local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.bin").write_bytes(b""),
+        lambda folder: (folder / "blora-pyro.json").write_text('{"x": 1}'),
+        lambda folder: (folder / "blora-pyro.json").write_text("["),
+        lambda folder: change(folder / "blora-pyro.json", suppressed=5),
+        lambda folder: change(folder / "blora-pyro.json", suppressed=[2.5]),
+    ],
+)
+def test_a_damaged_converted_model_is_converted_again(paths, monkeypatch, tmp_path, damage):
+    monkeypatch.setenv("BLORA_PYRO_CACHE", str(tmp_path))
+    given = {"base": "pocket", "language": "de-en", "engine": "ctranslate2"}
+    first = transcribe(paths[0], **given)
+    damage(converted(POCKET))
+    assert transcribe(paths[0], **given) == first
+
+
+def change(file, **content):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **content}))
 
 
 def test_every_option_reaches_torch(monkeypatch):

@@ -190,7 +190,7 @@ def test_the_task_is_in_every_prompt(fluent_base, options, fit_options, monkeypa
     translate = fluent_base.tokenizer.get_vocab()["<|translate|>"]
     prompts = []
 
-    def transcribe(base, examples, shares_encoder):
+    def transcribe(base, examples, shares_encoder, on_done):
         prompts.extend(examples.prompts)
         return ["x"] * len(examples)
 

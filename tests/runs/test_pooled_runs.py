@@ -272,7 +272,7 @@ def test_a_run_of_one_adapter_has_no_domains(finished_run):
     "command",
     [
         ("prune", "RUN", "OUT", "--rank", "1"),
-        ("diagnose", "RUN", "--no-khat"),
+        ("diagnose", "RUN"),
         ("combine", "RUN", "RUN", "--output", "OUT"),
         ("fit", "--prior-from", "RUN", "--output", "OUT"),
         ("evaluate", "RUN", "--strength", "0:1:0.5"),

@@ -195,6 +195,10 @@ def test_a_pipe_is_not_read(tmp_path):
         {"audio": 3},
         {"pier": 1},
         {"pier": {}},
+        {"adapter": ["x"]},
+        {"utterance": [1]},
+        {"start": 10**400},
+        {"end": float("nan")},
     ],
 )
 def test_a_damaged_row_is_refused(rows, tmp_path, wrong):
