@@ -1,4 +1,4 @@
-"""What every result says of its origin: command, commit and machine."""
+"""What every result says of its origin: command, commit and machine; and who prints notes."""
 
 import shlex
 import sys
@@ -6,9 +6,18 @@ from pathlib import Path
 
 import torch
 
+from blora_pyro.runs.listeners import Listener
 from blora_pyro.studies.base_fits import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class Notes(Listener):
+    """Prints the notes of a fit."""
+
+    def note(self, text: str) -> None:
+        """Print one."""
+        print(text, flush=True)
 
 
 def origin() -> dict[str, str]:

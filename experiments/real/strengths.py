@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import ROOT, origin
+from records import ROOT, Notes, origin
 
 from blora_pyro import fit
 from blora_pyro.files import read_json, write_json
@@ -34,14 +34,6 @@ FITS: dict[str, dict[str, Any]] = {
     "es-0": {"language_map": {"qu": "es"}},
     "mi-1": {"language_map": {"qu-es": "mi"}, "seed": 1},
 }
-
-
-class Notes(Listener):
-    """Prints notes."""
-
-    def note(self, text: str) -> None:
-        """Print one."""
-        print(text, flush=True)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import ROOT, origin
+from records import ROOT, Notes, origin
 
 from blora_pyro import fit
 from blora_pyro.evaluation import rate_summary
@@ -29,14 +29,6 @@ MAPS: dict[str, Any] = {
     "auto": "auto",
     "es": {"qu": "es"},
 }
-
-
-class Notes(Listener):
-    """Prints notes."""
-
-    def note(self, text: str) -> None:
-        """Print one."""
-        print(text, flush=True)
 
 
 def main() -> None:
