@@ -99,11 +99,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: If it can't be read.
-        ValueError: If it is no file, or holds no JSON object.
+        ValueError: If it is no file, or holds no JSON object, or one that can't be written again.
     """
-    content = parse_json(read_file(path))
+    text = read_file(path)
+    content = parse_json(text)
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
+    if rb"\ud" in text.lower():  # half a surrogate pair, maybe
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text in it is not valid Unicode") from None
     return content
 
 

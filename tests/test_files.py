@@ -257,6 +257,16 @@ def test_a_plain_name_is_returned():
         assert check_name(name, "a set") == name
 
 
+def test_a_text_that_is_half_a_surrogate_pair_could_not_be_written_again(tmp_path):
+    file = tmp_path / "a.json"
+    for text in (r'{"a": ["\ud800"]}', r'{"\uDC00": 1}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="a text in it is not valid Unicode"):
+            read_json(file)
+    file.write_text(r'{"a": "\ud83d\ude00", "b": "\\ud800"}')
+    assert read_json(file) == {"a": "\U0001f600", "b": r"\ud800"}
+
+
 def test_json_that_is_nested_too_deeply_is_an_error_of_values(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="nested too deeply"):
