@@ -1,6 +1,7 @@
 """One way through the house: nothing to the left imports from the right, in no circle."""
 
 import ast
+import importlib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -123,3 +124,15 @@ def test_every_public_name_is_there():
     assert all(hasattr(blora_pyro, name) for name in blora_pyro.__all__)
     with pytest.raises(AttributeError, match="no attribute 'fitt'"):
         blora_pyro.fitt  # noqa: B018
+
+
+def test_a_name_of_the_data_is_that_of_the_module_it_is_said_to_be_of():
+    from blora_pyro import data
+
+    (block,) = [
+        one for one in ast.parse(Path(data.__file__).read_text()).body if type(one) is ast.If
+    ]
+    for node in block.body:
+        module = importlib.import_module(node.module)
+        for one in node.names:
+            assert getattr(data, one.name) is getattr(module, one.name), one.name

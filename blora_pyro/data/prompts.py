@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from blora_pyro.errors import UserError
 from blora_pyro.languages import (
     ENGLISH,
-    LANGUAGES,
     Language,
     begins_unspaced,
     is_iso_code,
@@ -17,6 +16,7 @@ from blora_pyro.languages import (
     prompt_codes,
     read_language,
 )
+from blora_pyro.languages import LANGUAGES as WHISPER_LANGUAGES
 from blora_pyro.options import TASKS
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def unmapped_codes(
     known = language_codes(tokenizer)
     codes = prompt_codes(language, language_map) if known and language else ()
     unknown = [code for code in codes if code not in known]
-    usual = LANGUAGES.keys() - _LATE
+    usual = WHISPER_LANGUAGES.keys() - _LATE
     return unknown if all(is_iso_code(one) and one not in usual for one in unknown) else []
 
 
