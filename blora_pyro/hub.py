@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -90,6 +89,8 @@ def download(
             f"{kind.name} '{name}' at revision {revision!r:.80}: that is none; give a branch, tag "
             "or commit"
         )
+    from huggingface_hub import snapshot_download  # slow, and of no use for what is here
+
     try:
         folder = snapshot_download(
             name, revision=revision, local_files_only=local_files_only, allow_patterns=list(files)
