@@ -181,7 +181,10 @@ def errors(
 
         if broken or fixed:
             if (broken and fixed) or state != "adapted":
-                raise UserError("give one of --broken, --fixed and --state")
+                given = (
+                    "--broken and --fixed" if broken and fixed else f"--state {state} beside them"
+                )
+                raise UserError(f"{given} is given; give one of --broken, --fixed and --state")
             check_positive(top=top)
             found, how = changed(read_utterances(results), test_set), BROKEN if broken else FIXED
             shown = found[how][:top]

@@ -55,13 +55,8 @@ def _as_json(content: Any) -> Any:
     return str(content) if isinstance(content, Path) else content
 
 
-def diagnosis_tables(found: Diagnosis) -> list[Part]:
-    """Return what `blora-pyro diagnose` shows: header, tables, explanations, k-hat and plots."""
-    return [*figure_tables(found), *closing_lines(found)]
-
-
 def figure_tables(found: Diagnosis) -> list[Part]:
-    """Return header, tables and explanations."""
+    """Return header, tables and explanations, which `blora-pyro diagnose` shows first."""
     parts: list[Part] = [*_header(found), "", _kinds_table(found), _layers_table(found)]
     return [*parts, Text(f"How this prior shrinks. {found.explanation}\n")]
 

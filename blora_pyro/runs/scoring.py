@@ -13,6 +13,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.evaluation import (
     Evaluation,
     change_summary,
+    evaluate,
     normalizer_for,
     rate_summary,
     score,
@@ -242,16 +243,19 @@ def early_stopping(
     its = stopping_set(config)
     examples = loader.load(its.source, its.split, limit=config.max_eval_utterances)
 
+    processes = processes or Processes()
     rows = sorted({round(place) for place in np.linspace(0, len(examples) - 1, SHOWN)})
+    rows = rows if processes.is_main else []  # which measures for all
     shown = [examples.prompts[row] for row in rows]
     first = transcribe_features(loader.base, examples.features[rows], shown)
 
     def dev_error() -> float:
         with allowing(loader.base.net, unsuppressed):
-            texts = transcribe_examples(loader.base, examples, shares_encoder)
+            found = evaluate(loader.base, examples, config.normalizer, shares_encoder)
+        texts = (found.raw or found).hypotheses
         heard = zip(rows, first, strict=True)
         on_heard([Heard(examples.texts[row], before, texts[row]) for row, before in heard])
-        return score(examples, texts, normalizer_for(loader.base, config.normalizer)).main.rate
+        return found.main.rate
 
     sets = (
         {name: one for name, one in watched.sets.items() if name != NEW_DOMAIN} if watched else {}
@@ -270,7 +274,7 @@ def early_stopping(
         old, new = (macro_rate([one.main for one in some.values()]) for some in (before, after))
         return new - old
 
-    from_main = (processes or Processes()).from_main
+    from_main = processes.from_main
     return EarlyStopping(
         partial(from_main, dev_error),
         config.eval_every,
@@ -308,7 +312,7 @@ def measure(
     *,
     is_base: bool = False,
     shares_encoder: bool = False,
-    on_done: Callable[[str, int, int], object] = lambda name, done, total: None,
+    on_done: Callable[..., object] = lambda name, done, total: None,
 ) -> dict[str, Evaluation]:
     """Evaluate the net as it is on every set. Examples under two names are transcribed once.
 
@@ -320,8 +324,8 @@ def measure(
         normalizer: One of `normalizers.NORMALIZERS`.
         is_base: The net is the base as it is, whose transcripts are cached.
         shares_encoder: The net's encoder is the base's, see `transcribe_examples`.
-        on_done: Called with a set's name, how many of its utterances are transcribed, and of how
-            many.
+        on_done: Called with a set's name, how many of its utterances are transcribed, and, as
+            `total`, of how many.
     """
     normalize = normalizer_for(base, normalizer)
     known = _read_transcripts(keep)
@@ -332,8 +336,8 @@ def measure(
             if examples not in transcribed:
                 shown = "the new domain" if name == NEW_DOMAIN else name
                 on_set(shown)
-                count = partial(_count, on_done, shown, len(examples))
-                transcribe = partial(transcribe_examples, base, examples, shares_encoder, count)
+                told = partial(on_done, shown, total=len(examples))
+                transcribe = partial(transcribe_examples, base, examples, shares_encoder, told)
                 transcribed[examples] = (
                     kept_transcripts(base, examples, transcribe) if is_base else transcribe()
                 )
@@ -344,10 +348,6 @@ def measure(
         found = score(examples, texts, normalize)
         results[name] = replace(found, examples=examples.fingerprint, is_drift=examples.is_drift)
     return results
-
-
-def _count(on_done: Callable[[str, int, int], object], name: str, total: int, done: int) -> None:
-    on_done(name, done, total)
 
 
 def _read_transcripts(path: Path | None) -> dict[str, tuple[str, list[str]]]:

@@ -12,8 +12,9 @@ from blora_pyro.diagnostics.khat import Khat
 from blora_pyro.diagnostics.layers import KindSummary
 from blora_pyro.diagnostics.report import (
     Diagnosis,
+    closing_lines,
     data_check_tables,
-    diagnosis_tables,
+    figure_tables,
     prior_tables,
 )
 from blora_pyro.families import FAMILIES
@@ -21,6 +22,10 @@ from blora_pyro.guides import describe_prior
 
 BLOCK = "model.decoder.layers.2."
 NONE = {"A": None, "B": None}
+
+
+def diagnosis_tables(found):
+    return [*figure_tables(found), *closing_lines(found)]
 
 
 def factor_row(name, kl):
