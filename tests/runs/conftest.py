@@ -1,6 +1,7 @@
 """A fit whose sets have dev splits, and which keeps a contract on them."""
 
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ def put(tones_folder, name: str, file: Path) -> None:
     shutil.copy(tones_folder / f"{name}.jsonl", file)
     for wav in tones_folder.glob(f"{name}*.wav"):
         shutil.copy(wav, file.parent)
+
+
+@pytest.fixture(scope="session")
+def old_runs(tmp_path_factory):
+    """Run folders of version 0.1.0; `old_runs.md` tells how they were made."""
+    folder = tmp_path_factory.mktemp("old_runs")
+    with zipfile.ZipFile(Path(__file__).with_name("old_runs.zip")) as packed:
+        packed.extractall(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 import copy
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +9,6 @@ from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.measurements import SIZES, check_metrics, read_metrics
 from blora_pyro.runs.report import fit_tables, prune_tables
 from blora_pyro.tables import report_markdown
-
-OLD = Path(__file__).parent / "old_runs" / "normal"
 
 
 def test_metrics_are_those_of_the_adapter_beside_them(finished_run):
@@ -34,8 +31,8 @@ def test_metrics_of_an_older_version_are_a_runs_own_unless_it_is_combined(finish
         read_metrics(tmp_path, combined, posterior)
 
 
-def test_every_key_of_the_metrics_is_shown_or_refused_in_one_line():
-    whole = json.loads((OLD / "metrics.json").read_text(encoding="utf-8"))
+def test_every_key_of_the_metrics_is_shown_or_refused_in_one_line(old_runs):
+    whole = json.loads((old_runs / "normal" / "metrics.json").read_text(encoding="utf-8"))
     whole |= {"adapter": "0", "sets": {"de": "1"}}
     sizes = dict.fromkeys(SIZES, 3)
     whole["size"] = {"full": sizes, "pruned": sizes}
