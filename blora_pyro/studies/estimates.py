@@ -1,9 +1,9 @@
 """Figures of a study: errors, forgetting, and what is gained and lost against another method.
 
 Every figure is worked out on the counts of utterances, as they are and for 1000 resamplings of the
-utterances, in each of which all methods, seeds and data sets see the same ones of a set. An error
-is pooled over a set, averaged over seeds, then over data sets; gain, drop and forgetting removed
-are the formulas of `metrics` on those averages, and no averages of quotients.
+utterances and of the seeds, in each of which all methods see the same utterances of a set and the
+same seeds. An error is pooled over a set, averaged over seeds, then over data sets; gain, drop and
+forgetting removed are the formulas of `metrics` on those averages, and no averages of quotients.
 """
 
 import math
@@ -22,6 +22,7 @@ from blora_pyro.tables import Percent
 
 DRAWS = 1000
 BACKWARD = "backward"
+CURVE_POINTS = 3  # at least, the base among them: two are but a straight line
 UNDEFINED = 0.05  # of the resamplings may leave a quotient undefined, else it has no interval
 
 Repeat = tuple[str, int]  # data set and seed
@@ -51,6 +52,7 @@ class Resampled:
                 data = one.data if name == NEW_DOMAIN else ""
                 for measure in {one.metrics[name], PIER} & measures.keys():
                     systems.setdefault((name, data, measure), []).append(one)
+        self.draws = draws
         self._curves: dict[tuple[str, Repeat, str], FloatArray] = {}
         for (name, data, measure), own in systems.items():
             counts = [one.counts[name][measure] for one in own]
@@ -70,7 +72,10 @@ class Resampled:
     def _average(
         self, candidate: Candidate, figure: str, repeats: Sequence[Repeat]
     ) -> FloatArray | None:
-        """Return a figure averaged over seeds, then data sets; None if one lacks it."""
+        """Return a figure averaged over seeds, then data sets; None if one lacks it.
+
+        Shape (1 + draws,): as it is, and in every resampling.
+        """
         by_data: dict[str, list[FloatArray]] = {}
         for repeat in repeats:
             if candidate.method.name == BASE:  # it has no seed
@@ -79,7 +84,9 @@ class Resampled:
             if (curve := self._curves.get((candidate.text, repeat, figure))) is None:
                 return None
             by_data.setdefault(repeat[0], []).append(curve)
-        means = [np.mean(curves, axis=0) for curves in by_data.values()]
+        means = [
+            (np.stack(own) * _seed_weights(len(own), self.draws)).sum(0) for own in by_data.values()
+        ]
         return np.mean(means, axis=0) if means else None
 
     def estimate(
@@ -90,8 +97,9 @@ class Resampled:
     ) -> Percent | None:
         """Return a formula of averages, with interval and deviation; None if one is lacking.
 
-        The interval is the 95% percentile-bootstrap interval over utterances, None where it has
-        none; the deviation that over seeds, None with fewer than two.
+        The interval is the 95% percentile-bootstrap interval over utterances and seeds (of one
+        seed over utterances alone), None where it has none; the deviation that over seeds, None
+        with fewer than two.
 
         Args:
             parts: Candidate and figure of each: `new_domain`, `pier`, `backward`, or a set's name.
@@ -157,11 +165,13 @@ class Resampled:
             base: The base model.
 
         Returns:
-            {} without a common repeat.
+            {} without a common repeat, or where fewer than `CURVE_POINTS` points make the curve.
         """
         common = self.repeats(others[0]) if others else []
         repeats = [repeat for repeat in self.repeats(candidate) if repeat in common]
         points = [base, *(one for one in others if {*repeats} <= {*self.repeats(one)})]
+        if len(points) < CURVE_POINTS:
+            return {}
         parts = [(one, figure) for one in (candidate, *points) for figure in (NEW_DOMAIN, BACKWARD)]
 
         def saved(x: float, y: float, *curve: float) -> float:
@@ -172,6 +182,16 @@ class Resampled:
             lower_backward=self.estimate(parts, repeats, saved),
             lower_new_domain=self.estimate(swapped, repeats, saved),
         )
+
+
+def _seed_weights(seeds: int, draws: int) -> FloatArray:
+    """Return what each seed counts in an average: as it is, and in every resampling of the seeds.
+
+    Returns:
+        Shape (seeds, 1 + draws); columns sum to 1, and the first is even.
+    """
+    picked = np.random.default_rng(seeds).multinomial(seeds, [1 / seeds] * seeds, draws)
+    return np.vstack([np.ones(seeds), picked]).T / seeds
 
 
 def _if_all(**found: Percent | None) -> dict[str, Percent]:

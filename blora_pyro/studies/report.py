@@ -32,7 +32,8 @@ from blora_pyro.tables import (
 MEASURES = (
     "new domain: WER in %, or MER where a language is written without spaces; PIER: of it, at "
     "words of the embedded language; backward: mean error of the backward sets; forgetting: that "
-    "less the base's, in points; ± standard deviation over seeds, [95% interval over utterances]"
+    "less the base's, in points; ± standard deviation over seeds, [95% interval over utterances "
+    "and seeds]"
 )
 AGAINST = (
     "backward gain: share of LoRA's backward error that is gone; new-domain drop: by how much the "
@@ -40,9 +41,9 @@ AGAINST = (
     "forgetting; in %, paired intervals"
 )
 MATCHED = (
-    "against the curve through the base and all values of a method that were scored, straight "
-    "between them: by how many points the backward error is lower at the same new-domain error, "
-    "and the other way round; –: the curve does not get there; paired intervals"
+    "against the curve through the base and all values of a method that were scored, two at least, "
+    "straight between them: by how many points the backward error is lower at the same new-domain "
+    "error, and the other way round; –: the curve does not get there; paired intervals"
 )
 CHOICE = "balanced: mean of new-domain and backward error, the lowest is chosen; errors in %"
 ERRORS = (NEW_DOMAIN, PIER, BACKWARD, FORGETTING)

@@ -1,4 +1,5 @@
 import math
+from operator import sub
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from blora_pyro.studies.methods import read_candidate
 from .conftest import made_up
 
 BASE, LORA, BLORA = map(read_candidate, ("base", "lora:0.003", "blora:0.0001"))
-COLD, HOT = map(read_candidate, ("lora:0.001", "lora:0.003"))
+COLD, MILD, HOT = map(read_candidate, ("lora:0.001", "lora:0.002", "lora:0.003"))
 REPEAT = ("de-en", 0)
 
 
@@ -58,6 +59,18 @@ def test_the_deviation_is_that_over_seeds(scores):
     assert error(scores, LORA, "backward").stddev == pytest.approx(np.std([0.3, 0.5], ddof=1))
     assert error(scores, LORA, "new_domain").stddev == pytest.approx(0)
     assert error(scores, BASE, "backward").stddev is None  # it has no seed
+
+
+def test_intervals_are_over_seeds_as_well(scores):
+    both = error(scores, LORA, "backward")  # 0.3 and 0.5 by seed
+    one = [place for place in scores.repeats(LORA) if place[1] == 0]
+    single = scores.estimate([(LORA, "backward")], one)
+    width, of_one_seed = (high - low for low, high in (both.interval, single.interval))
+    assert width > 0.2 > of_one_seed
+    assert both.interval[0] < 0.31 and both.interval[1] > 0.49
+    # all methods see the same seeds: what every seed gains alike has no spread over them
+    gain = scores.estimate([(LORA, "backward"), (LORA, "backward")], scores.repeats(LORA), sub)
+    assert gain.interval == (0.0, 0.0)
 
 
 def test_gain_drop_and_forgetting_removed_are_quotients_of_averages(scores):
@@ -177,19 +190,25 @@ def test_a_method_against_itself_saves_nothing(line):
 
 
 def test_there_is_no_figure_where_the_curve_does_not_get():
-    errors = [(BASE, 0.6, 0.1), (HOT, 0.2, 0.5), (BLORA, 0.1, 0.3)]
+    errors = [(BASE, 0.6, 0.1), (HOT, 0.2, 0.5), (MILD, 0.5, 0.4), (BLORA, 0.1, 0.3)]
     scores = Resampled([made(one, REPEAT, *both) for one, *both in errors], 50)
-    found = scores.match(BLORA, [HOT], BASE)
+    found = scores.match(BLORA, [HOT, MILD], BASE)
     assert (found["lower_backward"].share, found["lower_backward"].interval) == (None, None)
     assert found["lower_new_domain"].share == pytest.approx(0.4 - 0.1)
 
 
 def test_points_that_lack_a_data_set_are_left_out():
-    errors = [(BASE, 0.6, 0.1), (HOT, 0.2, 0.5), (BLORA, 0.4, 0.2)]
+    errors = [(BASE, 0.6, 0.1), (HOT, 0.2, 0.5), (MILD, 0.5, 0.4), (BLORA, 0.4, 0.2)]
     rows = [made(one, (data, 0), *both) for data in ("de-en", "es-en") for one, *both in errors]
     rows.append(made(COLD, REPEAT, 0.4, 0.1))
-    found = Resampled(rows, 50).match(BLORA, [HOT, COLD], BASE)
+    found = Resampled(rows, 50).match(BLORA, [HOT, MILD, COLD], BASE)
     assert found["lower_backward"].share == pytest.approx(0.3 - 0.2)
+
+
+def test_two_points_are_no_curve():
+    errors = [(BASE, 0.6, 0.1), (HOT, 0.2, 0.5), (BLORA, 0.4, 0.2)]
+    scores = Resampled([made(one, REPEAT, *both) for one, *both in errors], 50)
+    assert scores.match(BLORA, [HOT, COLD], BASE) == {}
 
 
 def test_without_a_repeat_in_common_there_is_nothing():
