@@ -290,7 +290,7 @@ class Posterior:
             yield name, scaling * (b @ a)
 
     def sparsity(self, threshold: float = 1e-3) -> dict[str, float]:
-        """Share of elements with |w| < threshold at the posterior mean, for `A`, `B`, `delta_w`.
+        """Share of elements with `|w| < threshold` at the posterior mean, for `A`, `B`, `delta_w`.
 
         For several domains it is that of the shared part, or if nothing is shared, of all adapters.
         """

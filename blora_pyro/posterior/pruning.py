@@ -27,7 +27,7 @@ def prune(
         rank: Number of singular values of E ΔW that every layer keeps, the largest ones.
         snr: Keep singular values above this many posterior standard deviations of uᵀ ΔW v.
         sparsity: Share of the elements of E A and E B, over all layers, to set to zero: those whose
-            removal changes E ΔW least in the Frobenius norm, by |A_kj| ‖B_:k‖ and |B_ik| ‖A_k:‖
+            removal changes E ΔW least in the Frobenius norm, by `|A_kj| ‖B_:k‖` and `|B_ik| ‖A_k:‖`
             times the scaling. (Magnitude alone would remove B first, and with it all of ΔW, because
             B starts at zero and stays smaller than A.) Shapes and standard deviations stay.
 
