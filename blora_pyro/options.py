@@ -405,8 +405,11 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         real=5.0,
         **POSITIVE,
     )
-    precision: Literal["fp32", "bf16"] = option(
-        "fp32, or bf16: Whisper under autocast, factors in float32.", "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "fp32, or bf16: Whisper under autocast, factors in float32; auto is bf16 where the device "
+        "has units for it (CUDA, CPUs with AMX).",
+        "fp32",
+        real=AUTO,
     )
     gradient_checkpointing: bool = option(
         "Compute Whisper's activations twice: less memory, the same gradient, a slower step.", False
@@ -531,9 +534,10 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         """Return the options that were passed, by name."""
         return {name: getattr(self, name) for name in sorted(self.given)}
 
-    def on_device(self, device: str) -> "FitConfig":
-        """Return a copy on a device, which counts as given only if one was."""
-        return FitConfig.with_given({**_values(self), "device": device}, self.given)
+    def on_device(self, device: str, precision: str) -> "FitConfig":
+        """Return a copy on a device, in a precision, which count as given only if they were."""
+        options = {**_values(self), "device": device, "precision": precision}
+        return FitConfig.with_given(options, self.given)
 
     # ---- defaults worked out
 

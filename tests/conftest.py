@@ -48,6 +48,12 @@ def clean_slate():
 
 
 @pytest.fixture(autouse=True)
+def without_bfloat16_units(monkeypatch):
+    """Fits of bases other than the pocket are in float32, whatever machine runs the tests."""
+    monkeypatch.setattr("blora_pyro.models.base.has_bfloat16_units", lambda device: False)
+
+
+@pytest.fixture(autouse=True)
 def cache_dir(monkeypatch, tmp_path_factory) -> Path:
     """A cache of its own for every test, made when it is written to."""
     folder = tmp_path_factory.getbasetemp() / "caches" / secrets.token_hex(4)

@@ -251,7 +251,7 @@ def test_the_json_of_a_config_makes_the_same_config():
         ({"streaming": "yes"}, "^streaming is 'yes'; give true or false$"),
         ({"dtype": "int8"}, "^dtype is 'int8'; give float32, bfloat16 or float16$"),
         ({"optimizer": "sgd"}, "^optimizer is 'sgd'; give adam or natural-gradient$"),
-        ({"precision": "FP32"}, "^precision is 'FP32'; give fp32 or bf16$"),
+        ({"precision": "FP32"}, "^precision is 'FP32'; give auto, fp32 or bf16$"),
         ({"schedule": "cosin"}, "^schedule is 'cosin'; .*; did you mean 'cosine'[?]$"),
         (
             {"normalizer": "english"},

@@ -141,7 +141,7 @@ def show_resolved(config: FitConfig, resumed: Path | None, as_json: bool) -> Non
         as_json: Print JSON.
     """
     from blora_pyro.guides import with_prior_arguments
-    from blora_pyro.models import resolve_device
+    from blora_pyro.models import on_this_machine
     from blora_pyro.runs.chains import continued
     from blora_pyro.runs.fit_folders import FitFolder
 
@@ -150,8 +150,8 @@ def show_resolved(config: FitConfig, resumed: Path | None, as_json: bool) -> Non
     else:
         config.check_base()
         config, _ = continued(config)
+    config = on_this_machine(config)
     options = with_prior_arguments(config).resolved(None, None).to_json()
-    options["device"] = resolve_device(config.device)
     if as_json:
         print_json(options)
     else:

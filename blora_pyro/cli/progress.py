@@ -98,7 +98,7 @@ class TerminalProgress(Listener):
             product = self.beta * num_tokens
             temperature = f", effective temperature T = beta · N = {product:.3g}"
         line = f"fit: {num_weights:,} adapter weights, {size}beta {self.beta:.3g}{temperature}"
-        line += f", on {config.device}"
+        line += f", on {config.device}" + ", in bf16" * (config.precision == "bf16")
         self.console.print(line)
         if self.task is None:
             self.task = self.bar.add_task("fit", total=config.steps, figures="")

@@ -15,6 +15,7 @@ from blora_pyro.models.base import (
     check_dtype,
     load_base,
     map_languages,
+    on_this_machine,
     resolve_device,
 )
 from blora_pyro.models.estimators import (
@@ -55,6 +56,7 @@ __all__ = [
     "find_folder",
     "load_base",
     "map_languages",
+    "on_this_machine",
     "pooling_of",
     "resolve_device",
 ]

@@ -34,7 +34,7 @@ from blora_pyro.models.stored_config import (
     read_generation,
     read_tokenizer,
 )
-from blora_pyro.options import AUTO, POCKET, TASKS, BaseOptions
+from blora_pyro.options import AUTO, POCKET, TASKS, BaseOptions, FitConfig
 
 DTYPES = {
     "float32": torch.float32,
@@ -100,6 +100,23 @@ def resolve_device(device: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def has_bfloat16_units(device: str) -> bool:
+    """Tell whether a device multiplies matrices of bfloat16 faster than those of float32."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # since torch 2.5
+    return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def on_this_machine(config: FitConfig) -> FitConfig:
+    """Return a configuration whose device and precision are what `auto` is on this machine."""
+    device, precision = resolve_device(config.device), config.precision
+    if precision == AUTO:
+        is_half = config.dtype != "float32"  # it computes in its own
+        precision = "bf16" if not is_half and has_bfloat16_units(device) else "fp32"
+    return config.on_device(device, precision)
 
 
 def check_device(device: str) -> None:

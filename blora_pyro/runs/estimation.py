@@ -15,7 +15,7 @@ from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.encoder_cache import EncoderCache
 from blora_pyro.fitting.history import Step
 from blora_pyro.fitting.processes import Processes
-from blora_pyro.models import Base, check_device, resolve_device
+from blora_pyro.models import Base, check_device, on_this_machine
 from blora_pyro.models.decoding import decode, encode, score_tokens
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.chains import continued
@@ -88,7 +88,7 @@ def estimate_fit(config: FitConfig, progress: Listener | None = None) -> dict[st
         FloatingPointError: If loss or gradient are not finite.
     """
     progress = progress or Listener()
-    config = config.on_device(resolve_device(config.device))
+    config = on_this_machine(config)
     config.check_base()
     config, previous = continued(config)
     check_device(config.device)

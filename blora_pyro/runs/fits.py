@@ -17,7 +17,7 @@ from blora_pyro.fitting.history import Step
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import DevErrors
-from blora_pyro.models import check_device, resolve_device
+from blora_pyro.models import check_device, on_this_machine
 from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.posterior.strength import at_strength
@@ -149,7 +149,7 @@ def fit(
         raise UserError(f"config is {config!r:.60}; give a FitConfig, or options by name: data=...")
     elif given:
         config = config.with_options(**given)
-    config = config.on_device(resolve_device(config.device))
+    config = on_this_machine(config)
     processes = Processes.join(_device(output, config))
     progress = (processes.is_main and progress) or Listener()
     with ExitStack() as ends:

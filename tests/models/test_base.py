@@ -16,11 +16,13 @@ from transformers.utils import logging
 
 from blora_pyro.data import prompt_ids
 from blora_pyro.errors import UserError
-from blora_pyro.models import Base, load_base, map_languages, resolve_device
+from blora_pyro.models import Base, load_base, map_languages, on_this_machine, resolve_device
+from blora_pyro.models import base as bases
 from blora_pyro.models.base import unmapped_settings
 from blora_pyro.options import BaseOptions, FitConfig
 from blora_pyro.transcription import Transcriber, transcribe_files
 
+UNITS = bases.has_bfloat16_units  # of which tests see a stand-in
 SLOW_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
 
 
@@ -296,3 +298,30 @@ def test_auto_is_cuda_else_mps_else_the_cpu(monkeypatch, cuda, mps, device):
     assert resolve_device("auto") == device
     assert resolve_device("cuda:1") == "cuda:1"
     assert FitConfig().device == BaseOptions().device == "auto"
+
+
+@pytest.mark.parametrize(
+    ("units", "options", "expected"),
+    [
+        (True, {}, "bf16"),
+        (False, {}, "fp32"),
+        (True, {"dtype": "bfloat16"}, "fp32"),  # the base computes in its own
+        (True, {"precision": "fp32"}, "fp32"),
+        (False, {"precision": "bf16"}, "bf16"),
+        (True, {"base": "pocket"}, "fp32"),
+    ],
+)
+def test_the_precision_of_a_real_base_is_what_the_device_has_units_for(
+    units, options, expected, monkeypatch
+):
+    monkeypatch.setattr(bases, "has_bfloat16_units", lambda device: units)
+    config = FitConfig(**{"base": "whisper", "device": "cpu", **options})
+    found = on_this_machine(config)
+    assert (found.device, found.precision, found.given) == ("cpu", expected, config.given)
+
+
+def test_units_are_asked_of_the_device(monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has: has, raising=False)
+        assert UNITS("cpu") is has
+    assert not UNITS("mps")

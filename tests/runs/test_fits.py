@@ -497,5 +497,5 @@ def test_the_device_that_was_found_is_kept_and_counts_as_given_only_where_it_was
     again = fit(FitConfig(device="auto"), tmp_path / "run", resume=True)
     assert again.history == run.history
     config = FitConfig(steps=3)
-    assert config.on_device("cpu").given == {"steps"}
-    assert config.with_options(device="auto").on_device("cpu").given == {"steps", "device"}
+    assert config.on_device("cpu", "fp32").given == {"steps"}
+    assert config.with_options(device="auto").on_device("cpu", "fp32").given == {"steps", "device"}
