@@ -62,6 +62,19 @@ def test_the_reference_of_options_is_made_from_their_declarations():
     assert text == made, "run: python -m blora_pyro.options > docs/options.md"
 
 
+def test_the_readme_is_one_that_is_read_and_its_links_lead_somewhere():
+    root = DOCS.parent
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150 and len(text.encode()) <= 8192
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert len(links) > 15
+    for link in links:
+        path, _, heading = link.partition("#")
+        assert (root / path).exists(), link
+        heads = re.findall(r"^#+ (.*)", (root / path).read_text(encoding="utf-8"), re.MULTILINE)
+        assert not heading or heading in {one.lower().replace(" ", "-") for one in heads}, link
+
+
 def test_every_promise_of_security_names_a_test_that_is_there():
     root = DOCS.parent
     text = (root / "SECURITY.md").read_text(encoding="utf-8")

@@ -87,10 +87,9 @@ def _peak(posterior: Posterior) -> float | None:
 
 def _above_the_floor(summary: Summary) -> dict[str, Any]:
     """Return `kl_floor`, `floor_share` and `half_kl_layers` of `Shrinkage`."""
-    totals = summary.kl_by_module().values()
-    if not totals:
+    totals, floor = summary.kl_by_module().values(), summary.kl_floor
+    if floor is None:
         return {"kl_floor": None, "floor_share": None, "half_kl_layers": None}
-    floor = min(kl / weights for kl, weights in totals)
     above = sorted((kl - floor * weights for kl, weights in totals), reverse=True)
     share = 1 - sum(above) / sum(kl for kl, _ in totals)
     sums = itertools.accumulate(above)

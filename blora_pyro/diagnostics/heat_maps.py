@@ -12,18 +12,29 @@ from blora_pyro.diagnostics.summaries import Summary
 from blora_pyro.plotting import SMALL, TEXT, TITLE, label_axes, new_figure, tick_at_1_2_5
 
 RANGE = 1000  # ratio of largest to smallest value that a colour scale shows
+FLAT = 1e-3  # share of the KL above its floor that is nothing
 ROWS = 60  # most layers in a heat map of ranks; more are shown by kind
 
 
 def kl_map(summary: Summary) -> Figure:
-    """Plot KL by block and projection: of a layer in figures, per weight in colour."""
-    totals = summary.kl_by_module()
-    colors = {module: kl / weights for module, (kl, weights) in totals.items()}
+    """Plot KL above its floor by block and projection: of a layer in figures, a weight in colour.
+
+    The floor is what deviations cost that have not moved, see `Summary.kl_floor`.
+    """
+    totals, floor = summary.kl_by_module(), summary.kl_floor or 0.0
+    above = {module: kl - floor * weights for module, (kl, weights) in totals.items()}
+    colors = {module: above[module] / weights for module, (_, weights) in totals.items()}
     top = LayerPosition.of(max(colors, key=lambda name: colors[name])).label
-    whole = sum(kl for kl, _ in totals.values())
-    title = f"Where the adaptation went: KL {_nats(whole)} nats, most a weight in {top}"
-    numbers = {module: _nats(kl) for module, (kl, _) in totals.items()}
-    return _layer_map(colors, numbers, title, "KL a weight (numbers: of a layer), nats")
+    whole, paid = sum(kl for kl, _ in totals.values()), sum(above.values())
+    title = (
+        f"Where the adaptation went: {_nats(paid)} of {_nats(whole)} nats of KL are above the floor"
+        f", most a weight in {top}"
+    )
+    if paid <= FLAT * whole:
+        title = f"Deviations have not moved: all {_nats(whole)} nats of KL are their floor"
+    numbers = {module: _nats(kl) for module, kl in above.items()}
+    unit = f"KL a weight above {floor:.2g} (numbers: of a layer), nats"
+    return _layer_map(colors, numbers, title, unit)
 
 
 def update_map(summary: Summary) -> Figure:
@@ -88,9 +99,11 @@ def _heat(panel: Any, cells: np.ndarray, rows: Sequence[str], **limits: float) -
     """Plot cells in cividis, logarithmic (over three decades) if skewed, on a hatched ground."""
     known = cells[np.isfinite(cells)]
     low, high = (limits.get("low", known.min()), limits.get("high", known.max()))
-    low = max(low, high / RANGE) if low > 0 else low
+    low = max(low, high / RANGE) if not limits else low
     skewed = not limits and low > 0 and high > 10 * low
-    norm = LogNorm(low, high) if skewed else Normalize(low, high if high > low else low + 1)
+    norm = (
+        LogNorm(low, high, clip=True) if skewed else Normalize(low, high if high > low else low + 1)
+    )
     panel.patch.set(hatch="////", edgecolor="#bbbbbb", facecolor="white")
     image = panel.imshow(cells, cmap="cividis", norm=norm, aspect="auto", interpolation="nearest")
     label_axes(panel)

@@ -102,6 +102,12 @@ class Summary:
                 totals[row.module] = kl + row.kl, weights + row.weights
         return totals
 
+    @property
+    def kl_floor(self) -> float | None:
+        """KL that every weight pays wherever it is: the least mean of a layer, nats; no points."""
+        totals = self.kl_by_module().values()
+        return min((kl / weights for kl, weights in totals), default=None)
+
 
 def summarise(posterior: Posterior) -> Summary:
     """Return the figures of a posterior.

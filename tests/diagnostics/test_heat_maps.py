@@ -56,12 +56,20 @@ def test_kl_is_shown_by_block_and_projection():
     found = cells(figure)
     assert found.shape == (4, 10)
     assert np.isnan(found[:2, 4:8]).all() and np.isfinite(np.delete(found, range(4, 8), 1)).all()
-    assert found[0, 1] == pytest.approx(2 * 1 / 100)  # encoder 0 k is the first layer
-    assert found[3, 9] == pytest.approx(2 * 32 / 100)
+    assert found[0, 1] == 0  # encoder 0 k is the first layer, and its KL the floor
+    assert found[3, 9] == pytest.approx(2 * (32 - 1) / 100)
     texts = {text.get_position(): text.get_text() for text in panel.texts}
     assert len(texts) == 32
-    assert (texts[1, 0], texts[9, 3]) == ("2", "64")
-    assert "KL 1,056 nats, most a weight in decoder 1 fc2" in figure.get_suptitle()
+    assert (texts[1, 0], texts[9, 3]) == ("0", "62")
+    title = figure.get_suptitle()
+    assert "992 of 1,056 nats of KL are above the floor, most a weight in decoder 1 fc2" in title
+
+
+def test_a_posterior_that_has_not_moved_is_told():
+    even = summary()
+    rows = tuple(dataclasses.replace(row, kl=3.0) for row in even.factors)
+    title = kl_map(dataclasses.replace(even, factors=rows)).get_suptitle()
+    assert title == "Deviations have not moved: all 192 nats of KL are their floor"
 
 
 def test_skewed_values_are_coloured_by_their_logarithm():
