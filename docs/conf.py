@@ -30,6 +30,7 @@ version = release = __version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb"]
 exclude_patterns = ["_build"]
 default_role = "code"  # our docstrings write `code`
+smartquotes = False  # it would make one dash of an option's two
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the committed outputs are shown
 autodoc_member_order = "bysource"
@@ -112,14 +113,19 @@ def pocket_pages() -> tuple[str, str]:
     )
 
 
+def _unbroken(text: str) -> str:
+    """Return tables whose intervals stay on one line, with the figures that they are of."""
+    return re.sub(r"(\d)( ±\S+)? \[([^],|]+), ", lambda at: at[0].replace(" ", "\u00a0"), text)
+
+
 def write_pages(folder: Path) -> None:
     """Write what is made of something else."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "commands.md").write_text(command_page(), encoding="utf-8")
-    (folder / "kichwa.md").write_text(measured_page(), encoding="utf-8")
+    (folder / "kichwa.md").write_text(_unbroken(measured_page()), encoding="utf-8")
     for name, text in zip(("pocket_main", "pocket_tables"), pocket_pages(), strict=True):
-        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        (folder / f"{name}.md").write_text(_unbroken(text), encoding="utf-8")
     (folder / "notebooks").mkdir()
     for path in ROOT.glob("notebooks/*.ipynb"):
         text = path.read_text(encoding="utf-8")
