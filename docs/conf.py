@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import typer  # noqa: E402
+from docutils import nodes  # noqa: E402
 
 from blora_pyro import __version__  # noqa: E402
 from blora_pyro.cli import HOMES, app  # noqa: E402
@@ -135,3 +136,14 @@ def write_pages(folder: Path) -> None:
 
 write_pages(Path(__file__).with_name("generated"))
 exclude_patterns += ["generated/kichwa.md", "generated/pocket_main.md"]  # parts of a page
+
+
+def setup(app: Any) -> None:
+    """Set dashes between a parameter and what it is, which smart quotes would set."""
+
+    def dash(app: Any, doctree: nodes.document) -> None:
+        for text in [*doctree.findall(nodes.Text)]:
+            if text == " -- ":
+                text.parent.replace(text, nodes.Text(" – "))
+
+    app.connect("doctree-read", dash)
