@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blora_pyro import FitConfig, Temper, load_base
 from blora_pyro.data import batch_indices
-from blora_pyro.fitting import fit_guide
+from blora_pyro.fitting.svi import fit_guide
 from blora_pyro.guides import with_prior_arguments
 from blora_pyro.models import ESTIMATORS, build_estimator
 from blora_pyro.runs.loading import load_examples

@@ -36,8 +36,8 @@ from blora_pyro.adapters import Group, Site, find_targets, group_by_shape
 from blora_pyro.declarations import key_values, parse_value
 from blora_pyro.errors import UserError
 from blora_pyro.files import write_json
-from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.history import Step
+from blora_pyro.fitting.svi import fit_guide
 from blora_pyro.guides import with_prior_arguments
 from blora_pyro.metrics import sparsity
 from blora_pyro.models import Base, WhisperLikelihood, WhisperProgram, base_of

@@ -7,8 +7,7 @@ from datetime import timedelta
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from blora_pyro.fitting.history import Step
-from blora_pyro.fitting.stopping import DevError
+from blora_pyro.fitting.history import DevError, Step
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.listeners import Heard, Listener
 from blora_pyro.tables import Terminal

@@ -11,12 +11,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import Tensor, nn
 
-from blora_pyro.fitting.history import Step
-from blora_pyro.fitting.stopping import DevError
+from blora_pyro.fitting.history import DevError, Ended, Step
 
 WINDOW = 3  # steps in a median
 NLL_RISE = math.log(2)  # nats over the start's on a batch
@@ -28,20 +27,6 @@ FORGOTTEN = 0.3  # of the backward sets' dev errors, fractions above the base's
 EVERY = 10  # steps between two looks at whether the parameters are the best so far
 
 _RATE = "try a smaller --lr, a longer --warmup-steps, or --max-grad-norm 1"
-
-
-class Ended(TypedDict):
-    """What `run.json` stores of a fit that an alarm ended.
-
-    Attributes:
-        step: Steps done.
-        kept_step: The step whose parameters the fit ends with; 0 is its start.
-        reason: What went wrong, and what to turn, in a line.
-    """
-
-    step: int
-    kept_step: int
-    reason: str
 
 
 def norm_alarm(history: Sequence[Step]) -> str | None:

@@ -1,7 +1,10 @@
-"""The figures of the steps of a fit."""
+"""What `run.json` keeps of the way of a fit: its steps, dev errors, and an alarm that ended it.
 
-from dataclasses import dataclass
-from typing import Any
+Nothing here imports torch, so that runs are listed at once.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, TypedDict
 
 
 @dataclass(frozen=True)
@@ -34,3 +37,45 @@ class Step:
     def to_json(self) -> dict[str, Any]:
         """Return the figures by name, without the norm where it is not known."""
         return {k: v for k, v in vars(self).items() if k != "grad_norm" or v is not None}
+
+
+@dataclass(frozen=True)
+class DevError:
+    """The posterior mean's error on the dev set.
+
+    Attributes:
+        step: Number of steps done.
+        error: The main measure, as a fraction.
+        forgetting: What the average error of the backward dev sets rose by, likewise; None where
+            they are not watched.
+    """
+
+    step: int
+    error: float
+    forgetting: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures by name, without what was not measured."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class DevErrors(TypedDict):
+    """What a fit with a dev set measured, as `run.json` stores it."""
+
+    errors: list[DevError]
+    best_step: int
+    ended_by: str
+
+
+class Ended(TypedDict):
+    """What `run.json` stores of a fit that an alarm ended.
+
+    Attributes:
+        step: Steps done.
+        kept_step: The step whose parameters the fit ends with; 0 is its start.
+        reason: What went wrong, and what to turn, in a line.
+    """
+
+    step: int
+    kept_step: int
+    reason: str

@@ -2,41 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blora_pyro.errors import UserError
-
-
-@dataclass(frozen=True)
-class DevError:
-    """The posterior mean's error on the dev set.
-
-    Attributes:
-        step: Number of steps done.
-        error: The main measure, as a fraction.
-        forgetting: What the average error of the backward dev sets rose by, likewise; None where
-            they are not watched.
-    """
-
-    step: int
-    error: float
-    forgetting: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures by name, without what was not measured."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-class DevErrors(TypedDict):
-    """What a fit with a dev set measured, as `run.json` stores it."""
-
-    errors: list[DevError]
-    best_step: int
-    ended_by: str
+from blora_pyro.fitting.history import DevError, DevErrors
 
 
 class EarlyStopping:

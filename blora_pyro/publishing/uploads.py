@@ -29,9 +29,9 @@ from blora_pyro.hub import REPO_ID, is_run_id
 from blora_pyro.options import POCKET
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS, POSTERIOR_FILE
 from blora_pyro.publishing.model_card import model_card
-from blora_pyro.runs.folders import ADAPTER, METRICS, read_run
+from blora_pyro.runs.folders import ADAPTER, read_run
 from blora_pyro.runs.measurements import read_metrics
-from blora_pyro.runs.record import RUN
+from blora_pyro.runs.record import METRICS, RUN
 
 UPLOADED = (*ADAPTER, POSTERIOR_FILE, RUN, METRICS, f"{DOMAIN_FOLDERS}/*", "README.md")
 

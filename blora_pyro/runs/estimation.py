@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from blora_pyro.data import Examples, batch_indices
-from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.encoder_cache import EncoderCache
 from blora_pyro.fitting.history import Step
 from blora_pyro.fitting.processes import Processes
+from blora_pyro.fitting.svi import fit_guide
 from blora_pyro.models import Base, check_device, on_this_machine
 from blora_pyro.models.decoding import decode, encode, score_tokens
 from blora_pyro.options import FitConfig

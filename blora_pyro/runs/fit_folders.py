@@ -12,9 +12,8 @@ from blora_pyro.declarations import check_names
 from blora_pyro.errors import UserError
 from blora_pyro.families import ROLES, check_code, check_hashes, code_hashes, is_code
 from blora_pyro.files import replace_file, write_json
-from blora_pyro.fitting.alarms import Ended
 from blora_pyro.fitting.checkpoints import stored_step
-from blora_pyro.fitting.history import Step
+from blora_pyro.fitting.history import Ended, Step
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.guides import with_prior_arguments
 from blora_pyro.options import AUTO, FitConfig
@@ -22,7 +21,6 @@ from blora_pyro.posterior import Posterior
 from blora_pyro.runs.chains import Previous, previous_of
 from blora_pyro.runs.folders import (
     CHECKPOINT,
-    METRICS,
     RESULTS,
     SKIPPED,
     STRENGTH_PLOT,
@@ -36,7 +34,16 @@ from blora_pyro.runs.folders import (
 )
 from blora_pyro.runs.loading import SkippedRow
 from blora_pyro.runs.measurements import read_metrics
-from blora_pyro.runs.record import EVALUATING, FINISHED, FITTING, RUN, Kept, RunRecord, versions
+from blora_pyro.runs.record import (
+    EVALUATING,
+    FINISHED,
+    FITTING,
+    METRICS,
+    RUN,
+    Kept,
+    RunRecord,
+    versions,
+)
 from blora_pyro.runs.strength_curves import save_strength_plot
 from blora_pyro.runs.utterances import write_utterances
 

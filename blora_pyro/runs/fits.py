@@ -10,13 +10,12 @@ from typing import Any, Literal
 from blora_pyro.declarations import check_value, known_keywords
 from blora_pyro.errors import Interrupted, ProcessLost, UserError, is_out_of_memory
 from blora_pyro.files import read_json
-from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.alarms import Alarms
 from blora_pyro.fitting.checkpoints import Checkpoints
-from blora_pyro.fitting.history import Step
+from blora_pyro.fitting.history import DevErrors, Step
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.processes import Processes
-from blora_pyro.fitting.stopping import DevErrors
+from blora_pyro.fitting.svi import fit_guide
 from blora_pyro.models import check_device, on_this_machine
 from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.posterior import Family, Posterior

@@ -19,9 +19,9 @@ from blora_pyro.fitting import checkpoints
 from blora_pyro.hub import find_run
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HUB_FILES
 from blora_pyro.posterior import Posterior, storage
-from blora_pyro.runs.record import EVALUATING, FITTING, RUN, RunRecord, state_of
+from blora_pyro.runs.record import EVALUATING, FITTING, METRICS, RUN, RunRecord, state_of
 
-METRICS, CHECKPOINT, SKIPPED = "metrics.json", checkpoints.FILE, "skipped_rows.jsonl"
+CHECKPOINT, SKIPPED = checkpoints.FILE, "skipped_rows.jsonl"
 UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
 PLOTS, TRACKING = "diagnostics", "tracking"  # the second is a folder that trackers write to
 KEPT = "keep.json"  # of an adapter that is no run

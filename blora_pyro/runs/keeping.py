@@ -20,7 +20,6 @@ from blora_pyro.runs.contracts import check_dev_sets, keep_contract, verdict
 from blora_pyro.runs.folders import (
     ADAPTER,
     KEPT,
-    METRICS,
     STRENGTH_PLOT,
     read_run,
     write_run,
@@ -28,7 +27,7 @@ from blora_pyro.runs.folders import (
 )
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.record import FINISHED, RUN
+from blora_pyro.runs.record import FINISHED, METRICS, RUN
 from blora_pyro.runs.scoring import Scoring, compare, evaluation_sets
 from blora_pyro.runs.strength_curves import save_strength_plot
 from blora_pyro.sources import as_domains, as_sources

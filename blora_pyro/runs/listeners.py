@@ -16,8 +16,7 @@ from torch import Tensor
 from blora_pyro.diagnostics.summaries import NEAR_ZERO
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.checkpoints import RandomState
-from blora_pyro.fitting.history import Step
-from blora_pyro.fitting.stopping import DevError
+from blora_pyro.fitting.history import DevError, Step
 from blora_pyro.guides import Guide
 from blora_pyro.guides.contracts import independent_of
 from blora_pyro.models import BLoRA, FactorPrior

@@ -1,14 +1,18 @@
-"""What was measured with an adapter: `metrics.json`, its content and whose it is."""
+"""What was measured with an adapter: `metrics.json`, its content and whose it is.
+
+Nothing here imports torch before a posterior is read, so that runs are listed at once.
+"""
 
 import shlex
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from blora_pyro.errors import UserError, reason
 from blora_pyro.files import read_json
-from blora_pyro.posterior import Posterior
-from blora_pyro.runs.folders import METRICS
-from blora_pyro.runs.record import RunRecord, Size, conforms
+from blora_pyro.runs.record import METRICS, RunRecord, Size, conforms, type_hints
+
+if TYPE_CHECKING:
+    from blora_pyro.posterior import Posterior
 
 SIZES = {"layers", "directions", "adapter_weights", "nonzero_weights"}
 
@@ -100,7 +104,7 @@ def check_metrics(metrics: dict[str, Any]) -> None:
     Raises:
         ValueError: If a key holds something else.
     """
-    for name, kind in get_type_hints(Metrics).items():
+    for name, kind in type_hints(Metrics).items():
         if name in metrics and not conforms(metrics[name], kind):
             raise ValueError(f"'{name}' is {reason(ValueError(metrics[name]), 60)}")
     for one in metrics.get("size", {}).values():
@@ -127,7 +131,7 @@ def check_metrics(metrics: dict[str, Any]) -> None:
 
 
 def check_measured(
-    file: Path, adapter: str | None, posterior: Posterior, record: RunRecord
+    file: Path, adapter: str | None, posterior: "Posterior", record: RunRecord
 ) -> None:
     """Refuse results that were measured with another adapter than the run's.
 
@@ -149,7 +153,7 @@ def check_measured(
 
 
 def read_metrics(
-    folder: Path, record: RunRecord, posterior: Posterior | None = None
+    folder: Path, record: RunRecord, posterior: "Posterior | None" = None
 ) -> dict[str, Any]:
     """Return what was measured with the adapter of a run; None as the posterior reads it.
 
@@ -165,5 +169,9 @@ def read_metrics(
             f"{file} is missing or damaged ({reason(error)}); measure again with: blora-pyro "
             f"evaluate {shlex.quote(str(folder))}"
         ) from None
-    check_measured(file, metrics.get("adapter"), posterior or Posterior.load(folder), record)
+    if posterior is None:
+        from blora_pyro.posterior import Posterior
+
+        posterior = Posterior.load(folder)
+    check_measured(file, metrics.get("adapter"), posterior, record)
     return metrics

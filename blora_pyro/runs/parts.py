@@ -10,7 +10,7 @@ import torch
 
 from blora_pyro.data import Batch, Examples, Stream, Suppressed, split_names
 from blora_pyro.errors import UserError
-from blora_pyro.fitting import Teacher
+from blora_pyro.fitting.batches import Teacher
 from blora_pyro.fitting.checkpoints import RandomState
 from blora_pyro.fitting.distillation import Distillation
 from blora_pyro.fitting.elastic import ElasticPenalty, fisher_information

@@ -1,4 +1,7 @@
-"""The content of `run.json`, as a typed record."""
+"""The content of `run.json`, as a typed record.
+
+Nothing here imports torch, so that runs are listed at once.
+"""
 
 import importlib.metadata
 import platform
@@ -6,17 +9,16 @@ import sys
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Self, TypedDict, get_args, get_origin, get_type_hints
 
 from blora_pyro.errors import UserError, reason
 from blora_pyro.files import read_json, write_json
-from blora_pyro.fitting.alarms import Ended
-from blora_pyro.fitting.history import Step
-from blora_pyro.fitting.stopping import DevErrors
+from blora_pyro.fitting.history import DevErrors, Ended, Step
 from blora_pyro.options import AVERAGE, EACH, FitConfig
 
-RUN = "run.json"
+RUN, METRICS = "run.json", "metrics.json"  # see `measurements` for the second
 FITTING: Literal["fitting"] = "fitting"  # states of a run
 EVALUATING: Literal["evaluating"] = "evaluating"
 FINISHED: Literal["finished"] = "finished"
@@ -129,8 +131,7 @@ class RunRecord:
         Raises:
             ValueError: If it is none, naming the key.
         """
-        kinds = get_type_hints(cls)
-        del kinds["other"]
+        kinds = {name: kind for name, kind in type_hints(RunRecord).items() if name != "other"}
         values = {name: value for name, value in content.items() if name in kinds}
         other = {name: value for name, value in content.items() if name not in kinds}
         for name, kind in kinds.items():
@@ -227,14 +228,25 @@ def state_of(folder: Path) -> str | None:
         return None
 
 
+@cache
+def type_hints(kind: Any) -> dict[str, Any]:
+    """Return the types of the fields or keys of a class, as `conforms` takes them."""
+    return get_type_hints(kind, include_extras=True)
+
+
+@cache
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(kind) or kind, get_args(kind)
+
+
 def conforms(value: Any, kind: Any) -> bool:
     """Return whether a value of JSON is of a type: a class, a union, or what holds such.
 
     Numbers are finite, and whole ones fit into 64 bits. Of dataclasses and typed dictionaries the
     keys and the values count.
     """
-    parts = get_args(kind)
-    match get_origin(kind) or kind:
+    origin, parts = _parts(kind)
+    match origin:
         case typing.Union | types.UnionType:
             return any(conforms(value, part) for part in parts)
         case typing.Literal:
@@ -258,7 +270,7 @@ def conforms(value: Any, kind: Any) -> bool:
 
 
 def _conforms_by_key(value: dict[str, Any], kind: Any) -> bool:
-    kinds = get_type_hints(kind, include_extras=True)
+    kinds = type_hints(kind)
     if is_dataclass(kind):
         wanted = {one.name for one in fields(kind) if one.default is MISSING}
     else:

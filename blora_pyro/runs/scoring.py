@@ -20,8 +20,9 @@ from blora_pyro.evaluation import (
     transcribe_examples,
 )
 from blora_pyro.files import read_json, write_json
+from blora_pyro.fitting.history import DevError
 from blora_pyro.fitting.processes import Processes
-from blora_pyro.fitting.stopping import DevError, EarlyStopping
+from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.languages import is_language
 from blora_pyro.metrics.bootstrap import macro_rate
 from blora_pyro.metrics.normalizers import NORMALIZERS

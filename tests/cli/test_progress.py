@@ -4,8 +4,7 @@ import pytest
 from rich.console import Console
 
 from blora_pyro.cli.progress import TerminalProgress
-from blora_pyro.fitting.history import Step
-from blora_pyro.fitting.stopping import DevError
+from blora_pyro.fitting.history import DevError, Step
 from blora_pyro.options import FitConfig
 from blora_pyro.runs.listeners import Heard
 

@@ -37,8 +37,8 @@ from word_confidence import (
 )
 
 from blora_pyro.data import read_manifest
-from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.objective import Objective
+from blora_pyro.fitting.svi import fit_guide
 from blora_pyro.guides import build_guide, build_prior, with_prior_arguments
 from blora_pyro.models import BLoRA, build_estimator
 from blora_pyro.options import FitConfig

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from blora_pyro.fitting.alarms import EVERY, NLL_REST, Alarms, dev_alarm, norm_alarm
-from blora_pyro.fitting.history import Step
-from blora_pyro.fitting.stopping import DevError
+from blora_pyro.fitting.history import DevError, Step
 
 
 class Number(nn.Module):

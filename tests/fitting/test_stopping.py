@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from blora_pyro.errors import UserError
-from blora_pyro.fitting.stopping import Average, DevError, EarlyStopping
+from blora_pyro.fitting.history import DevError
+from blora_pyro.fitting.stopping import Average, EarlyStopping
 
 quick = settings(deadline=None, max_examples=100)
 some_errors = st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4]), min_size=1, max_size=12)

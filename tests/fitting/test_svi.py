@@ -16,12 +16,12 @@ from torch.distributions import Normal, kl_divergence
 from blora_pyro.data import Examples, read_manifest
 from blora_pyro.errors import Interrupted, UserError
 from blora_pyro.families import FAMILIES
-from blora_pyro.fitting import fit_guide
 from blora_pyro.fitting.checkpoints import FILE, Checkpoints, RandomState, read_checkpoint
+from blora_pyro.fitting.history import DevError
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.fitting.objective import Objective
-from blora_pyro.fitting.stopping import DevError, EarlyStopping
-from blora_pyro.fitting.svi import MAX_SKIPPED, learning_rate
+from blora_pyro.fitting.stopping import EarlyStopping
+from blora_pyro.fitting.svi import MAX_SKIPPED, fit_guide, learning_rate
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import ESTIMATORS, BLoRA
 from blora_pyro.options import FittingOptions, Schedule, default_warmup_steps

@@ -8,7 +8,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from blora_pyro.data import Batch
-from blora_pyro.fitting import fit_guide
+from blora_pyro.fitting.svi import fit_guide
 from blora_pyro.guides.auto_normal import Guide
 from blora_pyro.guides.normal import Prior
 from blora_pyro.models import BLoRA, Temper

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 from blora_pyro.adapters import Group
-from blora_pyro.fitting import fit_guide
+from blora_pyro.fitting.svi import fit_guide
 from blora_pyro.guides.normal import RHO_RANGE, Guide, Prior, initial_mean, initial_rho
 from blora_pyro.models import BLoRA, Temper
 from blora_pyro.options import FittingOptions

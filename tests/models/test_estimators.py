@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, linear, softplus
 from blora_pyro.adapters import Adapters, group_by_shape, projections
 from blora_pyro.data import IGNORED, Batch, Examples, read_manifest
 from blora_pyro.errors import UserError
-from blora_pyro.fitting import fit_guide
+from blora_pyro.fitting.svi import fit_guide
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import (
     ESTIMATORS,

@@ -9,9 +9,9 @@ from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.fit_folders import FitFolder, SkippedRows
 from blora_pyro.runs.fits import fit
-from blora_pyro.runs.folders import CHECKPOINT, METRICS, SKIPPED
+from blora_pyro.runs.folders import CHECKPOINT, SKIPPED
 from blora_pyro.runs.loading import SkippedRow
-from blora_pyro.runs.record import EVALUATING, FINISHED, FITTING, RUN, RunRecord
+from blora_pyro.runs.record import EVALUATING, FINISHED, FITTING, METRICS, RUN, RunRecord
 
 ROWS = [SkippedRow("a.csv", "train", f"a.csv, line {n}", "no text") for n in range(4)]
 CONFIG = FitConfig(data="de-en", steps=3)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import blora_pyro
 from blora_pyro.data import load_split, read_manifest
 from blora_pyro.errors import UserError
-from blora_pyro.fitting.stopping import DevError
+from blora_pyro.fitting.history import DevError
 from blora_pyro.fitting.svi import learning_rate
 from blora_pyro.models import resolve_device
 from blora_pyro.options import FitConfig

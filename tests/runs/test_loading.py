@@ -6,7 +6,7 @@ from blora_pyro.data import BadRow, load_mixture
 from blora_pyro.diagnostics import summarise
 from blora_pyro.diagnostics.data_check import check_data
 from blora_pyro.errors import UserError
-from blora_pyro.fitting import fit_guide
+from blora_pyro.fitting.svi import fit_guide
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior.inference_data import MIN_RATIOS
 from blora_pyro.runs import finished, fits, scoring
