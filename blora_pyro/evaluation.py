@@ -69,9 +69,13 @@ class Evaluation:
         return sum(map(is_loop, (self.raw or self).hypotheses))
 
     def summary(self) -> dict[str, object]:
-        """Rates as fractions with 95% bootstrap intervals over utterances, for JSON."""
+        """Rates as fractions with 95% bootstrap intervals over utterances, for JSON.
+
+        `length` is that of all references in the main measure: words, of CER characters.
+        """
         rates = {name: rate_summary([self], name) for name in self.counts}
-        about = {"utterances": len(self.references), "loops": self.loops}
+        length = int(self.main.lengths.sum())
+        about = {"utterances": len(self.references), "length": length, "loops": self.loops}
         return {"metric": self.metric, **about, **rates}
 
 
@@ -80,11 +84,15 @@ def rate_summary(sets: Sequence[Evaluation], measure: str | None = None) -> dict
 
     None as the measure is the main one of each set.
     """
-    counts = [one.counts[measure or one.metric] for one in sets]
-    rate, (low, high) = macro_rate(counts), macro_bootstrap_interval(counts)
-    summary = {"rate": _number(rate), "interval": [_number(low), _number(high)]}
+    summary = rate_of([one.counts[measure or one.metric] for one in sets])
     raw = _raws(sets)
     return summary | ({"raw": rate_summary(raw, measure)} if raw else {})
+
+
+def rate_of(sets: Sequence[Counts]) -> dict[str, Any]:
+    """Macro-averaged rate of counts with its 95% interval, for JSON."""
+    rate, (low, high) = macro_rate(sets), macro_bootstrap_interval(sets)
+    return {"rate": _number(rate), "interval": [_number(low), _number(high)]}
 
 
 def change_summary(
@@ -94,10 +102,15 @@ def change_summary(
     counts, others = (
         [one.counts[measure or one.metric] for one in side] for side in (before, after)
     )
-    difference, low, high = paired_macro_bootstrap(counts, others)
-    summary = {"difference": _number(difference), "interval": [_number(low), _number(high)]}
+    summary = change_of(counts, others)
     raw, other = _raws(before), _raws(after)
     return summary | ({"raw": change_summary(raw, other, measure)} if raw else {})
+
+
+def change_of(before: Sequence[Counts], after: Sequence[Counts]) -> dict[str, Any]:
+    """Macro-averaged rate after minus before of the same utterances, with its paired interval."""
+    difference, low, high = paired_macro_bootstrap(before, after)
+    return {"difference": _number(difference), "interval": [_number(low), _number(high)]}
 
 
 def _raws(sets: Sequence[Evaluation]) -> list[Evaluation]:

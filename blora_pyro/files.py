@@ -21,13 +21,20 @@ try:
 except ImportError:  # not a POSIX system: there are no locks
     fcntl = None  # type: ignore[assignment]
 
+_WINDOWS = os.name == "nt"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _NAME = re.compile(r"[\w-][\w.-]*")
+_LOCK = ".{}.lock"  # a folder's, beside it, or in it where nothing can be written beside it
 _LONGEST = 200  # bytes: file systems take 255, endings included
 
 
 def sync(path: Path) -> None:
-    """Have the content of a file or the entries of a folder on the disk, not in a buffer."""
+    """Have the content of a file or the entries of a folder on the disk, not in a buffer.
+
+    Nothing is done on Windows, where a folder can't be opened, nor a file that is only read synced.
+    """
+    if _WINDOWS:
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -127,7 +134,7 @@ def locked(path: Path) -> Iterator[None]:
     """Hold the lock on what is written to `path`, a folder that need not exist.
 
     It is a lock on the file `.NAME.lock` beside it, which the operating system frees with the
-    process. Where a file system has no locks there is none.
+    process. Where a system or a file system has no locks there is none.
 
     Raises:
         UserError: If another holds it.
@@ -135,13 +142,15 @@ def locked(path: Path) -> Iterator[None]:
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
     place = path.parent if os.access(path.parent, os.W_OK) or not path.is_dir() else path
-    file = place / f".{path.name}.lock"
+    file = place / _LOCK.format(path.name)
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise UserError(
@@ -159,6 +168,27 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool | None:
+    """Return whether a process writes to a folder, see `locked`; None where that can't be told."""
+    if fcntl is None:
+        return None
+    path = path.resolve()
+    for file in (place / _LOCK.format(path.name) for place in (path.parent, path)):
+        try:
+            descriptor = os.open(file, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
+    return False
 
 
 def _is_at(descriptor: int, file: Path) -> bool:
@@ -233,7 +263,7 @@ def _link(old: Path, new: Path) -> None:
     def link(one: str, other: str) -> None:
         try:
             os.link(one, other, follow_symlinks=False)
-        except OSError:  # a file system without hard links
+        except (OSError, NotImplementedError):  # a file system without hard links, or Windows
             shutil.copy2(one, other, follow_symlinks=False)
 
     if os.path.lexists(new):

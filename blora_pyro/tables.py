@@ -148,7 +148,12 @@ class Table:
         plain: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
         table = RichTable(**({} if self.grid else plain))
         for column in self.columns:
-            table.add_column(_literal(column.title), justify=column.align, no_wrap=not column.wrap)
+            table.add_column(
+                _literal(column.title),
+                justify=column.align,
+                no_wrap=not column.wrap,
+                overflow="fold",  # a name that is cut short is none
+            )
         for row in self.rows:
             if row is None:
                 table.add_section()

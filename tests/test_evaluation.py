@@ -222,7 +222,7 @@ def test_summary_has_rates_as_fractions_within_their_intervals():
     examples = texts_of(texts, ["de-en"] * 12, [["de", "en", "de"]] * 12)
     result = score(examples, ["das red rad"] * 6 + ["das rot"] * 6)
     summary = result.summary()
-    assert (summary["metric"], summary["utterances"]) == ("wer", 12)
+    assert (summary["metric"], summary["utterances"], summary["length"]) == ("wer", 12, 36)
     assert summary["wer"]["rate"] == 1 / 3
     assert summary["pier"]["rate"] == 1 / 2
     for measure in ("wer", "cer", "pier"):

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from blora_pyro import files
 from blora_pyro.errors import UserError
 from blora_pyro.files import (
     cache_dir,
     check_name,
+    is_locked,
     locked,
     new_folder,
     parse_json,
@@ -224,6 +226,36 @@ def test_two_do_not_write_to_one_folder_and_a_dead_ones_lock_is_free(tmp_path):
     with locked(path):
         pass
     assert not [*tmp_path.iterdir()]
+
+
+def test_who_only_looks_sees_whether_a_folder_is_being_written(tmp_path, monkeypatch):
+    path = tmp_path / "out"
+    assert is_locked(path) is False
+    with locked(path):
+        assert is_locked(path) is True
+    (tmp_path / ".out.lock").touch()  # of a process that was killed
+    assert is_locked(path) is False
+    with locked(path):
+        assert is_locked(path) is True
+    monkeypatch.setattr(files, "fcntl", None)
+    assert is_locked(path) is None
+
+
+def test_without_locks_and_without_a_way_to_sync_files_are_written(tmp_path, monkeypatch):
+    def refuse(*_, **options):
+        raise NotImplementedError if options else OSError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files, "_WINDOWS", True)
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("stays")
+    with locked(tmp_path / "out"), new_folder(tmp_path / "out", OWN) as folder:
+        write_json(folder / "key", {"a": 1})
+    assert read_json(tmp_path / "out" / "key") == {"a": 1}
+    assert (tmp_path / "out" / "mine").read_text() == "stays"
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

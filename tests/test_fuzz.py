@@ -51,7 +51,10 @@ from blora_pyro.publishing.uploads import write_public_run
 from blora_pyro.runs.engines import Which
 from blora_pyro.runs.fit_folders import FitFolder
 from blora_pyro.runs.folders import RUN, read_run
+from blora_pyro.runs.listing import list_runs, run_tables
 from blora_pyro.runs.record import RunRecord, versions
+from blora_pyro.runs.shown import ShownRun, show_run, side_by_side
+from blora_pyro.tables import report_text
 
 CASES = int(os.environ.get("BLORA_PYRO_FUZZ_CASES", "0"))
 
@@ -309,6 +312,9 @@ def read_one(world: World, content: Any) -> None:
         lambda: read_run(folder),
         lambda: Which(folder, None, None, True, None, "scale", None).fingerprint,
         lambda: write_public_run(folder, public, "me/adapter", base="someone/base"),
+        lambda: report_text(run_tables(folder, list_runs(folder))),
+        lambda: report_text(show_run(ShownRun.read(folder))[1]),
+        lambda: report_text(side_by_side(*2 * [ShownRun.read(folder)])[1]),
     ):
         try:
             way()

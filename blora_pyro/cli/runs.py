@@ -1,4 +1,4 @@
-"""Commands that show what a run is, and `priors`."""
+"""Commands that list runs and show what one is, and `priors`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,41 @@ from blora_pyro.cli.common import (
 from blora_pyro.declarations import metavar_of
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.options import AUTO, FitConfig
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Searched at any depth.")] = Path(
+        "runs"
+    ),
+    as_json: Json = False,
+) -> None:
+    """List the runs in a folder, the newest first: options, new domain, forgetting.
+
+    A run that has not ended well is listed, too, with what is wrong with it.
+    """
+    with one_line_errors():
+        from blora_pyro.runs.listing import list_runs, run_tables
+
+        found = list_runs(folder)
+        content = [run.to_json() for run in found]
+        print_result(content, as_json, lambda: run_tables(folder, found))
+
+
+def show(
+    run: RunFolder,
+    other: Annotated[Path | None, typer.Argument(metavar="OTHER", help="A second run.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a run: errors, sizes and options; or what differs between two, with paired intervals."""
+    with one_line_errors():
+        quiet_libraries()
+        from blora_pyro.runs.shown import ShownRun, show_run, side_by_side
+
+        shown = ShownRun.read(run)
+        content, parts = (
+            show_run(shown) if other is None else side_by_side(shown, ShownRun.read(other))
+        )
+        print_result(content, as_json, lambda: parts)
 
 
 def evaluate(

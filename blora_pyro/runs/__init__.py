@@ -10,5 +10,5 @@
 - `engines`: transcribing, by torch or CTranslate2;
 - `finished`: scoring, merging and using a finished run; `edited`: pruned and combined runs;
   `diagnosis`: figures and plots; `strength_curves`: errors at several strengths;
-- `report`: tables for the terminal.
+- `listing`: all runs in a folder; `shown`: one, or two side by side; `report`: tables.
 """

@@ -2,19 +2,24 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
+
+import numpy as np
 
 from blora_pyro.data import Examples
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.evaluation import Evaluation
 from blora_pyro.files import read_file, replace_file
-from blora_pyro.metrics import align
+from blora_pyro.metrics import Counts, align
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import POSTERIOR_FILE
 from blora_pyro.runs.folders import UTTERANCES, read_run
 from blora_pyro.runs.measurements import check_measured
+from blora_pyro.runs.record import RunRecord
+
+PIER = "pier"
 
 
 def utterance_rows(
@@ -119,9 +124,20 @@ def read_utterances(path: str | Path) -> list[dict[str, Any]]:
             "FILE'"
         ) from None
     if path.is_dir() and (path / POSTERIOR_FILE).is_file():
-        for adapter in {row.get("adapter") for row in rows}:
-            check_measured(file, adapter, *read_run(path, pooled=True))
+        check_rows(file, rows, *read_run(path, pooled=True))
     return rows
+
+
+def check_rows(
+    file: Path, rows: Iterable[Mapping[str, Any]], posterior: Posterior, record: RunRecord
+) -> None:
+    """Refuse rows of a file that were measured with another adapter than the run's.
+
+    Raises:
+        UserError: If they were; see `check_measured`.
+    """
+    for adapter in {row.get("adapter") for row in rows}:
+        check_measured(file, adapter, posterior, record)
 
 
 def _is_row(row: Any) -> bool:
@@ -177,6 +193,54 @@ def worst(rows: Iterable[dict[str, Any]], top: int) -> list[dict[str, Any]]:
     return sorted(wrong, key=lambda row: (-row["edits"], row["length"]))[:top]
 
 
+def counts_of_utterances(
+    rows: Iterable[Mapping[str, Any]], state: str = "adapted"
+) -> tuple[dict[str, str], dict[str, dict[str, Counts]]]:
+    """Return main measures and counts by set, of the rows of a state in `utterances.jsonl`."""
+    metrics: dict[str, str] = {}
+    counts: dict[str, dict[str, Counts]] = {}
+    by_set: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["state"] == state:
+            by_set.setdefault(row["set"], []).append(row)
+    for name, own in by_set.items():
+        metrics[name] = own[0]["metric"]
+        tagged = [row["pier"] for row in own if "pier" in row]
+        counts[name] = {
+            measure: Counts(*(np.array([one[key] for one in some]) for key in ("edits", "length")))
+            for measure, some in ((metrics[name], own), (PIER, tagged))
+            if some
+        }
+    return metrics, counts
+
+
+def unlike(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> str:
+    """Return why two runs' rows of a set can't be paired, "" if they can.
+
+    They can if they are of as many recordings in the same order, which are called alike, and have
+    the same references, in the same measure.
+
+    Args:
+        one: Rows of one state of a run.
+        other: Likewise, of another run.
+    """
+    if len(one) != len(other):
+        return f"{len(one):,} and {len(other):,} utterances"
+    if any(row.get("reference") is None for row in (*one, *other)):
+        return "an old version kept no references"
+    for place, (row, another) in enumerate(zip(one, other, strict=True)):
+        for what, key in _ALIKE.items():
+            if key(row) != key(another):
+                return f"utterance {place:,} has another {what}"
+    return ""
+
+
+_ALIKE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "measure": lambda row: row["metric"],
+    "reference": lambda row: (row["reference"], row["length"]),
+    "recording": lambda row: PurePath(row.get("audio") or row["origin"]).name,
+    "segment": lambda row: (row.get("start"), row.get("end")),
+}
 BROKEN, FIXED = "broken", "fixed"
 
 

@@ -26,14 +26,13 @@ from blora_pyro.errors import UserError
 from blora_pyro.files import read_json, replace_file
 from blora_pyro.metrics import Counts
 from blora_pyro.metrics.bootstrap import macro_rate
-from blora_pyro.runs.folders import METRICS, UTTERANCES
-from blora_pyro.runs.record import RUN
+from blora_pyro.runs.folders import UTTERANCES
+from blora_pyro.runs.record import METRICS, RUN
 from blora_pyro.runs.scoring import NEW_DOMAIN
-from blora_pyro.runs.utterances import read_utterances
+from blora_pyro.runs.utterances import PIER, counts_of_utterances, read_utterances
 from blora_pyro.studies.methods import BASE
 from blora_pyro.transcription.safeguards import is_loop
 
-PIER = "pier"
 DEV, TEST = "dev", "test"
 PARTS = ("A", "B", "delta_w")  # of an adapter, whose sparsity is told
 COLUMNS = (
@@ -286,27 +285,6 @@ def score_files(folder: Path, split: str = TEST, after: str = "") -> tuple[Path,
         folder / "-".join([Path(name).stem, *parts]) for name in (METRICS, UTTERANCES)
     )
     return Path(f"{metrics}{Path(METRICS).suffix}"), Path(f"{utterances}{Path(UTTERANCES).suffix}")
-
-
-def counts_of_utterances(
-    rows: Iterable[Mapping[str, Any]], state: str = "adapted"
-) -> tuple[dict[str, str], dict[str, dict[str, Counts]]]:
-    """Return main measures and counts by set, of the rows of a state in `utterances.jsonl`."""
-    metrics: dict[str, str] = {}
-    counts: dict[str, dict[str, Counts]] = {}
-    by_set: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["state"] == state:
-            by_set.setdefault(row["set"], []).append(row)
-    for name, own in by_set.items():
-        metrics[name] = own[0]["metric"]
-        tagged = [row["pier"] for row in own if "pier" in row]
-        counts[name] = {
-            measure: Counts(*(np.array([one[key] for one in some]) for key in ("edits", "length")))
-            for measure, some in ((metrics[name], own), (PIER, tagged))
-            if some
-        }
-    return metrics, counts
 
 
 def scored_run(scored: ScoredFit, folder: Path) -> ScoredFit:

@@ -12,6 +12,8 @@ COMMANDS = (
     "study",
     "sweep",
     "compare",
+    "runs",
+    "show",
     "evaluate",
     "errors",
     "diagnose",
@@ -87,19 +89,19 @@ def test_usage_errors_exit_with_2_and_no_traceback(arguments):
     assert "Traceback" not in result.output
 
 
-def test_help_and_version_load_no_heavy_library():
+def test_help_version_and_the_list_of_runs_load_no_heavy_library(finished_run):
     code = """
 import sys
 from typer.testing import CliRunner
 from blora_pyro.cli import app
 helps = (["--help"], ["fit", "--help"], ["sweep", "-h"], ["compare", "-h"], ["data", "check", "-h"])
-for arguments in (*helps, ["--version"]):
+lists = (["runs", sys.argv[1]], ["runs", sys.argv[1], "--json"])
+for arguments in (*helps, ["--version"], *lists):
     assert CliRunner().invoke(app, arguments).exit_code == 0
 heavy = {"torch", "transformers", "pyro", "peft", "datasets", "numpy", "jiwer"}
 heavy |= {"arviz", "matplotlib", "optuna"}
 print(sorted(heavy & set(sys.modules)))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    command = [sys.executable, "-c", code, str(finished_run.output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout == "[]\n"

@@ -93,6 +93,32 @@ def test_diagnose_refuses_in_one_line(finished_run, tmp_path):
     assert "leave --prior out" in complaint(prior)
 
 
+def test_runs_are_listed(finished_run, tmp_path):
+    parent = finished_run.output.parent
+    out = well("runs", parent)
+    assert "runs in" in out and "finished" in out and "WER" in out
+    (listed,) = [
+        one for one in parsed(well("runs", parent, "--json")) if "finished" in one["folder"]
+    ]
+    assert listed["folder"] == str(finished_run.output)
+    assert listed["options"]["prior"] == "normal"
+    assert "no run folder" in well("runs", tmp_path)
+    assert well("runs", tmp_path, "--json") == "[]\n"
+    assert "is no folder" in complaint(run("runs", tmp_path / "gone"))
+
+
+def test_a_run_is_shown_alone_or_beside_another(finished_run):
+    out = well("show", finished_run.output)
+    assert "backward average" in out and "--beta" in out
+    content = parsed(well("show", finished_run.output, "--json"))
+    assert content["metrics"] == finished_run.metrics
+    out = well("show", finished_run.output, finished_run.output)
+    assert "no option differs" in out and "B − A" in out
+    content = parsed(well("show", finished_run.output, finished_run.output, "--json"))
+    assert content["backward_error"]["change"]["difference"] == 0
+    assert "gone" in complaint(run("show", finished_run.output, "gone"))
+
+
 def test_evaluate_prints_the_table_of_the_fit(finished_run):
     out = well("evaluate", finished_run.output)
     for words in ("new domain", "WER", "backward average", "forgetting:"):

@@ -131,7 +131,7 @@ def test_a_tracker_is_told_all_of_a_fit_which_does_not_depend_on_it(
     assert contractions.keys() == {2, 4}
     assert contractions[4] == pytest.approx(contraction_of(run.posterior), rel=1e-5)
     for name, value in run.metrics["new_domain"]["adapted"].items():
-        if name not in ("metric", "utterances", "loops"):
+        if name not in ("metric", "utterances", "length", "loops"):
             assert logged(told, f"new_domain/adapted/{name}") == {4: value["rate"]}
     change = run.metrics["backward_error"]["change"]["difference"]
     assert logged(told, "backward_error/change") == {4: change}

@@ -12,7 +12,9 @@ from blora_pyro.languages import read_language
 from blora_pyro.runs.utterances import (
     changed,
     choose,
+    counts_of_utterances,
     read_utterances,
+    unlike,
     utterance_rows,
     worst,
     write_utterances,
@@ -132,6 +134,7 @@ def test_rows_pool_to_the_rates_of_metrics_json(finished_run):
             mine, rates = choose(rows, name, state), both[state]
             assert len(mine) == rates["utterances"]
             assert pooled(mine) == rates["wer"]["rate"]
+            assert sum(row["length"] for row in mine) == rates["length"]
             assert pooled([row["raw"] for row in mine]) == rates["wer"]["raw"]["rate"]
             if both is domain:
                 assert pooled([row["pier"] for row in mine]) == rates["pier"]["rate"]
@@ -139,6 +142,38 @@ def test_rows_pool_to_the_rates_of_metrics_json(finished_run):
                 operations = [step[0] for step in row["alignment"]]
                 assert len(operations) - operations.count("=") == row["edits"]
                 assert len(operations) - operations.count("I") == row["length"]
+
+
+def test_counts_of_rows_are_those_that_were_scored(finished_run):
+    rows = read_utterances(finished_run.output)
+    for state in ("base", "adapted"):
+        metrics, counts = counts_of_utterances(rows, state)
+        measured = {"new_domain": finished_run.metrics["new_domain"]}
+        measured |= finished_run.metrics["backward"]
+        assert metrics == dict.fromkeys(measured, "wer")
+        for name, both in measured.items():
+            assert counts[name]["wer"].rate == both[state]["wer"]["rate"]
+        pier = measured["new_domain"][state]["pier"]["rate"]
+        assert counts["new_domain"]["pier"].rate == pier
+
+
+def test_rows_can_be_paired_if_they_are_of_the_same_utterances(rows):
+    base, adapted = rows[:2], rows[2:]
+    assert unlike(base, adapted) == ""
+    assert unlike(base, adapted[:1]) == "2 and 1 utterances"
+    for change, words in (
+        ({"metric": "mer"}, "measure"),
+        ({"reference": "x"}, "reference"),
+        ({"length": 9}, "reference"),
+        ({"audio": "b/9.wav"}, "recording"),
+        ({"audio": None}, "recording"),  # then it is where the row was
+        ({"end": 1.0}, "segment"),
+    ):
+        assert unlike(base, [adapted[0], adapted[1] | change]) == f"utterance 1 has another {words}"
+    moved = [row | {"audio": f"elsewhere/{row['audio']}"} for row in adapted]
+    assert unlike(base, moved) == ""
+    old = [{name: one for name, one in row.items() if name != "reference"} for row in base]
+    assert unlike(old, old) == "an old version kept no references"
 
 
 def test_rows_say_where_to_listen(finished_run, tones_folder):
