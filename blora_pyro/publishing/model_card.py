@@ -7,14 +7,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from blora_pyro.data import is_hub_id
-from blora_pyro.declarations import declarations, default_of, flag_of
 from blora_pyro.hub import is_run_id
 from blora_pyro.languages import prompt_codes
-from blora_pyro.options import MACHINE_OPTIONS, POCKET, FitConfig
+from blora_pyro.options import BUILT_IN, POCKET
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS
 from blora_pyro.runs.report import fit_tables, prune_tables
-from blora_pyro.tables import Table, report_markdown, text_columns
+from blora_pyro.runs.shown import about_tables, origin
+from blora_pyro.tables import report_markdown
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TASK = "automatic-speech-recognition"
@@ -32,9 +32,16 @@ def model_card(
 ) -> ModelCard:
     """Return the card of a run, with the metadata that the Hub reads.
 
-    Results are also in its metadata (`model-index`) if they were measured on data sets of the Hub:
-    WER and CER, in percent. `about` and `metrics` are the content of `run.json` and of
-    `metrics.json`, empty if nothing was measured; all three have public names only.
+    Results are also in its metadata, as `model-index`: WER and CER in percent, of every set with
+    texts of its own. The `type` of a set is its id on the Hub, `local`, or `blora-pyro-pocket`.
+
+    Args:
+        repo_id: The repository that the card is for.
+        posterior: The run's.
+        about: The content of `run.json`, as of the next, with public names only.
+        metrics: The content of `metrics.json`; empty if nothing was measured.
+        revision: Branch that the run is on; None is the main one.
+        license: License of the adapter, as the Hub calls it; None leaves it out.
     """
     named = [about.get("language"), *about.get("domain_languages", {}).values()]
     prompts = {name: prompt_codes(name, posterior.language_map) for name in named if name}
@@ -76,9 +83,9 @@ def model_card(
         subfolder=None if is_shared else f"{DOMAIN_FOLDERS}/{domains[0]}",
         is_pocket=posterior.base == POCKET,
         has_spread=any(bool(value.any()) for value in posterior.stddev.values()),
-        origin=_origin(about),
+        origin=origin(about),
         measured=_measured(about, metrics),
-        fit=_fit_table(posterior, about),
+        fit=report_markdown(about_tables(about, posterior)),
     )
 
 
@@ -97,82 +104,54 @@ def _sets(
 
 def _eval_results(about: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[EvalResult]:
     for source, both in _sets(about, metrics):
-        name, _, config = source.partition(":")
+        is_of_one_domain = about["config"].get("pooling") == "none" and source.endswith(")")
+        if both.get("drift") or is_of_one_domain:  # the first is against the base's own transcripts
+            continue
+        size, dataset = both["adapted"].get("utterances"), _dataset(source)
         for measure in HUB_METRICS:
             rate = both["adapted"].get(measure)
-            if not is_hub_id(source) or rate is None or rate["rate"] is None:
+            if rate is None or rate["rate"] is None:
                 continue
             low, high = (f"{100 * end:.1f}" for end in rate["interval"])
+            about_it = [f"95% interval {low}, {high}", *([f"{size} utterances"] if size else [])]
             yield EvalResult(
                 task_type=TASK,
-                dataset_type=name,
-                dataset_name=name,
-                dataset_config=config or None,
+                **dataset,
                 dataset_split=metrics.get("split", "test"),
                 metric_type=measure,
                 metric_value=round(100 * rate["rate"], 2),
-                metric_name=f"{measure.upper()} in % [95% interval {low}, {high}], "
+                metric_name=f"{measure.upper()} in % [{'; '.join(about_it)}], "
                 f"normalizer {metrics.get('normalizer', 'unknown')}",
             )
+
+
+def _dataset(source: str) -> dict[str, Any]:
+    """Return name, type and configuration of a set; the Hub tells sets apart by the last two."""
+    if is_hub_id(source):
+        name, _, config = source.partition(":")
+        kind = name
+    elif source in BUILT_IN:
+        name, kind, config = (
+            f"{source}, a corpus of the pocket Whisper",
+            "blora-pyro-pocket",
+            source,
+        )
+    else:
+        name, kind, config = source, "local", source
+    return {"dataset_name": name, "dataset_type": kind, "dataset_config": config or None}
 
 
 def _measured(about: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """Return the tables of what was measured as Markdown, "" if nothing was."""
     if "size" in metrics:
-        before = f"The full adapter, before, and this one, pruned: {_origin(about)}"
-        return report_markdown([before, *prune_tables(metrics)])
+        before = f"The full adapter, before, and this one, pruned: {origin(about)}"
+        return report_markdown([before, *prune_tables(metrics, sizes=True)])
     if not any(metrics.get(name) for name in ("new_domain", "domains", "backward")):
         return ""
-    parts = fit_tables(metrics)
+    parts = fit_tables(metrics, sizes=True)
     if "adapter" not in metrics:
         parts.append(
             "measured by an older version of blora-pyro, which did not keep the adapter's "
             "fingerprint with the results"
         )
     return report_markdown(parts)
-
-
-def _origin(about: Mapping[str, Any]) -> str:
-    """Return how a run was made of others, "" if it was fitted."""
-    if pruned := about.get("pruned"):
-        ways = ("snr", "rank", "sparsity")
-        kept = [f"{name} {pruned[name]}" for name in ways if pruned[name] is not None]
-        return f"`blora-pyro prune` of {pruned['from']}, by {', '.join(kept)}."
-    if combined := about.get("combined"):
-        return f"`blora-pyro combine`, {combined['method']} of {', '.join(combined['from'])}."
-    return ""
-
-
-def _fit_table(posterior: Posterior, about: Mapping[str, Any]) -> str:
-    """Return sizes of the fit, and its options, as Markdown tables."""
-    config = dict(about["config"]) | {"base": posterior.base, "revision": posterior.revision}
-    config["guide"] = config["guide"] or posterior.family.guide
-    sizes = {
-        "made by": _origin(about) + " Below: the first one's fit." * ("combined" in about),
-        "posteriors before": ", ".join(link["run"] for link in about.get("chain", ())),
-        "training utterances": about.get("training_utterances"),
-        "target tokens N": about.get("training_tokens"),
-        "effective temperature T = beta · N": about.get("temperature"),
-        "strength that keeps the contract": posterior.strength if "kept" in about else None,
-        "adapter weights": f"{posterior.num_weights:,}",
-        "versions": ", ".join(f"{n} {v}" for n, v in about.get("versions", {}).items()),
-    }
-    table, options = Table(text_columns("fit", "value")), Table(text_columns("option", "value"))
-    for name, value in sizes.items():
-        if text := _text(value):
-            table.add_row(name, text)
-    for name in declarations(FitConfig):
-        value = config.get(name)
-        is_off = value is False or (value == 0 and isinstance(default_of(FitConfig, name), float))
-        if (text := _text(value)) and not is_off and name not in MACHINE_OPTIONS:
-            options.add_row(flag_of(FitConfig, name), text)
-    return report_markdown([table, options])
-
-
-def _text(value: Any) -> str:
-    """Return an option's value as text, "" for one that is not set."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name}={_text(one)}" for name, one in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_text, value))
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"

@@ -121,9 +121,9 @@ def check_metrics(metrics: dict[str, Any]) -> None:
     for one in sets:
         for state in (one["base"], one["adapted"]):
             rates = [state.get(name) for name in one["change"]]
-            is_count = conforms(state.get("loops", 0), int)
+            counts = [state.get(name, 0) for name in ("utterances", "length", "loops")]
             if (
-                not is_count
+                not conforms(counts, list[int])
                 or not conforms(rates, list[Rate])
                 or state.get("metric") not in [*one["change"]]
             ):

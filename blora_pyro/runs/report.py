@@ -24,10 +24,15 @@ STATES = ("base", "adapted", "change")  # of the rates in `metrics.json`
 AlignedWord = tuple[str, str, str]  # reference, hypothesis, and the kind of error, one above other
 
 
-def fit_tables(metrics: Mapping[str, Any]) -> list[Part]:
-    """Return table and lines of `metrics.json`: rates in percent with 95% bootstrap intervals."""
+def fit_tables(metrics: Mapping[str, Any], sizes: bool = False) -> list[Part]:
+    """Return table and lines of `metrics.json`: rates in percent with 95% bootstrap intervals.
+
+    Args:
+        metrics: Its content.
+        sizes: Show how many utterances and words every set has.
+    """
     alarm = [alarm_line(metrics["alarm"])] if "alarm" in metrics else []
-    parts = [*alarm, *_rate_tables(metrics, ("base", "adapted"))]
+    parts = [*alarm, *_rate_tables(metrics, ("base", "adapted"), sizes)]
     if len(parts) == len(alarm):
         return [*alarm, NOTHING_MEASURED]
     if "strength" in metrics:
@@ -140,8 +145,8 @@ def dev_line(dev: Mapping[str, Any]) -> str:
     return f"dev error {errors[best]:.1%} after step {best}, the best; {end} {last} steps"
 
 
-def prune_tables(metrics: Mapping[str, Any]) -> list[Part]:
-    """Return rates of the full and of the pruned adapter, and their sizes."""
+def prune_tables(metrics: Mapping[str, Any], sizes: bool = False) -> list[Part]:
+    """Return rates of the full and of the pruned adapter, and their sizes; see `fit_tables`."""
     full, pruned = metrics["size"]["full"], metrics["size"]["pruned"]
     share = 1 - pruned["nonzero_weights"] / full["adapter_weights"]
     size = (
@@ -149,7 +154,7 @@ def prune_tables(metrics: Mapping[str, Any]) -> list[Part]:
         f"({share:.1%} pruned): {pruned['directions']:,} of {full['directions']:,} directions, in "
         f"{pruned['layers']} of {full['layers']} layers"
     )
-    rates = _rate_tables(metrics, ("full", "pruned")) if "backward" in metrics else []
+    rates = _rate_tables(metrics, ("full", "pruned"), sizes) if "backward" in metrics else []
     return [*rates, size]
 
 
@@ -193,7 +198,9 @@ def strength_tables(curve: Mapping[str, Any]) -> list[Part]:
     return [table, *notes, removed, *([f"plot: {curve['plot']}"] if "plot" in curve else [])]
 
 
-def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Part]:
+def _rate_tables(
+    metrics: Mapping[str, Any], states: tuple[str, str], sizes: bool = False
+) -> list[Part]:
     """Return rates of two states of the model, and their change; nothing if none was measured."""
     domains = {f"domain {name}": one for name, one in metrics.get("domains", {}).items()}
     if domain := metrics.get(NEW_DOMAIN):
@@ -211,13 +218,15 @@ def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Pa
     for name, domain in domains.items():
         for index, measure in enumerate(domain["change"]):
             rates = [domain[state][measure] for state in STATES]
-            _add_rates(table, "" if index else name, measure.upper(), rates)
+            shown = "" if index else _sized(name, domain) if sizes else name
+            _add_rates(table, shown, measure.upper(), rates)
         _add_loops(table, domain)
         table.add_section()
     for name, both in metrics["backward"].items():
         measure = both["base"]["metric"]
         shown = f"drift ({measure.upper()})" if both.get("drift") else measure.upper()
-        _add_rates(table, f"backward {name}", shown, [both[state][measure] for state in STATES])
+        label = _sized(f"backward {name}", both) if sizes else f"backward {name}"
+        _add_rates(table, label, shown, [both[state][measure] for state in STATES])
         _add_loops(table, both)
     if average := metrics.get("backward_error"):
         _add_rates(table, "backward average", "", [average[state] for state in STATES])
@@ -230,6 +239,20 @@ def _rate_tables(metrics: Mapping[str, Any], states: tuple[str, str]) -> list[Pa
     if not (normalizer := metrics.get("normalizer")):  # runs of old versions had no choice
         return [table, *notes]
     return [table, *notes, f"normalizer: {normalizer}; raw is without it, shown where that differs"]
+
+
+def _sized(name: str, both: Mapping[str, Any]) -> str:
+    """Return the name of a set with its numbers of utterances and words, as far as they are known.
+
+    The words are those of the references, counted by the set's measure.
+    """
+    about, units = both["base"], {"cer": "characters", "mer": "words and characters"}
+    counts = {
+        "utterances": about.get("utterances"),
+        units.get(about["metric"], "words"): about.get("length"),
+    }
+    known = [f"{count:,} {unit}" for unit, count in counts.items() if count is not None]
+    return f"{name} ({', '.join(known)})" if known else name
 
 
 def _add_rates(table: Table, name: str, measure: str, rates: Sequence[Mapping[str, Any]]) -> None:

@@ -40,16 +40,42 @@ def test_the_metadata_say_what_it_is(run):
     assert {"blora-pyro", "lora", "bayesian"} <= set(data.tags)
 
 
-def test_results_are_those_on_data_sets_that_others_have(run):
+def test_results_are_in_the_metadata_as_the_hub_reads_them(run):
+    metrics = run[2]
+    metrics["backward"]["en"] = metrics["backward"]["en.csv"]
     results = read_card(*run).data.eval_results
     found = {(one.dataset_name, one.metric_type): one for one in results}
-    wer = run[2]["new_domain"]["adapted"]["wer"]
+    wer = metrics["new_domain"]["adapted"]["wer"]
     one = found["someone/talks", "wer"]
+    assert (one.task_type, one.dataset_type) == ("automatic-speech-recognition", "someone/talks")
     assert (one.dataset_config, one.dataset_split) == ("de", "test")
     assert one.metric_value == pytest.approx(100 * wer["rate"], abs=0.01)
     assert f"{100 * wer['interval'][1]:.1f}" in one.metric_name
-    assert {name for name, _ in found} == {"someone/talks", "someone/de"}  # not en.csv
-    assert {measure for _, measure in found} == {"wer", "cer"}
+    assert "2 utterances" in one.metric_name
+    sets = {(one.dataset_type, one.dataset_config) for one in results}
+    assert sets == {
+        ("someone/talks", "de"),
+        ("someone/de", None),
+        ("local", "en.csv"),
+        ("blora-pyro-pocket", "en"),
+    }
+    assert len(found) == len(results) == 8  # WER and CER of each
+    metrics["backward"]["en.csv"]["drift"] = True  # what the base says is no reference of a set
+    results = read_card(*run).data.eval_results
+    assert all(one.dataset_config != "en.csv" for one in results)
+
+
+def test_the_table_says_how_large_the_sets_are(run):
+    posterior, about, metrics = run
+    text = read_card(*run).text
+    length = metrics["new_domain"]["base"]["length"]
+    assert f"| new domain someone/talks:de (2 utterances, {length} words) | WER |" in text
+    metrics["backward"]["en.csv"]["base"] |= {"utterances": 1234, "length": 5678, "metric": "cer"}
+    text = read_card(posterior, about, metrics).text
+    assert "| backward en.csv (1,234 utterances, 5,678 characters) | CER |" in text
+    for both in (metrics["new_domain"], *metrics["backward"].values()):
+        del both["base"]["utterances"], both["base"]["length"]  # of old versions
+    assert "| new domain someone/talks:de | WER |" in read_card(posterior, about, metrics).text
 
 
 def test_the_text_has_the_table_the_prior_and_the_way_to_use_it(run):
