@@ -1,9 +1,11 @@
-"""One table class for terminal and Markdown, and the one way to write rates with intervals.
+"""One table class for terminal, Markdown and HTML, and one way to write rates with intervals.
 
 A report is a sequence of `Table`s and lines of text: `print_report` prints it, `report_markdown`
-makes it Markdown. Text is literal everywhere: brackets in it are no markup.
+makes it Markdown, `described_html` what a notebook shows of an object. Text is literal everywhere:
+brackets in it are no markup.
 """
 
+import html
 import io
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -177,6 +179,22 @@ class Table:
             parts.insert(0, f"{'#' * level} {self.title}" if level else f"{self.title}:")
         return "\n\n".join([*parts, *self.captions])
 
+    def to_html(self) -> str:
+        """Return the table as a notebook shows it, everything in it escaped."""
+        aligned = [f' style="text-align:{column.align}"' for column in self.columns]
+        heads = [
+            f"<th{a}>{_html(one.name)}</th>" for a, one in zip(aligned, self.columns, strict=True)
+        ]
+        lines = [f"<thead><tr>{''.join(heads)}</tr></thead>"]
+        for cells, _ in self.filled_rows:
+            texts = [
+                f"<td{a}>{_html(_text(cell))}</td>" for a, cell in zip(aligned, cells, strict=True)
+            ]
+            lines.append(f"<tr>{''.join(texts)}</tr>")
+        title = [f"<p>{_html(self.title)}</p>"] if self.title else []
+        captions = [f"<p>{_html(line)}</p>" for line in self.captions]
+        return "\n".join([*title, f"<table>{''.join(lines)}</table>", *captions])
+
 
 Part = Table | Text | str
 
@@ -219,6 +237,47 @@ def report_markdown(parts: Iterable[Part]) -> str:
     return "\n\n".join(
         part.to_markdown(0) if isinstance(part, Table) else str(part).strip() for part in parts
     )
+
+
+def described(name: str, facts: Mapping[str, object]) -> str:
+    """Return the text that an object shows of itself: its class, and a fact a line."""
+    width = max(map(len, facts), default=0)
+    lines = [f"    {key:{width}}  {value}" for key, value in facts.items()]
+    return "\n".join([f"<blora_pyro.{name}>", *lines])
+
+
+def described_html(
+    name: str, facts: Mapping[str, object], sections: Mapping[str, Sequence[Part]]
+) -> str:
+    """Return what a notebook shows of an object, as ArviZ does it: facts, and sections to open.
+
+    Args:
+        name: Its class.
+        facts: Shown always.
+        sections: Tables and lines by heading; the first is open. Empty ones are left out.
+    """
+    filled = {heading: parts for heading, parts in sections.items() if parts}
+    lines = [
+        f"<tr><td>{_html(key)}</td><td>{_html(value)}</td></tr>" for key, value in facts.items()
+    ]
+    head = f"<strong>blora_pyro.{_html(name)}</strong><table>{''.join(lines)}</table>"
+    folded = [
+        f"<details{'' if place else ' open'}><summary>{_html(heading)}</summary>"
+        f"{report_html(parts)}</details>"
+        for place, (heading, parts) in enumerate(filled.items())
+    ]
+    return "\n".join(['<div class="blora-pyro">', head, *folded, "</div>"])
+
+
+def report_html(parts: Iterable[Part]) -> str:
+    """Return tables and lines as HTML."""
+    return "\n".join(
+        part.to_html() if isinstance(part, Table) else f"<p>{_html(part)}</p>" for part in parts
+    )
+
+
+def _html(text: object) -> str:
+    return html.escape(escaped(str(text)))
 
 
 def _literal(text: str, style: str = "") -> Text:

@@ -1,4 +1,5 @@
 import io
+from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
@@ -9,6 +10,8 @@ from blora_pyro.tables import (
     Percent,
     Table,
     Terminal,
+    described,
+    described_html,
     figure_columns,
     number,
     percent,
@@ -128,3 +131,43 @@ def test_a_text_is_plain_wherever_it_is_made(monkeypatch, name):
     monkeypatch.setenv(name, "1")
     text = report_text([errors_table()])
     assert "\x1b" not in text and "44.7" in text
+
+
+def test_a_long_name_is_folded_and_not_cut():
+    table = Table(text_columns("folder", "prior"))
+    table.add_row("x" * 30, "y" * 40)
+    text = "".join("".join(rendered(table, width=40)).split())
+    assert "x" * 30 not in text and text.count("x") == 30 and text.count("y") == 40
+
+
+def test_an_object_tells_of_itself_in_a_few_lines():
+    assert described("Run", {"base": "pocket", "steps": 40}) == (
+        "<blora_pyro.Run>\n    base   pocket\n    steps  40"
+    )
+
+
+def test_html_is_whole_and_holds_others_words_as_text():
+    evil = "<script>alert(1)</script> & \x1b[31m"
+    table = Table(
+        [*text_columns(f"set {evil}"), *figure_columns("rate")], title=evil, captions=[evil]
+    )
+    table.add_row(evil, Percent(0.5, (0.4, 0.6)), emphasis="bold")
+    table.add_section()
+    shown = described_html(
+        "Run", {"base": evil}, {"Errors": [table, evil, Text(evil)], "None": [], evil: ["more"]}
+    )
+    open_tags, seen = [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            open_tags.append(tag)
+            seen.append(tag)
+
+        def handle_endtag(self, tag):
+            assert open_tags.pop() == tag
+
+    Reader().feed(shown)
+    assert open_tags == [] and "script" not in seen and "\x1b" not in shown
+    assert seen.count("details") == 2 and shown.count("<details open>") == 1
+    assert shown.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; \\x1b[31m") == 8
+    assert '<td style="text-align:right">50.0 [40.0, 60.0]</td>' in shown

@@ -34,6 +34,14 @@ from blora_pyro.posterior.storage import (
     write_adapter,
     write_posterior,
 )
+from blora_pyro.tables import (
+    Part,
+    Table,
+    described,
+    described_html,
+    figure_columns,
+    text_columns,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,11 +108,41 @@ class Posterior:
         )
         return replace(posterior, language_map=dict(language_map or {}))
 
-    def __repr__(self) -> str:
-        """Name base, family and size in a line, without the tensors."""
+    @property
+    def _facts(self) -> dict[str, object]:
+        arguments = ", ".join(f"{name} {one}" for name, one in self.family.prior_args.items())
         layers = sum(len(group.modules) for group in self.groups)
-        about = f"base={self.base!r}, prior={self.family.prior!r}, guide={self.family.guide!r}"
-        return f"Posterior({about}, {layers} layers, {self.num_weights:,} weights)"
+        facts: dict[str, object] = {
+            "base": self.base + (f" at {self.revision}" if self.revision else ""),
+            "prior": self.family.prior + (f" ({arguments})" if arguments else ""),
+            "guide": self.family.guide,
+            "adapter": f"{self.num_weights:,} weights in {layers} layers, rank {self.rank}",
+        }
+        if self.pooling is not None:
+            facts["domains"] = ", ".join(self.pooling.domains)
+        return facts if self.strength == 1 else {**facts, "strength": f"{self.strength:g}"}
+
+    def __repr__(self) -> str:
+        """Tell of base, family and size in a few lines, without the tensors."""
+        return described("Posterior", self._facts)
+
+    def _repr_html_(self) -> str:
+        """Tell the same in a notebook, with sections that can be opened."""
+        names = [", ".join(group.modules) for group in self.groups]
+        sections: dict[str, Sequence[Part]] = {"Layers by shape": self.layer_tables()}
+        return described_html("Posterior", self._facts, {**sections, "Names of layers": names})
+
+    def layer_tables(self) -> list[Part]:
+        """Return a table of the layers by shape, with their sites."""
+        columns = [
+            *text_columns("sites"),
+            *figure_columns("layers", "rank", "out", "in", "scaling"),
+        ]
+        table, scalings = Table(columns), self.scalings
+        for group in self.groups:
+            sizes = len(group.modules), group.rank, group.out_features, group.in_features
+            table.add_row(f"{group.A.name}, {group.B.name}", *sizes, f"{scalings[group.key]:g}")
+        return [table]
 
     def for_domain(self, domain: str | None = None) -> "Posterior":
         """The posterior of one domain's factors, or of the part that all domains share.

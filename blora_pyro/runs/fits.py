@@ -30,14 +30,16 @@ from blora_pyro.runs.record import FINISHED, FITTING, RUN, state_of
 from blora_pyro.runs.report import (
     NOTHING_MEASURED,
     alarm_line,
+    dev_line,
     error_changes,
     fit_tables,
     kept_line,
 )
 from blora_pyro.runs.scoring import Scoring, compare
+from blora_pyro.runs.shown import in_words, options_table
 from blora_pyro.runs.utterances import utterance_rows
 from blora_pyro.sources import Source
-from blora_pyro.tables import report_text
+from blora_pyro.tables import described, described_html, report_text
 
 
 @dataclass(repr=False)
@@ -66,12 +68,32 @@ class Run:
         """The table of errors before and after, and the lines below it, as text."""
         return report_text(fit_tables(self.metrics)) if self.metrics else NOTHING_MEASURED
 
+    @property
+    def _facts(self) -> dict[str, object]:
+        config, facts = self.config, {"output": self.output} if self.output else {}
+        return {
+            **facts,
+            "base": config.base,
+            "data": ", ".join(config.domains),
+            "prior": f"{config.prior}, beta {in_words(config.beta)}",
+            "steps": self.history[-1].step if self.history else 0,
+            "errors in %": ", ".join(error_changes(self.metrics)) or "not measured",
+        }
+
     def __repr__(self) -> str:
-        """Name the fit, and what it changed, in a line."""
-        data = ", ".join(self.config.domains)
-        about = [f"data={data}", f"prior={self.config.prior}", f"beta={self.config.beta:g}"]
-        about += [f"steps={self.history[-1].step if self.history else 0}", f"output={self.output}"]
-        return f"Run({', '.join([*about, *error_changes(self.metrics)])})"
+        """Tell of the fit, and what it changed, in a few lines."""
+        return described("Run", self._facts)
+
+    def _repr_html_(self) -> str:
+        """Tell the same in a notebook, with sections that can be opened."""
+        errors = fit_tables(self.metrics) if self.metrics else [NOTHING_MEASURED]
+        dev = [dev_line(self.dev)] if self.dev else []
+        sections = {
+            "Errors": [*errors, *dev],
+            "Options": [options_table(self.config.to_json())],
+            "Posterior": self.posterior.layer_tables(),
+        }
+        return described_html("Run", self._facts, sections)
 
 
 @known_keywords("fit()", FitConfig)

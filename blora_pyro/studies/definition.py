@@ -8,13 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from blora_pyro.data import split_names
+from blora_pyro.declarations import flag_of
 from blora_pyro.errors import UserError
 from blora_pyro.guides import with_prior_arguments
 from blora_pyro.options import AUTO, POCKET, FitConfig, fit_command
 from blora_pyro.runs.scoring import DEV_SPLITS
+from blora_pyro.runs.shown import in_words
 from blora_pyro.sources import Source, describe_source
 from blora_pyro.studies.methods import AFTER, BASE, SHARE, Candidate, Method, is_of
 from blora_pyro.studies.results import DEV, TEST, Key, ScoredFit
+from blora_pyro.tables import Table, described, described_html, text_columns
 
 SETTING = re.compile(r"(all|[1-9]\d*)x([1-9]\d*)")
 
@@ -40,7 +43,7 @@ class Setting:
         return "{} utterances, {} steps".format(*match.groups()) if match else self.name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Study:
     """Methods, fitted to data sets with seeds in settings.
 
@@ -63,6 +66,40 @@ class Study:
     only_choose: bool = False
     neighbours: bool = True
     row: Candidate | None = None
+
+    @property
+    def _facts(self) -> dict[str, object]:
+        names = [" ".join(filter(None, (one.base, one.name))) for one in self.settings]
+        return {
+            "settings": ", ".join(names),
+            "data": ", ".join(self.data),
+            "seeds": ", ".join(map(str, self.seeds)),
+            "methods": ", ".join(self.methods),
+        }
+
+    def __repr__(self) -> str:
+        """Tell what is compared in a few lines."""
+        return described("Study", self._facts)
+
+    def _repr_html_(self) -> str:
+        """Tell the same in a notebook, with sections that can be opened."""
+        methods = Table(text_columns("method", "knob", "values", "options"))
+        for one in self.methods.values():
+            methods.add_row(
+                one.title or one.name, one.knob, in_words(one.values), in_words(one.options)
+            )
+        settings = Table(text_columns("base", "setting", "options"))
+        for setting in self.settings:
+            settings.add_row(setting.base, setting.title, in_words(setting.options))
+        data = Table(text_columns("name", "source"))
+        for name, source in self.data.items():
+            data.add_row(name, describe_source(source))
+        options = Table(text_columns("option", "value"))
+        for name, value in self.options.items():
+            options.add_row(flag_of(FitConfig, name), in_words(value))
+        sections = {"Methods": methods, "Settings": settings, "Data": data, "Options": options}
+        filled = {name: [table] for name, table in sections.items() if table.rows}
+        return described_html("Study", self._facts, filled)
 
     def base_config(self, setting: Setting) -> FitConfig:
         """Return what all fits of a setting share."""

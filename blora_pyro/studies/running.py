@@ -34,7 +34,7 @@ SCORES = "scores"  # attribute of a trial: rows of the table
 RUNS = "fits"  # folder of the run folders
 
 
-@dataclass
+@dataclass(repr=False)
 class StudyRun:
     """A study in its output folder, as far as it has come.
 
@@ -60,6 +60,10 @@ class StudyRun:
         self._read: set[int] = set()  # numbers of trials
         self._checked: set[Key] = set()
         self._fits: dict[object, BaseFits] = {}  # only of the last base
+
+    def __repr__(self) -> str:
+        """Tell what is run, and how far it has come."""
+        return f"{self.study!r}\nin {self.output}, {len(self.scores)} rows in {self.results}"
 
     def refresh(self) -> None:
         """Read the scores that are there: of the table, and of other processes' trials."""

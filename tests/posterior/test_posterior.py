@@ -9,6 +9,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from blora_pyro.adapters import Group
 from blora_pyro.errors import UserError
 from blora_pyro.posterior import Posterior
+from blora_pyro.posterior.strength import at_strength
 
 from .conftest import adapted, logits, posterior_of
 
@@ -122,6 +123,21 @@ def test_delta_weights_are_alpha_over_rank_times_b_a(net, posterior):
             a, b = posterior.mean[group.A.name][place], posterior.mean[group.B.name][place]
             assert deltas[name].shape == net.get_submodule(name).weight.shape
             torch.testing.assert_close(deltas[name], 2.5 * torch.einsum("or,ri->oi", b, a))
+
+
+def test_it_prints_as_a_few_lines_and_as_sections_of_a_notebook(random_posterior):
+    posterior = random_posterior(0)
+    head, *lines = repr(posterior).splitlines()
+    facts = dict(line.split(maxsplit=1) for line in lines)
+    assert head == "<blora_pyro.Posterior>"
+    assert facts["prior"] == "normal (scale 0.5)"
+    layers = sum(len(group.modules) for group in posterior.groups)
+    size = f"{posterior.num_weights:,} weights in {layers} layers, rank 4"
+    assert facts["adapter"] == size and "strength" not in facts
+    assert "    strength  0.5" in repr(at_strength(posterior, 0.5)).splitlines()
+    shown = posterior._repr_html_()
+    assert "<summary>Layers by shape</summary>" in shown and "A_16x16, B_16x16" in shown
+    assert posterior.groups[0].modules[0] in shown and len(shown) < 20_000
 
 
 def test_rank_and_number_of_weights(net):

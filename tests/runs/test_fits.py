@@ -87,15 +87,27 @@ def test_metrics_json_holds_what_the_run_measured(finished_run, fit_options):
     assert metrics["sparsity"] == finished_run.posterior.sparsity()
 
 
-def test_a_run_prints_as_a_line_and_its_table_is_at_hand(finished_run):
-    assert re.fullmatch(
-        r"Run\(data=\S+tones0, prior=normal, beta=1e-05, steps=40, output=\S+finished, "
-        r"WER \d+\.\d -> 0\.0, backward 0\.0 -> \d+\.\d\)",
-        repr(finished_run),
-    )
-    assert len(repr(finished_run.posterior)) < 200
+def test_a_run_prints_as_a_few_lines_and_its_table_is_at_hand(finished_run):
+    head, *lines = repr(finished_run).splitlines()
+    facts = dict(line.split(maxsplit=1) for line in lines if "errors in %" not in line)
+    assert head == "<blora_pyro.Run>"
+    assert facts["output"] == str(finished_run.output)
+    assert facts["data"].endswith("tones0") and facts["prior"] == "normal, beta 1e-05"
+    assert facts["steps"] == "40"
+    errors = r"    errors in %  WER \d+\.\d -> 0\.0, backward 0\.0 -> \d+\.\d"
+    assert re.fullmatch(errors, lines[-1])
     assert "new domain" in finished_run.table
     assert "normalizer: unicode" in finished_run.table
+
+
+def test_a_notebook_shows_a_run_with_sections_to_open(finished_run):
+    shown = finished_run._repr_html_()
+    for heading in ("Errors", "Options", "Posterior"):
+        assert f"<summary>{heading}</summary>" in shown
+    assert shown.count("<details open>") == 1
+    assert "backward average" in shown and "--beta" in shown and "A_16x16" in shown
+    bare = replace(finished_run, metrics={}, output=None, history=[])
+    assert "not measured" in repr(bare) and "nothing was measured" in bare._repr_html_()
 
 
 def test_the_fit_learns_the_new_domain(finished_run):

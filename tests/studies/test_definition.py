@@ -30,6 +30,19 @@ def test_the_fit_of_a_score_has_all_its_options(short):
     assert config.sources == ("de-en",)
 
 
+def test_a_study_prints_as_a_few_lines_and_as_sections_of_a_notebook(short):
+    head, *lines = repr(short).splitlines()
+    assert head == "<blora_pyro.Study>"
+    facts = dict(line.split(maxsplit=1) for line in lines)
+    assert facts["settings"] == "pocket allx2, pocket allx3"
+    assert (facts["data"], facts["seeds"]) == ("de-en", "0, 1, 2")
+    assert facts["methods"].startswith("base, lora, ")
+    shown = short._repr_html_()
+    for heading in ("Methods", "Settings", "Data", "Options"):
+        assert f"<summary>{heading}</summary>" in shown
+    assert "--rank" in shown and "3 steps" in shown
+
+
 def test_replay_draws_a_share_from_the_backward_sets(short):
     config = spec(short, "replay-lora:0.2:0.003").config
     assert config.sources == ("de-en", "de", "en")
