@@ -47,10 +47,12 @@ def clean_slate():
     pyro.set_rng_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def without_bfloat16_units(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def without_bfloat16_units():
     """Fits of bases other than the pocket are in float32, whatever machine runs the tests."""
-    monkeypatch.setattr("blora_pyro.models.base.has_bfloat16_units", lambda device: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blora_pyro.models.base.has_bfloat16_units", lambda device: False)
+        yield
 
 
 @pytest.fixture(autouse=True)

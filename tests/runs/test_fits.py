@@ -54,7 +54,7 @@ def test_a_run_folder_holds_the_adapter_the_posterior_and_the_figures(finished_r
 
 def test_run_json_holds_the_resolved_configuration(finished_run, run_json, fit_options):
     resolved = {"alpha": 8.0, "guide": "normal", "prior_args": {"scale": 0.05}, "warmup_steps": 4}
-    resolved["device"] = resolve_device("auto")
+    resolved |= {"device": resolve_device("auto"), "precision": "fp32"}
     expected = replace(FitConfig(**fit_options), **resolved)
     assert run_json["config"] == expected.to_json()
     assert finished_run.config == expected
