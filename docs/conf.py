@@ -83,6 +83,8 @@ def _command(name: str, command: Any) -> list[str]:
         else:
             arguments.append(one.metavar or one.name.upper() + "..." * (one.nargs < 0))
             shown = f"`{arguments[-1]}`"
+            if not one.required:
+                arguments[-1] = f"[{arguments[-1]}]"
         rows.append(f"| {_cell(shown)} | {_cell(one.help or '')} |")
     usage = " ".join(["blora-pyro", name, *arguments])
     text = [f"## {name}", f"```\n{usage}\n```", (command.help or "").strip()]
