@@ -4,7 +4,7 @@
 
 One fit for each family, the command line's defaults otherwise; then `prune` at one standard
 deviation. Run folders that are there are used as they are, so that it can be stopped. Prints the
-README's table; results with intervals are in `experiments/priors/priors.json`.
+table of docs/results.md; results with intervals are in `experiments/priors/priors.json`.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def figures(folder: Path, small: Path) -> dict[str, Any]:
 
 
 def line(prior: str, found: dict[str, Any]) -> str:
-    """Return a row of the README's table."""
+    """Return a row of the table in docs/results.md."""
     weights = found["pruned"]["pruned"]["adapter_weights"]
     cost = 100 * found["pruned"]["new_domain"]["difference"]
     new, forgetting = found["new_domain"]["adapted"], found["forgetting"]
