@@ -1,4 +1,4 @@
-"""Sentences drawn from the slot grammars in `grammar/`, monolingual and code-switched."""
+"""Sentences drawn from the slot grammars in `grammars.toml`, monolingual and code-switched."""
 
 import random
 import tomllib
@@ -25,9 +25,9 @@ class Grammar:
 
     @classmethod
     def load(cls, language: str) -> "Grammar":
-        """Read `grammar/LANGUAGE.toml`."""
-        path = Path(__file__).parent / "grammar" / f"{language}.toml"
-        rules = tomllib.loads(path.read_text(encoding="utf-8"))
+        """Read that of a language from `grammars.toml`."""
+        path = Path(__file__).with_name("grammars.toml")
+        rules = tomllib.loads(path.read_text(encoding="utf-8"))[language]
         return cls(rules.pop("language"), rules)
 
     def expand(self, phrase: str, rng: random.Random, switched: dict[str, "Grammar"]) -> list[Word]:
