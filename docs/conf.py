@@ -33,6 +33,7 @@ exclude_patterns = ["_build"]
 default_role = "code"  # our docstrings write `code`
 smartquotes = False  # it would make one dash of an option's two
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "off"  # the committed outputs are shown
 autodoc_member_order = "bysource"
 html_theme = "furo"
