@@ -80,7 +80,7 @@ def transcribe(
         str,
         typer.Option(
             metavar="auto|torch|ctranslate2",
-            help="What decodes. ctranslate2 needs blora-pyro[fast], has no --samples, and keeps a "
+            help="What decodes. ctranslate2 needs the extra fast, has no --samples, and keeps a "
             "converted model in the cache; auto takes it where it can do what is asked for.",
         ),
     ] = AUTO,

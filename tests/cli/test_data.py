@@ -4,12 +4,15 @@ from blora_pyro.diagnostics.data_check import DataCheck
 from .conftest import complaint, parsed, run, well
 
 
-def test_data_check_exits_with_1_if_a_fit_would_refuse(fluent_folder, tones_folder, tmp_path):
+def test_data_check_exits_with_1_if_a_fit_would_refuse(
+    fluent_folder, tones_folder, tmp_path, monkeypatch
+):
     base = ("--base", fluent_folder)
     out = well("data", "check", tones_folder, tones_folder / "de.jsonl", *base)
     assert "a fit would take every row" in out
     (tmp_path / "train.jsonl").write_text("?", encoding="utf-8")
-    result = run("data", "check", tmp_path, *base)
+    monkeypatch.chdir(tmp_path)  # a long path would break the line
+    result = run("data", "check", ".", *base)
     assert result.exit_code == 1 and "not JSON: '?'" in result.stdout
     result = run("data", "check", tmp_path, "--json", *base)
     assert result.exit_code == 1 and parsed(result.stdout)["sets"][0]["refused"] == {"row": 1}
