@@ -7,6 +7,7 @@ brackets in it are no markup.
 
 import html
 import io
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ def number(value: float | None, form: str) -> str:
 
 def percent(share: float | None, form: str = ".1f") -> str:
     """Return a share in percent, without the sign `%`, or a dash for None."""
-    return number(None if share is None else 100 * share, form)
+    text = number(None if share is None else 100 * share, form)
+    return re.sub(r"^[-+](0\.?0*)$", "+\\1" if form.startswith("+") else "\\1", text)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from blora_pyro.runs.measurements import Change, check_metrics
 from blora_pyro.runs.record import EVALUATING, FINISHED, FITTING, METRICS, RUN, conforms
 from blora_pyro.tables import Part, Percent, Table, figure_columns, percent, text_columns
 
+UNKNOWN = datetime.fromtimestamp(0).astimezone()  # where a run's time can't be read
 RUNNING, INTERRUPTED, UNFINISHED, BROKEN = "running", "interrupted", "unfinished", "broken"
 
 
@@ -103,8 +104,10 @@ def _listed(folder: Path) -> ListedRun | None:
     """Return a run as it is listed, None if it is gone."""
     try:
         when = datetime.fromtimestamp((folder / RUN).stat().st_mtime).astimezone()
-    except OSError:
+    except FileNotFoundError:
         return None
+    except (OSError, OverflowError, ValueError) as error:  # a year that no calendar has
+        return ListedRun(str(folder), UNKNOWN, BROKEN, f"{RUN}: {_why(error)}")
     try:
         about = read_json(folder / RUN)
         options, state = _options_of(about), shown_state(about.get("state", FINISHED), folder)
@@ -122,7 +125,7 @@ def _listed(folder: Path) -> ListedRun | None:
     return ListedRun(**{**vars(run), **_errors_of(metrics)})
 
 
-def _why(error: OSError | ValueError) -> str:
+def _why(error: OSError | OverflowError | ValueError) -> str:
     return getattr(error, "strerror", None) or reason(error)
 
 

@@ -125,9 +125,23 @@ def check_metrics(metrics: dict[str, Any]) -> None:
             if (
                 not conforms(counts, list[int])
                 or not conforms(rates, list[Rate])
+                or not all(_is_possible(rate) for rate in rates)
+                or state.get("metric") != one["base"].get("metric")
                 or state.get("metric") not in [*one["change"]]
             ):
                 raise ValueError(f"a set has {reason(ValueError(state), 60)}")
+
+
+def _is_possible(rate: Rate) -> bool:
+    """Return whether a rate is none below 0, and its interval two ends, both or neither known."""
+    interval = rate["interval"]
+    known = [end for end in interval if end is not None]
+    return (
+        (rate["rate"] or 0) >= 0
+        and len(interval) == 2
+        and len(known) in (0, 2)
+        and known == sorted(known)
+    )
 
 
 def check_measured(

@@ -264,13 +264,18 @@ def _why_unpaired(name: str, one: ShownRun, other: ShownRun) -> str:
         if not (rows := run.rows_of(name)):
             return f"{letter} has no rows of it in {UTTERANCES}"
         measure = run.sets[name]["adapted"]["metric"]
-        known = run.sets[name]["adapted"][measure]["rate"]
-        found = run.counts["adapted"][name].get(measure)
-        if rows[0]["metric"] != measure or found is None or abs(found.rate - (known or 0)) > 1e-9:
-            return f"{UTTERANCES} and {METRICS} of {letter} were not measured together"
+        for state in STATES:
+            known = run.sets[name][state][measure]["rate"]
+            found = run.counts[state].get(name, {}).get(measure)
+            if rows[0]["metric"] != measure or found is None or not _agree(found.rate, known):
+                return f"{UTTERANCES} and {METRICS} of {letter} were not measured together"
         if reason := unlike(run.rows_of(name, "base"), rows):
             return f"{letter} was not scored on the same as its base: {reason}"
     return unlike(one.rows_of(name), other.rows_of(name))
+
+
+def _agree(counted: float, known: float | None) -> bool:
+    return known is None or abs(counted - known) <= 1e-9
 
 
 def _set_content(name: str, one: ShownRun, other: ShownRun, is_paired: bool) -> dict[str, Any]:

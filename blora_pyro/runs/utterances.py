@@ -160,8 +160,10 @@ def _is_time(value: Any) -> bool:
 
 
 def _is_figures(value: Any) -> bool:
-    names = ("edits", "length")
-    return isinstance(value, dict) and all(isinstance(value.get(name), int) for name in names)
+    if not isinstance(value, dict):
+        return False
+    counts = [value.get(name) for name in ("edits", "length")]
+    return all(isinstance(one, int) and 0 <= one < 2**31 for one in counts)
 
 
 def _is_step(value: Any) -> bool:

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from blora_pyro import files
 from blora_pyro.errors import UserError
 from blora_pyro.files import locked
+from blora_pyro.runs import listing
 from blora_pyro.runs.listing import list_runs, run_tables
 from blora_pyro.tables import report_text
 
@@ -151,3 +153,17 @@ def test_a_folder_that_cannot_be_read_is_refused_in_one_line(runs, monkeypatch):
     unreadable = runs
     with pytest.raises(UserError, match=r"can't be read \(Permission denied\)"):
         list_runs(runs)
+
+
+def test_a_time_that_no_calendar_has_does_not_end_the_list(runs, monkeypatch):
+    class Late(datetime):
+        @classmethod
+        def fromtimestamp(cls, *_):
+            raise ValueError("year 11476 is out of range")
+
+    monkeypatch.setattr(listing, "datetime", Late)
+    found = list_runs(runs)
+    assert len(found) == 2
+    assert {(one.state, one.problem) for one in found} == {
+        ("broken", "run.json: year 11476 is out of range")
+    }

@@ -58,6 +58,32 @@ def test_every_key_of_the_metrics_is_shown_or_refused_in_one_line(old_runs):
     assert refused > 100
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rate", -5.0),
+        ("interval", [0.1]),
+        ("interval", []),
+        ("interval", [0.1, 0.2, 0.3]),
+        ("interval", [0.9, 0.1]),
+        ("interval", [None, 0.1]),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(old_runs, key, value):
+    metrics = json.loads((old_runs / "normal" / "metrics.json").read_text(encoding="utf-8"))
+    check_metrics(metrics)
+    metrics["new_domain"]["adapted"]["wer"][key] = value
+    with pytest.raises(ValueError, match="a set has"):
+        check_metrics(metrics)
+
+
+def test_a_set_has_one_measure_before_and_after(old_runs):
+    metrics = json.loads((old_runs / "normal" / "metrics.json").read_text(encoding="utf-8"))
+    metrics["new_domain"]["base"]["metric"] = "cer"
+    with pytest.raises(ValueError, match="a set has"):
+        check_metrics(metrics)
+
+
 MISSING = object()
 
 
