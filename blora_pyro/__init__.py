@@ -26,6 +26,7 @@ __all__ = [
     "prune",
     "read_run",
     "transcribe",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from blora_pyro.runs.folders import read_run
     from blora_pyro.runs.keeping import keep_adapter
     from blora_pyro.runs.loading import load_examples
+    from blora_pyro.runs.report_page import write_report
 
 _HOMES = {
     "BLoRA": "models",
@@ -59,6 +61,7 @@ _HOMES = {
     "prune": "posterior.pruning",
     "read_run": "runs.folders",
     "transcribe": "runs.engines",
+    "write_report": "runs.report_page",
 }
 
 

@@ -23,7 +23,7 @@ _RUN_ID = re.compile(rf"{REPO_ID.pattern}(@\S+)?")
 # Of a branch, tag or commit, whose parts become folders of the Hub's cache.
 _REVISION = re.compile(r"\w[\w.+@#=-]*(/\w[\w.+@#=-]*)*")
 _POSTERIOR, _ADAPTER = "posterior.safetensors", "adapter_config.json"
-_RUN_FILES = (_POSTERIOR, "run.json", _ADAPTER)
+_RUN_FILES = (_POSTERIOR, "run.json", "metrics.json", _ADAPTER)
 
 
 @dataclass(frozen=True)

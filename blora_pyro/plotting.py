@@ -1,9 +1,12 @@
-"""What all plots share: page width, font sizes, a palette safe for colour-blind eyes."""
+"""What all plots share: page width, font sizes, a palette safe for colour-blind eyes, axes."""
 
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # Okabe and Ito's palette, https://jfly.uni-koeln.de/color
 BLACK, GREY = "#000000", "#8c8c8c"
@@ -37,3 +40,29 @@ def tick_at_1_2_5(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of a plot that a page draws itself: it begins and ends with a tick.
+
+    Attributes:
+        ticks: Two or more round numbers, rising.
+    """
+
+    ticks: tuple[float, ...]
+
+    @classmethod
+    def over(cls, values: Iterable[float | None], most: int = 6) -> "Axis":
+        """Return an axis that holds the values that are known, in at most `most` steps."""
+        known = [one for one in values if one is not None and math.isfinite(one)] or [0.0]
+        low, high = min(known), max(known)
+        if high - low < 1e-9 * max(1.0, abs(low), abs(high)):
+            low, high = low - 1, high + 1
+        ticks = MaxNLocator(most, steps=[1, 2, 5, 10]).tick_values(low, high)
+        return cls(tuple(round(float(one), 12) for one in ticks))
+
+    def at(self, value: float) -> float:
+        """Return how far from the low end a value is, in percent; what is beyond is at an end."""
+        low, *_, high = self.ticks
+        return round(100 * min(max((value - low) / (high - low), 0.0), 1.0), 2)

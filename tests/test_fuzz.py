@@ -50,9 +50,10 @@ from blora_pyro.posterior.storage import POSTERIOR_FILE
 from blora_pyro.publishing.uploads import write_public_run
 from blora_pyro.runs.engines import Which
 from blora_pyro.runs.fit_folders import FitFolder
-from blora_pyro.runs.folders import RUN, read_run
+from blora_pyro.runs.folders import RUN, UTTERANCES, read_run
 from blora_pyro.runs.listing import list_runs, run_tables
-from blora_pyro.runs.record import RunRecord, versions
+from blora_pyro.runs.record import METRICS, RunRecord, versions
+from blora_pyro.runs.report_page import write_report
 from blora_pyro.runs.shown import ShownRun, show_run, side_by_side
 from blora_pyro.tables import report_text
 
@@ -277,7 +278,8 @@ def good_run(world: World) -> Any:
     """The `run.json` of a fit that is done, beside its posterior."""
     posterior(False).save(world.folder / "fitted")
     config = FitConfig(data="de-en", backward={"en": "en"}, keep=1, steps=2, target_modules="fc1")
-    points = [{"strength": 0.0}, {"strength": 1.0}]
+    rates = {"new_domain": RATE, "backward_error": RATE, "forgetting": CHANGE}
+    points = [{"strength": 0.0, **rates}, {"strength": 1.0, **rates}]
     record = RunRecord(
         state="finished",
         options=config.to_json(),
@@ -296,10 +298,60 @@ def good_run(world: World) -> Any:
             "confidence": 0.9,
             "strength": 1.0,
             "losses": {"average": 0.0},
-            "curve": {"points": points},
+            "curve": {"split": "dev", "metric": "wer", "points": points},
         },
     )
     return record.to_json()
+
+
+RATE = {"rate": 0.1, "interval": [0.05, 0.2]}
+CHANGE = {"difference": 0.1, "interval": [0.05, 0.2]}
+BOTH = {
+    "base": {"metric": "wer", "wer": RATE},
+    "adapted": {"metric": "wer", "wer": RATE, "loops": 1},
+    "change": {"wer": CHANGE},
+}
+
+
+MEASURED = {
+    **{"normalizer": "unicode", "heard": "x", "split": "test", "sets": {"en": "5e7"}},
+    "new_domain": {"name": "de-en", **BOTH},
+    "domains": {"calls": BOTH},
+    "backward": {"en": {"drift": True, **BOTH}},
+    "backward_error": {"base": RATE, "adapted": RATE, "change": CHANGE},
+    "contract": {
+        **{"limits": {"en": 0.1}, "strength": 1.0, "holds": True},
+        "losses": {"average": 0.0, "en": 0.0},
+    },
+    "sparsity": {"A": 0.1, "B": 0.1, "delta_w": 0.1},
+    "alarm": {"step": 2, "kept_step": 1, "reason": "x"},
+}
+HEARD = {
+    **{"set": "en", "set_fingerprint": "5e7", "state": "adapted", "utterance": 0, "origin": "x"},
+    **{"audio": "x.wav", "start": 0.0, "end": 1.0, "language": "en", "metric": "wer"},
+    **{"edits": 1, "length": 2, "pier": {"edits": 0, "length": 1}},
+    "alignment": [["=", "the", "the", "pier"], ["S", "red", "bed"]],
+}
+
+
+def reported(name: str, good: Any) -> Target:
+    """Another file of a run, which its report shows."""
+
+    def make(world: World) -> Any:
+        (world.folder / name).mkdir()
+        content = good_run(world)
+        shutil.copytree(world.folder / "fitted", world.folder / name, dirs_exist_ok=True)
+        (world.folder / name / RUN).write_text(json.dumps(content))
+        (world.folder / name / METRICS).write_text(json.dumps(MEASURED))
+        return good
+
+    def read(world: World, content: Any) -> None:
+        rows = content if isinstance(content, list) else [content]
+        text = "\n".join(map(json.dumps, rows)) if name == UTTERANCES else json.dumps(content)
+        (world.folder / name / name).write_text(text)
+        write_report([world.folder / name])
+
+    return Target(make, read, 20)
 
 
 def read_one(world: World, content: Any) -> None:
@@ -315,6 +367,7 @@ def read_one(world: World, content: Any) -> None:
         lambda: report_text(run_tables(folder, list_runs(folder))),
         lambda: report_text(show_run(ShownRun.read(folder))[1]),
         lambda: report_text(side_by_side(*2 * [ShownRun.read(folder)])[1]),
+        lambda: (not CASES and len(json.dumps(content)) % 4) or write_report([folder]),
     ):
         try:
             way()
@@ -327,6 +380,8 @@ def read_one(world: World, content: Any) -> None:
 
 TARGETS = {
     "run": Target(good_run, read_one),
+    METRICS: reported(METRICS, MEASURED),
+    UTTERANCES: reported(UTTERANCES, [HEARD, {**HEARD, "state": "base"}]),
     "Parquet rows": Target(good_rows("bytes"), read_rows, 40),
     "Parquet rows of arrays": Target(good_rows("array"), read_rows, 40),
     "posterior": Target(good_posterior(False), read_posterior(False)),

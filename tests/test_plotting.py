@@ -1,7 +1,9 @@
 import matplotlib.pyplot as plt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from blora_pyro.plotting import WIDTH, label_axes, new_figure, tick_at_1_2_5
+from blora_pyro.plotting import WIDTH, Axis, label_axes, new_figure, tick_at_1_2_5
 
 
 def test_a_figure_is_as_wide_as_a_page_and_unknown_to_pyplot():
@@ -31,3 +33,19 @@ def test_a_short_logarithmic_axis_has_ticks_at_1_2_and_5():
     figure.draw_without_rendering()
     labels = [label.get_text() for label in panel.get_xticklabels()]
     assert [text for text in labels if text in ("1", "2", "5", "10")] == ["1", "2", "5", "10"]
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6)), max_size=9))
+def test_an_axis_holds_its_values_between_round_ends(values):
+    axis = Axis.over(values)
+    assert 2 <= len(axis.ticks) <= 9 and list(axis.ticks) == sorted({*axis.ticks})
+    places = [axis.at(one) for one in values if one is not None]
+    assert len({*places}) == len({*values} - {None}) or max(places) - min(places) < 100
+    assert (axis.at(axis.ticks[0]), axis.at(axis.ticks[-1])) == (0, 100)
+
+
+def test_an_axis_has_ticks_at_round_numbers():
+    assert Axis.over([0, 0.17, 43.2]).ticks == (0, 10, 20, 30, 40, 50)
+    assert Axis.over([-34.1, 0]).ticks == (-40, -30, -20, -10, 0)
+    assert Axis.over([3.0, 3.0]).ticks[0] == 2 and Axis.over([3.0, 3.0]).ticks[-1] == 4
+    assert Axis.over([]).at(0) == 50

@@ -12,7 +12,7 @@ from blora_pyro import __version__
 HOMES = {
     "fit": "fit",
     **dict.fromkeys(("study", "sweep", "compare"), "study"),
-    **dict.fromkeys(("runs", "show", "evaluate", "errors", "diagnose"), "runs"),
+    **dict.fromkeys(("runs", "show", "evaluate", "report", "errors", "diagnose"), "runs"),
     **dict.fromkeys(("keep", "prune", "combine"), "exports"),
     "priors": "runs",
     "transcribe": "transcribe",

@@ -228,6 +228,13 @@ def push_to_hub(
             show_default="none",
         ),
     ] = None,
+    with_report: Annotated[
+        bool,
+        typer.Option(
+            "--with-report",
+            help="Upload the report, too: with transcripts of the test sets, without audio.",
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(help="Write what would be uploaded to this folder, and upload nothing."),
@@ -243,7 +250,8 @@ def push_to_hub(
         from blora_pyro.publishing.uploads import push_run, write_public_run
         from blora_pyro.runs.folders import read_run, written_folder
 
-        card = {"revision": revision, "base": base, "license": license}
+        card: dict[str, Any] = {"revision": revision, "base": base, "license": license}
+        card["with_report"] = with_report
         if output is not None:
             own_base = read_run(run, pooled=True)[1].resolved.base
             with written_folder(output, overwrite, run, own_base) as folder:

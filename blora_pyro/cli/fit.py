@@ -75,6 +75,8 @@ def fit(given: dict[str, Any], where: dict[str, Any], how: dict[str, Any]) -> No
         if not is_main():
             return
         more = [dev_line(run.dev)] if run.dev else []
+        report = folder / "report.html"
+        more += [f"report: {report}"] if report.is_file() else []
         more.append(f"run folder: {folder}")
         print_result(run.metrics, command.json, lambda: [*fit_tables(run.metrics), *more])
 

@@ -15,6 +15,7 @@ from blora_pyro.cli.common import (
     Overwrite,
     RunFolder,
     StrengthBy,
+    echo,
     help_of,
     one_line_errors,
     print_result,
@@ -177,6 +178,59 @@ def _draw_curve(run: Path, strengths: tuple[float, ...], as_json: bool, **option
     with TerminalProgress() as progress:
         curve = strength_curve(run, strengths, progress, **options)
     print_result(curve, as_json, lambda: strength_tables(curve))
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders or Hub ids of a run, or of several."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The HTML file.",
+            show_default="RUN/report.html; of several runs report.html here",
+        ),
+    ] = None,
+    top: Annotated[
+        int, typer.Option(help="Utterances shown, of those that adaptation changed the most.")
+    ] = 200,
+    samples: Annotated[
+        int,
+        typer.Option(
+            metavar="K", help="Also show how sure the model is of each word, by K posterior draws."
+        ),
+    ] = 0,
+    prior: Annotated[
+        str | None,
+        typer.Option(help="The .py file of the run's own prior, if it has one: its code is run."),
+    ] = None,
+    overwrite: Overwrite = False,
+    device: Device = AUTO,
+) -> None:
+    """Write a page on a run, or on several beside each other: one HTML file, to open in a browser.
+
+    A fit writes it into its folder.
+    """
+    with one_line_errors():
+        check_positive(top=top)
+        quiet_libraries()
+        from blora_pyro.cli.progress import TerminalProgress
+        from blora_pyro.runs.report_page import write_report
+
+        with TerminalProgress() as progress:
+            file = write_report(
+                runs,
+                output,
+                top=top,
+                samples=samples,
+                prior=prior,
+                overwrite=overwrite,
+                device=device,
+                progress=progress,
+            )
+        echo(f"report: {file}")
 
 
 def errors(

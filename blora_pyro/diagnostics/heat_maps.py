@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from blora_pyro.diagnostics.layers import LayerPosition, layer_kinds
+from blora_pyro.diagnostics.layers import LayerPosition, layer_grid, layer_kinds
 from blora_pyro.diagnostics.summaries import Summary
 from blora_pyro.plotting import SMALL, TEXT, TITLE, label_axes, new_figure, tick_at_1_2_5
 
@@ -60,15 +60,7 @@ def _nats(kl: float) -> str:
 
 def _layer_map(values: dict[str, float], numbers: dict[str, str], title: str, unit: str) -> Figure:
     """Plot one value a layer; combinations that do not exist are hatched."""
-    positions = {module: LayerPosition.of(module) for module in values}
-    by_depth = sorted(positions.values(), key=lambda one: one.order)
-    blocks = list(dict.fromkeys(one.block for one in by_depth))
-    by_column = sorted(positions.values(), key=lambda one: one.order_in_block)
-    columns = list(dict.fromkeys(one.column for one in by_column))
-    spots = {
-        module: (blocks.index(one.block), columns.index(one.column))
-        for module, one in positions.items()
-    }
+    blocks, columns, spots = layer_grid(values)
     cells = np.full((len(blocks), len(columns)), np.nan)
     for module, spot in spots.items():
         cells[spot] = values[module]

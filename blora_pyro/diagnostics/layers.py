@@ -79,6 +79,22 @@ def layer_kinds(modules: Iterable[str]) -> list[str]:
     )
 
 
+def layer_grid(
+    modules: Iterable[str],
+) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
+    """Return blocks by depth, columns in the order of computation, and each layer's place."""
+    positions = {module: LayerPosition.of(module) for module in modules}
+    by_depth = sorted(positions.values(), key=lambda one: one.order)
+    blocks = list(dict.fromkeys(one.block for one in by_depth))
+    by_column = sorted(positions.values(), key=lambda one: one.order_in_block)
+    columns = list(dict.fromkeys(one.column for one in by_column))
+    spots = {
+        module: (blocks.index(one.block), columns.index(one.column))
+        for module, one in positions.items()
+    }
+    return blocks, columns, spots
+
+
 @dataclass(frozen=True)
 class KindSummary:
     """Layers of one kind, such as `decoder q_proj`, together; None is a figure that they lack.

@@ -168,23 +168,30 @@ def _spectrum(panel: Any, row: UpdateSummary) -> None:
 
 def trace_plot(history: Sequence[Step], beta: float) -> Figure:
     """Plot NLL and beta · KL by step, and their running means; NLL alone where beta is 0."""
-    steps = np.array([step.step for step in history])
-    parts = {"NLL, nats a token": np.array([step.nll for step in history])}
-    if beta and all(step.kl is not None for step in history):
-        kl = np.array([float(step.kl or 0) for step in history])
-        parts[f"{beta:.2g} · KL, nats a token"] = beta * kl
-    ends = " and ".join(f"{_smooth(v)[-1]:.3g} ({n.partition(',')[0]})" for n, v in parts.items())
+    steps, parts = np.array([step.step for step in history]), loss_parts(history, beta)
+    ends = " and ".join(
+        f"{running_mean(v)[-1]:.3g} ({n.partition(',')[0]})" for n, v in parts.items()
+    )
     figure, axes = new_figure(f"The fit: loss ends at {ends}", 3, 1, len(parts))
     for panel, (name, values) in zip(axes[0], parts.items(), strict=True):
         panel.plot(steps, values, color=SKY, linewidth=0.7, label="step")
-        panel.plot(steps, _smooth(values), color=BLACK, linewidth=1.5, label="running mean")
+        panel.plot(steps, running_mean(values), color=BLACK, linewidth=1.5, label="running mean")
         label_axes(panel, "", "step of SVI", name)
         panel.grid(alpha=0.25, linewidth=0.5)
     axes[0][0].legend(fontsize=SMALL, frameon=False)
     return figure
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def loss_parts(history: Sequence[Step], beta: float) -> dict[str, np.ndarray]:
+    """Return NLL and beta · KL of every step, (steps,), by name; NLL alone where beta is 0."""
+    parts = {"NLL, nats a token": np.array([step.nll for step in history])}
+    if beta and all(step.kl is not None for step in history):
+        kl = np.array([float(step.kl or 0) for step in history])
+        parts[f"{beta:.2g} · KL, nats a token"] = beta * kl
+    return parts
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
     """Return the mean over a window around each step, cut off at the ends."""
     half = max(1, round(SMOOTHING * len(values) / 2))
     window, middle = np.ones(2 * half + 1), slice(half, half + len(values))

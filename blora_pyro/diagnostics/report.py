@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def _as_json(content: Any) -> Any:
 
 def figure_tables(found: Diagnosis) -> list[Part]:
     """Return header, tables and explanations, which `blora-pyro diagnose` shows first."""
-    parts: list[Part] = [*_header(found), "", _kinds_table(found), _layers_table(found)]
+    parts: list[Part] = [*_header(found), "", kinds_table(found.kinds), _layers_table(found)]
     return [*parts, Text(f"How this prior shrinks. {found.explanation}\n")]
 
 
@@ -96,8 +96,9 @@ def _header(found: Diagnosis) -> list[str]:
     return [*lines, text]
 
 
-def _kinds_table(found: Diagnosis) -> Table:
-    has_ranks = any(row.active_ranks["A"] is not None for row in found.kinds)
+def kinds_table(kinds: Sequence[KindSummary]) -> Table:
+    """Return the figures of every kind of layer."""
+    has_ranks = any(row.active_ranks["A"] is not None for row in kinds)
     heads = ["contrac-\ntion", "|mean|\n/ sd", "near 0", "KL\nnats", "a\nweight", "share"]
     heads += ["eff.\nrank", "dirs\n> sd", "‖ΔW‖\n%", *(["active\nranks"] if has_ranks else [])]
     table = Table(
@@ -108,7 +109,7 @@ def _kinds_table(found: Diagnosis) -> Table:
             "directions of ΔW above their sd; ‖ΔW‖: in % of the frozen weight's norm"
         ],
     )
-    for row in found.kinds:
+    for row in kinds:
         active_ranks = [_pair(row.active_ranks, ".1f")] if has_ranks else []
         table.add_row(
             row.kind.removesuffix("_proj"),

@@ -149,7 +149,7 @@ def summarise(posterior: Posterior) -> Summary:
         guide=posterior.family.guide,
         rank=posterior.rank,
         factors=tuple(factors),
-        updates=_summarise_updates(posterior),
+        updates=summarise_updates(posterior),
         scales_kl={name: float(kl.sum()) for name, kl in divergences.items() if kl is not None},
     )
 
@@ -193,7 +193,8 @@ def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
     return {name: None if total is None else total / count for name, total in totals.items()}
 
 
-def _summarise_updates(posterior: Posterior) -> tuple[UpdateSummary, ...]:
+def summarise_updates(posterior: Posterior) -> tuple[UpdateSummary, ...]:
+    """Return the figures of every update, for which no prior is needed."""
     rows = []
     for group, spectrum in zip(posterior.groups, spectra(posterior).values(), strict=True):
         norms = spectrum.values.norm(dim=-1).tolist()

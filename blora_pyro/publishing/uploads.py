@@ -2,7 +2,8 @@
 
 The posterior is saved anew, `run.json` has the parts that commands read, and `metrics.json` is
 copied; of every local path, to data, code or runs, only the last part is kept. The transcripts of
-the test sets (`utterances.jsonl`), checkpoints and plots are not uploaded.
+the test sets (`utterances.jsonl`), checkpoints, plots and the report, which has these transcripts,
+are not uploaded; the report is if that is asked for, without audio.
 """
 
 import os
@@ -27,13 +28,18 @@ from blora_pyro.families import is_code
 from blora_pyro.files import write_json
 from blora_pyro.hub import REPO_ID, is_run_id
 from blora_pyro.options import POCKET
+from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS, POSTERIOR_FILE
 from blora_pyro.publishing.model_card import model_card
-from blora_pyro.runs.folders import ADAPTER, read_run
+from blora_pyro.runs.folders import ADAPTER, REPORT, UTTERANCES, read_run
 from blora_pyro.runs.measurements import read_metrics
-from blora_pyro.runs.record import METRICS, RUN
+from blora_pyro.runs.record import FINISHED, METRICS, RUN, RunRecord
+from blora_pyro.runs.report_page import report_html
+from blora_pyro.runs.scoring import domain_set
+from blora_pyro.runs.shown import ShownRun
+from blora_pyro.runs.utterances import read_utterances
 
-UPLOADED = (*ADAPTER, POSTERIOR_FILE, RUN, METRICS, f"{DOMAIN_FOLDERS}/*", "README.md")
+UPLOADED = (*ADAPTER, POSTERIOR_FILE, RUN, METRICS, REPORT, f"{DOMAIN_FOLDERS}/*", "README.md")
 
 
 def push_run(
@@ -47,6 +53,7 @@ def push_run(
     token: str | None = None,
     base: str | None = None,
     license: str | None = None,
+    with_report: bool = False,
 ) -> str:
     """Upload a run to the Hub, with a model card, over files of the same names.
 
@@ -60,6 +67,7 @@ def push_run(
         token: Access token; None is that of `hf auth login`, or `HF_TOKEN`.
         base: The base's id on the Hub, if the fit had it in a local folder; None is the fit's own.
         license: License of the adapter, as the Hub calls it (`apache-2.0`); None leaves it out.
+        with_report: Upload the report, too: with transcripts of the test sets, without audio.
 
     Returns:
         The URL of the commit, or of the pull request.
@@ -70,7 +78,8 @@ def push_run(
     if create_pr and revision is not None:
         raise UserError(f"create_pr and revision '{revision}' are given; give one")
     with TemporaryDirectory() as folder:
-        write_public_run(run, Path(folder), repo_id, revision=revision, base=base, license=license)
+        about = {"revision": revision, "base": base, "license": license}
+        write_public_run(run, Path(folder), repo_id, **about, with_report=with_report)
         api = HfApi(token=token)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -119,6 +128,7 @@ def write_public_run(
     revision: str | None = None,
     base: str | None = None,
     license: str | None = None,
+    with_report: bool = False,
 ) -> None:
     """Write what `push_run` uploads to an existing folder, for a repository of this id.
 
@@ -148,6 +158,10 @@ def write_public_run(
     write_json(folder / RUN, content)
     if metrics:
         write_json(folder / METRICS, metrics)
+    if with_report:
+        rows = read_utterances(run) if (Path(run) / UTTERANCES).is_file() else []
+        html = _public_report(repo_id, posterior, content, metrics, rows, names)
+        (folder / REPORT).write_text(html, encoding="utf-8")
     card = model_card(repo_id, posterior, content, metrics, revision, license)
     (folder / "README.md").write_text(str(card).rstrip() + "\n", encoding="utf-8")
 
@@ -208,3 +222,19 @@ def _public(content: Any, names: Mapping[str, str]) -> Any:
     windows, posix = PureWindowsPath(content), PurePosixPath(content)
     is_path = windows.is_absolute() or posix.is_absolute()
     return names.get(content, windows.name if is_path else content)
+
+
+def _public_report(
+    name: str,
+    posterior: Posterior,
+    about: dict[str, Any],
+    metrics: Mapping[str, Any],
+    rows: Iterable[Mapping[str, Any]],
+    names: Mapping[str, str],
+) -> str:
+    """Return the report of a run with its texts, and with public names for local ones."""
+    names = {**names, **{domain_set(one): domain_set(new) for one, new in names.items()}}
+    places = ("set", "audio", "origin")
+    public = [{**row, **_public({key: row.get(key) for key in places}, names)} for row in rows]
+    run = ShownRun(name, FINISHED, RunRecord.from_json(about), posterior, {**metrics}, public)
+    return report_html([run], with_audio=False)

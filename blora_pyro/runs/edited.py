@@ -13,7 +13,9 @@ from blora_pyro.posterior.pruning import prune
 from blora_pyro.runs.folders import read_run, write_run, written_folder
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.record import FINISHED, Combined, Pruned, RunRecord, Size
+from blora_pyro.runs.report_page import write_own_report
 from blora_pyro.runs.scoring import Scoring, compare
+from blora_pyro.runs.shown import ShownRun
 
 
 def prune_run(
@@ -61,7 +63,9 @@ def prune_run(
             full = scoring.score(posterior, "full adapter")
             fewer = scoring.score(pruned, "pruned adapter")
             metrics |= compare(pruned, full, fewer, record.resolved)
-        write_run(target, pruned, replace(record, pruned=how, kept=None), metrics)
+        record = replace(record, pruned=how, kept=None)
+        write_run(target, pruned, record, metrics)
+        write_own_report(target, ShownRun(str(out), FINISHED, record, pruned, metrics))
     return metrics
 
 
@@ -129,6 +133,7 @@ def combine_runs(
     bases = {own.resolved.base for _, own in read}
     with written_folder(Path(out), overwrite, *folders, *bases) as target:
         write_run(target, combined, record)
+        write_own_report(target, ShownRun(str(out), FINISHED, record, combined))
     return how
 
 

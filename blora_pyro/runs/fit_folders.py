@@ -44,6 +44,8 @@ from blora_pyro.runs.record import (
     RunRecord,
     versions,
 )
+from blora_pyro.runs.report_page import write_own_report
+from blora_pyro.runs.shown import ShownRun
 from blora_pyro.runs.strength_curves import save_strength_plot
 from blora_pyro.runs.utterances import write_utterances
 
@@ -255,15 +257,25 @@ class FitFolder:
         self.record.write(self.path)
 
     def finish(
-        self, metrics: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], seconds: float
+        self,
+        metrics: Mapping[str, Any],
+        rows: Sequence[dict[str, Any]],
+        seconds: float,
+        posterior: Posterior | None = None,
     ) -> None:
-        """Keep the metrics and the rows of all utterances, and `tidy`."""
+        """Keep the metrics and the rows of all utterances, and `tidy`.
+
+        If there are rows, the report shows them, with what the posterior says.
+        """
         if self.path is None:
             return
         write_utterances(self.path / UTTERANCES, rows)
         write_json(self.path / METRICS, metrics)
-        self.record.state = FINISHED
         self.record.seconds = {**(self.record.seconds or {}), "total": round(seconds, 3)}
+        if rows and posterior is not None:
+            run = ShownRun(str(self.path), FINISHED, self.record, posterior, {**metrics}, [*rows])
+            write_own_report(self.path, run)
+        self.record.state = FINISHED
         self.record.write(self.path)
         self.tidy()
 

@@ -299,8 +299,8 @@ def _fit(
         metrics |= verdict(folder.record.kept, metrics)
     if folder.record.alarm:
         metrics["alarm"] = folder.record.alarm
-    rows = utterance_rows(parts.scoring.sets, {"base": before, "adapted": after}, posterior)
-    folder.finish(metrics, rows, time.monotonic() - started)
+    rows = [*utterance_rows(parts.scoring.sets, {"base": before, "adapted": after}, posterior)]
+    folder.finish(metrics, rows, time.monotonic() - started, posterior)
     progress.measured(metrics, history[-1].step if history else 0)
     return Run(parts.config, posterior, history, metrics, folder.path, folder.record.dev)
 

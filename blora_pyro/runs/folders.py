@@ -22,7 +22,7 @@ from blora_pyro.posterior import Posterior, storage
 from blora_pyro.runs.record import EVALUATING, FITTING, METRICS, RUN, RunRecord, state_of
 
 CHECKPOINT, SKIPPED = checkpoints.FILE, "skipped_rows.jsonl"
-UTTERANCES, STRENGTH_PLOT = "utterances.jsonl", "strength.png"
+UTTERANCES, STRENGTH_PLOT, REPORT = "utterances.jsonl", "strength.png", "report.html"
 PLOTS, TRACKING = "diagnostics", "tracking"  # the second is a folder that trackers write to
 KEPT = "keep.json"  # of an adapter that is no run
 TRANSCRIPTS = "transcripts-*.json"  # of a state: base, adapted, or a strength on dev
@@ -37,6 +37,7 @@ RESULTS = (  # names, and patterns of those of several splits and strengths
     "utterances-*.jsonl",
     SKIPPED,
     STRENGTH_PLOT,
+    REPORT,
     KEPT,
     PLOTS,
     TRACKING,

@@ -28,7 +28,9 @@ from blora_pyro.runs.folders import (
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.record import FINISHED, METRICS, RUN
+from blora_pyro.runs.report_page import write_own_report
 from blora_pyro.runs.scoring import Scoring, compare, evaluation_sets
+from blora_pyro.runs.shown import ShownRun
 from blora_pyro.runs.strength_curves import save_strength_plot
 from blora_pyro.sources import as_domains, as_sources
 
@@ -98,6 +100,8 @@ def keep_adapter(
             if record is not None:
                 record = replace(record, state=FINISHED, options=None, config=config, kept=kept)
                 write_run(target, posterior, record, metrics)
+                shown = ShownRun(str(output), FINISHED, record, posterior, metrics)
+                write_own_report(target, shown)
             else:
                 write_weaker(name, folder, target, kept["strength"])
                 write_json(target / KEPT, {"adapter": name, **kept})

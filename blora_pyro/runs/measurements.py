@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from blora_pyro.errors import UserError, reason
 from blora_pyro.files import read_json
+from blora_pyro.fitting.history import Ended
+from blora_pyro.options import AVERAGE
 from blora_pyro.runs.record import METRICS, RunRecord, Size, conforms, type_hints
 
 if TYPE_CHECKING:
@@ -90,10 +92,14 @@ class Metrics(TypedDict, total=False):
     adapter: str
     sets: dict[str, str]
     new_domain: Measured
+    data: Measured
     domains: dict[str, Measured]
     backward: dict[str, Measured]
     backward_error: Average
     contract: Contract
+    strength: float
+    strength_by: str
+    alarm: Ended
     sparsity: Shares
     size: Sizes
 
@@ -111,10 +117,13 @@ def check_metrics(metrics: dict[str, Any]) -> None:
         if not one.keys() >= SIZES or min(one.values()) < 0 or not one["adapter_weights"]:
             raise ValueError("'size' lacks sizes")
     sets = [*metrics.get("domains", {}).values(), *metrics.get("backward", {}).values()]
-    if "new_domain" in metrics:
-        sets.append(metrics["new_domain"])
-        if "name" not in metrics["new_domain"]:
-            raise ValueError("'new_domain' has no name")
+    lost = metrics.get("contract", {}).get("losses")
+    if lost is not None and (AVERAGE not in lost or len(lost) < 2):
+        raise ValueError("'contract' has no losses of sets and their average")
+    for key in {"new_domain", "data"} & metrics.keys():
+        sets.append(metrics[key])
+        if "name" not in metrics[key]:
+            raise ValueError(f"'{key}' has no name")
     needed = {"backward", "sparsity"} if sets else {"backward"} if "size" not in metrics else set()
     if lacking := needed - metrics.keys():
         raise ValueError(f"no '{min(lacking)}'")

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -290,20 +290,42 @@ def above_all(what: str, name: str) -> str:
     return f"above 100%: {what} on {name}, which makes up more than was said"
 
 
+class ShownStep(NamedTuple):
+    """A step of an alignment in printable words; `mark` is `S`, `D` or `I`, or "" if it is right.
+
+    `is_point` says that it counts in PIER.
+    """
+
+    mark: str
+    reference: str
+    hypothesis: str
+    is_point: bool
+
+
+def shown_steps(row: Mapping[str, Any]) -> list[ShownStep]:
+    """Return the steps of a row of `utterance_rows`, of a loop no more than its beginning."""
+    steps: list[ShownStep] = []
+    inserted = 0  # running
+    for operation, reference, hypothesis, *pier in row["alignment"]:
+        inserted = inserted + 1 if operation == "I" else 0
+        if inserted > INSERTIONS:
+            more = f"... {inserted - INSERTIONS + 1} more"
+            steps[-1] = ShownStep("I", "", more, False)
+            continue
+        mark = operation.strip("=")
+        steps.append(ShownStep(mark, printable(reference), printable(hypothesis), bool(pier)))
+    return steps
+
+
 class AlignedText:
     """A row's alignment, in blocks of lines that fit the terminal's width."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
         """Take a row of `utterance_rows`."""
-        self.words: list[AlignedWord] = []
-        inserted = 0  # running
-        for operation, reference, hypothesis, *pier in row["alignment"]:
-            inserted = inserted + 1 if operation == "I" else 0
-            if inserted > INSERTIONS:  # of a loop
-                self.words[-1] = "", f"... {inserted - INSERTIONS + 1} more", "I"
-                continue
-            mark = "" if operation == "=" else operation + ("*" if pier else "")
-            self.words.append((printable(reference), printable(hypothesis), mark))
+        self.words: list[AlignedWord] = [
+            (one.reference, one.hypothesis, one.mark + "*" * (one.mark != "" and one.is_point))
+            for one in shown_steps(row)
+        ]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         """Yield lines of reference, hypothesis and kinds of errors."""

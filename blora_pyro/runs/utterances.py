@@ -168,7 +168,7 @@ def _is_figures(value: Any) -> bool:
 
 def _is_step(value: Any) -> bool:
     texts = isinstance(value, list) and all(isinstance(part, str) for part in value)
-    return texts and len(value) in (3, 4)
+    return texts and len(value) in (3, 4) and value[0] in ("=", "S", "D", "I")
 
 
 def choose(
@@ -251,10 +251,32 @@ def changed(
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the utterances that adaptation `broken` and those it `fixed`, the most changed first.
 
-    Each is the adapted row, with `base`, the base's own; `change`, how many words (or characters)
-    more are wrong than in the base, of both no more than the reference has, so that one that loops
-    is no worse than one that is all wrong; and `words`, those of the reference that only one of the
-    two has right. Utterances that are as wrong as before are in neither.
+    Each is the adapted row, with `base`, the base's own; `change`, see `paired`; and `words`, those
+    of the reference that only one of the two has right. Utterances that are as wrong as before are
+    in neither.
+
+    Raises:
+        UserError: See `paired`.
+    """
+    found: dict[str, list[dict[str, Any]]] = {BROKEN: [], FIXED: []}
+    for before, after, change in paired(rows, test_set):
+        if change:
+            old, new = _right(before), _right(after)
+            words = list(((old - new) if change > 0 else (new - old)).elements())
+            about = {**after, "base": before, "change": change, "words": words}
+            found[BROKEN if change > 0 else FIXED].append(about)
+    for some in found.values():
+        some.sort(key=lambda row: (-abs(row["change"]), row["length"]))
+    return found
+
+
+def paired(
+    rows: Iterable[dict[str, Any]], test_set: str | None = None
+) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
+    """Yield every utterance's rows of the base and of the adapted model, and its change.
+
+    That is how many words (or characters) more are wrong than in the base, of both no more than the
+    reference has, so that one that loops is no worse than one that is all wrong.
 
     Raises:
         UserError: If there are no rows of the set, of the base, or of the adapted model.
@@ -264,19 +286,10 @@ def changed(
         state: {(row["set"], row.get("utterance", 0)): row for row in choose(rows, test_set, state)}
         for state in ("base", "adapted")
     }
-    found: dict[str, list[dict[str, Any]]] = {BROKEN: [], FIXED: []}
     for key, after in sides["adapted"].items():
-        if (before := sides["base"].get(key)) is None:
-            continue
-        wrong = [min(row["edits"], row["length"]) for row in (before, after)]
-        if change := wrong[1] - wrong[0]:
-            old, new = _right(before), _right(after)
-            words = list(((old - new) if change > 0 else (new - old)).elements())
-            about = {**after, "base": before, "change": change, "words": words}
-            found[BROKEN if change > 0 else FIXED].append(about)
-    for some in found.values():
-        some.sort(key=lambda row: (-abs(row["change"]), row["length"]))
-    return found
+        if (before := sides["base"].get(key)) is not None:
+            wrong = [min(row["edits"], row["length"]) for row in (before, after)]
+            yield before, after, wrong[1] - wrong[0]
 
 
 def _right(row: Mapping[str, Any]) -> Counter[str]:

@@ -365,7 +365,7 @@ def test_a_fit_with_a_dev_set_tells_its_errors_and_its_end(short, tones_folder, 
     said = " ".join(result.stderr.split())
     assert f"step 1: dev error {rate:.1%} (the best so far)" in said
     assert f"step 2: dev error {rate:.1%} ({rate:.1%} at step 1)" in said
-    assert result.stdout.splitlines()[-2] == (
+    assert result.stdout.splitlines()[-3] == (
         f"dev error {rate:.1%} after step 1, the best; stopped early, after 2 steps"
     )
 

@@ -42,6 +42,20 @@ def test_priors_with_json():
     assert all(family["summary"] for family in families)
 
 
+def test_report_writes_a_page_and_says_where(finished_run, tmp_path):
+    file = tmp_path / "page.html"
+    out = well("report", finished_run.output, "--output", file, "--top", 2, "--samples", 2)
+    assert out == f"report: {file}\n"
+    page = file.read_text(encoding="utf-8")
+    assert "The 2 of 6 utterances" in page and "of 2 draws" in page
+    line = complaint(run("report", finished_run.output, "--output", file))
+    assert "is there already; give another, or --overwrite" in line
+    assert "top is 0" in complaint(run("report", finished_run.output, "--top", 0))
+    both = [finished_run.output, finished_run.output]
+    assert well("report", *both, "--output", file, "--overwrite") == f"report: {file}\n"
+    assert "2 runs beside each other" in file.read_text(encoding="utf-8")
+
+
 @pytest.fixture
 def no_plots(monkeypatch):
     monkeypatch.setattr(diagnosis, "all_plots", lambda *args: {})

@@ -1,7 +1,7 @@
 import pytest
 
 from blora_pyro.diagnostics import summarise
-from blora_pyro.diagnostics.layers import LayerPosition, layer_kinds, summarise_kinds
+from blora_pyro.diagnostics.layers import LayerPosition, layer_grid, layer_kinds, summarise_kinds
 
 from .conftest import fitted
 
@@ -36,6 +36,10 @@ def test_layers_sort_as_data_passes_them():
         "somewhere.else",
     ]
     assert sorted(reversed(modules), key=lambda name: LayerPosition.of(name).order) == modules
+    blocks, columns, spots = layer_grid(reversed(modules))
+    assert blocks == ["encoder 0", "encoder 2", "encoder 10", "decoder 0", "other"]
+    assert columns == ["q", "k", "out", "cross q", "else", "fc1", "fc2"]
+    assert spots[modules[4]] == (2, 5) and spots[modules[6]] == (3, 3)
 
 
 def test_kinds_are_listed_once_encoder_first(net):

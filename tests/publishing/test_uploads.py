@@ -88,6 +88,31 @@ def copy_of(run, folder, **config):
     return posterior
 
 
+def test_the_report_goes_up_only_if_asked_for_with_texts_and_without_audio(hub, run, tmp_path):
+    assert "data:audio" in (run / "report.html").read_text(encoding="utf-8")
+    for name in ("run", "public"):
+        (tmp_path / name).mkdir()
+    folder, public = tmp_path / "run", tmp_path / "public"
+    shutil.copytree(run, folder, dirs_exist_ok=True)
+    push_run(folder, "me/adapter", base="someone/fluent", with_report=True)
+    assert set(hub.files("me/adapter")) == {*UP, "report.html"}
+    push_run(folder, "me/adapter", base="someone/fluent")
+    assert set(hub.files("me/adapter")) == UP  # what was there is gone
+
+    (folder / "utterances.jsonl").write_text(
+        (run / "utterances.jsonl").read_text().replace('"new_domain"', '"domain /secret/one.csv"')
+    )
+    copy_of(run, folder, data={"a": "/secret/one.csv"})
+    command = ["push-to-hub", str(folder), "me/adapter", "--base", "someone/fluent"]
+    done = CliRunner().invoke(app, [*command, "--with-report", "--output", str(public / "out")])
+    assert done.exit_code == 0, done.stderr
+    page = (public / "out" / "report.html").read_text(encoding="utf-8")
+    assert "das red" in page and "me/adapter" in page and "domain one.csv" in page
+    assert "<audio" not in page
+    for private in (str(tmp_path), str(run), "secret", str(Path.home())):
+        assert private not in page
+
+
 def test_paths_with_the_same_last_part_get_numbers(run, tmp_path):
     posterior = copy_of(
         run,

@@ -9,7 +9,7 @@ from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs.fit_folders import FitFolder, SkippedRows
 from blora_pyro.runs.fits import fit
-from blora_pyro.runs.folders import CHECKPOINT, SKIPPED
+from blora_pyro.runs.folders import CHECKPOINT, REPORT, SKIPPED
 from blora_pyro.runs.loading import SkippedRow
 from blora_pyro.runs.record import EVALUATING, FINISHED, FITTING, METRICS, RUN, RunRecord
 
@@ -59,7 +59,7 @@ def test_without_a_path_nothing_is_kept(tmp_path, monkeypatch):
 
 
 def test_an_earlier_run_stays_whole_until_the_new_fit_has_loaded_its_data(tmp_path):
-    for name in (RUN, METRICS, "adapter_model.safetensors"):
+    for name in (RUN, METRICS, REPORT, "adapter_model.safetensors"):
         (tmp_path / name).write_text('{"state": "finished"}')
     folder = FitFolder.create(tmp_path, CONFIG, overwrite=True)
     folder.list_skipped(ROWS)  # not yet its own list

@@ -27,6 +27,7 @@ FILES = {
     "run.json",
     "metrics.json",
     "utterances.jsonl",
+    "report.html",
 }
 
 

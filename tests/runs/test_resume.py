@@ -37,6 +37,7 @@ FINISHED_FILES = {
     "run.json",
     "metrics.json",
     "utterances.jsonl",
+    "report.html",
 }
 
 
