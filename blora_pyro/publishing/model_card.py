@@ -13,6 +13,7 @@ from blora_pyro.options import BUILT_IN, POCKET
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.storage import DOMAIN_FOLDERS
 from blora_pyro.runs.report import fit_tables, prune_tables
+from blora_pyro.runs.report_page import may_be_a_prior
 from blora_pyro.runs.shown import about_tables, origin
 from blora_pyro.tables import report_markdown
 
@@ -82,6 +83,7 @@ def model_card(
         domains=domains,
         subfolder=None if is_shared else f"{DOMAIN_FOLDERS}/{domains[0]}",
         is_pocket=posterior.base == POCKET,
+        may_be_a_prior=may_be_a_prior(posterior),
         has_spread=any(bool(value.any()) for value in posterior.stddev.values()),
         origin=origin(about),
         measured=_measured(about, metrics),

@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 
 from blora_pyro.declarations import declarations, flag_of
 from blora_pyro.errors import UserError, reason
+from blora_pyro.families import BASE_INFORMED
 from blora_pyro.files import replace_file
 from blora_pyro.models import base_of
 from blora_pyro.options import AUTO, MACHINE_OPTIONS, FitConfig, fit_command
@@ -345,11 +346,17 @@ def use_lines(name: str, posterior: Posterior, record: RunRecord) -> list[str]:
         f"blora-pyro evaluate {run} --data more{domain}",
         f"blora-pyro merge {run} merged{domain}",
     ]
-    if not domain and not record.made_of and any(one.any() for one in posterior.stddev.values()):
+    if not domain and not record.made_of and may_be_a_prior(posterior):
         lines.append(f"blora-pyro fit --data more --prior-from {run}")
     if not record.made_of:
         lines += ["# fitted by", fit_command(_given(record))]
     return lines
+
+
+def may_be_a_prior(posterior: Posterior) -> bool:
+    """Tell whether `--prior-from` takes a fit: of a spread, by weights that are independent."""
+    has_spread = any(bool(one.any()) for one in posterior.stddev.values())
+    return has_spread and posterior.family.prior != BASE_INFORMED
 
 
 def _given(record: RunRecord) -> FitConfig:
