@@ -24,7 +24,7 @@ from blora_pyro.cli import HOMES, app  # noqa: E402
 from blora_pyro.declarations import declarations, flag_of  # noqa: E402
 from blora_pyro.options import FitConfig  # noqa: E402
 from blora_pyro.runs.report import fit_tables, strength_tables  # noqa: E402
-from blora_pyro.tables import report_markdown  # noqa: E402
+from blora_pyro.tables import Percent, percent, report_markdown  # noqa: E402
 
 project, author, copyright = "blora-pyro", "the blora-pyro developers", "the blora-pyro developers"
 version = release = __version__
@@ -117,6 +117,20 @@ def pocket_pages() -> tuple[str, str]:
     )
 
 
+def priors_table() -> str:
+    """Return a row for every prior family that `experiments/priors.py` has measured."""
+    found = json.loads((ROOT / "experiments/priors/priors.json").read_text(encoding="utf-8"))
+    heads = "| prior | de-en WER | forgetting | directions | weights left | at a cost of |"
+    rows = []
+    for prior, one in found["families"].items():
+        pruned = one["pruned"]
+        new, lost = Percent.of(one["new_domain"]["adapted"]), Percent.of(one["forgetting"])
+        left = f"{pruned['pruned']['adapter_weights']:,}"
+        cost = percent(pruned["new_domain"]["difference"], "+.1f")
+        rows.append(f"| `{prior}` | {new} | {lost} | {one['directions']} | {left} | {cost} |")
+    return "\n".join([heads, "|---|---|---|---|---|---|", *rows]) + "\n"
+
+
 def _unbroken(text: str) -> str:
     """Return tables whose intervals stay on one line, with the figures that they are of."""
     return re.sub(r"(\d)( ±\S+)? \[([^],|]+), ", lambda at: at[0].replace(" ", "\u00a0"), text)
@@ -128,6 +142,7 @@ def write_pages(folder: Path) -> None:
     folder.mkdir()
     (folder / "commands.md").write_text(command_page(), encoding="utf-8")
     (folder / "kichwa.md").write_text(_unbroken(measured_page()), encoding="utf-8")
+    (folder / "priors.md").write_text(_unbroken(priors_table()), encoding="utf-8")
     for name, text in zip(("pocket_main", "pocket_tables"), pocket_pages(), strict=True):
         (folder / f"{name}.md").write_text(_unbroken(text), encoding="utf-8")
     (folder / "notebooks").mkdir()
@@ -138,7 +153,7 @@ def write_pages(folder: Path) -> None:
 
 
 write_pages(Path(__file__).with_name("generated"))
-exclude_patterns += ["generated/kichwa.md", "generated/pocket_main.md"]  # parts of a page
+exclude_patterns += [f"generated/{one}.md" for one in ("kichwa", "pocket_main", "priors")]  # parts
 
 
 def setup(app: Any) -> None:
