@@ -1,4 +1,4 @@
-"""The site: `sphinx-build -W docs docs/_build`.
+"""The site: `sphinx-build -W docs docs/_build/html`.
 
 Pages that are made of something else (commands, measured tables, notebooks) are written to
 `docs/generated` before each build. With `DOCS_OFFLINE` in the environment no other project's index
@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import typer  # noqa: E402
 from docutils import nodes  # noqa: E402
+from priors import line  # noqa: E402
 
 from blora_pyro import __version__  # noqa: E402
 from blora_pyro.cli import HOMES, app  # noqa: E402
 from blora_pyro.declarations import declarations, flag_of  # noqa: E402
 from blora_pyro.options import FitConfig  # noqa: E402
 from blora_pyro.runs.report import fit_tables, strength_tables  # noqa: E402
-from blora_pyro.tables import Percent, percent, report_markdown  # noqa: E402
+from blora_pyro.tables import report_markdown  # noqa: E402
 
 project, author, copyright = "blora-pyro", "the blora-pyro developers", "the blora-pyro developers"
 version = release = __version__
@@ -121,13 +122,7 @@ def priors_table() -> str:
     """Return a row for every prior family that `experiments/priors.py` has measured."""
     found = json.loads((ROOT / "experiments/priors/priors.json").read_text(encoding="utf-8"))
     heads = "| prior | de-en WER | forgetting | directions | weights left | at a cost of |"
-    rows = []
-    for prior, one in found["families"].items():
-        pruned = one["pruned"]
-        new, lost = Percent.of(one["new_domain"]["adapted"]), Percent.of(one["forgetting"])
-        left = f"{pruned['pruned']['adapter_weights']:,}"
-        cost = percent(pruned["new_domain"]["difference"], "+.1f")
-        rows.append(f"| `{prior}` | {new} | {lost} | {one['directions']} | {left} | {cost} |")
+    rows = [line(prior, one) for prior, one in found["families"].items()]
     return "\n".join([heads, "|---|---|---|---|---|---|", *rows]) + "\n"
 
 
