@@ -1,7 +1,7 @@
 """Decoding of one window of audio by transformers' `generate`, and scores of tokens."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.models import encoder
 from blora_pyro.models.base import Base
 from blora_pyro.models.folders import quiet_transformers
-from blora_pyro.models.logits import Limit, Sample, Sampling, Spell
+from blora_pyro.models.logits import EndLoops, Limit, Sample, Sampling, Spell
 
 TIME_PRECISION = 0.02  # seconds between two timestamp tokens
 NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")  # two names of one token, below <|notimestamps|>
@@ -102,6 +102,7 @@ def decode(
     prompts: Prompts,
     limits: Sequence[int] | None = None,
     sampling: Sampling | None = None,
+    is_loop: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Return transcripts as tokens, without the prompts and the end token.
 
@@ -111,11 +112,11 @@ def decode(
         prompts: Of all transcripts, of one length.
         limits: The most tokens that each may have; None is what the decoder has room for.
         sampling: None is greedy.
+        is_loop: Tells of tokens that repeat themselves whether to end them there; see `EndLoops`.
     """
+    options = _options(base, encoded, prompts, limits, sampling, is_loop)
     with _without_thresholds(base), quiet_transformers():
-        found = base.net.generate(
-            return_timestamps=False, **_options(base, encoded, prompts, limits, sampling)
-        )
+        found = base.net.generate(return_timestamps=False, **options)
     end = base.net.config.eos_token_id  # also the padding
     rows = found[:, len(prompts[0]) :].tolist()
     return [[token for token in row if token != end] for row in rows]
@@ -209,6 +210,7 @@ def _options(
     prompts: Prompts,
     limits: Sequence[int] | None = None,
     sampling: Sampling | None = None,
+    is_loop: Callable[[Sequence[int]], bool] | None = None,
 ) -> dict[str, Any]:
     # A code-switched prompt has two language tokens, so that prompts are given as tokens; with a
     # `language` as well `generate` does not detect one first.
@@ -224,8 +226,11 @@ def _options(
         "force_unique_generate_call": True,  # this window alone
     }
     processors: list[LogitsProcessor] = [] if sampling is None else [Sample(sampling)]
+    width, end = len(prompts[0]), int(base.net.config.eos_token_id)
     if limits is not None:
-        processors.append(Limit(len(prompts[0]), limits, int(base.net.config.eos_token_id)))
+        processors.append(Limit(width, limits, end))
+    if is_loop is not None:
+        processors.append(EndLoops(width, is_loop, end))
     return options | ({"logits_processor": processors} if processors else {})
 
 

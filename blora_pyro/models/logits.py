@@ -1,7 +1,7 @@
 """What `generate` is to do with the logits of a batch, each row by itself, and what it may say."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +11,9 @@ from transformers import LogitsProcessor
 
 SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 LEAST = -1e9  # a logit below all others but infinite ones
+LOOK = 8  # tokens from one look for loops to the next
+TURNS = 4
+TURNING = 24
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,35 @@ class Limit(LogitsProcessor):
             scores = scores.masked_fill(is_full[:, None].to(scores.device), -math.inf)
             scores[is_full, self.end] = 0.0
         return scores
+
+
+class EndLoops(LogitsProcessor):
+    """Ends every transcript that repeats its last tokens: greedy decoding does so to its limit."""
+
+    def __init__(self, prompt: int, is_loop: Callable[[Sequence[int]], bool], end: int) -> None:
+        """Take the length of the prompts, what tells that a text is a loop, and the end token."""
+        self.prompt, self.is_loop, self.end = prompt, is_loop, end
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return logits, (batch, vocabulary): of a row that is in a loop the end token alone."""
+        if (input_ids.shape[1] - self.prompt) % LOOK:
+            return scores
+        for row, tokens in enumerate(input_ids[:, self.prompt :].tolist()):
+            if tokens and tokens[-1] != self.end and repeats(tokens) and self.is_loop(tokens):
+                scores = scores.clone()
+                scores[row] = -math.inf
+                scores[row, self.end] = 0.0
+        return scores
+
+
+def repeats(tokens: Sequence[int]) -> bool:
+    """Return whether tokens end in `TURNS` turns of the same, of `TURNING` tokens at least."""
+    for period in range(1, len(tokens) // TURNS + 1):
+        count = max(TURNS * period, TURNING)
+        last = tokens[-count:]
+        if len(last) == count and last[period:] == last[:-period]:
+            return True
+    return False
 
 
 class Sample(LogitsProcessor):

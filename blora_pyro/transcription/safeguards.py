@@ -11,6 +11,7 @@ ids are, and draws all windows of a batch from one generator, so that a text dep
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -39,6 +40,11 @@ SILENCE = -0.4  # log-mel; that of white noise 71 dB below full scale
 def is_loop(text: str) -> bool:
     """Return whether a text repeats itself, by the ratio of OpenAI's decoder."""
     return len(text.encode()) > MAX_COMPRESSION * len(zlib.compress(text.encode()))
+
+
+def loops(base: Base, tokens: Sequence[int]) -> bool:
+    """Return whether the text of tokens repeats itself."""
+    return is_loop(text_of(base, tokens))
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,8 @@ def decode_safely(
         states, some = encoded[todo], [prompts[row] for row in todo]
         limits = [heard[row].limit for row in todo]
         if ends is None:
-            whole = decode(base, states, some, limits, sampling)
+            # A loop is refused in any case, and would hold up its batch to the limit.
+            whole = decode(base, states, some, limits, sampling, partial(loops, base))
             found = [[Piece(0.0, base.feature_extractor.chunk_length, one)] for one in whole]
         else:
             timed = decode_timed(base, states, some, limits, sampling)

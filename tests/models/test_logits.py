@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from blora_pyro.models.logits import Limit, Sample, Sampling, Spell
+from blora_pyro.models.logits import EndLoops, Limit, Sample, Sampling, Spell, repeats
 
 PROMPT, BEGIN, END = 2, 10, 9
 
@@ -26,6 +26,36 @@ def test_a_row_that_has_all_its_tokens_ends():
     found = limit(torch.zeros(2, PROMPT + 1), torch.ones(2, 12))
     assert found[0].isfinite().nonzero().flatten().tolist() == [END]
     assert torch.equal(found[1], torch.ones(12))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([1, 2, 3] + [7] * 24, True),
+        ([7] * 23, False),  # short as it is
+        ([1] + [4, 5, 6] * 8, True),
+        ([4, 5, 6] * 8 + [4, 5], True),  # in the middle of a turn
+        ([4, 5, 6] * 8 + [1], False),  # it has ended by itself
+        ([*range(10)] * 3, False),  # three turns
+        ([*range(10)] * 4, True),
+        ([], False),
+    ],
+)
+def test_four_turns_of_the_same_tokens_are_a_loop(tokens, expected):
+    assert repeats(tokens) is expected
+
+
+@pytest.mark.parametrize("is_loop", [True, False])
+def test_a_row_that_repeats_itself_ends_if_its_text_is_a_loop(is_loop):
+    rows = [[7] * 24, [*range(8)] * 2 + [END] * 8, [*range(8)] * 3]
+    asked = []
+    end = EndLoops(PROMPT, lambda tokens: asked.append(tokens) or is_loop, END)
+    scores = torch.ones(3, 12)
+    found = end(torch.tensor([[0] * PROMPT + row for row in rows]), scores)
+    assert asked == rows[:1]
+    assert torch.equal(found[1:], scores[1:]) and torch.equal(scores, torch.ones(3, 12))
+    ends = found[0].isfinite().nonzero().flatten().tolist()
+    assert ends == ([END] if is_loop else [*range(12)])
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ def scripted(monkeypatch, texts, means, silence=0.0):
     """A decoder that says one text at each temperature, with one mean log-probability."""
     asked = []
 
-    def decode(base, encoded, prompts, limits, sampling):
+    def decode(base, encoded, prompts, limits, sampling, is_loop):
         asked.append(sampling.temperature if sampling else 0.0)
         tokens = base.tokenizer.encode(texts[asked[-1]], add_special_tokens=False)
+        assert is_loop(tokens) == (texts[asked[-1]] == LOOP)
         return [tokens for _ in prompts]
 
     def score_tokens(base, encoded, prompts, said):
