@@ -98,7 +98,8 @@ class Contestant:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return autocast to bfloat16 for the net's products, if `bf16`."""
-        return torch.autocast("cpu", dtype=torch.bfloat16) if self.bf16 else nullcontext()
+        kind = self.net.device.type
+        return torch.autocast(kind, dtype=torch.bfloat16) if self.bf16 else nullcontext()
 
     def nll(self, batch: Batch) -> Tensor:
         """Return the mean token NLL, as transformers computes it."""
