@@ -82,7 +82,7 @@ def measure(
     else:
         net = WhisperForConditionalGeneration.from_pretrained(size, local_files_only=True)
         net.requires_grad_(False).eval()
-    net.to(device)  # type: ignore[arg-type]
+    net.to(device)
     batch = random_batch(net.config, batch_size).to(device)
     torch.manual_seed(1)
     those = {name: CONTESTANTS[name](net, rank, targets, bf16) for name in names}
