@@ -680,6 +680,24 @@ class CommandOptions:
     json: bool = option("Print JSON instead of a table.", False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Verbosity:
+    """How much every command that takes its time tells meanwhile, on stderr."""
+
+    PANEL: ClassVar[str] = OUTPUT
+
+    quiet: bool = option("Tell nothing on the way but notes and errors.", False)
+    verbose: bool = option(
+        "Tell of every step and batch in a line, with the time since the start, in place of bars.",
+        False,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse both."""
+        if self.quiet and self.verbose:
+            raise UserError("quiet and verbose are given; give one of them")
+
+
 # ---- what is made from the declarations
 
 
@@ -688,7 +706,7 @@ def default_warmup_steps(steps: int) -> int:
     return max(1, round(0.1 * steps))
 
 
-GROUPS = (FitConfig, OutputOptions, CommandOptions)  # of `blora-pyro fit`
+GROUPS = (FitConfig, OutputOptions, CommandOptions, Verbosity)  # of `blora-pyro fit`
 REFERENCE = """\
 # Options of a fit
 

@@ -1,12 +1,15 @@
-"""What the commands share: options, errors in one line, and JSON."""
+"""What the commands share: options, errors in one line, counts of what goes on, and JSON."""
 
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,8 +22,15 @@ from blora_pyro.errors import (
     is_out_of_memory,
     reason,
 )
-from blora_pyro.options import FitConfig, OutputOptions
+from blora_pyro.options import FitConfig, OutputOptions, Verbosity
 from blora_pyro.terminal import escaped
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+EVERY = 30.0  # seconds between two lines on what goes on, where there is no terminal for a bar
+verbosity: ContextVar[Verbosity] = ContextVar("verbosity", default=Verbosity())  # of the command
 
 # no square brackets, which rich takes as markup
 RUN_HELP = "Folder of a run, or its id on the Hub: OWNER/NAME or OWNER/NAME@REVISION."
@@ -157,3 +167,83 @@ def print_result(content: Any, as_json: bool, parts: Callable[[], Sequence[Any]]
 def print_json(content: Any) -> None:
     """Print JSON to stdout, indented by two spaces, without escapes of letters."""
     echo(escaped(json.dumps(content, indent=2, ensure_ascii=False), json=True))
+
+
+class Telling:
+    """Lines and bars on stderr of what goes on, as many as the command's `verbosity` asks for.
+
+    Attributes:
+        has_bars: Whether bars are shown, and not lines: on a terminal, and without `--verbose`.
+    """
+
+    def __init__(self) -> None:
+        """Show nothing yet."""
+        from blora_pyro.tables import Terminal
+
+        self.console: Console = Terminal(stderr=True, highlight=False)
+        self.verbosity = verbosity.get()
+        self.began = time.monotonic()
+        self.pace = Pace()
+        self.bar: Progress | None = None
+
+    @property
+    def has_bars(self) -> bool:
+        """See the class."""
+        return self.console.is_terminal and not self.verbosity.verbose
+
+    def say(self, text: str, style: str | None = None, anyway: bool = False) -> None:
+        """Print a line; `--quiet` leaves it out, if it need not be told `anyway`."""
+        if self.verbosity.quiet and not anyway:
+            return
+        if self.verbosity.verbose:
+            text = f"[{timedelta(seconds=int(time.monotonic() - self.began))}] {text}"
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def count(self, what: str, done: int, total: int, figures: str = "") -> None:
+        """Show how much is done: by a bar until it is all, or by a line now and then."""
+        if self.verbosity.quiet:
+            return
+        if not self.has_bars:
+            left = self.pace.left(what, done, total)
+            if left or self.verbosity.verbose:
+                line = f"{what}: {done:,} of {total:,}" + (left and f", {left} left")
+                self.say(line + (figures and f"; {figures}"), "dim")
+            return
+        from rich.markup import escape
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+        if self.bar is None:
+            of_all, left_over = TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), of_all, left_over)
+            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.bar.add_task(escape(what), total=total)
+            self.bar.start()
+        self.bar.update(TaskID(0), completed=done)
+        if done == total:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the bar, if one is shown."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class Pace:
+    """Says when it is time for another line, and how long what goes on will still take."""
+
+    def __init__(self) -> None:
+        """Nothing goes on yet."""
+        self.what, self.first = "", 0
+        self.began = self.told = 0.0
+
+    def left(self, what: str, done: int, total: int) -> str:
+        """Return the time left, such as 0:01:30; "" if it is not yet time to tell, or all done."""
+        now = time.monotonic()
+        if what != self.what or done < self.first:
+            self.what, self.first, self.began, self.told = what, done, now, now
+        if now - self.told < EVERY or not self.first < done < total:
+            return ""
+        self.told = now
+        seconds = (now - self.began) * (total - done) / (done - self.first)
+        return str(timedelta(seconds=round(seconds)))

@@ -14,6 +14,7 @@ from blora_pyro.cli.common import (
     print_result,
     quiet_libraries,
 )
+from blora_pyro.cli.parameters import with_verbosity
 
 data = typer.Typer(help="Check data.", no_args_is_help=True, add_completion=False)
 
@@ -24,6 +25,7 @@ def main() -> None:
 
 
 @data.command()
+@with_verbosity
 def check(
     sources: Annotated[
         list[str],

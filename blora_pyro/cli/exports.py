@@ -18,12 +18,13 @@ from blora_pyro.cli.common import (
     print_result,
     quiet_libraries,
 )
-from blora_pyro.cli.parameters import with_options
+from blora_pyro.cli.parameters import with_options, with_verbosity
 from blora_pyro.declarations import declarations, numbers
 from blora_pyro.errors import UserError
 from blora_pyro.options import AUTO, KEEP_OPTIONS, FitConfig
 
 
+@with_verbosity
 @with_options(
     FitConfig, leave_out=tuple(one for one in declarations(FitConfig) if one not in KEEP_OPTIONS)
 )
@@ -73,6 +74,7 @@ def keep(
         )
 
 
+@with_verbosity
 def prune(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the smaller run.")],

@@ -13,11 +13,10 @@ from blora_pyro.cli.common import (
     print_result,
     quiet_libraries,
 )
-from blora_pyro.cli.parameters import with_options
+from blora_pyro.cli.parameters import with_options, with_verbosity
 from blora_pyro.errors import UserError, is_main
 from blora_pyro.families import ROLES, check_code
 from blora_pyro.options import (
-    GROUPS,
     MACHINE_OPTIONS,
     CommandOptions,
     FitConfig,
@@ -29,7 +28,8 @@ from blora_pyro.options import (
 from blora_pyro.sources import describe_source
 
 
-@with_options(*GROUPS)
+@with_verbosity
+@with_options(FitConfig, OutputOptions, CommandOptions)
 def fit(given: dict[str, Any], where: dict[str, Any], how: dict[str, Any]) -> None:
     """Fit BLoRA to a new domain; show what was gained and what was forgotten.
 

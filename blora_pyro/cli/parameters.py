@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from blora_pyro.cli.common import one_line_errors, verbosity
 from blora_pyro.declarations import (
     declarations,
     flag_of,
@@ -17,6 +18,7 @@ from blora_pyro.declarations import (
     metavar_of,
     shown_default,
 )
+from blora_pyro.options import Verbosity
 
 
 def parameters(group: type, leave_out: tuple[str, ...] = ()) -> list[inspect.Parameter]:
@@ -78,3 +80,21 @@ def with_options(*groups: type, leave_out: tuple[str, ...] = ()) -> Callable[...
         return called
 
     return decorate
+
+
+def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command `--quiet` and `--verbose`, which are the `verbosity` while it runs."""
+
+    @functools.wraps(command)
+    def called(quiet: bool | None = None, verbose: bool | None = None, **values: Any) -> Any:
+        with one_line_errors():
+            chosen = verbosity.set(Verbosity(quiet=bool(quiet), verbose=bool(verbose)))
+        try:
+            return command(**values)
+        finally:
+            verbosity.reset(chosen)
+
+    own = inspect.signature(command).parameters.values()
+    signature = inspect.Signature([*own, *parameters(Verbosity)])
+    called.__signature__ = signature  # type: ignore[attr-defined]
+    return called

@@ -21,6 +21,7 @@ from blora_pyro.cli.common import (
     print_result,
     quiet_libraries,
 )
+from blora_pyro.cli.parameters import with_verbosity
 from blora_pyro.declarations import metavar_of
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.options import AUTO, FitConfig
@@ -61,6 +62,7 @@ def show(
         print_result(content, as_json, lambda: parts)
 
 
+@with_verbosity
 def evaluate(
     run: RunFolder,
     data: Annotated[
@@ -180,6 +182,7 @@ def _draw_curve(run: Path, strengths: tuple[float, ...], as_json: bool, **option
     print_result(curve, as_json, lambda: strength_tables(curve))
 
 
+@with_verbosity
 def report(
     runs: Annotated[
         list[Path],
@@ -282,6 +285,7 @@ def errors(
         print_result(worst(rows, top), as_json, lambda: error_view(rows, top))
 
 
+@with_verbosity
 def diagnose(
     run: RunFolder,
     output: Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from blora_pyro.cli.common import Json, one_line_errors, print_json, quiet_libraries
-from blora_pyro.cli.parameters import with_options
+from blora_pyro.cli.parameters import with_options, with_verbosity
 from blora_pyro.errors import UserError
 from blora_pyro.options import FitConfig
 
@@ -37,6 +37,7 @@ Threads = Annotated[
 ]
 
 
+@with_verbosity
 def study(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML file; see docs/studies.md.")],
     output: Annotated[
@@ -92,6 +93,7 @@ def study(
         )
 
 
+@with_verbosity
 @with_options(FitConfig, leave_out=SET_BY_COMPARE)
 def compare(
     given: dict[str, Any],
@@ -197,6 +199,7 @@ def _run(
         print_report(lines)
 
 
+@with_verbosity
 @with_options(FitConfig)
 def sweep(
     given: dict[str, Any],

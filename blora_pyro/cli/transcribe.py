@@ -15,11 +15,13 @@ from blora_pyro.cli.common import (
     Revision,
     Strength,
     StrengthBy,
+    Telling,
     echo,
     one_line_errors,
     print_error,
     print_json,
 )
+from blora_pyro.cli.parameters import with_verbosity
 from blora_pyro.errors import UserError
 from blora_pyro.options import AUTO
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from blora_pyro.transcription.transcripts import Transcript
 
 
+@with_verbosity
 def transcribe(
     audio: Annotated[
         list[Path],
@@ -197,31 +200,24 @@ def transcribe(
 
 
 class _Bar:
-    """A progress bar of files, on a terminal's stderr, and a count of those that failed."""
+    """Tells on stderr how many files are done, and counts those that failed."""
 
     def __init__(self, total: int, shown: bool) -> None:
-        from rich.progress import Progress
-
-        from blora_pyro.tables import Terminal
-
-        console = Terminal(stderr=True)
-        self._shown = shown and total > 1 and console.is_terminal
-        self._progress = Progress(console=console)
-        self._task = self._progress.add_task("transcribing", total=total)
-        self.failed = 0
+        self._telling, self._shown = Telling(), shown and total > 1
+        self._total, self._done, self.failed = total, 0, 0
 
     def __enter__(self) -> "_Bar":
-        if self._shown:  # older releases of rich end what they do not show with an empty line
-            self._progress.start()
+        self.step(0)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._shown:
-            self._progress.stop()
+        self._telling.stop()
 
-    def step(self) -> None:
+    def step(self, files: int = 1) -> None:
         """Count a file."""
-        self._progress.advance(self._task)
+        self._done += files
+        if self._shown:
+            self._telling.count("transcribing", self._done, self._total)
 
     def fail(self, _: int, error: UserError) -> None:
         """Count a file that can't be read, and print why."""

@@ -31,7 +31,7 @@ from blora_pyro.models.decoding import (
 )
 from blora_pyro.models.encoder_states import last_states
 from blora_pyro.posterior import Posterior
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Listener, heard_by
 from blora_pyro.transcription import transcribe_features
 from blora_pyro.transcription.safeguards import decode_safely, hearings
 
@@ -76,7 +76,7 @@ def measure_beyond(
         base: The base model.
         sets: Backward sets by name.
         posterior: Of one domain.
-        progress: Listener to the stages.
+        progress: Listener to the stages; None is bars in a notebook.
 
     Returns:
         `language`: share of utterances whose language is detected wrongly (of rows in one
@@ -91,7 +91,7 @@ def measure_beyond(
     Raises:
         UserError: If there are no backward sets, or sacrebleu is not installed.
     """
-    progress, score = progress or Listener(), _chrf()
+    progress, score = heard_by(progress), _chrf()
     if not sets:
         raise UserError("beyond is given, and the run has no backward sets; give a run with some")
     chosen = {name: _evenly(len(one), MOST_UTTERANCES) for name, one in sets.items()}

@@ -11,7 +11,7 @@ from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.combining import MEAN, PRODUCT, check_alike, combine
 from blora_pyro.posterior.pruning import prune
 from blora_pyro.runs.folders import read_run, write_run, written_folder
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Listener, heard_by
 from blora_pyro.runs.record import FINISHED, Combined, Pruned, RunRecord, Size
 from blora_pyro.runs.report_page import write_own_report
 from blora_pyro.runs.scoring import Scoring, compare
@@ -41,7 +41,7 @@ def prune_run(
         evaluate: Measure error with the full and with the pruned adapter.
         overwrite: Write into a folder that holds something.
         device: A torch device.
-        progress: Listener to the stages.
+        progress: Listener to the stages; None is bars in a notebook.
 
     Returns:
         The content of the pruned run's `metrics.json`: `size`, and rates where "base" is the full
@@ -50,7 +50,7 @@ def prune_run(
     Raises:
         UserError: If the run can't be read, `out` can't be written, or see `prune`.
     """
-    progress = progress or Listener()
+    progress = heard_by(progress)
     posterior, record = read_run(folder, device)
     pruned = prune(posterior, rank=rank, snr=snr, sparsity=sparsity)
     how: Pruned = {"from": str(folder), "rank": rank, "snr": snr, "sparsity": sparsity}

@@ -21,7 +21,7 @@ from blora_pyro.options import FitConfig
 from blora_pyro.runs.chains import continued
 from blora_pyro.runs.contracts import MOST_SCORED, check_dev_sets
 from blora_pyro.runs.fit_folders import FitFolder
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Listener, heard_by
 from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.parts import Parts
 from blora_pyro.runs.scoring import SetSource, is_new_domain, set_sources, stopping_set
@@ -76,7 +76,7 @@ def estimate_fit(config: FitConfig, progress: Listener | None = None) -> dict[st
 
     Args:
         config: Options of the fit.
-        progress: Listener to the stages.
+        progress: Listener to the stages; None is bars in a notebook.
 
     Returns:
         `device`; `work`, the parts of the fit, each with `name`, `count`, `unit`, `seconds_each`
@@ -87,7 +87,7 @@ def estimate_fit(config: FitConfig, progress: Listener | None = None) -> dict[st
         UserError: On bad options or data, as the fit.
         FloatingPointError: If loss or gradient are not finite.
     """
-    progress = progress or Listener()
+    progress = heard_by(progress)
     config = on_this_machine(config)
     config.check_base()
     config, previous = continued(config)

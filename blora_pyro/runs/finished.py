@@ -15,7 +15,7 @@ from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.beyond import measure_beyond
 from blora_pyro.runs.contracts import verdict
 from blora_pyro.runs.folders import claim_file, read_run, written_folder
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Listener, heard_by
 from blora_pyro.runs.scoring import NEW_DOMAIN, OTHER_DATA, Scoring, compare, scoring_config
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
 from blora_pyro.sources import Source, describe_source
@@ -48,7 +48,7 @@ def evaluate_run(
     Args:
         folder: Folder of the run, or its Hub id.
         data: None is the run's own test sets.
-        progress: Listener to the stages.
+        progress: Listener to the stages; None is bars in a notebook.
         device: A torch device.
         normalizer: None is that of the fit; see `FitConfig`.
         output: File for the results of every utterance, see `utterance_rows`; None keeps none.
@@ -70,7 +70,7 @@ def evaluate_run(
         UserError: If the run or the data can't be read, the file can't be written, or there is no
             such normaliser, split, strength or domain.
     """
-    progress = progress or Listener()
+    progress = heard_by(progress)
     if output is not None:
         claim_file(Path(output), overwrite)
     posterior, record = read_run(folder, device, pooled=True)

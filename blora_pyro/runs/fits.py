@@ -24,7 +24,7 @@ from blora_pyro.runs.chains import continued
 from blora_pyro.runs.contracts import keep_contract, verdict
 from blora_pyro.runs.fit_folders import FitFolder
 from blora_pyro.runs.folders import writing
-from blora_pyro.runs.listeners import Listener, check_trackers, tracked
+from blora_pyro.runs.listeners import Listener, check_trackers, heard_by, tracked
 from blora_pyro.runs.parts import Parts
 from blora_pyro.runs.record import FINISHED, FITTING, RUN, state_of
 from blora_pyro.runs.report import (
@@ -147,7 +147,7 @@ def fit(
             bit by bit that of a fit that was never interrupted. A finished one is returned. Where
             none has been started, the configuration starts one.
         checkpoint_every: Steps between two checkpoints; None is by time, see `Checkpoints`.
-        progress: Is called with stages and steps.
+        progress: Is called with stages and steps; None is bars in a notebook, else nothing.
         trust_prior_file: Run the files of code that the fit in `output` names as its prior or
             guide. Without it they are run only if they are among the options of this call, and in
             any case only if they are those that the fit was started with, by their SHA-256.
@@ -172,7 +172,7 @@ def fit(
         config = config.with_options(**given)
     config = on_this_machine(config)
     processes = Processes.join(_device(output, config))
-    progress = (processes.is_main and progress) or Listener()
+    progress = heard_by(progress) if processes.is_main else Listener()
     with ExitStack() as ends:
         ends.callback(processes.leave)
         folder = _open_together(

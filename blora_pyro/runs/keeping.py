@@ -25,7 +25,7 @@ from blora_pyro.runs.folders import (
     write_run,
     written_folder,
 )
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Listener, heard_by
 from blora_pyro.runs.loading import Loader
 from blora_pyro.runs.record import FINISHED, METRICS, RUN
 from blora_pyro.runs.report_page import write_own_report
@@ -54,7 +54,7 @@ def keep_adapter(
         output: Folder for the adapter at that strength: a run folder if it is a run, else a PEFT
             adapter, with `keep.json` and `metrics.json`; None writes nothing.
         overwrite: Write into a folder that holds something.
-        progress: Listener to the stages.
+        progress: Listener to the stages; None is bars in a notebook.
         options: Those of `FitConfig` that are in `options.KEEP_OPTIONS`. For a run those that are
             not given are those of its fit, and `data` is where the new domain's dev and test sets
             are; for another adapter `data` and `backward` must be given, and the base is what it
@@ -71,7 +71,7 @@ def keep_adapter(
         if one not in KEEP_OPTIONS:
             hint = suggestion(one, KEEP_OPTIONS)
             raise TypeError(f"keep_adapter() has no option '{one}'{hint}")
-    progress, name = progress or Listener(), Path(adapter).as_posix()
+    progress, name = heard_by(progress), Path(adapter).as_posix()
     folder = _find(name, bool(options.get("local_files_only")))
     posterior, record, config = None, None, None
     if (folder / POSTERIOR_FILE).is_file():

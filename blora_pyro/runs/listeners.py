@@ -1,9 +1,10 @@
-"""What a fit reports as it goes: listeners, among them experiment trackers by Accelerate's own."""
+"""What a fit reports as it goes: listeners, among them bars and Accelerate's own trackers."""
 
 import json
 import re
 import secrets
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
@@ -23,6 +24,7 @@ from blora_pyro.models import BLoRA, FactorPrior
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior.draws import point_scales, prior_variances
 from blora_pyro.runs.folders import TRACKING
+from blora_pyro.terminal import escaped
 
 PROJECT = "blora-pyro"
 EVERY = 20  # steps between two logs of the posterior's figures
@@ -97,6 +99,77 @@ class Listeners(Listener):
 def _call(methods: Iterable[Callable[..., None]], *arguments: object) -> None:
     for method in methods:
         method(*arguments)
+
+
+# ---- notebooks
+
+
+def heard_by(progress: Listener | None) -> Listener:
+    """Return a listener; where none is given, bars in a notebook, and elsewhere nothing."""
+    return progress or (Bars() if in_notebook() else Listener())
+
+
+def in_notebook() -> bool:
+    """Return whether this is a kernel of Jupyter, not a terminal, be it IPython's."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
+
+
+class Bars(Listener):
+    """Shows how far steps and sets are and the time left, by tqdm, which knows notebooks."""
+
+    def __init__(self) -> None:
+        """Show nothing yet."""
+        self.bar: Any = None
+        self.what, self.steps = "", 0
+
+    def features(self, name: str, done: int, total: int) -> None:
+        """Count a set that is featurised."""
+        self._count(f"features of {name}", done, total)
+
+    def transcripts(self, name: str, done: int, total: int) -> None:
+        """Count a set that is transcribed."""
+        self._count(name, done, total)
+
+    def note(self, text: str) -> None:
+        """Print it, above the bar."""
+        from tqdm import tqdm
+
+        tqdm.write(escaped(text), file=sys.stderr)
+
+    def ready(self, config: FitConfig, num_tokens: int | None, num_weights: int) -> None:
+        """Keep the number of steps."""
+        self.steps = config.steps
+
+    def step(self, step: Step) -> None:
+        """Count a step."""
+        self._count("fit", step.step, self.steps, f"NLL {step.nll:.3f}")
+
+    def fitted(self) -> None:
+        """End the bar, also of a fit that has ended early."""
+        self._end()
+
+    def _count(self, what: str, done: int, total: int, figures: str = "") -> None:
+        """Show a bar from the first of several counts to the last."""
+        if what != self.what:
+            self._end()
+        if self.bar is None and done < total:
+            from tqdm import TqdmWarning
+
+            with warnings.catch_warnings():  # without ipywidgets a bar is text
+                warnings.simplefilter("ignore", TqdmWarning)
+                from tqdm.auto import tqdm
+            self.what, self.bar = what, tqdm(desc=what, total=total, initial=done, leave=False)
+        if self.bar is not None:
+            self.bar.set_postfix_str(figures, refresh=False)
+            self.bar.update(done - self.bar.n)
+            if done == total:
+                self._end()
+
+    def _end(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
 
 # ---- experiment trackers

@@ -32,7 +32,7 @@ from blora_pyro.runs.folders import (
     default_output,
     read_run,
 )
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Listener, heard_by
 from blora_pyro.runs.record import RUN, Combined, Kept, RunRecord
 from blora_pyro.runs.report import (
     alarm_line,
@@ -94,13 +94,13 @@ def write_report(
         trust_prior_file: Run the files that the runs name; see `Posterior.load`.
         overwrite: Replace `output`.
         device: A torch device, for draws.
-        progress: Listener to the stages.
+        progress: Listener to the stages; None is bars in a notebook.
 
     Raises:
         UserError: If a run can't be read, draws are asked for where there are none, or the file
             can't be written.
     """
-    progress = progress or Listener()
+    progress = heard_by(progress)
     if output is None and len(runs) == 1:
         file = default_output(runs[0], REPORT, "output")
         claim_file(file, overwrite=True)
@@ -147,7 +147,7 @@ def report_html(
         samples: See `write_report`.
         from_hub: Read audio from sets of the Hub, too, which may take a while.
         with_audio: Embed audio, or link it.
-        progress: Listener to the stages.
+        progress: Listener to the stages; None is bars in a notebook.
 
     Raises:
         UserError: See `add_confidences`.
@@ -164,7 +164,7 @@ def report_html(
                 )
         links = embed_audio(utterances)
     if samples:
-        _add_confidences(named, utterances, samples, progress or Listener())
+        _add_confidences(named, utterances, samples, heard_by(progress))
     template = _environment().get_template("report.html.jinja")
     page = template.render(
         runs=[_run(label, one) for label, one in named.items()],

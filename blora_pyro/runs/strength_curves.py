@@ -16,7 +16,7 @@ from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, VERMILLION, label_axes
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.strength import SCALE, at_strength, check_strength
 from blora_pyro.runs.folders import STRENGTH_PLOT, claim_file, default_output, read_run
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Listener, heard_by
 from blora_pyro.runs.scoring import NEW_DOMAIN, Scoring, domain_name, scoring_config
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -40,7 +40,7 @@ def strength_curve(
     Args:
         folder: Folder of the run, or its Hub id.
         strengths: See `at_strength`. 0 (the base) and 1 (the fit) are scored in any case.
-        progress: Listener to the stages.
+        progress: Listener to the stages; None is bars in a notebook.
         device: A torch device.
         by: See `at_strength`.
         split: Split of the run's sets: `test`, or `dev` to choose a strength by.
@@ -59,7 +59,7 @@ def strength_curve(
         UserError: If the run can't be read, lacks a new domain's or a backward set of the split, a
             strength is not possible, or the plot can't be written.
     """
-    progress = progress or Listener()
+    progress = heard_by(progress)
     posterior, record = read_run(folder, device)
     file = default_output(folder, STRENGTH_PLOT, "plot") if plot is None else Path(plot)
     check_plot_file(file)

@@ -13,7 +13,7 @@ from blora_pyro.files import read_json
 from blora_pyro.fitting.interrupts import Interrupts
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.folders import ADAPTER
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Listener, heard_by
 from blora_pyro.runs.record import FINISHED, state_of
 from blora_pyro.studies.base_fits import BaseFits, commit, edited, machine
 from blora_pyro.studies.definition import ScoreSpec, Setting, Study, check_study, deciding_words
@@ -260,7 +260,7 @@ def run_study(
         storage: See `Trials`, as of the next two.
         study_name: Its `name`.
         heartbeat: Seconds.
-        progress: Told of stages and steps.
+        progress: Told of stages and steps; None is bars in a notebook, else nothing.
 
     Raises:
         UserError: On bad options or data.
@@ -268,7 +268,7 @@ def run_study(
     """
     output = Path(output)
     run = StudyRun(
-        study, output, results or output / "results.csv", progress or Listener(), partial=not work
+        study, output, results or output / "results.csv", heard_by(progress), partial=not work
     )
     check_study(study)
     if not (work or storage or (output / DATABASE).exists()):

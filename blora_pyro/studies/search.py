@@ -20,7 +20,7 @@ from blora_pyro.guides import describe_prior, with_prior_arguments
 from blora_pyro.metrics.pareto import knee, pareto_front
 from blora_pyro.options import MACHINE_OPTIONS, FitConfig, fit_command
 from blora_pyro.runs.chains import continued
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Listener, heard_by
 from blora_pyro.runs.record import RunRecord
 from blora_pyro.runs.scoring import NEW_DOMAIN
 from blora_pyro.studies.base_fits import BaseFits
@@ -357,7 +357,7 @@ def sweep(
         heartbeat: Seconds.
         timeout: Seconds after which no further trial begins.
         dry_run: Load the base and the dev sets, so that all checks are made, and fit nothing.
-        progress: Told of stages and steps.
+        progress: Told of stages and steps; None is bars in a notebook, else nothing.
 
     Raises:
         UserError: On bad options or data, or options other than those of the search in `output`.
@@ -375,7 +375,7 @@ def sweep(
     if search is None:  # an earlier posterior has no scale
         search = {name: ends for name, ends in SEARCH.items() if not previous or name == "beta"}
     ranges = ranges_of(search, options)
-    read_by, folder, progress = dev_config(options, ranges), Path(output), progress or Listener()
+    read_by, folder, progress = dev_config(options, ranges), Path(output), heard_by(progress)
     if dry_run:
         BaseFits(read_by, progress).sets(DEV)
         return Search(folder, study_name or folder.name, options, ranges, None, ())

@@ -6,8 +6,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from blora_pyro.cli.parameters import parameters, with_options
+from blora_pyro.cli import HOMES, app
+from blora_pyro.cli.common import verbosity
+from blora_pyro.cli.parameters import parameters, with_options, with_verbosity
 from blora_pyro.declarations import option
+from blora_pyro.options import Verbosity
 
 
 @dataclass
@@ -69,3 +72,44 @@ def test_the_help_is_that_of_the_declarations_in_their_panels(bake):
 
 def test_options_can_be_left_out():
     assert [one.name for one in parameters(Bread, ("steam", "seeds"))] == ["flour", "minutes"]
+
+
+def test_a_command_runs_with_its_verbosity_and_none_after_it():
+    application, seen = typer.Typer(), []
+
+    @application.command()
+    @with_verbosity
+    def command(loaves: Annotated[int, typer.Option()] = 1) -> None:
+        """Bake."""
+        seen.append((loaves, verbosity.get()))
+        raise typer.Exit(loaves)
+
+    def run(*words):
+        result = CliRunner().invoke(application, [*words])
+        return result.exit_code, result.stderr
+
+    assert run() == (1, "")
+    assert run("--quiet", "--loaves", "3") == (3, "")
+    assert run("--verbose") == (1, "")
+    assert seen == [
+        (1, Verbosity()),
+        (3, Verbosity(quiet=True)),
+        (1, Verbosity(verbose=True)),
+    ]
+    assert verbosity.get() == Verbosity()
+    code, text = run("--quiet", "--verbose")
+    assert code == 2 and text == "blora-pyro: quiet and verbose are given; give one of them\n"
+    assert len(seen) == 3
+
+
+def test_every_command_that_tells_how_far_it_is_can_be_quiet_or_verbose():
+    group: Any = typer.main.get_command(app)
+    context = group.make_context("blora-pyro", ["fit"], resilient_parsing=True)
+    flags = {}
+    for name in HOMES:
+        command = group.get_command(context, name)
+        for sub, one in (getattr(command, "commands", None) or {"": command}).items():
+            flags[f"{name} {sub}".strip()] = {flag for each in one.params for flag in each.opts}
+    with_both = {name for name, those in flags.items() if {"--quiet", "--verbose"} <= those}
+    silent = {"runs", "show", "errors", "combine", "priors", "merge", "push-to-hub"}
+    assert with_both == flags.keys() - silent

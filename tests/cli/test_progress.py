@@ -1,11 +1,13 @@
 import io
+import re
 
 import pytest
 from rich.console import Console
 
+from blora_pyro.cli.common import verbosity
 from blora_pyro.cli.progress import TerminalProgress
 from blora_pyro.fitting.history import DevError, Step
-from blora_pyro.options import FitConfig
+from blora_pyro.options import FitConfig, Verbosity
 from blora_pyro.runs.listeners import Heard
 
 
@@ -79,11 +81,11 @@ def test_utterances_of_the_dev_set_are_shown_as_they_were_and_are_heard(capsys):
 def test_sets_are_counted_in_a_terminal_only(terminal):
     text = io.StringIO()
     with TerminalProgress() as progress:
-        progress.console = Console(file=text, force_terminal=terminal, width=80)
+        progress.telling.console = Console(file=text, force_terminal=terminal, width=80)
         progress.features("[red] train", 0, 9)
         progress.features("[red] train", 9, 9)
         progress.audio("mine test", 1, 2)
-        assert (progress.counting is not None) == terminal
+        assert (progress.telling.bar is not None) == terminal
     shown = text.getvalue()
     for part in ("features of [red] train", "9/9", "audio of mine test", "1/2"):
         assert (part in shown) == terminal
@@ -119,3 +121,41 @@ def test_one_fit_after_another_has_the_bar_to_itself():
     (task,) = progress.bar.tasks
     assert task.completed == 1
     assert task.fields["figures"].startswith("NLL 1.000")
+
+
+def told_of_a_fit(terminal=False, **how):
+    """What is told on stderr of a short fit."""
+    text, chosen = io.StringIO(), verbosity.set(Verbosity(**how))
+    try:
+        with TerminalProgress() as progress:
+            console = Console(file=text, force_terminal=terminal, width=200)
+            progress.telling.console = progress.bar.live.console = console
+            progress.stage("loading")
+            progress.features("train", 8, 16)
+            progress.note("one row is left out")
+            progress.ready(FitConfig(beta=0.0, steps=2), num_tokens=100, num_weights=10)
+            progress.step(Step(1, 2.5, 2.0, None, 1e-3, 40, grad_norm=0.25))
+            progress.heard([Heard("a", "b", "c")])
+            progress.evaluated(DevError(1, 0.5), DevError(1, 0.5))
+            progress.fitted()
+    finally:
+        verbosity.reset(chosen)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_quiet_leaves_only_notes(terminal):
+    text = told_of_a_fit(terminal, quiet=True)
+    assert "one row is left out" in text and text.count("\n") == 1
+    assert "loading" not in text and "step" not in text and "train" not in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_verbose_has_a_line_for_every_step_and_batch_with_the_time(terminal, monkeypatch):
+    monkeypatch.setattr("time.monotonic", iter(range(1000, 2000)).__next__)
+    text = re.sub(r"\x1b\[[\d;]*m", "", told_of_a_fit(terminal, verbose=True))
+    assert all(re.match(r"\[0:00:\d\d\] ", line) for line in text.splitlines())
+    rest = [line.partition("] ")[2] for line in text.splitlines()]
+    assert rest[:3] == ["loading ...", "features of train: 8 of 16", "one row is left out"]
+    step = "fit: 1 of 2; NLL 2.000  loss 2.500  lr 1.00e-03  gradient 0.25"
+    assert rest[4] == step and len(rest) == 9

@@ -1,4 +1,6 @@
 import json
+import sys
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import accelerate.tracking
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 from blora_pyro.cli import app
 from blora_pyro.diagnostics import summarise
 from blora_pyro.errors import UserError
+from blora_pyro.fitting.history import Step
 from blora_pyro.guides import build_guide, build_prior
 from blora_pyro.models import BLoRA
 from blora_pyro.options import FitConfig
@@ -16,7 +19,7 @@ from blora_pyro.posterior import Family, Posterior
 from blora_pyro.runs import listeners
 from blora_pyro.runs.fits import fit
 from blora_pyro.runs.folders import claim
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Bars, Listener, heard_by
 
 
 class Recorder(accelerate.tracking.GeneralTracker):
@@ -232,3 +235,36 @@ def test_figures_are_those_of_diagnose_at_any_moment_and_draw_nothing(net, famil
         assert found["contraction"] == pytest.approx(contraction_of(posterior), rel=1e-4, abs=1e-6)
         sparsity = posterior.sparsity()
         assert [found[f"sparsity/{name}"] for name in "AB"] == [sparsity["A"], sparsity["B"]]
+
+
+@pytest.mark.parametrize(
+    ("shell", "kind"),
+    [(None, Listener), (SimpleNamespace(), Listener), (SimpleNamespace(kernel=1), Bars)],
+)
+def test_without_a_listener_there_are_bars_in_a_notebook_alone(monkeypatch, shell, kind):
+    module = SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", module)
+    assert type(heard_by(None)) is kind
+    given = Listener()
+    assert heard_by(given) is given
+
+
+def test_bars_count_sets_and_steps_one_after_another(capsys):
+    bars, seen = Bars(), []
+    for name, total in (("train", 3), ("one batch", 1)):
+        for done in range(1, total + 1):
+            bars.features(name, done, total)
+            seen.append(bars.bar and (bars.what, bars.bar.n, bars.bar.total))
+    assert seen == [("features of train", 1, 3), ("features of train", 2, 3), None, None]
+    bars.ready(FitConfig(steps=4), 100, 10)
+    for step in (2, 3):  # of a fit that goes on, and ends early
+        bars.step(Step(step, 2.0, 1.5, None, 1e-3, 40))
+    assert (bars.bar.n, bars.bar.total, bars.bar.postfix) == (3, 4, "NLL 1.500")
+    bars.fitted()
+    assert bars.bar is None
+    bars.transcripts("base on de", 1, 2)
+    bars.note("a row is left out")
+    shown = capsys.readouterr().err
+    assert "base on de:  50%" in shown and "a row is left out\n" in shown
+    bars.transcripts("base on de", 2, 2)
+    assert bars.bar is None
