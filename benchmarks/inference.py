@@ -5,7 +5,8 @@
 The pocket Whisper, one monolingual test set, greedy. The posterior is so near the base that the
 transcripts are the same, so that all have the same number of tokens; that they are is checked, and
 kept. The pipeline and `transcribe` are given samples, `evaluate` (as in `fit`) has the features
-already. Draws: `transcribe --samples K`, and what it takes beyond `transcribe`.
+already. Draws: `transcribe --samples K`, and what it takes beyond `transcribe`, by a posterior of
+all layers and by one of the decoder's, whose draws share the encoder's states.
 """
 
 import copy
@@ -19,9 +20,11 @@ from common import Results, compared, interleaved, parse, parser, print_table, s
 from transformers import pipeline
 
 from blora_pyro import FitConfig, Posterior, load_base
+from blora_pyro.adapters import ALL_LINEAR
 from blora_pyro.data import SAMPLING_RATE, load_split, read_audio
 from blora_pyro.guides import with_prior_arguments
 from blora_pyro.models import Base
+from blora_pyro.options import DECODER
 from blora_pyro.posterior import Family
 from blora_pyro.runs.loading import load_examples
 from blora_pyro.runs.parts import build
@@ -66,18 +69,21 @@ def main() -> None:
         print(f"transcripts equal: {figures['transcripts_equal']}")
     numbers = DRAWS[:3] if quick else DRAWS
     options: dict[str, Any] = {"language": LANGUAGE, "batch_size": BATCH_SIZE}
-    drawing: Contestants = {
-        str(k): partial(Transcriber(base, posterior, samples=k, **options).transcribe, recordings)
-        for k in numbers
-    }
-    figures = results.case("draws", partial(timed_draws, drawing, 2 if quick else ROUNDS // 4))
-    heads = ("transcribe", "seconds", "against K times one", "each draw / transcribing once")
-    print_table(heads, [(f"{k} draws", *map(shown, one.values())) for k, one in figures.items()])
+    frozen = near(base, DECODER)
+    for case, one in {"draws": posterior, "draws, the encoder as it is": frozen}.items():
+        drawing: Contestants = {
+            str(k): partial(Transcriber(base, one, samples=k, **options).transcribe, recordings)
+            for k in numbers
+        }
+        figures = results.case(case, partial(timed_draws, drawing, 2 if quick else ROUNDS // 4))
+        heads = (case, "seconds", "against K times one", "each draw / transcribing once")
+        lines = [(f"{k} draws", *map(shown, each.values())) for k, each in figures.items()]
+        print_table(heads, lines)
 
 
-def near(base: Base) -> Posterior:
+def near(base: Base, targets: str = ALL_LINEAR) -> Posterior:
     """Return a posterior at the start of a fit, but with a B that is nearly zero."""
-    config = with_prior_arguments(FitConfig()).resolved(1, 1)
+    config = with_prior_arguments(FitConfig(target_modules=targets)).resolved(1, 1)
     model, guide = build(base, config)
     posterior = Posterior.from_guide(base.name, model, guide, Family())
     model.adapters.remove()

@@ -3,9 +3,10 @@
     python benchmarks/memory.py
 
 Every contestant runs in a process of its own: the most memory of three steps beyond what there was
-before the first, on one window of 30 s. Files are those of whisper-tiny's shape: a posterior, a
-checkpoint to resume from, and what PEFT and `Trainer` keep for the same two purposes; a float32
-number for every adapter weight is one moment.
+before the first, on one window of 30 s; and of the decoder's layers, as a real base is fitted by
+default, on eight windows, ours with the encoder's states from its cache. Files are those of
+whisper-tiny's shape: a posterior, a checkpoint to resume from, and what PEFT and `Trainer` keep for
+the same two purposes; a float32 number for every adapter weight is one moment.
 """
 
 import argparse
@@ -26,9 +27,13 @@ from safetensors.torch import save_file
 
 from blora_pyro.adapters import ALL_LINEAR
 from blora_pyro.fitting.checkpoints import write_checkpoint
+from blora_pyro.fitting.encoder_cache import EncoderCache
+from blora_pyro.options import DECODER
 from blora_pyro.posterior import Family, Posterior
 
 SIZES, RANKS, NAMES = ("tiny", "base", "small"), (8, 32), (PEER, "ours")
+TARGETS = {ALL_LINEAR: 1, DECODER: 8}  # and windows at once
+CACHED = ("base", 8, DECODER)
 REPEATS = 2
 
 
@@ -38,21 +43,23 @@ def main() -> None:
     found.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parse(found)
     if arguments.case:
-        size, rank, name = arguments.case.split(";")
-        print(peak(size, int(rank), name))
+        size, rank, targets, name = arguments.case.split(";")
+        print(peak(size, int(rank), targets, name))
         return
     results = Results(arguments, sizes=SIZES, ranks=RANKS, contestants=NAMES, repeats=REPEATS)
     rows = []
-    for size, rank in [*product(SIZES, RANKS)][: 1 if arguments.quick else None]:
-        measure = partial(peaks, arguments, size, rank)
-        case = results.case(f"{size}, all-linear, rank {rank}", measure)
+    every = [*product(SIZES, RANKS, [ALL_LINEAR]), CACHED]
+    for size, rank, targets in every[: 1 if arguments.quick else None]:
+        measure = partial(peaks, arguments, size, rank, targets)
+        what = targets if targets == ALL_LINEAR else "decoder, encoder cached"
+        case = results.case(f"{size}, {what}, rank {rank}", measure)
         cells = [
             f"{one['largest']:,.0f} (least {min(one['mib']):,.0f}) ({one['ratio']:.2f})"
             for one in case.values()
         ]
-        rows.append((size, rank, *cells))
+        rows.append((size, what, rank, *cells))
     print("peak MiB of a step (ratio to PEFT LoRA)")
-    print_table(("size", "rank", *NAMES), rows)
+    print_table(("size", "adapted", "rank", *NAMES), rows)
     files = results.case("files", files_of_tiny)
     print(f"bytes on the disk, {files['adapter_weights']:,} adapter weights")
     rows = [
@@ -62,12 +69,12 @@ def main() -> None:
     print_table(("file", "bytes", "moments", "bytes a moment / those of PEFT's adapter"), rows)
 
 
-def peaks(arguments: argparse.Namespace, size: str, rank: int) -> dict[str, Any]:
+def peaks(arguments: argparse.Namespace, size: str, rank: int, targets: str) -> dict[str, Any]:
     """Return the peaks of every contestant, measured in turn."""
     mib: dict[str, list[float]] = {name: [] for name in NAMES}
     for name in NAMES * (1 if arguments.quick else REPEATS):
         command = [sys.executable, __file__, "--threads", str(arguments.threads)]
-        command += ["--case", f"{size};{rank};{name}"]
+        command += ["--case", f"{size};{rank};{targets};{name}"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         mib[name].append(json.loads(done.stdout.splitlines()[-1]))
     largest = {name: max(values) for name, values in mib.items()}
@@ -77,11 +84,13 @@ def peaks(arguments: argparse.Namespace, size: str, rank: int) -> dict[str, Any]
     }
 
 
-def peak(size: str, rank: int, name: str) -> float:
+def peak(size: str, rank: int, targets: str, name: str) -> float:
     """Return the MiB that three steps take at most, beyond what is there before them."""
-    config = geometry(size)
-    one = CONTESTANTS[name](random_net(config), rank, ALL_LINEAR, False)
-    batch = random_batch(config, 1)
+    config, windows = geometry(size), TARGETS[targets]
+    one = CONTESTANTS[name](random_net(config), rank, targets, False)
+    batch = random_batch(config, windows)
+    if targets == DECODER and isinstance(one, Ours):
+        batch = EncoderCache(one.model, windows)(batch, range(windows), 0)
     try:
         # Linux: forget the peak so far, otherwise that of making the net hides the steps'.
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

@@ -19,8 +19,8 @@ from blora_pyro.data import load_split, read_audio
 from blora_pyro.metrics import words
 from blora_pyro.models import Base
 from blora_pyro.transcription import Transcriber
-from blora_pyro.transcription.confidence import word_key
 from blora_pyro.transcription.windows import Recording
+from blora_pyro.transcription.words import word_key
 
 Floats = npt.NDArray[np.float64]
 Marks = npt.NDArray[np.bool_]

@@ -87,20 +87,21 @@ def transcribe(
             "converted model in the cache; auto takes it where it can do what is asked for.",
         ),
     ] = AUTO,
-    beam_size: Annotated[
-        int,
-        typer.Option(
-            help="Hypotheses of the beam search; 1 is greedy. As the next four, of "
-            "ctranslate2 alone."
-        ),
-    ] = 1,
     word_timestamps: Annotated[
         bool,
         typer.Option(
             "--word-timestamps",
-            help="Find when each word is said, for the JSON; subtitles have it anyway.",
+            help="Find when each word is said, for JSON and subtitles; with ctranslate2 subtitles "
+            "have it anyway.",
         ),
     ] = False,
+    beam_size: Annotated[
+        int,
+        typer.Option(
+            help="Hypotheses of the beam search; 1 is greedy. As the next three, of "
+            "ctranslate2 alone."
+        ),
+    ] = 1,
     vad_filter: Annotated[
         bool, typer.Option("--vad-filter", help="Leave out what is no speech before decoding.")
     ] = False,

@@ -51,6 +51,7 @@ class Base:
     Attributes:
         name: The name that the user gave.
         folder: The folder that it was loaded from, or None.
+        half_encoder: Whether `decoding.encode` multiplies in bfloat16.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Base:
     tokenizer: WhisperTokenizer
     feature_extractor: WhisperFeatureExtractor
     folder: Path | None = None
+    half_encoder: bool = False
 
     @property
     def language_map(self) -> dict[str, str]:
@@ -108,6 +110,13 @@ def has_bfloat16_units(device: str) -> bool:
     if kind == "cpu":
         return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # since torch 2.5
     return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def with_fast_encoder(base: Base) -> Base:
+    """Return a base whose encoder multiplies in bfloat16, if the device has units for it."""
+    is_whole = base.net.dtype == torch.float32
+    half = is_whole and has_bfloat16_units(str(base.net.device))
+    return replace(base, half_encoder=half)
 
 
 def on_this_machine(config: FitConfig) -> FitConfig:

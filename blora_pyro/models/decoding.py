@@ -92,7 +92,11 @@ def alike_in_length(prompts: Prompts, size: int) -> Iterator[list[int]]:
 @torch.inference_mode()
 def encode(base: Base, features: Tensor) -> Tensor:
     """Return the encoder's states, (batch, positions, width), of log-mels (batch, mels, frames)."""
-    return encoder.encode(base.net, features.to(base.net.device))
+    net, features = base.net, features.to(base.net.device)
+    if not base.half_encoder:
+        return encoder.encode(net, features)
+    with torch.autocast(net.device.type, torch.bfloat16):
+        return encoder.encode(net, features).to(net.dtype)
 
 
 @torch.inference_mode()

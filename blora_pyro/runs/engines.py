@@ -55,8 +55,8 @@ def transcribe(
     device: str = AUTO,
     *,
     engine: str = AUTO,
-    beam_size: int = 1,
     word_timestamps: bool | None = False,
+    beam_size: int = 1,
     vad_filter: bool = False,
     initial_prompt: str | None = None,
     hotwords: str | None = None,
@@ -84,9 +84,9 @@ def transcribe(
         device: A torch device; `cpu`, `cuda` or `cuda:1` for CTranslate2.
         engine: `torch`; `ctranslate2`, which needs `pip install 'blora-pyro[fast]'`; or `auto`,
             the second if it is installed and can do what is asked for.
-        beam_size: Hypotheses of the beam search; 1 is greedy. This and the next four are for
+        word_timestamps: Find when each word is said; None does with `ctranslate2`.
+        beam_size: Hypotheses of the beam search; 1 is greedy. This and the next three are for
             `ctranslate2` alone.
-        word_timestamps: Find when each word is said; None does if the engine can.
         vad_filter: Leave out what is no speech before decoding.
         initial_prompt: Text that a recording goes on from.
         hotwords: Words that are likely to be said.
@@ -119,7 +119,6 @@ def transcribe(
         raise UserError(f"seed is {seed}; give a whole number from 0 below {2**32}")
     own: dict[str, Any] = {
         "beam_size": beam_size,
-        "word_timestamps": word_timestamps,
         "vad_filter": vad_filter,
         "initial_prompt": initial_prompt,
         "hotwords": hotwords,
@@ -130,7 +129,6 @@ def transcribe(
             f"{asked[0]} is given, which the engine {TORCH} does not have; leave it out, or give "
             f"engine {CTRANSLATE2}"
         )
-    own["word_timestamps"] = word_timestamps is not False
     which = Which(adapter, base, revision, local_files_only, strength, strength_by, domain)
     decoder = None
     if engine != TORCH:
@@ -140,7 +138,8 @@ def transcribe(
                     f"samples is {samples}, and the engine {CTRANSLATE2} has no draws; leave "
                     f"{asked[0] if asked else 'engine'} out"
                 )
-            decoder = _decoder(which, language, device, dtype, task, batch_size, seed, own)
+            settings = {**own, "word_timestamps": word_timestamps is not False}
+            decoder = _decoder(which, language, device, dtype, task, batch_size, seed, settings)
         except UserError:
             if asked or engine == CTRANSLATE2:
                 raise
@@ -169,6 +168,7 @@ def transcribe(
             batch_size=batch_size,
             samples=samples,
             seed=seed,
+            word_timestamps=bool(word_timestamps),
             on_transcript=on_transcript,
             on_error=on_error,
             **draws,

@@ -8,8 +8,8 @@ from typing import Any
 from blora_pyro.errors import UserError
 from blora_pyro.languages import language_code
 from blora_pyro.models import DTYPES, base_of, check_dtype
-from blora_pyro.models.base import check_finite, check_merge, distance, probe
-from blora_pyro.options import AUTO, FitConfig
+from blora_pyro.models.base import check_finite, check_merge, distance, probe, with_fast_encoder
+from blora_pyro.options import AUTO, POCKET, FitConfig
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.strength import SCALE, at_strength
 from blora_pyro.runs.beyond import measure_beyond
@@ -185,6 +185,7 @@ def transcribe(
     batch_size: int = 16,
     samples: int = 0,
     seed: int = 0,
+    word_timestamps: bool = False,
 ) -> list[Transcript]:
     """Return transcripts of audio files by torch; see `engines.transcribe` for both engines.
 
@@ -196,7 +197,8 @@ def transcribe(
             detects in each file. None is that of the adapter's training data, and without an
             adapter "auto".
         device: A torch device.
-        dtype: Dtype of the base's weights; None is that of the fit, or `float32`.
+        dtype: Dtype of the base's weights; None is that of the fit, or `float32`, with the encoder
+            of another base than the pocket in bfloat16 where the device has units for it.
         revision: Revision of a base on the Hub; None is that of the fit, unless a base is given.
         local_files_only: Look for Hub ids in the Hub's local cache alone.
         prior: File of the prior, if draws are asked for and the run has one: its code is run.
@@ -211,6 +213,7 @@ def transcribe(
         batch_size: Windows transcribed at once; see `Transcriber`, as the two that follow.
         samples: Posterior draws for word confidences; 0 is none.
         seed: Seed of the draws.
+        word_timestamps: Find when each word is said.
 
     Raises:
         UserError: If a file or the run can't be read, the language is unknown to the model, draws
@@ -230,14 +233,18 @@ def transcribe(
     )
     config = replace(config, dtype=dtype or config.dtype)
     code = language_code(language) if language else own or None
+    model = base_of(config)
+    if dtype is None and model.name != POCKET:
+        model = with_fast_encoder(model)
     transcriber = Transcriber(
-        base_of(config),
+        model,
         posterior,
         None if code == "auto" else code,
         task or config.task,
         batch_size=batch_size,
         samples=samples,
         seed=seed,
+        word_timestamps=word_timestamps,
     )
     paths = [audio] if isinstance(audio, str | Path) else audio
     return transcribe_files(transcriber, paths, on_transcript, on_error)

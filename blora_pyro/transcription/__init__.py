@@ -4,7 +4,7 @@
 - `long_form`: decoding window by window; `windows`: recordings, and where their
   windows begin and end;
 - `safeguards`: Whisper's fallback against loops and inventions, for scores as well;
-- `confidence`: word confidences from posterior draws;
+- `words`: what spells the words, when they are said, and how sure they are by posterior draws;
 - `ct2`: the same by CTranslate2, without torch;
 - `transcripts`: transcripts as objects, JSON, SRT and VTT; `outputs`: files of transcripts.
 """

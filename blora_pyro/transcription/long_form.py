@@ -11,6 +11,7 @@ code-switched speech has two. Here every window is a call of `generate` with its
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, islice
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from blora_pyro.models.decoding import (
 )
 from blora_pyro.transcription.safeguards import decode_safely, hearings
 from blora_pyro.transcription.windows import Recording, Span, Window, batched
+from blora_pyro.transcription.words import Speller, align, time_words
 
 BATCHES_IN_MEMORY = 8  # recordings are read, and windows kept, for so many batches at a time
 
@@ -42,6 +44,7 @@ class LongFormDecoder:
     task: str = "transcribe"
     batch_size: int = 16
     seed: int = 0
+    word_timestamps: bool = False
 
     def decode(self, recordings: Sequence[Recording]) -> Iterator[list[Window]]:
         """Yield windows with their transcripts, those of a recording in order.
@@ -104,6 +107,8 @@ class LongFormDecoder:
                 one.pieces = pieces
             if ends is None and timestamp_begin(self.base) is not None:
                 self._time(batch, encoded)
+            if self.word_timestamps:
+                self._time_words(batch, encoded)
 
     @property
     def _given_language(self) -> str | None:
@@ -139,6 +144,33 @@ class LongFormDecoder:
         rows = time_pieces(self.base, states, prompts, tokens, breaks, ends)
         for row, pieces in zip(said, rows, strict=True):
             batch[row].pieces = pieces
+
+    def _time_words(self, batch: Sequence[Window], encoded: Tensor) -> None:
+        """Find when each word is said."""
+        begin, speller = timestamp_begin(self.base), Speller(self.base.tokenizer)
+        texts = [
+            [
+                [token for token in piece.tokens if begin is None or token < begin]
+                for piece in one.pieces
+            ]
+            for one in batch
+        ]
+        said = {row: [*chain(*pieces)] for row, pieces in enumerate(texts) if any(pieces)}
+        if not said:
+            return
+        without = [begin - 1] if begin is not None and batch[0].timed else []
+        prompts = [[*batch[row].prompt, *without] for row in said]
+        ends = [batch[row].seconds for row in said]
+        found = align(self.base, encoded[[*said]], prompts, [*said.values()], ends)
+        for (row, tokens), (begins, probabilities) in zip(said.items(), found, strict=True):
+            starts = accumulate(map(len, texts[row]), initial=0)
+            pieces = [
+                speller.spell(piece, start)
+                for piece, start in zip(texts[row], starts, strict=False)
+            ]
+            marks = [speller.is_mark(token) for token in tokens]
+            rest = iter(time_words([*chain(*pieces)], marks, begins, probabilities))
+            batch[row].times = [[*islice(rest, len(piece))] for piece in pieces]
 
     def _breaks(self, tokens: Sequence[int]) -> list[int]:
         """Return after how many tokens a text can be cut so that its parts joined are the text."""

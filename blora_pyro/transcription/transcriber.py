@@ -8,6 +8,7 @@ from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from blora_pyro.data import SAMPLING_RATE, Features, read_audio, stream_audio
@@ -21,12 +22,13 @@ from blora_pyro.models.decoding import (
     score_tokens,
     text_of,
 )
+from blora_pyro.models.encoder_states import EncoderStates
 from blora_pyro.posterior import Posterior
-from blora_pyro.transcription.confidence import Speller, Spelling, Tally
 from blora_pyro.transcription.long_form import BATCHES_IN_MEMORY, LongFormDecoder
 from blora_pyro.transcription.safeguards import decode_safely, hearings
 from blora_pyro.transcription.transcripts import Segment, Transcript, Word
 from blora_pyro.transcription.windows import Recording, StreamedWave, Window, batched
+from blora_pyro.transcription.words import Speller, Spelling, Tally
 
 BATCH_SIZE = 64  # in evaluation
 LONG = 600  # seconds that a recording has in memory at most
@@ -76,6 +78,7 @@ class Transcriber:
         batch_size: Windows per batch.
         samples: Posterior draws for word confidences; 0 for none.
         seed: Seed of the draws, and of windows sampled at a temperature, see `safeguards`.
+        word_timestamps: Find when each word is said, by the alignment heads.
     """
 
     base: Base
@@ -85,6 +88,7 @@ class Transcriber:
     batch_size: int = 16
     samples: int = 0
     seed: int = 0
+    word_timestamps: bool = False
 
     def __post_init__(self) -> None:
         """Check the options; UserError if `samples` asks for draws where there are none."""
@@ -124,7 +128,12 @@ class Transcriber:
     def _decoded(self, recordings: Sequence[Recording]) -> Iterator[list[Window]]:
         """Yield decoded windows; with draws as many at a time as are kept in memory."""
         rounds = LongFormDecoder(
-            self.base, self.language, self.task, self.batch_size, self.seed
+            self.base,
+            self.language,
+            self.task,
+            self.batch_size,
+            self.seed,
+            self.word_timestamps,
         ).decode(recordings)
         waiting: list[Window] = []
         while True:
@@ -159,10 +168,11 @@ class Transcriber:
         tallies = {
             window: Tally(list(chain.from_iterable(pieces))) for window, pieces in spelled.items()
         }
+        encoder = self._encoder(windows)
         for draw in self.posterior.draws(self.samples, self.seed):
             with self._adapted(draw):
                 for batch, features in batched(windows, self.batch_size, lambda w: len(w.tokens)):
-                    for window, log_probs, decoded in self._judge(batch, features):
+                    for window, log_probs, decoded in self._judge(batch, features, encoder(batch)):
                         tallies[window].add(log_probs, speller.spell(decoded))
         words = {}
         for window, pieces in spelled.items():
@@ -170,12 +180,34 @@ class Transcriber:
             words[window] = [tuple(islice(rest, len(piece))) for piece in pieces]
         return words
 
+    def _encoder(self, windows: Sequence[Window]) -> Callable[[Sequence[Window]], Tensor]:
+        """Return what encodes some of the windows: once for all draws, if none changes that."""
+        assert self.posterior is not None
+
+        def encoded(some: Sequence[Window]) -> Tensor:
+            return encode(self.base, torch.stack([window.features for window in some]))
+
+        net, places = self.base.net, {window: place for place, window in enumerate(windows)}
+        if self.samples == 1 or not self.posterior.leaves_encoder(net):
+            return encoded
+        shape = net.config.max_source_positions, net.config.d_model
+        try:
+            kept = EncoderStates(len(windows), shape, net.dtype)
+        except UserError:  # no room
+            return encoded
+
+        def stored(some: Sequence[Window]) -> Tensor:
+            indices = [places[window] for window in some]
+            states = kept.of(indices, lambda new: encoded([windows[place] for place in new]))
+            return states.to(net.device)
+
+        return stored
+
     def _judge(
-        self, batch: Sequence[Window], features: Tensor
+        self, batch: Sequence[Window], features: Tensor, encoded: Tensor
     ) -> Iterator[tuple[Window, Tensor, list[int]]]:
         """Yield (window, log-probabilities of its tokens, the net's own transcript)."""
         prompts = [window.prompt for window in batch]
-        encoded = encode(self.base, features)
         scores = score_tokens(self.base, encoded, prompts, [window.tokens for window in batch])
         limits = [one.limit for one in hearings(self.base, features)]
         if batch[0].timed:
@@ -188,11 +220,13 @@ class Transcriber:
 
     def _segments(self, window: Window, words: Words) -> Iterator[Segment]:
         """Segments of a window, with times in the recording."""
-        found = words.get(window, [None] * len(window.pieces))
-        for piece, sure in zip(window.pieces, found, strict=True):
+        unknown = [None] * len(window.pieces)
+        found, said = words.get(window, unknown), window.times or unknown
+        for piece, sure, times in zip(window.pieces, found, said, strict=True):
             if text := text_of(self.base, piece.tokens):
                 start, end = (min(time, window.seconds) for time in (piece.start, piece.end))
-                yield Segment(window.start + start, window.start + end, text, sure)
+                placed = None if times is None else tuple(one.moved(window.start) for one in times)
+                yield Segment(window.start + start, window.start + end, text, sure, placed)
 
 
 def transcribe_files(

@@ -9,7 +9,7 @@ import math
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -33,7 +33,7 @@ _PART = regex.compile(
 
 @dataclass(frozen=True)
 class Word:
-    """A word (a Han character counts as one) with its confidence from K draws, see `confidence`.
+    """A word (a Han character counts as one) with its confidence from K draws, see `words`.
 
     Attributes:
         text: The word as in the transcript, punctuation included.
@@ -65,6 +65,10 @@ class TimedWord:
     end: float
     probability: float
 
+    def moved(self, seconds: float) -> "TimedWord":
+        """Return it said so much later."""
+        return replace(self, start=self.start + seconds, end=self.end + seconds)
+
     def to_json(self) -> dict[str, Any]:
         """The word for JSON; times to the millisecond."""
         times = {"start": round(self.start, 3), "end": round(self.end, 3)}
@@ -88,9 +92,12 @@ class Segment:
     def to_json(self) -> dict[str, Any]:
         """The segment for JSON; times to the millisecond."""
         times = {"start": round(self.start, 3), "end": round(self.end, 3)}
-        found = self.times if self.words is None else self.words
-        words = {} if found is None else {"words": [word.to_json() for word in found]}
-        return {**times, "text": self.text, **words}
+        parts = [one for one in (self.times, self.words) if one is not None]
+        words = [
+            {name: value for one in each for name, value in one.to_json().items()}
+            for each in zip(*parts, strict=True)
+        ]
+        return {**times, "text": self.text} | ({"words": words} if parts else {})
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from blora_pyro.data.audio import SAMPLING_RATE, Wave
 from blora_pyro.errors import UserError
 from blora_pyro.models.decoding import Piece
+from blora_pyro.transcription.transcripts import TimedWord
 
 MIN_AGAIN = 1.0  # seconds of silence from which on a window without a text is heard again
 MIN_WINDOW = 0.1  # seconds; a shorter rest of a recording is left out
@@ -123,6 +124,7 @@ class Window:
         language: Code or codes; empty until known.
         prompt: Tokens of the decoder prompt.
         pieces: Decoded tokens with their times.
+        times: Of the words of each piece, seconds from the window's start; None is unknown.
     """
 
     recording: int
@@ -132,6 +134,7 @@ class Window:
     language: str = ""
     prompt: list[int] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
+    times: list[list[TimedWord]] | None = None
 
     @property
     def start(self) -> float:

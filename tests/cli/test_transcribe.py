@@ -103,7 +103,7 @@ def test_transcribe_tells_of_a_bad_file_and_transcribes_the_others(
         (["--task", "sing"], "'sing'"),
         (["--engine", "fast"], "engine is 'fast'; give one of auto, torch, ctranslate2"),
         (["--engine", "torch", "--hotwords", "red"], "hotwords is given"),
-        (["--word-timestamps"], "its tokenizer has no <|startofprev|>; give engine torch"),
+        (["--vad-filter"], "its tokenizer has no <|startofprev|>; give engine torch"),
         (["--resume"], "give --output"),
         (["--overwrite"], "give --output"),
     ],

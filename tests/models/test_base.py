@@ -325,3 +325,14 @@ def test_units_are_asked_of_the_device(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has: has, raising=False)
         assert UNITS("cpu") is has
     assert not UNITS("mps")
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_encoder_is_halved_where_there_are_units_and_weights_are_whole(
+    fluent_folder, units, dtype, monkeypatch
+):
+    monkeypatch.setattr(bases, "has_bfloat16_units", lambda device: units and device == "cpu")
+    base = bases.load_base(str(fluent_folder), "cpu", dtype)
+    assert not base.half_encoder
+    assert bases.with_fast_encoder(base).half_encoder == (units and dtype == "float32")

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,16 @@ def test_every_row_follows_its_own_prompt(fluent_base, features):
     assert together == alone
     assert together[0] != decode(fluent_base, encoded[:1], prompts[1:2])[0]
     assert all(fluent_base.net.config.eos_token_id not in row for row in together)
+
+
+def test_a_half_encoder_computes_in_bfloat16_and_gives_what_the_net_computes_in(
+    fluent_base, features
+):
+    exact = encode(fluent_base, features)
+    half = encode(replace(fluent_base, half_encoder=True), features)
+    assert half.dtype == exact.dtype == torch.float32
+    distance = float((half - exact).norm() / exact.norm())
+    assert 1e-4 < distance < 5e-2  # bfloat16 has 8 bits
 
 
 def test_suppressed_tokens_are_said_where_they_are_allowed(fluent_base, features):

@@ -157,7 +157,7 @@ def test_nothing_of_torch_is_imported_once_a_model_is_converted(run, paths):
         ({"seed": -1}, "seed is -1; give a whole number from 0"),
         ({"seed": 2**40}, "seed is 1099511627776; give"),
         ({"samples": 2, "engine": "ctranslate2"}, "samples is 2, and the engine ctranslate2 has"),
-        ({"samples": 2, "word_timestamps": True}, "leave word_timestamps out"),
+        ({"samples": 2, "vad_filter": True}, "leave vad_filter out"),
         ({"engine": "ctranslate2", "device": "mps"}, "device is 'mps'"),
         ({"engine": "ctranslate2", "dtype": "bfloat16"}, "dtype is 'bfloat16', and the engine"),
         ({"engine": "ctranslate2", "language": "auto"}, "finds no language"),

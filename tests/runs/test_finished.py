@@ -277,3 +277,19 @@ def test_a_merge_that_overflows_its_dtype_is_refused_and_writes_nothing(finished
     with pytest.raises(UserError, match="the merged checkpoint in float16 has values that are not"):
         merge_run(folder, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "half"),
+    [({}, True), ({"dtype": "float32"}, False), ({"base": "pocket"}, False)],
+)
+def test_the_encoder_of_a_real_base_is_halved_unless_a_dtype_is_given(
+    fluent_folder, monkeypatch, options, half
+):
+    monkeypatch.setattr("blora_pyro.models.base.has_bfloat16_units", lambda device: True)
+    seen = []
+    monkeypatch.setattr(
+        "blora_pyro.runs.finished.transcribe_files", lambda one, *_: seen.append(one.base)
+    )
+    transcribe([], **{"base": str(fluent_folder), "device": "cpu", **options})
+    assert [base.half_encoder for base in seen] == [half]

@@ -125,6 +125,18 @@ def test_words_have_times(decoder, speech):
         json.dumps(one.to_json())
 
 
+def test_words_have_the_times_of_torch(decoder, speech):
+    transcriber = Transcriber(load_base("pocket"), language="de-en", word_timestamps=True)
+    theirs = transcriber.transcribe([Recording(*one) for one in speech])
+    apart = []
+    for one, other in zip(decoded(decoder, speech, word_timestamps=True), theirs, strict=True):
+        for word, same in zip(one.segments[0].times, other.segments[0].times, strict=True):
+            assert word.text == same.text
+            assert word.probability == pytest.approx(same.probability, abs=0.02)
+            apart.append(max(abs(word.start - same.start), abs(word.end - same.end)))
+    assert sum(each <= 0.2 for each in apart) >= 0.95 * len(apart) > 5
+
+
 def test_a_long_recording_is_cut_at_its_pauses(decoder, speech):
     pause = np.zeros(SAMPLING_RATE, np.float32)
     long = np.concatenate([part for _, wave in speech[:3] for part in (wave, pause)])

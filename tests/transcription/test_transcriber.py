@@ -8,16 +8,19 @@ import torch
 from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.data import featurise, prompt_ids, read_audio
 from blora_pyro.errors import UserError
+from blora_pyro.models import decoding
+from blora_pyro.options import DECODER
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.transcription import (
     Transcriber,
+    long_form,
     safeguards,
     transcribe_features,
     transcribe_files,
     transcriber,
 )
-from blora_pyro.transcription.confidence import Speller, word_key
 from blora_pyro.transcription.windows import Recording
+from blora_pyro.transcription.words import Speller, word_key
 
 # Tones of the monolingual files, out of order, and the prompt that each is given.
 FILES = ("en1", "de3", "en0", "de2", "de3", "en1")
@@ -67,9 +70,9 @@ def texts_of(base, paths, language=None):
     return [one.text for one in transcribe_files(Transcriber(base, language=language), paths)]
 
 
-def a_posterior(base, stddev=0.05, size=0.3) -> Posterior:
+def a_posterior(base, stddev=0.05, size=0.3, targets="all-linear") -> Posterior:
     """Around a random update of rank 2, by default a large one."""
-    groups = group_by_shape(find_targets(base.net, "all-linear"), 2)
+    groups = group_by_shape(find_targets(base.net, targets), 2)
     sites = [site for group in groups for site in group.sites]
     mean = {site.name: size * torch.randn(site.shape) for site in sites}
     spread = {name: torch.full_like(value, stddev) for name, value in mean.items()}
@@ -296,6 +299,33 @@ def test_confidences_of_timed_windows(timed_base):
             assert all(word.log_prob < 0 for word in segment.words)
 
 
+def test_words_have_times_beside_their_confidences(fluent_base, tones_folder):
+    torch.manual_seed(3)
+    posterior = a_posterior(fluent_base, size=0.05)
+    files = [tones_folder / "de2.wav"]
+    options = {"language": "de", "word_timestamps": True}
+    plain = transcribe_files(Transcriber(fluent_base, posterior, **options), files)
+    found = transcribe_files(Transcriber(fluent_base, posterior, samples=2, **options), files)
+    for one, other in zip(plain, found, strict=True):
+        (segment,), (sure,) = one.segments, other.segments
+        assert segment.times == sure.times and segment.words is None
+        times = [time for word in segment.times for time in (word.start, word.end)]
+        assert 0 <= min(times) and max(times) <= one.duration
+        words = sure.to_json()["words"]
+        assert [word["text"] for word in words] == segment.text.split()
+        assert {"text", "start", "end", "probability", "confidence"} <= words[0].keys()
+
+
+@pytest.mark.usefixtures("two_temperatures")
+def test_words_of_timed_windows_have_times_in_the_recording(timed_base):
+    (found,) = Transcriber(timed_base, None, "de-en", word_timestamps=True).transcribe([noise(3.4)])
+    words = [word for segment in found.segments for word in segment.times]
+    for segment in found.segments:
+        assert " ".join(word.text for word in segment.times) == " ".join(segment.text.split())
+    assert all(0 <= word.start <= word.end <= found.duration + 1e-6 for word in words)
+    assert words[-1].start > 1.0  # of a later window
+
+
 def test_draws_depend_on_the_seed_alone(fluent_base, tones_folder):
     torch.manual_seed(3)
     posterior = a_posterior(fluent_base, size=0.05)
@@ -308,6 +338,38 @@ def test_draws_depend_on_the_seed_alone(fluent_base, tones_folder):
         return transcribe_files(transcriber, path)[0].segments[0].words
 
     assert words(0) == words(0, batch_size=1) != words(1)
+
+
+@pytest.mark.parametrize(("targets", "encodings"), [(DECODER, 2), ("all-linear", 3)])
+def test_draws_share_the_states_of_an_encoder_that_none_changes(
+    fluent_base, tones_folder, monkeypatch, targets, encodings
+):
+    torch.manual_seed(3)
+    posterior = a_posterior(fluent_base, size=0.05, targets=targets)
+    files = [tones_folder / f"{name}.wav" for name in ("de2", "en0", "de3")]
+    seen: list[int] = []
+
+    def counted(base, features):
+        seen.append(len(features))
+        return decoding.encode(base, features)
+
+    for module in (transcriber, long_form):
+        monkeypatch.setattr(module, "encode", counted)
+
+    def words(room):
+        seen.clear()
+        if not room:
+            monkeypatch.setattr("blora_pyro.models.encoder_states._open", refuse)
+        found = transcribe_files(Transcriber(fluent_base, posterior, "de", samples=2), files)
+        return [one.segments for one in found]
+
+    def refuse(*_):
+        raise UserError("no room")
+
+    with_room = words(True)
+    assert sum(seen) == encodings * len(files)  # once for the transcripts
+    assert words(False) == with_room
+    assert sum(seen) == 3 * len(files)
 
 
 def test_the_net_is_left_as_it_was(fluent_base, tones_folder):
