@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,13 +43,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, shared: bool = False) -> None:
     """Put a file in the place of the one at `path`, whole and on the disk.
+
+    Args:
+        path: Of the file.
+        content: Of the file.
+        shared: Whether another process may write it at the same moment; the later one stays.
 
     Raises:
         OSError: If that fails; what was at `path` is still there.
     """
-    fresh = path.with_name(path.name + ".new")
+    own = f".{secrets.token_hex(4)}" if shared else ""
+    fresh = path.with_name(f"{path.name}{own}.new")
     try:
         fresh.write_bytes(content)
         sync(fresh)

@@ -28,6 +28,19 @@ def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_processes_that_write_a_shared_file_at_once_do_not_meet(tmp_path, monkeypatch):
+    path, replace = tmp_path / "a.csv", os.replace
+
+    def overtaken(fresh, there):
+        monkeypatch.setattr(os, "replace", replace)
+        replace_file(path, b"second", shared=True)
+        replace(fresh, there)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    replace_file(path, b"first", shared=True)
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_bytes(b"old")

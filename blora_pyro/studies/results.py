@@ -240,7 +240,7 @@ def write_results(path: Path, scored: Iterable[ScoredFit]) -> None:
     text = results_frame(scored).to_csv(index=False, lineterminator="\n")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text.encode())
+        replace_file(path, text.encode(), shared=True)
     except OSError as error:
         raise UserError(
             f"'{path}' can't be written ({error.strerror}); put that right and start the same "
