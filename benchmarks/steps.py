@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def main() -> None:
     cases = QUICK if arguments.quick else [*product(sizes, precisions, TARGETS, RANKS)]
     for size, precision, targets, rank in cases:
         rounds = 2 if arguments.quick else arguments.rounds or ROUNDS.get(size, ROUNDS["small"])
-        name = f"{size}, {precision}, {targets}, rank {rank}"
+        name = f"{Path(size).name}, {precision}, {targets}, rank {rank}"
         those = names if size == ALL_ON else [one for one in names if one in (PEER, "ours")]
         where = arguments.device, arguments.batch_size
         case = results.case(
@@ -80,7 +81,8 @@ def measure(
     if size in ROUNDS:
         net = random_net(geometry(size))
     else:
-        net = WhisperForConditionalGeneration.from_pretrained(size, local_files_only=True)
+        load = WhisperForConditionalGeneration.from_pretrained
+        net = load(size, local_files_only=True, dtype=torch.float32)
         net.requires_grad_(False).eval()
     net.to(device)
     batch = random_batch(net.config, batch_size).to(device)

@@ -2,6 +2,9 @@ import gzip
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -36,7 +39,7 @@ from word_confidence import (
     right_words,
 )
 
-from blora_pyro.data import read_manifest
+from blora_pyro.data import MODEL_DIR, read_manifest
 from blora_pyro.fitting.objective import Objective
 from blora_pyro.fitting.svi import fit_guide
 from blora_pyro.guides import build_guide, build_prior, with_prior_arguments
@@ -223,6 +226,33 @@ def test_manifests_are_made_from_the_files_of_the_public_sources(tmp_path):
 
 
 # ---- word confidence
+
+
+def test_the_script_for_a_card_measures_steps_and_estimates_a_fit(tmp_path):
+    speech = tmp_path / "speech"
+    speech.mkdir()
+    for name in ("train", "dev", "test", *(f"back-{code}" for code in ("en", "es", "fr", "de"))):
+        audio(1.0, speech / f"{name}.wav")
+        row = {"audio": f"{name}.wav", "text": "ein rad", "language": name.rpartition("-")[2]}
+        rows = [row | {"split": split} for split in ("train", "dev", "test")]
+        if "-" not in name:
+            rows = [row | {"language": "qu-es"}]
+        lines = [json.dumps(one) for one in rows]
+        (speech / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    trial = {"DEVICE": "cpu", "SECONDS_OF_ROWS": "1", "ROUNDS": "1", "TOKEN": "tr"}
+    script = Path(main.__code__.co_filename).with_name("gpu.sh")
+    done = subprocess.run(
+        ["bash", script, MODEL_DIR, speech, tmp_path / "out"],
+        env={**os.environ, **trial, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((tmp_path / "out" / "steps.json").read_text(encoding="utf-8"))
+    assert {"PEFT LoRA", "ours"} == {name for case in steps["cases"].values() for name in case}
+    assert "dev sets, 7 strengths" in (tmp_path / "out" / "estimate.txt").read_text(encoding="utf-8")
+    assert "no row was done in 1 seconds" in done.stdout
 
 
 @pytest.mark.parametrize(
