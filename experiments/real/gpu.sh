@@ -22,4 +22,4 @@ blora-pyro fit --base whisper-base --data human-speech --keep 1 --prior base-inf
     --backward "$(for code in en es fr de; do printf '%s=human-speech/back-%s.jsonl,' $code $code; done | sed 's/,$//')" \
     --precision bf16 --device "$device" --estimate | tee estimate.txt
 timeout --signal=INT "$budget" blora-pyro study study.toml --device "$device" || [ $? -eq 124 ]
-blora-pyro study study.toml --device "$device" --report || echo "no row was done in $budget seconds"
+blora-pyro study study.toml --device "$device" --report

@@ -251,8 +251,10 @@ def test_the_script_for_a_card_measures_steps_and_estimates_a_fit(tmp_path):
     assert done.returncode == 0, done.stderr
     steps = json.loads((tmp_path / "out" / "steps.json").read_text(encoding="utf-8"))
     assert {"PEFT LoRA", "ours"} == {name for case in steps["cases"].values() for name in case}
-    assert "dev sets, 7 strengths" in (tmp_path / "out" / "estimate.txt").read_text(encoding="utf-8")
-    assert "no row was done in 1 seconds" in done.stdout
+    assert "dev sets, 7 strengths" in (tmp_path / "out" / "estimate.txt").read_text(
+        encoding="utf-8"
+    )
+    assert "no row is in results.csv yet" in done.stdout
 
 
 @pytest.mark.parametrize(
