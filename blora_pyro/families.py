@@ -8,6 +8,7 @@ from typing import Any
 from blora_pyro.errors import UserError
 
 BASE_INFORMED = "base-informed"
+AUTO_LOWRANK = "auto-lowrank"
 FAMILIES = {
     "normal": "blora_pyro.guides.normal",
     "laplace": "blora_pyro.guides.laplace",
@@ -23,6 +24,7 @@ GUIDES = {
     **FAMILIES,
     "point": "blora_pyro.guides.point",
     "auto-normal": "blora_pyro.guides.auto_normal",
+    AUTO_LOWRANK: "blora_pyro.guides.auto_lowrank",
 }
 PREVIOUS_POSTERIOR = "previous-posterior"  # the prior that `prior_from` resolves to
 NO_PRIOR = "none"  # of a posterior combined of several, or of one domain's part of one
@@ -30,7 +32,7 @@ NO_PRIOR = "none"  # of a posterior combined of several, or of one domain's part
 # a layer's inputs: they cannot be pooled.
 DEPENDENT_ROWS = ("horseshoe", BASE_INFORMED)
 # Guides whose deviations are not all those of independent Normals, softplus(rho).
-NOT_MEAN_FIELD = ("point", "auto-normal", "horseshoe")
+NOT_MEAN_FIELD = ("point", "auto-normal", AUTO_LOWRANK, "horseshoe")
 
 ROLES = ("prior", "guide")  # options that may name a file of code
 

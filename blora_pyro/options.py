@@ -41,6 +41,7 @@ from blora_pyro.declarations import (
 )
 from blora_pyro.errors import UserError
 from blora_pyro.families import (
+    AUTO_LOWRANK,
     DEPENDENT_ROWS,
     FAMILIES,
     GUIDES,
@@ -267,7 +268,8 @@ class PriorOptions:
         at_least=1,
     )
     guide: str | None = option(
-        "Guide: point (MAP; LoRA with --beta 0), auto-normal, a family's, or a .py file.",
+        "Guide: point (MAP; LoRA with --beta 0), Pyro's auto-normal or auto-lowrank, a family's, "
+        "or a .py file.",
         metavar="NAME|FILE",
         unset="the family's own",
     )
@@ -1019,9 +1021,11 @@ def _check_prior(config: FitConfig) -> None:
     for name, value, known in (("prior", config.prior, families), ("guide", config.guide, GUIDES)):
         if value is not None and value not in known and Path(value).suffix != ".py":
             listed = ", ".join(one for one in known if one != PREVIOUS_POSTERIOR)
+            why = suggestion(value, known)
+            if name == "guide" and value.startswith("auto"):
+                why = "; Pyro's others have no mean to store, or a matrix of all weights"
             raise UserError(
-                f"{name} is '{value}'; give one of {listed}, or the path of a .py file"
-                f"{suggestion(value, known)}"
+                f"{name} is '{value}'; give one of {listed}, or the path of a .py file{why}"
             )
     if config.prior_scale is not None and "scale" in config.prior_args:
         if config.prior_args["scale"] != config.prior_scale:  # a resolved configuration has both
@@ -1070,6 +1074,9 @@ def _check_fit(config: FitConfig) -> None:
                 ),
             },
         )
+    if config.guide == AUTO_LOWRANK:  # the estimators take apart Normals of independent elements
+        possible = {"estimator": (config.estimator == "shared", "give shared")}
+        _check_possible(config, f"guide {AUTO_LOWRANK}", "fit with another guide", possible)
     if config.dev is not None and config.eval_every is None and config.keep is None:
         raise UserError("dev is given, but neither keep nor eval_every; give one of them, too")
     if config.patience is not None and config.eval_every is None:

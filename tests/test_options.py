@@ -260,7 +260,15 @@ def test_the_json_of_a_config_makes_the_same_config():
         ({"task": "sing"}, "^task is 'sing'; give transcribe or translate$"),
         ({"on_bad_row": "ignore"}, "^on_bad_row is 'ignore'; give stop or skip$"),
         ({"prior": "norml"}, "^prior is 'norml'; give one of normal.*; did you mean 'normal'[?]$"),
-        ({"guide": "pont"}, "^guide is 'pont'; .*auto-normal, or .* did you mean 'point'[?]$"),
+        ({"guide": "pont"}, "^guide is 'pont'; .*auto-lowrank, or .* did you mean 'point'[?]$"),
+        (
+            {"guide": "auto-iaf"},
+            "^guide is 'auto-iaf'; .*; Pyro's others have no mean to store, or",
+        ),
+        (
+            {"guide": "auto-lowrank", "estimator": "flipout"},
+            "^estimator is flipout, which guide auto-lowrank can't take; give shared, or fit with",
+        ),
         ({"language": "ca-es"}, "'ca-es' may be ca of a region"),
         ({"data": ()}, "data names no source"),
         ({"data_weights": (1, 2)}, r"data_weights is 1, 2 for 1 source\(s\)"),

@@ -299,10 +299,11 @@ def diagnose(
         bool,
         typer.Option(
             "--khat",
-            help="Compute k-hat, too, on up to 64 training utterances: minutes on a real Whisper.",
+            help="Compute k-hat and PSIS-LOO, too, on up to 64 training utterances: minutes on a "
+            "real Whisper.",
         ),
     ] = False,
-    draws: Annotated[int, typer.Option(help="Draws for k-hat, 30 or more.")] = 30,
+    draws: Annotated[int, typer.Option(help="Draws for k-hat and LOO, 30 or more.")] = 30,
     device: Device = AUTO,
     as_json: Json = False,
 ) -> None:

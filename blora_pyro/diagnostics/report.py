@@ -11,10 +11,11 @@ from rich.text import Text
 
 from blora_pyro.diagnostics.data_check import REFUSED, DataCheck, SetCheck
 from blora_pyro.diagnostics.explanations import Shrinkage
-from blora_pyro.diagnostics.khat import Khat
+from blora_pyro.diagnostics.khat import Khat, loo_meaning
 from blora_pyro.diagnostics.layers import KindSummary, LayerPosition
 from blora_pyro.diagnostics.row_notes import NOTES
 from blora_pyro.diagnostics.summaries import Summary
+from blora_pyro.families import AUTO_LOWRANK
 from blora_pyro.guides import Argument, FamilyReport
 from blora_pyro.tables import NONE, Part, Table, figure_columns, number, percent, text_columns
 
@@ -62,7 +63,7 @@ def figure_tables(found: Diagnosis) -> list[Part]:
 
 
 def closing_lines(found: Diagnosis) -> list[Part]:
-    """Return lines on k-hat and plots, which take longer than the figures."""
+    """Return lines on k-hat, LOO and plots, which take longer than the figures."""
     khat = found.khat
     text = khat.meaning
     if khat.value is not None:
@@ -72,6 +73,8 @@ def closing_lines(found: Diagnosis) -> list[Part]:
             f"training utterances). {text}"
         )
     parts: list[Part] = [Text(f"k-hat of the fit: {text}")]
+    if khat.loo is not None:
+        parts.append(Text(f"leave one out (PSIS-LOO of these utterances): {loo_meaning(khat.loo)}"))
     if found.plots:
         names = ", ".join(path.name for path in found.plots if path.suffix == ".png")
         parts.append(f"\nplots (and as .pdf) in {found.plots[0].parent}: {names}")
@@ -91,6 +94,8 @@ def _header(found: Diagnosis) -> list[str]:
     text = f"KL(q || p): {summary.kl:,.0f} nats, {summary.kl / weights:.3f} a weight"
     if summary.scales_kl:
         text += f"; {sum(summary.scales_kl.values()) / summary.kl:.1%} of it is the prior's scales"
+    if summary.guide == AUTO_LOWRANK:
+        text += "; of each weight alone, to which their correlations add"
     if any(row.kl is None for row in summary.factors):
         text += "; without the factors that are points"
     return [*lines, text]

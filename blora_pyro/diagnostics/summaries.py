@@ -159,11 +159,13 @@ def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
 
     It is closed-form where torch knows it, else log q - log p at draws. The KL of factors given the
     scales of a hierarchical prior is averaged over draws of the scales. All are None if the guide
-    lacks these scales, as after pruning.
+    lacks these scales, as after pruning. Of `auto-lowrank` it is that of each element alone, to
+    which the joint KL adds what the elements tell of one another.
     """
+    guide: Any = posterior.guide
     totals: dict[str, Tensor | None] = {}
     count = 0
-    for trace in traces(posterior.guide, KL_DRAWS):
+    for trace in traces(guide, KL_DRAWS):
         count += 1
         exact = True
         (prior,) = traces(poutine.replay(posterior.prior, trace=trace), 1)
@@ -176,7 +178,8 @@ def kl_by_site(posterior: Posterior) -> dict[str, Tensor | None]:
                 totals[name] = None
                 continue
             if isinstance(q, dist.Delta):
-                normal = trace.nodes[f"{name}_unconstrained"]["fn"]
+                own = trace.nodes.get(f"{name}_unconstrained")
+                normal = guide.marginal(name) if own is None else own["fn"]
                 transform = biject_to(p.support)
                 is_factor = name in posterior.mean
                 q = normal if is_factor else dist.TransformedDistribution(normal, transform)

@@ -1,5 +1,6 @@
 """`auto-normal`: Pyro's own `AutoNormal`, started where ours starts."""
 
+from collections.abc import Callable
 from typing import Any
 
 from pyro.infer.autoguide import AutoNormal, init_to_median, init_to_value
@@ -7,6 +8,13 @@ from torch import Tensor
 
 from blora_pyro.guides.normal import initial_mean
 from blora_pyro.models import FactorPrior
+
+
+def start(model: FactorPrior) -> Callable[..., Any]:
+    """Return where Pyro's own guides start: at `initial_mean`, and other sites at the median."""
+    values = {site.name: initial_mean(site).detach().to(model.device) for site in model.sites}
+    found: Callable[..., Any] = init_to_value(values=values, fallback=init_to_median())
+    return found
 
 
 class Guide(AutoNormal):
@@ -19,9 +27,7 @@ class Guide(AutoNormal):
 
     def __init__(self, model: FactorPrior) -> None:
         """Pyro's guide for `model`."""
-        values = {site.name: initial_mean(site).detach().to(model.device) for site in model.sites}
-        start = init_to_value(values=values, fallback=init_to_median())
-        super().__init__(model, init_loc_fn=start, init_scale=0.007)
+        super().__init__(model, init_loc_fn=start(model), init_scale=0.007)
         self._names = tuple(site.name for site in model.sites)
 
     def mean(self) -> dict[str, Tensor]:

@@ -9,11 +9,16 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import WhisperForConditionalGeneration
 
+from blora_pyro.data import IGNORED, Examples
 from blora_pyro.guides import latent_sites
+from blora_pyro.models.encoder import encode
 
 Program = Callable[[], Any]
 PRIOR_DRAWS = 64
+BATCH_SIZE = 32
 
 
 def traces(program: Program, count: int, seed: int = 0) -> Iterator[poutine.Trace]:
@@ -39,9 +44,9 @@ def log_density(prior: Program, trace: poutine.Trace) -> float:
 
 
 def is_point(trace: poutine.Trace, name: str) -> bool:
-    """Whether q of a site is a point mass; `auto-normal` wraps its Normal draws in Deltas too."""
-    node = trace.nodes[name]
-    return isinstance(node["fn"], dist.Delta) and f"{name}_unconstrained" not in trace.nodes
+    """Whether q of a site is a point mass; Pyro's own guides wrap their draws in Deltas, too."""
+    is_wrapped = {f"{name}_unconstrained", "_Guide_latent"} & trace.nodes.keys()
+    return isinstance(trace.nodes[name]["fn"], dist.Delta) and not is_wrapped
 
 
 def point_scales(guide: Program, factors: Collection[str]) -> dict[str, Tensor]:
@@ -84,3 +89,27 @@ def prior_variances(
         found.append({name: one.mean((1, 2), keepdim=True) for name, one in variances.items()})
     none = torch.tensor(0.0)
     return {name: sum((one[name] for one in found), none) / PRIOR_DRAWS for name in factors}
+
+
+@torch.no_grad()
+def token_logits(
+    net: WhisperForConditionalGeneration, examples: Examples
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of all utterances in order: logits, and the tokens that they are to predict.
+
+    Logits are (batch, tokens, vocabulary), float32, after the true tokens before; labels (batch,
+    tokens) as in a `Batch`. Both are on the CPU.
+    """
+    for indices in torch.arange(len(examples)).split(BATCH_SIZE):
+        batch = examples.batch(indices.tolist()).to(net.device)
+        assert batch.labels is not None
+        states, tokens = encode(net, batch.input_features), batch.decoder_input_ids
+        logits = net(encoder_outputs=(states,), decoder_input_ids=tokens, use_cache=False).logits
+        yield logits.float().cpu(), batch.labels.cpu()
+
+
+def log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return log p(tokens | audio) of every utterance of a batch, (batch,), float64, nats."""
+    flat = logits.flatten(0, 1), labels.flatten()
+    nll = cross_entropy(*flat, ignore_index=IGNORED, reduction="none")
+    return -nll.double().view(labels.shape).sum(1)

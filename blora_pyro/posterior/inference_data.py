@@ -6,7 +6,8 @@ coordinates.
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -17,9 +18,17 @@ import xarray
 from pyro import poutine
 
 from blora_pyro.adapters import Group, Site, match_names
+from blora_pyro.data import IGNORED, Examples
 from blora_pyro.errors import UserError
 from blora_pyro.guides import latent_sites
-from blora_pyro.posterior.draws import Program, log_density, traces
+from blora_pyro.models import Base
+from blora_pyro.posterior.draws import (
+    Program,
+    log_density,
+    log_likelihoods,
+    token_logits,
+    traces,
+)
 
 MIN_RATIOS = 30  # gives a tail of six, the smallest that both versions fit
 
@@ -43,29 +52,42 @@ def inference_data(groups: Mapping[str, xarray.Dataset]) -> Any:
     return import_arviz().InferenceData(**groups)
 
 
-def pareto_khat(log_ratios: np.ndarray) -> float:
-    """Shape of a generalised Pareto fitted to the largest importance ratios (arXiv 1507.02646).
+def pareto_smoothed(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
+    """Pareto-smoothed importance weights, and the fitted shape, k-hat (arXiv 1507.02646).
 
-    Infinite where nothing can be fitted: with fewer than 30 draws, if the largest ratios are all
-    equal, or if most of them underflow relative to the largest.
+    K-hat is infinite, and the weights are as they came, where nothing can be fitted: with fewer
+    than 30 draws, if the largest ratios are all equal, or if most of them underflow relative to the
+    largest.
 
     Args:
         log_ratios: log p - log q at draws from q, (draws,), up to a constant.
+
+    Returns:
+        Logarithms of the weights, (draws,), whose sum is 1; and k-hat.
     """
     ratios = np.array(log_ratios, np.float64)  # a copy, because 0.23 overwrites its argument
+    raw, khat = ratios - np.logaddexp.reduce(ratios, initial=-np.inf), math.inf
+    weights = raw
     if len(ratios) < MIN_RATIOS:
-        return math.inf
+        return raw, khat
     try:
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             if _is_datatree():
                 from arviz_stats.base import array_stats
 
-                khat = array_stats.psislw(-ratios)[1]  # takes log-likelihoods
+                weights, khat = array_stats.psislw(-ratios)  # takes log-likelihoods
             else:
-                khat = import_arviz().psislw(ratios)[1]
+                weights, khat = import_arviz().psislw(ratios)
     except ValueError:  # raised by 1.x if all are equal
-        return math.inf
-    return float(khat) if np.isfinite(khat) else math.inf
+        return raw, math.inf
+    if not np.isfinite(khat):
+        return raw, math.inf
+    return np.asarray(weights), float(khat)
+
+
+def pareto_khat(log_ratios: np.ndarray) -> float:
+    """K-hat of ratios, see `pareto_smoothed`."""
+    return pareto_smoothed(log_ratios)[1]
 
 
 @dataclass(frozen=True)
@@ -103,8 +125,9 @@ def to_inference_data(
     modules: str | None,
     seed: int,
     max_bytes: int,
+    predicted: Callable[[], Mapping[str, xarray.Dataset]] = dict,
 ) -> Any:
-    """Draws of guide and prior for ArviZ; see `Posterior.to_arviz`."""
+    """Draws of guide and prior for ArviZ, and groups `predicted`; see `Posterior.to_arviz`."""
     if draws < 1:
         raise UserError(f"draws is {draws}; give a number above 0")
     (first,) = traces(guide, 1, seed)
@@ -132,7 +155,50 @@ def to_inference_data(
         {name: (("chain", "draw"), values) for name, values in stats.items()},
         {"chain": [0], "draw": np.arange(draws)},
     )
-    return inference_data(found)
+    return inference_data({**found, **predicted()})
+
+
+def prediction_groups(
+    in_place: Iterable[AbstractContextManager[None]], base: Base, examples: Examples, seed: int
+) -> dict[str, xarray.Dataset]:
+    """`log_likelihood`, `posterior_predictive` and `observed_data`; see `Posterior.to_arviz`.
+
+    Args:
+        in_place: For every draw a context that adapts the base by it.
+        base: The model.
+        examples: n utterances.
+        seed: Of the predicted tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scores, tokens = [], []
+    for context in in_place:
+        found, drawn = [], []
+        with context:
+            for logits, labels in token_logits(base.net, examples):
+                found.append(log_likelihoods(logits, labels))
+                chances = logits[labels != IGNORED].softmax(-1)  # in the order of the targets
+                drawn.append(torch.multinomial(chances, 1, generator=generator)[:, 0])
+        scores.append(torch.cat(found).numpy())
+        tokens.append(_padded(torch.cat(drawn).numpy(), examples))
+    coords = {"chain": [0], "draw": np.arange(len(scores)), "utterance": examples.origins}
+    places = ("utterance", "position")
+    values = {
+        "log_likelihood": (("chain", "draw", "utterance"), np.array([scores])),
+        "posterior_predictive": (("chain", "draw", *places), np.array([tokens])),
+        "observed_data": (places, _padded(np.concatenate(examples.targets), examples)),
+    }
+    return {
+        name: xarray.Dataset({"tokens": one}, {key: coords[key] for key in coords if key in one[0]})
+        for name, one in values.items()
+    }
+
+
+def _padded(tokens: np.ndarray, examples: Examples) -> np.ndarray:
+    """Tokens of all targets, one after the other, as (utterances, positions), padded."""
+    lengths = np.array([len(one) for one in examples.targets])
+    padded = np.full((len(lengths), lengths.max()), IGNORED, np.int32)
+    padded[np.arange(lengths.max()) < lengths[:, None]] = tokens
+    return padded
 
 
 def _choose(

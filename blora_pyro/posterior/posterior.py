@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xarray
 from torch import Tensor, nn
 
 from blora_pyro.adapters import Adapters, Group, scalings_of
+from blora_pyro.data import Examples
 from blora_pyro.errors import UserError
 from blora_pyro.families import NO_PRIOR
 from blora_pyro.files import check_name
@@ -20,13 +22,13 @@ from blora_pyro.guides import Guide, latent_sites
 from blora_pyro.guides.contracts import Independent, TensorPrior, independent_of
 from blora_pyro.hub import find_run
 from blora_pyro.metrics import sparsity
-from blora_pyro.models import BLoRA, FactorPrior, PooledBLoRA, Pooling
+from blora_pyro.models import Base, BLoRA, FactorPrior, PooledBLoRA, Pooling
 from blora_pyro.models.base import map_languages
 from blora_pyro.models.encoder import first_adapted
 from blora_pyro.models.logits import allow, allowing
 from blora_pyro.posterior.draws import point_scales, prior_variances, traces
 from blora_pyro.posterior.family import Family, normal_guide
-from blora_pyro.posterior.inference_data import to_inference_data
+from blora_pyro.posterior.inference_data import prediction_groups, to_inference_data
 from blora_pyro.posterior.storage import (
     DOMAIN_FOLDERS,
     POSTERIOR_FILE,
@@ -284,6 +286,8 @@ class Posterior:
         modules: str | None = None,
         seed: int = 0,
         max_bytes: int = 2**30,
+        base: Base | None = None,
+        examples: Examples | None = None,
     ) -> Any:
         """Draws as `arviz.InferenceData` (ArviZ 0.23) or `xarray.DataTree` (1.x).
 
@@ -294,15 +298,25 @@ class Posterior:
         independent. Where the chosen sites differ along a dimension, its name ends in the layers'
         shape (`module_192x768`).
 
+        With `base` and `examples` there are groups of `tokens`, at the same draws: `log_likelihood`
+        (chain, draw, utterance), log p(tokens | audio) in nats, for `az.loo` and `az.compare`;
+        `posterior_predictive` (chain, draw, utterance, position), a draw of every target token
+        after the true ones before it; and `observed_data`; padded with -100. `az.loo` takes a
+        posterior's temperature T as 1: of one fitted at another it leaves out a share T of an
+        utterance (`blora-pyro diagnose --khat` leaves out all of it).
+
         Args:
             draws: Number of draws.
             sites: Site names; None for all.
             modules: Layers as in `find_targets`, comma-separated suffixes or a regex; None for all.
             seed: Seed of the draws.
-            max_bytes: Largest size to build.
+            max_bytes: Largest size to build, without what is predicted.
+            base: The base model, for `examples`.
+            examples: Utterances, see `load_examples`.
 
         Raises:
-            UserError: If the size exceeds `max_bytes`, a site or layer is unknown, or see `guide`.
+            UserError: If the size exceeds `max_bytes`, a site or layer is unknown, one of `base`
+                and `examples` is missing, or see `guide`.
         """
         attrs = {
             "inference_library": "blora-pyro",
@@ -310,9 +324,18 @@ class Posterior:
             "prior_args": json.dumps(dict(self.family.prior_args)),
             "guide": self.family.guide,
         }
-        return to_inference_data(
-            self.guide, self.prior, self.groups, attrs, draws, sites, modules, seed, max_bytes
-        )
+
+        def predicted() -> Mapping[str, xarray.Dataset]:
+            if base is None or examples is None:
+                return {}
+            found = ({name: draw[name] for name in self.mean} for draw in self.draws(draws, seed))
+            in_place = (self.applied(base.net, factors) for factors in found)
+            return prediction_groups(in_place, base, examples, seed)
+
+        if (base is None) != (examples is None):
+            raise UserError("base and examples belong together; give both, or none")
+        about = self.guide, self.prior, self.groups, attrs, draws, sites, modules, seed, max_bytes
+        return to_inference_data(*about, predicted)
 
     def layer_means(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(layer name, A (rank, in_features), B (out_features, rank)) at the posterior mean."""

@@ -1,4 +1,4 @@
-"""Diagnosis of a run: figures by kind of layer, k-hat, plots, and how its prior shrinks."""
+"""Diagnosis of a run: figures by kind of layer, k-hat and LOO, plots, and how its prior shrinks."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +8,7 @@ import numpy as np
 
 from blora_pyro.data import Examples, OnBadRow, load_mixture, stop
 from blora_pyro.diagnostics.explanations import Shrinkage, how_it_shrinks
-from blora_pyro.diagnostics.khat import Khat, fit_khat, khat_meaning
+from blora_pyro.diagnostics.khat import Khat, fit_khat
 from blora_pyro.diagnostics.layers import summarise_kinds
 from blora_pyro.diagnostics.plots import all_plots, save_plots
 from blora_pyro.diagnostics.report import Diagnosis
@@ -44,8 +44,8 @@ def diagnose(
         output: Folder for the plots; None is `diagnostics` in the run's folder.
         prior: File of the prior, if the run was fitted with a user's own: its code is run.
         trust_prior_file: Run the file that the run names; see `Posterior.load`.
-        khat: Compute k-hat, on up to 64 utterances of the run's training set: as long as their
-            forward pass for every draw.
+        khat: Compute k-hat and PSIS-LOO, on up to 64 utterances of the run's training set: as long
+            as their forward pass for every draw.
         draws: Draws for k-hat, 30 or more.
         device: A torch device, for k-hat.
         on_stage: Called with the name of every stage.
@@ -92,7 +92,7 @@ def diagnose(
 
 
 def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draws: int) -> Khat:
-    """Return k-hat on evenly spaced utterances of the training set, or why there is none."""
+    """Return k-hat and LOO on evenly spaced training utterances, or why there are none."""
     beta = float(config.beta)
     if beta == 0:
         return Khat(None, "not computed: with beta = 0 there is no posterior to be close to")
@@ -119,8 +119,6 @@ def measure_khat(posterior: Posterior, summary: Summary, config: FitConfig, draw
             on_bad=on_bad,
             trim=config.trim_audio,
         )
-        value = fit_khat(posterior, base, examples, beta, draws)
+        return fit_khat(posterior, base, examples, beta, draws, len(dataset))
     except UserError as error:
         return Khat(None, f"not computed: {error}")
-    meaning = khat_meaning(value, posterior.num_weights)
-    return Khat(value, meaning, draws, len(examples), len(dataset))

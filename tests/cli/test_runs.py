@@ -64,7 +64,7 @@ def no_plots(monkeypatch):
 @pytest.mark.usefixtures("no_plots")
 def test_diagnose_prints_tables_and_words(finished_run, tmp_path):
     out = well("diagnose", finished_run.output, "--output", tmp_path, "--khat", "--draws", 30)
-    for words in ("KL(q || p)", "cross out", "How this prior shrinks.", "30 draws, 2 of 2"):
+    for words in ("KL(q || p)", "cross out", "How this prior shrinks.", "30 draws, 2 of 2", "elpd"):
         assert words in out
 
 

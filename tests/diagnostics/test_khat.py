@@ -11,7 +11,15 @@ from torch.nn.functional import cross_entropy
 
 from blora_pyro.adapters import find_targets, group_by_shape
 from blora_pyro.data import Examples, read_manifest
-from blora_pyro.diagnostics.khat import fit_khat, khat_meaning, log_ratios
+from blora_pyro.diagnostics.khat import (
+    Loo,
+    at_draws,
+    fit_khat,
+    khat_meaning,
+    leave_one_out,
+    log_ratios,
+    loo_meaning,
+)
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.inference_data import pareto_khat
 
@@ -119,17 +127,17 @@ def test_khat_of_a_fit_is_that_of_its_ratios(net, tiny_base, examples):
         stddev={name: torch.full_like(mean, 0.05) for name, mean in posterior.mean.items()},
         state={},
     )
-    good = fit_khat(near, tiny_base, examples, beta=10.0, draws=60)
+    good = fit_khat(near, tiny_base, examples, beta=10.0, draws=60).value
     assert good == pareto_khat(log_ratios(near, tiny_base, examples, beta=10.0, draws=60))
     assert good < 0.7
     narrow = replace(near, stddev={n: 0.8 * value for n, value in near.stddev.items()})
-    poor = fit_khat(narrow, tiny_base, examples, beta=10.0, draws=60)
+    poor = fit_khat(narrow, tiny_base, examples, beta=10.0, draws=60).value
     assert good + 0.3 < poor < math.inf
 
 
 def test_khat_of_a_point_is_infinite(net, tiny_base, examples):
     point = on(net, "normal", "point")
-    assert fit_khat(point, tiny_base, examples, beta=1.0, draws=30) == math.inf
+    assert fit_khat(point, tiny_base, examples, beta=1.0, draws=30).value == math.inf
 
 
 def test_khat_is_read_by_the_rule_of_0_7():
@@ -138,3 +146,53 @@ def test_khat_is_read_by_the_rule_of_0_7():
     assert "405,504 weights" in high
     assert "no test to pass" in high
     assert "no finite value" in khat_meaning(math.inf, 1000)
+
+
+# ---- leaving one out
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_loo_is_that_of_a_normal_mean_whose_posterior_is_known(temperature):
+    """y ~ N(mu, 1), mu ~ N(0, 4): by draws of the tempered posterior, and exactly."""
+    rng = np.random.default_rng(0)
+    y = rng.normal(0.5, 1.0, 20)
+    precision = 1 / 4 + len(y) / temperature
+    mu = rng.normal(y.sum() / temperature / precision, precision**-0.5, 4000)
+    scores = -0.5 * (y - mu[:, None]) ** 2 - 0.5 * math.log(2 * math.pi)
+    left = precision - 1 / temperature
+    error = y - (y.sum() - y) / temperature / left
+    variance = 1 + 1 / left
+    exact = -0.5 * error**2 / variance - 0.5 * np.log(2 * math.pi * variance)
+    found = leave_one_out(scores, temperature, tokens=40)
+    assert found.elpd == pytest.approx(exact.sum(), abs=0.02)
+    assert found.se == pytest.approx(exact.std() * len(y) ** 0.5, abs=0.02)
+    assert (found.bad, found.limit, found.temperature) == (0, 0.7, temperature)
+    learned = (np.logaddexp.reduce(scores, 0) - math.log(len(mu))).sum()
+    assert found.elpd < learned - 0.1  # what was learned is no measure
+
+
+def test_an_utterance_that_few_draws_explain_is_counted_as_bad():
+    scores = np.random.default_rng(1).normal(-5.0, 0.1, (100, 4))
+    scores[:, 3] *= 40
+    found = leave_one_out(scores, 1.0, tokens=10)
+    assert (found.bad, found.limit) == (0.25, 0.5)
+    assert "k-hat is above 0.50 for 25% of the utterances, where a few draws" in loo_meaning(found)
+    assert "for 0% of the utterances: no few" in loo_meaning(replace(found, bad=0.0))
+
+
+def test_loo_of_a_fit_is_at_the_temperature_of_the_whole_set(net, tiny_base, examples):
+    posterior = on(net, "normal", scale=0.05)
+    _, scores, tokens = at_draws(posterior, tiny_base, examples, draws=40)
+    assert scores.shape == (40, 2)
+    assert tokens == examples.num_tokens
+    for nll in -scores.sum(1):
+        assert nll > 0
+    found = fit_khat(posterior, tiny_base, examples, beta=0.1, draws=40, of_utterances=10)
+    assert (found.draws, found.utterances, found.of_utterances) == (40, 2, 10)
+    assert found.loo == leave_one_out(scores, 0.1 * 5 * tokens, tokens)
+
+
+def test_loo_is_said_per_token_too():
+    assert loo_meaning(Loo(-1234.5, 67.8, 0.0, 0.5, 0.03, 1000)).startswith(
+        "elpd -1,234.5 ± 67.8 nats (-1.234 a token) at temperature T = 0.03; k-hat"
+    )

@@ -8,7 +8,7 @@ from rich.console import Console
 from blora_pyro.diagnostics import FactorSummary, Summary, UpdateSummary
 from blora_pyro.diagnostics.data_check import DataCheck, Finding, SetCheck
 from blora_pyro.diagnostics.explanations import Shrinkage
-from blora_pyro.diagnostics.khat import Khat
+from blora_pyro.diagnostics.khat import Khat, Loo
 from blora_pyro.diagnostics.layers import KindSummary
 from blora_pyro.diagnostics.report import (
     Diagnosis,
@@ -141,6 +141,10 @@ def test_explanation_khat_and_plots_are_shown():
         "k-hat of the fit: 5.68 (30 draws, 64 of 400 training utterances). That is high." in lines
     )
     assert lines[-1] == "plots (and as .pdf) in runs/[a]/diagnostics: kl.png"
+    loo = Loo(-100.0, 5.0, 0.0, 0.5, 1.0, 50)
+    both = dataclasses.replace(DIAGNOSIS, khat=dataclasses.replace(DIAGNOSIS.khat, loo=loo))
+    whole = " ".join(shown(diagnosis_tables(both)))
+    assert "leave one out (PSIS-LOO of these utterances): elpd -100.0 ± 5.0 nats" in whole
     bare = dataclasses.replace(DIAGNOSIS, khat=Khat(None, "not computed: beta"), plots=())
     assert shown(diagnosis_tables(bare))[-1] == "k-hat of the fit: not computed: beta"
 

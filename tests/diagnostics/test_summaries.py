@@ -26,7 +26,7 @@ def factors(posterior):
                 yield (module, site.factor, *(value.double() for value in moments))
 
 
-@pytest.mark.parametrize("guide", ["normal", "auto-normal"])
+@pytest.mark.parametrize("guide", ["normal", "auto-normal", "auto-lowrank"])
 def test_every_figure_of_a_factor_is_that_of_its_weights(guide):
     posterior = fitted("normal", guide, scale=0.3)
     with torch.no_grad():  # in the guide, too: they share memory
@@ -256,14 +256,19 @@ def test_kl_given_scales_is_averaged_over_them_even_where_their_own_kl_is_closed
         torch.testing.assert_close(found[f"{site.name}_width"], of_scale)
 
 
-def test_auto_normal_under_a_hierarchical_prior_has_a_kl_of_its_scales():
-    posterior = fitted("horseshoe", "auto-normal", global_scale=0.01)
+@pytest.mark.parametrize("guide", ["auto-normal", "auto-lowrank"])
+def test_pyros_own_under_a_hierarchical_prior_have_a_kl_of_its_scales(guide):
+    posterior = fitted("horseshoe", guide, global_scale=0.01)
     summary = summarise(posterior)
     assert all(math.isfinite(row.kl) for row in summary.factors)
     assert len(summary.scales_kl) == 8
     for name, found in summary.scales_kl.items():
         with torch.no_grad():
-            q = LogNormal(*posterior.guide._get_loc_and_scale(name))
+            if guide == "auto-normal":
+                q = LogNormal(*posterior.guide._get_loc_and_scale(name))
+            else:
+                own = posterior.guide.marginal(name)
+                q = LogNormal(own.mean, own.stddev)
         p = HalfCauchy(0.01 if name.endswith("_global") else 1.0)
         ratios = [
             (q.log_prob(draw[name]) - p.log_prob(draw[name])).sum().item()

@@ -100,6 +100,7 @@ def test_they_are_the_deviations_of_every_mean_field_guide(name):
     [
         ("point", BETA, "needs a mean-field Normal guide, .*give guide normal"),
         ("auto-normal", BETA, "needs a mean-field Normal guide"),
+        ("auto-lowrank", BETA, "needs a mean-field Normal guide"),
         ("normal", 0.0, "needs a beta above 0"),
     ],
 )

@@ -111,8 +111,8 @@ def fit_with(model, guide, examples, **given):
 
 
 # Those whose parameters and sites differ; every family's own are the concern of `check_family`.
-GUIDES = ("normal", "a-only", "point", "horseshoe", "learned-scale", "auto-normal")
-THREE_GUIDES = pytest.mark.parametrize("guide", ["normal", "horseshoe", "auto-normal"])
+GUIDES = ("normal", "a-only", "point", "horseshoe", "learned-scale", "auto-normal", "auto-lowrank")
+THREE_GUIDES = pytest.mark.parametrize("guide", ["normal", "horseshoe", "auto-lowrank"])
 SHORT = {"beta": 1e-4, "lr": 1e-2, "steps": 5, "batch_size": 2}
 
 

@@ -96,6 +96,8 @@ def adapted(net, name, target_modules="all-linear"):
         ("normal", "point"),
         ("base-informed", "point"),
         ("learned-scale", "auto-normal"),
+        ("horseshoe", "auto-lowrank"),
+        ("base-informed", "auto-lowrank"),
     ],
 )
 def test_every_built_in_family_passes_its_checks(family, guide):
@@ -127,10 +129,11 @@ def test_a_point_costs_its_negative_log_density(name):
     assert losses(prior, guide, 3).tolist() == pytest.approx([-log_p] * 3, rel=1e-5)
 
 
+@pytest.mark.parametrize("own", ["auto-normal", "auto-lowrank"])
 @EVERY_FAMILY
-def test_auto_normal_has_a_kl_and_gradients_under_every_prior(name):
+def test_pyros_own_have_a_kl_and_gradients_under_every_prior(name, own):
     prior = program(name)
-    guide = perturb(build_guide("auto-normal", prior))
+    guide = perturb(build_guide(own, prior))
     loss = TraceMeanField_ELBO().differentiable_loss(prior, guide)
     loss.backward()
     assert loss.isfinite()

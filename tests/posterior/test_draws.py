@@ -53,7 +53,7 @@ def untouched(action) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prior", "guide"), [("normal", None), ("horseshoe", None), ("normal", "auto-normal")]
+    ("prior", "guide"), [("normal", None), ("horseshoe", None), ("normal", "auto-lowrank")]
 )
 def test_random_state_and_parameter_store_of_the_caller_are_left_alone(prior, guide):
     posterior = fitted(prior, guide)

@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 
 import numpy as np
 import pyro
@@ -8,6 +9,8 @@ import torch
 import xarray
 
 from blora_pyro.adapters import Group
+from blora_pyro.data import IGNORED, Examples, read_manifest
+from blora_pyro.diagnostics.khat import leave_one_out
 from blora_pyro.errors import UserError
 from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.inference_data import import_arviz, pareto_khat
@@ -386,6 +389,89 @@ def test_arviz_summarises_a_layer(posterior, data):
     assert list(table.index) == [f"A_4x4[{r}, {i}]" for r in range(2) for i in range(4)]
     assert (np.abs(table["mean"].astype(float) - mean) < 4.5 * stddev / DRAWS**0.5).all()
     np.testing.assert_allclose(table["sd"].astype(float), stddev, rtol=0.2)
+
+
+# ---- what the draws predict
+
+
+@pytest.fixture
+def examples(tones_folder, tiny_base) -> Examples:
+    dataset = read_manifest(tones_folder / "train.jsonl")
+    return Examples(dataset, tiny_base.feature_extractor, tiny_base.tokenizer)
+
+
+def log_probs(net, examples, index) -> torch.Tensor:
+    """Of every next token of an utterance, at its targets."""
+    batch = examples.batch([index])
+    with torch.no_grad():
+        logits = net(
+            input_features=batch.input_features, decoder_input_ids=batch.decoder_input_ids
+        ).logits
+    return logits[batch.labels != IGNORED].log_softmax(-1)
+
+
+def test_log_likelihoods_are_those_of_the_draws_beside_them(random_posterior, tiny_base, examples):
+    posterior, net = random_posterior(0), tiny_base.net
+    data = posterior.to_arviz(draws=3, seed=5, base=tiny_base, examples=examples)
+    found = group_of(data, "log_likelihood")["tokens"]
+    assert found.dims == ("chain", "draw", "utterance")
+    assert found["utterance"].values.tolist() == examples.origins
+    for draw in range(3):
+        drawn = group_of(data, "posterior").isel(chain=0, draw=draw)
+        factors = {name: torch.from_numpy(drawn[name].values) for name in posterior.mean}
+        with posterior.applied(net, factors):
+            for index, target in enumerate(examples.targets):
+                chances = log_probs(net, examples, index)
+                expected = chances[range(len(target)), target].sum().item()
+                assert found[0, draw, index].item() == pytest.approx(expected, rel=1e-5)
+    assert np.ptp(found.values, axis=1).min() > 0.01
+
+
+def test_predicted_tokens_are_as_frequent_as_they_are_likely(random_posterior, tiny_base, examples):
+    posterior = random_posterior(0, spread=1e-9)  # as good as one draw
+    data = posterior.to_arviz(draws=200, base=tiny_base, examples=examples)
+    tokens = group_of(data, "posterior_predictive")["tokens"]
+    observed = group_of(data, "observed_data")["tokens"]
+    assert tokens.dims == ("chain", "draw", "utterance", "position")
+    assert observed.dims == ("utterance", "position")
+    longest = max(map(len, examples.targets))
+    padded = [[*one, *[IGNORED] * (longest - len(one))] for one in examples.targets]
+    assert observed.values.tolist() == padded
+    assert ((tokens == IGNORED) == (observed == IGNORED)).all()
+    expected, variance, hits = 0.0, 0.0, 0
+    with posterior.applied(tiny_base.net):
+        for index in range(len(examples)):
+            chances, top = log_probs(tiny_base.net, examples, index).exp().max(-1)
+            expected += 200 * chances.sum().item()
+            variance += 200 * (chances * (1 - chances)).sum().item()
+            hits += int((tokens.values[0, :, index, : len(top)] == top.numpy()).sum())
+    assert abs(hits - expected) < 4 * variance**0.5
+    assert 4 * variance**0.5 < 0.5 * expected
+
+
+def test_arviz_compares_posteriors_of_one_data_set(random_posterior, tiny_base, examples):
+    arviz = import_arviz()
+    found = {
+        name: random_posterior(0, spread=spread).to_arviz(
+            draws=60, sites=["A_32x16"], base=tiny_base, examples=examples
+        )
+        for name, spread in (("narrow", 0.01), ("wide", 1.0))
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of k-hats, and of what changes in ArviZ
+        elpd = {name: arviz.loo(data) for name, data in found.items()}
+        table = arviz.compare(found)
+    scores = group_of(found["narrow"], "log_likelihood")["tokens"].values[0]
+    ours = leave_one_out(scores, 1.0, tokens=1)
+    theirs = elpd["narrow"]
+    assert theirs.se == pytest.approx(ours.se, rel=1e-6)
+    assert (getattr(theirs, "elpd", None) or theirs.elpd_loo) == pytest.approx(ours.elpd)
+    assert list(table.index) == ["narrow", "wide"]
+
+
+def test_a_base_without_examples_is_refused(posterior, tiny_base):
+    with pytest.raises(UserError, match="base and examples belong together; give both"):
+        posterior.to_arviz(draws=1, base=tiny_base)
 
 
 # ---- k-hat

@@ -51,6 +51,8 @@ def test_khat_says_what_it_was_computed_on(found):
     assert math.isfinite(khat.value) or khat.value == math.inf
     assert (khat.draws, khat.utterances, khat.of_utterances) == (DRAWS, 2, 2)
     assert khat.meaning
+    assert khat.loo.elpd < 0 < khat.loo.se
+    assert khat.loo.temperature == pytest.approx(found.beta * khat.loo.tokens)
 
 
 def test_json_is_valid_and_holds_every_layer(found):

@@ -287,7 +287,7 @@ def test_without_evaluation_nothing_is_measured(short, tmp_path):
 # ---- options
 
 
-@pytest.mark.parametrize("guide", ["point", "auto-normal"])
+@pytest.mark.parametrize("guide", ["point", "auto-normal", "auto-lowrank"])
 def test_other_guides_run_too(short, tmp_path, guide):
     run = fit(FitConfig(**{**short, "guide": guide}), tmp_path / "run")
     assert len(run.history) == 3
