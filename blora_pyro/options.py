@@ -94,6 +94,11 @@ KEEP_OPTIONS = (  # what an adapter is held to, on which sets, and how they are 
     *("data", "test", "dev", "backward", "language", "language_map", "task", "column"),
     *("on_bad_row", "max_eval_utterances"),
 )
+PRIOR_OPTIONS = (  # what the draws of a prior, and where they move a base, depend on
+    *("base", "revision", "local_files_only", "device", "dtype", "seed", *TARGETS, *ADAPTER_SHAPE),
+    *("prior", "prior_scale", "prior_args", "data", "language", "language_map", "task", "column"),
+    *("on_bad_row", "max_utterances"),
+)
 MACHINE_OPTIONS = ("device", "local_files_only", "track")  # they decide nothing of what is found
 
 Schedule = Literal["cosine", "linear", "constant"]

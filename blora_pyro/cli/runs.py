@@ -21,10 +21,10 @@ from blora_pyro.cli.common import (
     print_result,
     quiet_libraries,
 )
-from blora_pyro.cli.parameters import with_verbosity
-from blora_pyro.declarations import metavar_of
+from blora_pyro.cli.parameters import with_options, with_verbosity
+from blora_pyro.declarations import declarations, flag_of, metavar_of
 from blora_pyro.errors import UserError, check_positive
-from blora_pyro.options import AUTO, FitConfig
+from blora_pyro.options import AUTO, PRIOR_OPTIONS, FitConfig
 
 
 def runs(
@@ -333,7 +333,12 @@ def diagnose(
         print_result(found.to_json(), as_json, lambda: closing_lines(found))
 
 
+@with_verbosity
+@with_options(
+    FitConfig, leave_out=tuple(one for one in declarations(FitConfig) if one not in PRIOR_OPTIONS)
+)
 def priors(
+    given: dict[str, Any],
     check: Annotated[
         str | None,
         typer.Option(
@@ -342,11 +347,26 @@ def priors(
             "fails.",
         ),
     ] = None,
+    predict: Annotated[
+        bool,
+        typer.Option(
+            "--predict",
+            help="Tell how far draws of --prior move --base on utterances of --data (16, or "
+            "--max-utterances), before anything is fitted. The other options belong to it.",
+        ),
+    ] = False,
+    draws: Annotated[int, typer.Option(help="Draws for --predict.")] = 8,
     as_json: Json = False,
 ) -> None:
-    """List the prior families and their arguments, or check that one keeps the contract."""
+    """List the prior families and their arguments, check one, or tell how far its draws go."""
     with one_line_errors():
+        if predict and check is not None:
+            raise UserError("check and predict are both given; give one of them")
+        if given and not predict:
+            raise UserError(f"{flag_of(FitConfig, next(iter(given)))} is given without --predict")
         quiet_libraries()
+        if predict:
+            return _predict_prior(FitConfig(**given), draws, as_json)
         if check is not None:
             return _check_prior(check, as_json)
         from blora_pyro.diagnostics.report import prior_tables
@@ -359,6 +379,16 @@ def priors(
             for name, (text, arguments) in families.items()
         ]
         print_result(content, as_json, lambda: prior_tables(families))
+
+
+def _predict_prior(config: FitConfig, draws: int, as_json: bool) -> None:
+    """Print how far draws of the prior move the base."""
+    from blora_pyro.cli.progress import TerminalProgress
+    from blora_pyro.runs.diagnosis import predict_prior, prediction_tables
+
+    with TerminalProgress() as progress:
+        found = predict_prior(config, draws, progress)
+    print_result(found.to_json(), as_json, lambda: prediction_tables(found))
 
 
 def _check_prior(name: str, as_json: bool) -> None:

@@ -111,5 +111,5 @@ def test_every_command_that_tells_how_far_it_is_can_be_quiet_or_verbose():
         for sub, one in (getattr(command, "commands", None) or {"": command}).items():
             flags[f"{name} {sub}".strip()] = {flag for each in one.params for flag in each.opts}
     with_both = {name for name, those in flags.items() if {"--quiet", "--verbose"} <= those}
-    silent = {"runs", "show", "errors", "combine", "priors", "merge", "push-to-hub"}
+    silent = {"runs", "show", "errors", "combine", "merge", "push-to-hub"}
     assert with_both == flags.keys() - silent

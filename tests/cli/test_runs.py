@@ -33,6 +33,16 @@ def test_a_family_is_checked_and_a_wrong_one_fails_with_code_1(tmp_path):
     assert not found["passed"] and ".to_event(2)" in found["message"]
 
 
+def test_priors_predict_how_far_draws_move_the_base(fit_options):
+    options = ["--base", fit_options["base"], "--data", fit_options["data"], "--rank", 2]
+    command = ["priors", "--predict", *options, "--prior-arg", "scale=0.2", "--draws", 2]
+    assert "2 draws of prior normal (scale 0.2), rank 2" in well(*command)
+    assert len(parsed(well(*command, "--json"))["draws"]) == 2
+    assert "--rank is given without --predict" in complaint(run("priors", "--rank", 2))
+    assert "check and predict are both" in complaint(run(*command, "--check", "normal"))
+    assert "prior is 'norml'; give" in complaint(run("priors", "--predict", "--prior", "norml"))
+
+
 def test_priors_with_json():
     families = parsed(well("priors", "--json"))
     assert [family["name"] for family in families] == list(FAMILIES)

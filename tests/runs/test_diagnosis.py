@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -5,16 +6,31 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence
 
 from blora_pyro import fit
+from blora_pyro.adapters import find_targets, group_by_shape
+from blora_pyro.data import IGNORED
 from blora_pyro.diagnostics import summarise
 from blora_pyro.diagnostics.plots import trace_plot
 from blora_pyro.errors import UserError
 from blora_pyro.fitting.svi import Step
+from blora_pyro.guides import build_prior, latent_sites
+from blora_pyro.models import FactorPrior
 from blora_pyro.options import FitConfig
+from blora_pyro.posterior.draws import traces
 from blora_pyro.posterior.inference_data import MIN_RATIOS
 from blora_pyro.runs import diagnosis
-from blora_pyro.runs.diagnosis import diagnose, measure_khat
+from blora_pyro.runs.diagnosis import (
+    diagnose,
+    error_rate,
+    measure_khat,
+    predict_prior,
+    prediction_tables,
+)
+from blora_pyro.runs.loading import load_examples
+from blora_pyro.tables import report_text
 
 DRAWS = MIN_RATIOS
 
@@ -159,3 +175,76 @@ def test_an_output_that_can_t_be_written_is_refused(finished_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
         diagnose(finished_run.output, tmp_path / "file")
+
+
+# ---- a prior, before there are data
+
+
+@pytest.fixture
+def config(fit_options):
+    options = {name: fit_options[name] for name in ("base", "data", "target_modules")}
+    return FitConfig(**options, rank=2, alpha=5.0, prior_scale=0.3, seed=3)
+
+
+def next_tokens(net, examples):
+    """Distributions at the targets of all utterances."""
+    batch = examples.batch(range(len(examples)))
+    with torch.no_grad():
+        logits = net(
+            input_features=batch.input_features, decoder_input_ids=batch.decoder_input_ids
+        ).logits
+    return Categorical(logits=logits[batch.labels != IGNORED])
+
+
+def test_draws_move_the_base_as_if_they_were_merged(config, fluent_base):
+    found = predict_prior(config, draws=3)
+    net = fluent_base.net
+    examples = load_examples(fluent_base, config.data, "train")
+    groups = group_by_shape(find_targets(net, "all-linear"), 2)
+    prior = FactorPrior(groups, build_prior("normal", scale=0.3), torch.device("cpu"))
+    before = next_tokens(net, examples)
+    assert found.base_rate == pytest.approx(error_rate(fluent_base, examples, "unicode"))
+    for move, trace in zip(found.draws, traces(prior, 3, seed=3), strict=True):
+        draw, merged = latent_sites(trace), copy.deepcopy(net)
+        with torch.no_grad():
+            for group in groups:
+                a, b = (draw[site.name]["value"] for site in group.sites)
+                for i, name in enumerate(group.modules):
+                    merged.get_submodule(name).weight += 2.5 * b[i] @ a[i]
+        kl = kl_divergence(before, next_tokens(merged, examples)).mean().item()
+        assert move.kl == pytest.approx(kl, rel=1e-3)
+        rate = error_rate(dataclasses.replace(fluent_base, net=merged), examples, "unicode")
+        assert move.rate == pytest.approx(rate)
+    assert (found.utterances, found.tokens, found.metric) == (2, examples.num_tokens, "wer")
+    assert (found.prior_args, found.rank, found.alpha) == ({"scale": 0.3}, 2, 5.0)
+
+
+def test_a_wider_prior_moves_the_base_further(config):
+    narrow, usual, wide = (
+        predict_prior(config.with_options(prior_scale=scale), draws=4) for scale in (1e-3, 0.2, 1.0)
+    )
+    assert all(move.kl < 1e-6 and move.rate == narrow.base_rate for move in narrow.draws)
+    assert max(move.kl for move in usual.draws) < min(move.kl for move in wide.draws)
+
+
+def test_a_prior_that_asks_the_base_is_prepared(config):
+    informed = {"prior": "base-informed", "prior_scale": None}
+    found = predict_prior(config.with_options(**informed, prior_args={"languages": "de"}), draws=2)
+    assert found.prior_args["languages"] == "de"
+    assert all(move.kl > 0 for move in found.draws)
+
+
+def test_the_table_shows_base_and_draws(config):
+    found = predict_prior(config.with_options(max_utterances=1), draws=2)
+    assert found.utterances == 1
+    text = report_text(prediction_tables(found))
+    assert "2 draws of prior normal (scale 0.3), rank 2, alpha 5, on 1 utterances" in text
+    least, most = sorted(move.kl for move in found.draws)
+    for name, kl in (("least", least), ("median", (least + most) / 2), ("most", most)):
+        (line,) = [line for line in text.splitlines() if f"a draw, {name}" in line]
+        assert f"{kl:.3g}" in line
+
+
+def test_no_draws_are_refused(config):
+    with pytest.raises(UserError, match="draws is 0"):
+        predict_prior(config, draws=0)
