@@ -107,11 +107,12 @@ def measured_page() -> str:
     return report_markdown([*fit_tables(found["metrics"]), *curve])
 
 
-def pocket_pages() -> tuple[str, str]:
-    """Return the main tables of the study of the pocket, and all of them."""
-    text = (ROOT / "experiments/pocket/results.md").read_text(encoding="utf-8")
+def study_pages(name: str) -> tuple[str, str]:
+    """Return the main tables of a study, and all of them."""
+    text = (ROOT / f"experiments/{name}/results.md").read_text(encoding="utf-8")
     tables = text.split("\n### ")
-    main = [one.split("\n\n") for one in tables if one.partition("\n")[0].endswith("seeds")]
+    heads = "seeds", "1 seed"
+    main = [one.split("\n\n") for one in tables if one.partition("\n")[0].endswith(heads)]
     shown = "\n\n".join(f"**{head}**\n\n{table}" for head, table, *_ in main)
     return shown + "\n\n" + main[0][2], text.replace(
         "# Methods compared", "# All tables of the pocket", 1
@@ -138,8 +139,9 @@ def write_pages(folder: Path) -> None:
     (folder / "commands.md").write_text(command_page(), encoding="utf-8")
     (folder / "kichwa.md").write_text(_unbroken(measured_page()), encoding="utf-8")
     (folder / "priors.md").write_text(_unbroken(priors_table()), encoding="utf-8")
-    for name, text in zip(("pocket_main", "pocket_tables"), pocket_pages(), strict=True):
+    for name, text in zip(("pocket_main", "pocket_tables"), study_pages("pocket"), strict=True):
         (folder / f"{name}.md").write_text(_unbroken(text), encoding="utf-8")
+    (folder / "real_main.md").write_text(_unbroken(study_pages("real")[0]), encoding="utf-8")
     (folder / "notebooks").mkdir()
     for path in ROOT.glob("notebooks/*.ipynb"):
         text = path.read_text(encoding="utf-8")
@@ -148,7 +150,8 @@ def write_pages(folder: Path) -> None:
 
 
 write_pages(Path(__file__).with_name("generated"))
-exclude_patterns += [f"generated/{one}.md" for one in ("kichwa", "pocket_main", "priors")]  # parts
+PARTS = "kichwa", "pocket_main", "real_main", "priors"
+exclude_patterns += [f"generated/{one}.md" for one in PARTS]
 
 
 def setup(app: Any) -> None:
