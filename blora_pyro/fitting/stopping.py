@@ -14,9 +14,7 @@ from blora_pyro.fitting.history import DevError, DevErrors
 class EarlyStopping:
     """Keeps the guide's parameters of the lowest dev error, and ends a fit that stops improving.
 
-    Of equal errors the first counts. Where forgetting is measured, too, and has a limit, it is the
-    error that is expected at the strength which keeps the limit: between the net before the fit and
-    as it is, both errors are taken to lie on straight lines.
+    Of equal errors the first counts.
 
     Attributes:
         errors: Measured so far, in order.
@@ -29,8 +27,6 @@ class EarlyStopping:
         patience: int | None = None,
         on_error: Callable[[DevError, DevError], None] = lambda error, best: None,
         forgetting: Callable[[], float] | None = None,
-        limit: float = math.inf,
-        before: float = math.nan,
     ) -> None:
         """Start without measurements.
 
@@ -40,25 +36,16 @@ class EarlyStopping:
             patience: End after so many in a row without a new lowest error; None never does.
             on_error: Called after every measurement, with it and the best so far.
             forgetting: Returns what the net as it is has forgotten, see `DevError`.
-            limit: The most that may be forgotten, a fraction.
-            before: The dev error before the fit; needed where there is a limit.
         """
-        self.every, self.patience, self.limit, self.before = every, patience, limit, before
+        self.every, self.patience = every, patience
         self.errors: list[DevError] = []
         self._measure, self._on_error, self._forgetting = measure, on_error, forgetting
         self._best: dict[str, Tensor] = {}
 
     @property
     def best(self) -> DevError:
-        """The first of the lowest errors, within the limit."""
-        return min(self.errors, key=self._within_limit)
-
-    def _within_limit(self, error: DevError) -> float:
-        """Return the error that is expected at the strength which keeps the limit."""
-        lost = error.forgetting
-        if lost is None or lost <= self.limit:
-            return error.error
-        return self.before + self.limit / lost * (error.error - self.before)
+        """The first of the lowest errors."""
+        return min(self.errors, key=lambda one: one.error)
 
     @property
     def stops(self) -> bool:

@@ -1,6 +1,5 @@
 """What a fit gained and what was forgotten: its sets, scored before and after, and compared."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +28,7 @@ from blora_pyro.metrics.bootstrap import macro_rate
 from blora_pyro.metrics.normalizers import NORMALIZERS
 from blora_pyro.models import Base, base_of
 from blora_pyro.models.logits import allowing
-from blora_pyro.options import AVERAGE, EACH, FitConfig, read_columns, read_contract
+from blora_pyro.options import FitConfig, read_columns
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.base_transcripts import kept_transcripts
 from blora_pyro.runs.listeners import Heard, Listener
@@ -259,9 +258,10 @@ def early_stopping(
         on_heard([Heard(examples.texts[row], before, texts[row]) for row, before in heard])
         return found.main.rate
 
-    before = watched.score(None, "dev, the base") if watched else {}
-    first_error = before.pop(NEW_DOMAIN).main.rate if before else math.nan
-    sets = {name: watched.sets[name] for name in before} if watched else {}
+    sets = (
+        {name: one for name, one in watched.sets.items() if name != NEW_DOMAIN} if watched else {}
+    )
+    before = replace(watched, sets=sets).score(None, "dev, the base") if watched else {}
 
     def forgetting() -> float:
         with allowing(loader.base.net, unsuppressed):
@@ -282,18 +282,7 @@ def early_stopping(
         config.patience,
         on_error,
         None if config.keep is None else partial(from_main, forgetting),
-        average_limit(config),
-        from_main(lambda: first_error),
     )
-
-
-def average_limit(config: FitConfig) -> float:
-    """Return the most that a contract lets the average of the backward sets lose, a fraction.
-
-    It is that of `each`, too, where the average has none of its own; inf without either.
-    """
-    limits = {} if config.keep is None else read_contract(config.keep)
-    return limits.get(AVERAGE, limits.get(EACH, math.inf)) / 100
 
 
 def stopping_set(config: FitConfig) -> SetSource:

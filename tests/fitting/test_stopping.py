@@ -61,17 +61,6 @@ def test_the_first_of_the_lowest_errors_is_restored(errors):
     assert stopping.to_json()["best_step"] == best
 
 
-@pytest.mark.parametrize(("limit", "best"), [(0.3, 4), (0.1, 3), (0.02, 2), (0.0, 1), (1.0, 4)])
-def test_with_a_limit_the_error_at_the_strength_that_keeps_it_counts(limit, best):
-    """At 0.02 they are 0.7, 0.57, 0.8 and 0.83, at 0 all but the first are the 0.9 before."""
-    errors = [0.7, 0.57, 0.3, 0.2]
-    lost = iter([0.0, 0.02, 0.12, 0.2])
-    stopping, guide = measured(errors, forgetting=lambda: next(lost), limit=limit, before=0.9)
-    assert stopping.best.step == best
-    stopping.restore(guide)
-    assert guide.value.item() == best
-
-
 @quick
 @given(some_errors, some_errors, st.integers(1, 3))
 def test_it_goes_on_from_its_state(errors, rest, patience):
