@@ -32,7 +32,6 @@ from blora_pyro.models.encoder_states import weights_hash
 USUAL_LANGUAGES = ("en", "es", "fr", "de")
 PART = 6  # of the base's parameters: at most one in so many is as many as the eigenvectors have
 MOST_TOKENS = 64  # of a transcript, so that one which repeats itself does not outweigh the others
-KEYS_AND_VALUES = ("encoder_attn.k_proj", "encoder_attn.v_proj")  # of the cross-attention
 OVERSAMPLING, ITERATIONS = 32, 4  # of the randomised eigendecomposition
 
 EXPLANATION = (
@@ -140,7 +139,6 @@ class Prior:
         directions: int = 128,
         utterances: int = 96,
         languages: str = "",
-        cross_attention: bool = True,
     ) -> None:
         """A Normal around 0, narrower in some directions.
 
@@ -152,8 +150,6 @@ class Prior:
             utterances: Training utterances that C is made from, the first ones.
             languages: Old languages to prompt in, with commas; those of the backward sets if left
                 out, or else en, es, fr and de.
-            cross_attention: Whether keys and values of the cross-attention are held, too; they
-                hear the same encoder states whatever the prompt.
         """
         check_positive(scale=scale, lam=lam, directions=directions, utterances=utterances)
         self.codes = tuple(one.strip() for one in languages.split(",")) if languages else ()
@@ -161,7 +157,6 @@ class Prior:
             raise UserError(f"languages is '{languages}'; give codes such as en,es")
         self.scale, self.lam, self.languages = scale, lam, languages
         self.directions, self.utterances = directions, utterances
-        self.cross_attention = cross_attention
         self.tensors: Mapping[str, Tensor] = {}
         self.modules: tuple[str, ...] = ()
         self._maps: dict[Any, Colouring] = {}
@@ -206,7 +201,7 @@ class Prior:
         modules = self.modules or tuple(find_targets(base, ALL_LINEAR))
         prompts = _prompts(base, self.codes)
         heard = [*islice(_utterances(batches), self.utterances)]
-        file = _file(base, heard, [modules, prompts, self.directions, self.cross_attention])
+        file = _file(base, heard, [modules, prompts, self.directions])
         with suppress(OSError, SafetensorError, ValueError):
             if file is not None:
                 found = load_file(file, str(base.device))
@@ -220,10 +215,6 @@ class Prior:
         }
         for number, utterance in enumerate(heard):
             _listen(base, utterance, prompts[number % len(prompts)], moments)
-        if not self.cross_attention:
-            for name in modules:
-                if name.endswith(KEYS_AND_VALUES):
-                    moments[name].zero_()  # which holds nothing
         room = base.num_parameters() // (PART * sum(map(len, moments.values())))
         tensors: dict[str, Tensor] = {}
         for name in modules:

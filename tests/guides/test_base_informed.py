@@ -1,5 +1,4 @@
 import math
-import re
 import shutil
 
 import pytest
@@ -273,19 +272,6 @@ def test_layers_of_the_encoder_have_statistics_too(heard):
     assert tensors["model.encoder.layers.1.fc2.vectors"].shape[0] == 32
     size = sum(one.numel() for name, one in tensors.items() if name.endswith("vectors"))
     assert size <= base.net.num_parameters() / base_informed.PART
-
-
-def test_keys_and_values_of_the_cross_attention_are_free_where_that_is_chosen(heard):
-    base, _, batches = heard
-    held = prepared(base, batches).tensors
-    free = prepared(base, batches, cross_attention=False).tensors  # in another file of the cache
-    layers = {name.removesuffix(".values") for name in free if name.endswith(".values")}
-    of_audio = {one for one in layers if re.search(r"encoder_attn\.[kv]_proj$", one)}
-    assert of_audio and of_audio < layers
-    for layer in layers:
-        values = free[f"{layer}.values"]
-        assert held[f"{layer}.values"].any()
-        assert not values.any() if layer in of_audio else values.any()
 
 
 def test_they_are_computed_once_and_kept(heard, monkeypatch):
