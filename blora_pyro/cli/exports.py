@@ -19,15 +19,13 @@ from blora_pyro.cli.common import (
     quiet_libraries,
 )
 from blora_pyro.cli.parameters import with_options, with_verbosity
-from blora_pyro.declarations import declarations, numbers
+from blora_pyro.declarations import numbers
 from blora_pyro.errors import UserError
 from blora_pyro.options import AUTO, KEEP_OPTIONS, FitConfig
 
 
 @with_verbosity
-@with_options(
-    FitConfig, leave_out=tuple(one for one in declarations(FitConfig) if one not in KEEP_OPTIONS)
-)
+@with_options(FitConfig, only=KEEP_OPTIONS)
 def keep(
     given: dict[str, Any],
     adapter: Annotated[

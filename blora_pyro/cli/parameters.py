@@ -52,7 +52,9 @@ def parameters(group: type, leave_out: tuple[str, ...] = ()) -> list[inspect.Par
     return found
 
 
-def with_options(*groups: type, leave_out: tuple[str, ...] = ()) -> Callable[..., Any]:
+def with_options(
+    *groups: type, leave_out: tuple[str, ...] = (), only: tuple[str, ...] | None = None
+) -> Callable[..., Any]:
     """Give a command the options of declared groups.
 
     Its first arguments are then what was given of each group, by name; it has its own parameters
@@ -61,11 +63,15 @@ def with_options(*groups: type, leave_out: tuple[str, ...] = ()) -> Callable[...
     Args:
         groups: Dataclasses of declared options.
         leave_out: Options that the command does not have.
+        only: Those that it has; None is all others.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         own = [*inspect.signature(command).parameters.values()][len(groups) :]
-        declared = [parameters(group, leave_out) for group in groups]
+        declared = [
+            [one for one in parameters(group, leave_out) if only is None or one.name in only]
+            for group in groups
+        ]
 
         @functools.wraps(command)
         def called(**values: Any) -> Any:

@@ -22,7 +22,7 @@ from blora_pyro.cli.common import (
     quiet_libraries,
 )
 from blora_pyro.cli.parameters import with_options, with_verbosity
-from blora_pyro.declarations import declarations, flag_of, metavar_of
+from blora_pyro.declarations import flag_of, metavar_of
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.options import AUTO, PRIOR_OPTIONS, FitConfig
 
@@ -334,9 +334,7 @@ def diagnose(
 
 
 @with_verbosity
-@with_options(
-    FitConfig, leave_out=tuple(one for one in declarations(FitConfig) if one not in PRIOR_OPTIONS)
-)
+@with_options(FitConfig, only=PRIOR_OPTIONS)
 def priors(
     given: dict[str, Any],
     check: Annotated[

@@ -11,7 +11,6 @@ ids are, and draws all windows of a batch from one generator, so that a text dep
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
@@ -40,11 +39,6 @@ SILENCE = -0.4  # log-mel; that of white noise 71 dB below full scale
 def is_loop(text: str) -> bool:
     """Return whether a text repeats itself, by the ratio of OpenAI's decoder."""
     return len(text.encode()) > MAX_COMPRESSION * len(zlib.compress(text.encode()))
-
-
-def loops(base: Base, tokens: Sequence[int]) -> bool:
-    """Return whether the text of tokens repeats itself."""
-    return is_loop(text_of(base, tokens))
 
 
 @dataclass(frozen=True)
@@ -101,6 +95,10 @@ def decode_safely(
         ends: Seconds at which each ends, if the prompts ask for timestamps; without timestamps a
             window is one piece.
     """
+
+    def loops(said: Sequence[int]) -> bool:
+        return is_loop(text_of(base, said))
+
     attempts: list[list[_Attempt]] = [[] for _ in heard]
     accepted: dict[int, list[Piece]] = {}
     for temperature in TEMPERATURES:
@@ -114,7 +112,7 @@ def decode_safely(
         limits = [heard[row].limit for row in todo]
         if ends is None:
             # A loop is refused in any case, and would hold up its batch to the limit.
-            whole = decode(base, states, some, limits, sampling, partial(loops, base))
+            whole = decode(base, states, some, limits, sampling, loops)
             found = [[Piece(0.0, base.feature_extractor.chunk_length, one)] for one in whole]
         else:
             timed = decode_timed(base, states, some, limits, sampling)

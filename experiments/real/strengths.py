@@ -20,11 +20,10 @@ from blora_pyro import fit
 from blora_pyro.files import read_json, write_json
 from blora_pyro.options import FitConfig
 from blora_pyro.posterior.strength import at_strength
-from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.scoring import NEW_DOMAIN, Scoring
 
-STRENGTHS = (0.0, 0.85, 0.7, 1.0, 0.5, 0.6, 0.4, 0.3)
+STRENGTHS = (0.0, 0.5, 0.7, 1.0, 0.6, 0.4, 0.3, 0.85)
 FIRST = "auto-0"
 FITS: dict[str, dict[str, Any]] = {
     FIRST: {},
@@ -44,8 +43,6 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, default=Path("human-speech"))
     parser.add_argument("--runs", type=Path, default=Path("runs/strengths"))
     parser.add_argument("--fits", nargs="*", default=[*FITS], choices=[*FITS])
-    others = "folders of runs on the same sets, to be scored in place of fits"
-    parser.add_argument("--finished", nargs="*", type=Path, default=[], help=others)
     output = ROOT / "experiments" / "real" / "strengths.json"
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
@@ -55,24 +52,18 @@ def main() -> None:
     except OSError:
         fits = {}
     speech = arguments.speech
-    finished = {folder.name: folder for folder in arguments.finished}
-    for name in [*finished] or arguments.fits:
+    for name in arguments.fits:
         config = FitConfig(
             base=arguments.base,
             data=str(speech),
             backward={
                 code: str(speech / f"back-{code}.jsonl") for code in ("en", "es", "fr", "de")
             },
-            **FITS.get(name, {}),
+            **FITS[name],
         )
-        if name in finished:
-            posterior, record = read_run(finished[name])
-            config = record.resolved
-        else:
-            run = fit(config, arguments.runs / name, evaluate=False, resume=True, progress=Notes())
-            posterior, config = run.posterior, run.config
-        its = fits.setdefault(name, {"language_map": config.language_map, "scores": {}})
-        scorings = {split: Scoring.of(config, split, Listener()) for split in ("dev", "test")}
+        run = fit(config, arguments.runs / name, evaluate=False, resume=True, progress=Notes())
+        its = fits.setdefault(name, {"language_map": run.config.language_map, "scores": {}})
+        scorings = {split: Scoring.of(run.config, split, Listener()) for split in ("dev", "test")}
         for strength in STRENGTHS:
             for split, scoring in scorings.items():
                 if f"{split}-{strength:g}" in its["scores"]:
@@ -82,7 +73,7 @@ def main() -> None:
                     if name != FIRST:  # what the base says of the old languages is the same
                         continue
                     sets = {key: one for key, one in sets.items() if key != NEW_DOMAIN}
-                adapted = at_strength(posterior, strength) if strength else None
+                adapted = at_strength(run.posterior, strength) if strength else None
                 scores = replace(scoring, sets=sets).score(adapted)
                 its["scores"][f"{split}-{strength:g}"] = {
                     key: {
