@@ -102,7 +102,9 @@ def commit() -> str:
 
 
 def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=HERE)
+    done = subprocess.run(
+        ["git", *words], capture_output=True, text=True, check=True, cwd=HERE.parent
+    )
     return done.stdout.strip()
 
 

@@ -4,9 +4,11 @@
 
 Every contestant runs in a process of its own: the most memory of three steps beyond what there was
 before the first, on one window of 30 s; and of the decoder's layers, as a real base is fitted by
-default, on eight windows, ours with the encoder's states from its cache. Files are those of
-whisper-tiny's shape: a posterior, a checkpoint to resume from, and what PEFT and `Trainer` keep for
-the same two purposes; a float32 number for every adapter weight is one moment.
+default, on eight windows, ours with the encoder's states from its cache. What a step of the latter
+takes grows with layers times width of the decoder: the straight line through the three sizes,
+float32, estimates large-v3. Files are those of whisper-tiny's shape: a posterior, a checkpoint to
+resume from, and what PEFT and `Trainer` keep for the same two purposes; a float32 number for every
+adapter weight is one moment.
 """
 
 import argparse
@@ -20,10 +22,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import Results, parse, parser, print_table
 from contestants import CONTESTANTS, PEER, Ours, Peft, geometry, random_batch, random_net
 from safetensors.torch import save_file
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from blora_pyro.adapters import ALL_LINEAR
 from blora_pyro.fitting.checkpoints import write_checkpoint
@@ -33,7 +37,8 @@ from blora_pyro.posterior import Family, Posterior
 
 SIZES, RANKS, NAMES = ("tiny", "base", "small"), (8, 32), (PEER, "ours")
 TARGETS = {ALL_LINEAR: 1, DECODER: 8}  # and windows at once
-CACHED = ("base", 8, DECODER)
+CACHED = [(size, 8, DECODER) for size in SIZES]
+LARGE = "large-v3"
 REPEATS = 2
 
 
@@ -48,18 +53,23 @@ def main() -> None:
         return
     results = Results(arguments, sizes=SIZES, ranks=RANKS, contestants=NAMES, repeats=REPEATS)
     rows = []
-    every = [*product(SIZES, RANKS, [ALL_LINEAR]), CACHED]
+    every = [*product(SIZES, RANKS, [ALL_LINEAR]), *CACHED]
     for size, rank, targets in every[: 1 if arguments.quick else None]:
         measure = partial(peaks, arguments, size, rank, targets)
-        what = targets if targets == ALL_LINEAR else "decoder, encoder cached"
-        case = results.case(f"{size}, {what}, rank {rank}", measure)
+        case = results.case(title(size, rank, targets), measure)
         cells = [
             f"{one['largest']:,.0f} (least {min(one['mib']):,.0f}) ({one['ratio']:.2f})"
             for one in case.values()
         ]
-        rows.append((size, what, rank, *cells))
+        rows.append((size, what(targets), rank, *cells))
     print("peak MiB of a step (ratio to PEFT LoRA)")
     print_table(("size", "adapted", "rank", *NAMES), rows)
+    if not arguments.quick:
+        gib = estimate({one[0]: results.cases[title(*one)] for one in CACHED})
+        results.write(estimates={LARGE: gib})
+        print(
+            f"{LARGE}, not measured: {gib['weights']:.1f} GiB of weights, {gib['step']:.1f} a step"
+        )
     files = results.case("files", files_of_tiny)
     print(f"bytes on the disk, {files['adapter_weights']:,} adapter weights")
     rows = [
@@ -67,6 +77,34 @@ def main() -> None:
         for name, one in files["files"].items()
     ]
     print_table(("file", "bytes", "moments", "bytes a moment / those of PEFT's adapter"), rows)
+
+
+def what(targets: str) -> str:
+    """Return the adapted layers in words."""
+    return targets if targets == ALL_LINEAR else "decoder, encoder cached"
+
+
+def title(size: str, rank: int, targets: str) -> str:
+    """Return the name of a case."""
+    return f"{size}, {what(targets)}, rank {rank}"
+
+
+def estimate(cases: dict[str, Any]) -> dict[str, float]:
+    """Return the GiB that large-v3's float32 weights and a step of eight windows are to take.
+
+    Args:
+        cases: Of the smaller sizes, the decoder's layers adapted and the encoder cached.
+    """
+
+    def extent(config: WhisperConfig) -> int:
+        return config.decoder_layers * config.d_model
+
+    extents = [extent(geometry(size)) for size in cases]
+    slope, rest = np.polyfit(extents, [one["ours"]["largest"] for one in cases.values()], 1)
+    config = geometry(LARGE)
+    with torch.device("meta"):
+        weights = sum(one.numel() for one in WhisperForConditionalGeneration(config).parameters())
+    return {"weights": 4 * weights / 2**30, "step": (slope * extent(config) + rest) / 2**10}
 
 
 def peaks(arguments: argparse.Namespace, size: str, rank: int, targets: str) -> dict[str, Any]:

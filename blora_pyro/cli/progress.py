@@ -116,4 +116,6 @@ class TerminalProgress(Listener):
         line = f"step {error.step}: dev error {error.error:.1%} ({text})"
         if error.forgetting is not None:
             line += f", backward average {100 * error.forgetting:+.1f} points"
+        if error.within_contract is not None:
+            line += f", {error.within_contract:.1%} to be expected within the contract"
         self.telling.say(line)

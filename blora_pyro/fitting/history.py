@@ -48,11 +48,14 @@ class DevError:
         error: The main measure, as a fraction.
         forgetting: What the average error of the backward dev sets rose by, likewise; None where
             they are not watched.
+        within_contract: The error that is expected at the strength which keeps the contract; None
+            likewise.
     """
 
     step: int
     error: float
     forgetting: float | None = None
+    within_contract: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures by name, without what was not measured."""

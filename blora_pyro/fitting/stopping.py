@@ -14,7 +14,7 @@ from blora_pyro.fitting.history import DevError, DevErrors
 class EarlyStopping:
     """Keeps the guide's parameters of the lowest dev error, and ends a fit that stops improving.
 
-    Of equal errors the first counts.
+    Of equal errors the first counts. With a contract it is the error that is expected within it.
 
     Attributes:
         errors: Measured so far, in order.
@@ -26,7 +26,7 @@ class EarlyStopping:
         every: int,
         patience: int | None = None,
         on_error: Callable[[DevError, DevError], None] = lambda error, best: None,
-        forgetting: Callable[[], float] | None = None,
+        forgetting: Callable[[float], Sequence[float]] | None = None,
     ) -> None:
         """Start without measurements.
 
@@ -35,7 +35,8 @@ class EarlyStopping:
             every: Steps between two measurements; there is one after the last step, too.
             patience: End after so many in a row without a new lowest error; None never does.
             on_error: Called after every measurement, with it and the best so far.
-            forgetting: Returns what the net as it is has forgotten, see `DevError`.
+            forgetting: Given the dev error, returns `forgetting` and `within_contract` of
+                `DevError`.
         """
         self.every, self.patience = every, patience
         self.errors: list[DevError] = []
@@ -44,8 +45,12 @@ class EarlyStopping:
 
     @property
     def best(self) -> DevError:
-        """The first of the lowest errors."""
-        return min(self.errors, key=lambda one: one.error)
+        """The first of the lowest errors, of those within the contract if there is one."""
+
+        def compared(one: DevError) -> float:
+            return one.error if one.within_contract is None else one.within_contract
+
+        return min(self.errors, key=compared)
 
     @property
     def stops(self) -> bool:
@@ -65,8 +70,9 @@ class EarlyStopping:
         Raises:
             UserError: If the dev set has nothing to score.
         """
-        lost = self._forgetting() if self._forgetting else None
-        error = DevError(step, self._measure(), lost)
+        measured = self._measure()
+        watched = self._forgetting(measured) if self._forgetting else ()
+        error = DevError(step, measured, *watched)
         if not math.isfinite(error.error):
             raise UserError("the dev set has no words to score; give another with --dev")
         self.errors.append(error)

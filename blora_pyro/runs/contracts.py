@@ -106,6 +106,22 @@ def holds(limits: Mapping[str, float], lost: Mapping[str, float]) -> bool:
     )
 
 
+def strength_within(limits: Mapping[str, float], lost: Mapping[str, float]) -> float:
+    """Return the strength up to which losses are within a contract, if they are linear in it.
+
+    Args:
+        limits: See `limits_of`.
+        lost: At strength 1, see `losses`.
+    """
+    worst = max(loss for name, loss in lost.items() if name != AVERAGE)
+    shares = (
+        limit / loss
+        for name, limit in limits.items()
+        if (loss := worst if name == EACH else lost[name]) > limit
+    )
+    return min(shares, default=1.0)
+
+
 def keep_contract(
     scoring: Scoring,
     posterior: Posterior,

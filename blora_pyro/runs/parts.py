@@ -1,40 +1,49 @@
 """What a fit works with: data, program, guide, teacher and penalty of its configuration."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 
 from blora_pyro.data import Batch, Examples, Stream, Suppressed, split_names
 from blora_pyro.errors import UserError
+from blora_pyro.evaluation import evaluate
 from blora_pyro.fitting.batches import Teacher
 from blora_pyro.fitting.checkpoints import RandomState
 from blora_pyro.fitting.distillation import Distillation
 from blora_pyro.fitting.elastic import ElasticPenalty, fisher_information
 from blora_pyro.fitting.encoder_cache import EncoderCache
+from blora_pyro.fitting.history import DevError
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.guides import Guide, build_guide, build_prior, prepare_prior
 from blora_pyro.languages import is_language
 from blora_pyro.models import Base, BLoRA, PooledBLoRA, base_of, map_languages, pooling_of
-from blora_pyro.options import FitConfig
+from blora_pyro.models.logits import allowing
+from blora_pyro.options import AVERAGE, FitConfig
 from blora_pyro.runs.chains import Previous, previous_of
-from blora_pyro.runs.contracts import check_dev_sets
+from blora_pyro.runs.contracts import check_dev_sets, limits_of, losses, strength_within
 from blora_pyro.runs.fit_folders import FitFolder
-from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.listeners import Heard, Listener
 from blora_pyro.runs.loading import Loader, SkippedRow
 from blora_pyro.runs.record import FITTING
 from blora_pyro.runs.scoring import (
+    NEW_DOMAIN,
     Scoring,
     domain_name,
-    early_stopping,
     evaluation_sets,
     is_new_domain,
+    measure,
+    stopping_set,
 )
 from blora_pyro.sources import describe_source
+from blora_pyro.transcription import transcribe_features
+
+SHOWN = 3  # utterances of the dev set that a fit shows on its way
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,79 @@ class Parts:
             parts = replace(parts, unsuppressed=allowed, fit=fitting)
         loader.report_skipped(folder.list_skipped(loader.skipped))
         return parts
+
+
+def early_stopping(
+    loader: Loader,
+    config: FitConfig,
+    on_error: Callable[[DevError, DevError], None],
+    on_heard: Callable[[Sequence[Heard]], None] = lambda some: None,
+    processes: Processes | None = None,
+    unsuppressed: Sequence[int] = (),
+    shares_encoder: bool = False,
+    watched: Scoring | None = None,
+) -> EarlyStopping | None:
+    """Return what measures the net on the new domain's dev set during a fit; None if nothing is to.
+
+    With a contract (`keep`) the backward dev sets are measured, too.
+
+    Args:
+        loader: Loader of the base.
+        config: Options of the fit.
+        on_error: See `EarlyStopping`.
+        on_heard: Called before that with a few utterances, always the same.
+        processes: Those of the fit, of which the main one measures for all.
+        unsuppressed: Tokens that the net may say, see `Posterior`.
+        shares_encoder: The fit leaves the encoder as it is, see `transcribe_examples`.
+        watched: The dev sets of a contract, in the main process.
+
+    Raises:
+        UserError: If there is no dev set.
+    """
+    if config.eval_every is None:
+        return None
+    its = stopping_set(config)
+    examples = loader.load(its.source, its.split, limit=config.max_eval_utterances)
+
+    processes = processes or Processes()
+    rows = sorted({round(place) for place in np.linspace(0, len(examples) - 1, SHOWN)})
+    rows = rows if processes.is_main else []  # which measures for all
+    shown = [examples.prompts[row] for row in rows]
+    first = transcribe_features(loader.base, examples.features[rows], shown)
+
+    def dev_error() -> float:
+        with allowing(loader.base.net, unsuppressed):
+            found = evaluate(loader.base, examples, config.normalizer, shares_encoder)
+        texts = (found.raw or found).hypotheses
+        heard = zip(rows, first, strict=True)
+        on_heard([Heard(examples.texts[row], before, texts[row]) for row, before in heard])
+        return found.main.rate
+
+    before = watched.score(None, "dev, the base") if watched else {}
+    sets = {name: watched.sets[name] for name in before if name != NEW_DOMAIN} if watched else {}
+
+    def forgetting(error: float) -> list[float]:
+        """Both errors are taken to lie on straight lines between the base and the fit as it is."""
+        with allowing(loader.base.net, unsuppressed):
+            after = measure(
+                loader.base,
+                sets,
+                lambda name: None,
+                normalizer=config.normalizer,
+                shares_encoder=shares_encoder,
+            )
+        lost = losses(before, after)
+        first = before[NEW_DOMAIN].main.rate
+        return [lost[AVERAGE], first + strength_within(limits_of(config), lost) * (error - first)]
+
+    from_main = processes.from_main
+    return EarlyStopping(
+        partial(from_main, dev_error),
+        config.eval_every,
+        config.patience,
+        on_error,
+        None if config.keep is None else lambda error: from_main(partial(forgetting, error)),
+    )
 
 
 def training_set(

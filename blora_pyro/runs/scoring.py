@@ -6,41 +6,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from blora_pyro.data import Examples, split_names
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import (
     Evaluation,
     change_summary,
-    evaluate,
     normalizer_for,
     rate_summary,
     score,
     transcribe_examples,
 )
 from blora_pyro.files import read_json, write_json
-from blora_pyro.fitting.history import DevError
-from blora_pyro.fitting.processes import Processes
-from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.languages import is_language
-from blora_pyro.metrics.bootstrap import macro_rate
 from blora_pyro.metrics.normalizers import NORMALIZERS
 from blora_pyro.models import Base, base_of
-from blora_pyro.models.logits import allowing
 from blora_pyro.options import FitConfig, read_columns
 from blora_pyro.posterior import Posterior
 from blora_pyro.runs.base_transcripts import kept_transcripts
-from blora_pyro.runs.listeners import Heard, Listener
+from blora_pyro.runs.listeners import Listener
 from blora_pyro.runs.loading import Loader
 from blora_pyro.sources import Source, describe_source
-from blora_pyro.transcription import transcribe_features
 
 NEW_DOMAIN = "new_domain"
 OTHER_DATA = "data"  # a set that a run was given to be scored on, and no set of its fit
 HEARD = "in full windows, with Whisper's safeguards"  # up to 0.2.0 without, and maybe trimmed
 SPLITS = ("test", "dev")
-SHOWN = 3  # utterances of the dev set that a fit shows on its way
 DEV_SPLITS = ("dev", "validation")  # the second is what data sets of the Hub call it
 
 
@@ -210,79 +200,6 @@ def _existing_dev_split(
     if not names:
         on_note(f"{name} is one set without splits: the same for dev as for test")
     return split
-
-
-def early_stopping(
-    loader: Loader,
-    config: FitConfig,
-    on_error: Callable[[DevError, DevError], None],
-    on_heard: Callable[[Sequence[Heard]], None] = lambda some: None,
-    processes: Processes | None = None,
-    unsuppressed: Sequence[int] = (),
-    shares_encoder: bool = False,
-    watched: "Scoring | None" = None,
-) -> EarlyStopping | None:
-    """Return what measures the net on the new domain's dev set during a fit; None if nothing is to.
-
-    With a contract (`keep`) the backward dev sets are measured, too.
-
-    Args:
-        loader: Loader of the base.
-        config: Options of the fit.
-        on_error: See `EarlyStopping`.
-        on_heard: Called before that with a few utterances, always the same.
-        processes: Those of the fit, of which the main one measures for all.
-        unsuppressed: Tokens that the net may say, see `Posterior`.
-        shares_encoder: The fit leaves the encoder as it is, see `transcribe_examples`.
-        watched: The dev sets of a contract, in the main process.
-
-    Raises:
-        UserError: If there is no dev set.
-    """
-    if config.eval_every is None:
-        return None
-    its = stopping_set(config)
-    examples = loader.load(its.source, its.split, limit=config.max_eval_utterances)
-
-    processes = processes or Processes()
-    rows = sorted({round(place) for place in np.linspace(0, len(examples) - 1, SHOWN)})
-    rows = rows if processes.is_main else []  # which measures for all
-    shown = [examples.prompts[row] for row in rows]
-    first = transcribe_features(loader.base, examples.features[rows], shown)
-
-    def dev_error() -> float:
-        with allowing(loader.base.net, unsuppressed):
-            found = evaluate(loader.base, examples, config.normalizer, shares_encoder)
-        texts = (found.raw or found).hypotheses
-        heard = zip(rows, first, strict=True)
-        on_heard([Heard(examples.texts[row], before, texts[row]) for row, before in heard])
-        return found.main.rate
-
-    sets = (
-        {name: one for name, one in watched.sets.items() if name != NEW_DOMAIN} if watched else {}
-    )
-    before = replace(watched, sets=sets).score(None, "dev, the base") if watched else {}
-
-    def forgetting() -> float:
-        with allowing(loader.base.net, unsuppressed):
-            after = measure(
-                loader.base,
-                sets,
-                lambda name: None,
-                normalizer=config.normalizer,
-                shares_encoder=shares_encoder,
-            )
-        old, new = (macro_rate([one.main for one in some.values()]) for some in (before, after))
-        return new - old
-
-    from_main = processes.from_main
-    return EarlyStopping(
-        partial(from_main, dev_error),
-        config.eval_every,
-        config.patience,
-        on_error,
-        None if config.keep is None else partial(from_main, forgetting),
-    )
 
 
 def stopping_set(config: FitConfig) -> SetSource:

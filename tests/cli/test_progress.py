@@ -61,10 +61,11 @@ def test_dev_errors_are_told_one_a_line(capsys):
     progress = TerminalProgress()
     best = DevError(50, 0.1234)
     progress.evaluated(best, best)
-    progress.evaluated(DevError(100, 0.2, -0.001), best)
+    progress.evaluated(DevError(100, 0.2, -0.001, 0.25), best)
     assert capsys.readouterr().err.splitlines() == [
         "step 50: dev error 12.3% (the best so far)",
-        "step 100: dev error 20.0% (12.3% at step 50), backward average -0.1 points",
+        "step 100: dev error 20.0% (12.3% at step 50), backward average -0.1 points, 25.0% to be "
+        "expected within the contract",
     ]
 
 

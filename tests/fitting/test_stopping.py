@@ -61,6 +61,18 @@ def test_the_first_of_the_lowest_errors_is_restored(errors):
     assert stopping.to_json()["best_step"] == best
 
 
+def test_with_a_contract_the_error_that_is_expected_within_it_counts():
+    errors, within = [0.7, 0.57, 0.3, 0.2], iter([0.7, 0.57, 0.8, 0.83])
+    stopping, guide = measured(errors, forgetting=lambda error: [error / 2, next(within)])
+    assert [(one.forgetting, one.within_contract) for one in stopping.errors][:2] == [
+        (0.35, 0.7),
+        (0.285, 0.57),
+    ]
+    assert stopping.best.step == 2
+    stopping.restore(guide)
+    assert guide.value.item() == 2
+
+
 @quick
 @given(some_errors, some_errors, st.integers(1, 3))
 def test_it_goes_on_from_its_state(errors, rest, patience):

@@ -17,7 +17,14 @@ from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.strength import at_strength
 from blora_pyro.publishing.uploads import write_public_run
 from blora_pyro.runs.chains import Previous
-from blora_pyro.runs.contracts import check_dev_sets, holds, keep_contract, largest, losses
+from blora_pyro.runs.contracts import (
+    check_dev_sets,
+    holds,
+    keep_contract,
+    largest,
+    losses,
+    strength_within,
+)
 from blora_pyro.runs.edited import prune_run
 from blora_pyro.runs.finished import evaluate_run, merge_run
 from blora_pyro.runs.fits import fit
@@ -226,14 +233,35 @@ def test_a_fit_that_was_ended_before_its_strength_was_chosen_goes_on(kept_run, f
     assert run.metrics == kept_run[0].metrics
 
 
+@pytest.mark.parametrize(
+    ("limits", "strength"),
+    [
+        ({"average": 0.01}, 0.25),
+        ({"average": 0.05}, 1),
+        ({"each": 0.02}, 0.25),
+        ({"average": 0.03, "each": 0.04, "de": 0.004}, 0.5),
+        ({"de": 0.0}, 0),
+    ],
+)
+def test_the_strength_up_to_which_losses_are_within_a_contract(limits, strength):
+    lost = {"average": 0.04, "de": 0.008, "es": 0.08, "en": -0.01}
+    assert strength_within(limits, lost) == pytest.approx(strength)
+
+
 def test_the_backward_dev_sets_are_watched_on_the_way(keep_options, tmp_path):
     run = fit(FitConfig(**{**keep_options, "eval_every": 20}), tmp_path / "run", evaluate=False)
     first, last = run.dev["errors"]
     assert first["step"] == 20
-    assert first.keys() == last.keys() == {"step", "error", "forgetting"}
+    assert first.keys() == last.keys() == {"step", "error", "forgetting", "within_contract"}
     record = RunRecord.read(tmp_path / "run")
     assert record.dev == run.dev
-    best = min(run.dev["errors"], key=lambda one: one["error"])
+    base = record.kept["curve"]["points"][0]["new_domain"]["rate"]
+    for one in run.dev["errors"]:
+        share = min(1, 0.8 / one["forgetting"])
+        expected = base + share * (one["error"] - base)
+        assert one["within_contract"] == pytest.approx(expected)
+    best = min(run.dev["errors"], key=lambda one: one["within_contract"])
+    assert best["step"] == run.dev["best_step"]
     end = record.kept["curve"]["points"][-1]
     assert (end["strength"], end["new_domain"]["rate"]) == (1, best["error"])
     assert end["forgetting"]["difference"] == pytest.approx(best["forgetting"])
