@@ -12,6 +12,7 @@ recording in zeros of the log-mel, and with the settings of ours, for which it i
 to the window's end, as OpenAI's decoder and a fit have it.
 """
 
+import json
 import os
 import resource
 import subprocess
@@ -26,7 +27,7 @@ from typing import Any
 import jiwer
 import numpy as np
 import soundfile
-from common import Results, interleaved, parse, parser, print_table, shown, spread
+from common import Results, interleaved, parse, parser, print_table, rounded, shown, spread
 
 from blora_pyro.data import AUDIO_SUFFIXES, SAMPLING_RATE, read_audio
 from blora_pyro.metrics.normalizers import Normalizer
@@ -65,6 +66,7 @@ def main() -> None:
     options.add_argument("--language", default="en")
     options.add_argument("--pattern", default="*", help="of the files' names")
     options.add_argument("--rounds", type=int, default=2)
+    options.add_argument("--texts", action="store_true", help="texts and times of words alone")
     arguments = parse(options)
     quick = arguments.quick
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
@@ -74,6 +76,7 @@ def main() -> None:
         sys.exit(f"no audio in {arguments.speech}")
     settings = {"language": arguments.language, "rounds": 1 if quick else arguments.rounds}
     results = Results(arguments, base=Path(arguments.base).name, files=len(files), **settings)
+    results.summary["texts"] = stored(results).get("texts", {})  # of other languages, too
     with tempfile.TemporaryDirectory() as folder:
         long = Path(folder) / "long.wav"
         waves = [read_audio({"path": str(file)}) for file in files]
@@ -86,16 +89,37 @@ def main() -> None:
             f"{LONG:g} s in one file, a process": (processes, [long]),
         }
         rows = []
-        for name, (make, those) in [*kinds.items()][: 2 if quick else None]:
+        wanted = 0 if arguments.texts else 2 if quick else len(kinds)
+        for name, (make, those) in [*kinds.items()][:wanted]:
             case = results.case(name, partial(measured, make, arguments, those, settings["rounds"]))
             rows += [
                 (name, one, shown(case[one]["cpu"]), shown(case[one]["wall"]), share(case[one]))
                 for one in ENGINES
             ]
-    print_table(("", "engine", "CPU, s", "wall, s", "words that differ"), rows)
-    compared = results.case("texts and times", partial(agreement, arguments, waves, files))
+    if rows:
+        print_table(("", "engine", "CPU, s", "wall, s", "words that differ"), rows)
+    compared = agreement(arguments, waves, files)
+    if results.path is not None:
+        keep(results, arguments.language, compared)
     heads = ("against", "engine", "words", "that differ", "shared", f"within {NEAR} s")
     print_table(heads, [row for name, case in compared.items() for row in lines(name, case)])
+
+
+def stored(results: Results) -> dict[str, Any]:
+    """Return what the file of results holds, if there is one."""
+    if results.path is None or not results.path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(results.path.read_text(encoding="utf-8"))
+    return content
+
+
+def keep(results: Results, language: str, compared: dict[str, Any]) -> None:
+    """Write how texts and times of a language compare; those of others stay as they are."""
+    assert results.path is not None
+    content = stored(results)
+    texts = {**content.get("texts", {}), language: {**results.about, "against": compared}}
+    content = {**content, "texts": dict(sorted(texts.items()))}
+    results.path.write_text(json.dumps(rounded(content), indent=1) + "\n", encoding="utf-8")
 
 
 def share(case: Mapping[str, Any]) -> str:

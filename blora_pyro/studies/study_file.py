@@ -38,7 +38,6 @@ STUDY: Shape = {
     "seeds": (list[int], "whole numbers, such as [0, 1, 2]"),
     "methods": (list[str], 'names, such as ["lora", "blora"]'),
     "neighbours": (bool, "true or false"),
-    "only_choose": (bool, "true or false"),
     "options": (OPTIONS, "a table [options]"),
     "settings": (dict[str, OPTIONS], "tables [settings.NAME]"),
     "method": (dict[str, OPTIONS], "tables [method.NAME]"),
@@ -59,8 +58,7 @@ def read_study_file(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no study file ({error}); give a TOML file") from None
     check_table(content, STUDY, str(path))
-    of_methods = {"methods", "method", "settings", "neighbours", "only_choose", "results"}
-    refused = of_methods & content.keys()
+    refused = {"methods", "method", "settings", "neighbours", "results"} & content.keys()
     if "search" in content and refused:
         raise UserError(
             f"{path} has both a search and {min(refused)}; give one study file for each"
@@ -139,7 +137,6 @@ def study_of(content: Mapping[str, Any], where: str, code: Sequence[str] = ()) -
         methods,
         options,
         neighbours=content.get("neighbours", True),
-        only_choose=content.get("only_choose", False),
     )
 
 
@@ -192,9 +189,8 @@ def short_study(
         "methods": names if candidate is None else [candidate.method.name],
         "options": given,
         "neighbours": neighbours,
-        "only_choose": only_choose,
     }
-    return replace(study_of(content, "compare"), row=candidate)
+    return replace(study_of(content, "compare"), only_choose=only_choose, row=candidate)
 
 
 def _setting(text: str) -> dict[str, int]:

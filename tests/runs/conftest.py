@@ -31,7 +31,10 @@ def old_runs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def keep_options(fit_options, tones_folder, tmp_path_factory):
-    """Of a fit with dev sets that loses all German and English at strength 1, at 0.35 50 points."""
+    """Of a fit that loses more than 80 points at strength 1; what it learns it has learned at less.
+
+    How much less depends on the rounding of a processor, and is of no test's concern.
+    """
     data = tmp_path_factory.mktemp("data")
     for split in ("train", "test", "dev"):
         put(tones_folder, "train" if split == "train" else "test", data / "new" / f"{split}.jsonl")
@@ -40,7 +43,7 @@ def keep_options(fit_options, tones_folder, tmp_path_factory):
         put(tones_folder, name, data / name / "test.jsonl")
     backward = {name: str(data / name) for name in ("de", "en")}
     own = {"data": str(data / "new"), "backward": backward, "target_modules": ".*decoder.*"}
-    return {**fit_options, **own, "keep": {"average": 80}}
+    return {**fit_options, **own, "keep": {"average": 80}, "steps": 120, "lr": 0.01}
 
 
 class Notes(Listener):
