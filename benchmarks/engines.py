@@ -80,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         long = Path(folder) / "long.wav"
         waves = [read_audio({"path": str(file)}) for file in files]
-        repeated = np.tile(np.concatenate(waves), 1000)[: round(LONG * SAMPLING_RATE)]
+        repeated = np.resize(np.concatenate(waves), round(LONG * SAMPLING_RATE))
         soundfile.write(long, repeated, SAMPLING_RATE, subtype="FLOAT")
         kinds: dict[str, tuple[Callable[..., Calls], list[Path]]] = {
             "one short file, a process": (processes, files[:1]),
@@ -166,15 +166,15 @@ def measured(make: Callable[..., Calls], arguments: Any, files: list[Path], roun
 
 def processes(arguments: Any, files: list[Path]) -> Calls:
     """Whole processes for one file; the model is converted before."""
-    folder, file = str(converted(of(arguments.base))), str(files[0])
+    file = str(files[0])
     long = soundfile.info(file).duration > WINDOW
     ours = [sys.executable, "-m", "blora_pyro", "transcribe", file, "--base", arguments.base]
     ours += ["--language", arguments.language, "--device", "cpu", "--engine"]
-    theirs = [sys.executable, "-c", DIRECTLY, folder, file, arguments.language]
-    theirs.append(str(arguments.threads))
     commands = {TORCH: [*ours, TORCH]}
     for kind, end in (("float32", ""), ("int8", INT8)):
-        commands[THEIRS + end] = [*theirs, kind, str(int(long))]
+        folder = str(converted(of(arguments.base), kind))
+        theirs = [folder, file, arguments.language, str(arguments.threads), kind, str(int(long))]
+        commands[THEIRS + end] = [sys.executable, "-c", DIRECTLY, *theirs]
         commands[CT2 + end] = [*ours, CT2, "--dtype", kind]
 
     def call(command: list[str]) -> list[str]:
@@ -188,7 +188,6 @@ def warm(arguments: Any, files: list[Path]) -> Calls:
     """All files in this process; of ours every call loads its model, of theirs none."""
     from faster_whisper import WhisperModel
 
-    folder = str(converted(of(arguments.base)))
     short = len(files) > 1 or soundfile.info(files[0]).duration <= WINDOW
 
     def theirs(model: Any) -> list[str]:
@@ -202,6 +201,7 @@ def warm(arguments: Any, files: list[Path]) -> Calls:
     calls: Calls = {TORCH: partial(ours, engine=TORCH)}
     for kind, end in (("float32", ""), ("int8", INT8)):
         load = {"device": "cpu", "compute_type": kind, "cpu_threads": arguments.threads}
+        folder = str(converted(of(arguments.base), kind))
         calls[THEIRS + end] = partial(theirs, WhisperModel(folder, **load))
         calls[CT2 + end] = partial(ours, engine=CT2, dtype=kind)
     return calls

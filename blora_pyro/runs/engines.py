@@ -1,9 +1,10 @@
 """Transcribing with a run, by torch or by CTranslate2.
 
 For CTranslate2 the posterior mean at its strength is merged, converted and kept in
-`$BLORA_PYRO_CACHE/ctranslate2/`, a folder for each model. Its name is a fingerprint of the run's
-files, of the strength, and of the base's files by size and time or, on the Hub, by commit. So
-whoever comes again imports nothing of torch. The folder may be deleted at any time.
+`$BLORA_PYRO_CACHE/ctranslate2/`, a folder for each model, and another of its weights in eight bits.
+Its name is a fingerprint of the run's files, of the strength, and of the base's files by size and
+time or, on the Hub, by commit. So whoever comes again imports nothing of torch. The folder may be
+deleted at any time.
 """
 
 import json
@@ -40,7 +41,8 @@ NEEDED = (  # tokens that faster-whisper knows by name
 NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")
 RUN_FILES = ("run.json", "posterior.safetensors")
 COPIED = ["tokenizer.json", "preprocessor_config.json"]
-DTYPES = ("float32", "float16", "int8")
+EIGHT_BITS = "int8"
+DTYPES = ("float32", "float16", EIGHT_BITS)
 WEIGHTS = "model.bin"
 HALF_WRITTEN, HOUR = ".new", 3600.0
 MOST_BEAMS = 100
@@ -252,8 +254,13 @@ def _base_key(name: str | None, revision: str | None, local: bool, above: int = 
     return key
 
 
-def converted(which: Which) -> Path:
+def converted(which: Which, dtype: str = "float32") -> Path:
     """Return the folder of a model in CTranslate2's format, converted if it is not there yet.
+
+    Args:
+        which: The model.
+        dtype: One of `DTYPES`. Weights that are stored in eight bits need not be rounded whenever
+            they are loaded; for the others they are stored in float32.
 
     Raises:
         UserError: If the run or the base can't be read, the model is none for faster-whisper, or
@@ -266,11 +273,12 @@ def converted(which: Which) -> Path:
             f"the engine {CTRANSLATE2} keeps a converted model in the folder BLORA_PYRO_CACHE, "
             f"which is empty; set it, or give engine {TORCH}"
         )
-    folder = root / "ctranslate2" / which.fingerprint
+    kind = EIGHT_BITS if dtype == EIGHT_BITS else None
+    folder = root / "ctranslate2" / "-".join([which.fingerprint, *([kind] if kind else [])])
     if not _is_whole(folder):
         try:
             shutil.rmtree(folder, ignore_errors=True)
-            _convert(which, folder)
+            _convert(which, folder, kind)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the converted model can't be written to {printable(folder.parent)} "
@@ -296,7 +304,7 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _convert(which: Which, folder: Path) -> None:
+def _convert(which: Which, folder: Path, kind: str | None) -> None:
     """Write a converted model, whole; whoever is first with it wins."""
     from blora_pyro.models import base_of
     from blora_pyro.models.base import check_merge, probe
@@ -323,7 +331,7 @@ def _convert(which: Which, folder: Path) -> None:
                     check_merge(str(which.adapter), unmerged, probe(base.net))
                 settings = base.net.generation_config
                 base.save_pretrained(fresh / "merged")
-                _by_ctranslate2(fresh / "merged", fresh / "made")
+                _by_ctranslate2(fresh / "merged", fresh / "made", kind)
                 shutil.rmtree(fresh / "merged")
                 about = asdict(
                     About(
@@ -358,10 +366,10 @@ def _unfit(base: Any) -> str | None:
     return None
 
 
-def _by_ctranslate2(merged: Path, out: Path) -> None:
+def _by_ctranslate2(merged: Path, out: Path, kind: str | None) -> None:
     from ctranslate2.converters import TransformersConverter
 
-    TransformersConverter(str(merged), copy_files=COPIED).convert(str(out))
+    TransformersConverter(str(merged), copy_files=COPIED).convert(str(out), quantization=kind)
 
 
 def _decoder(
@@ -404,7 +412,7 @@ def _decoder(
             f"dtype is '{dtype}', and the engine {CTRANSLATE2} has {', '.join(known_types)} on "
             f"{device}; give one of them, or engine {TORCH}"
         )
-    folder = converted(which)
+    folder = converted(which, dtype or "float32")
     about = About.read(folder)
     if dtype is None:
         is_short = about.dtype != "float32" and device != "cpu" and "float16" in can

@@ -19,6 +19,7 @@ from blora_pyro.runs.engines import Which, converted, transcribe
 from blora_pyro.runs.fits import fit
 
 pytest.importorskip("faster_whisper", reason="needs blora-pyro[fast]")
+ct2 = pytest.importorskip("blora_pyro.transcription.ct2")
 
 POCKET = Which(None, "pocket", None, False, None, "scale", None)
 
@@ -208,14 +209,24 @@ def test_without_a_place_for_the_converted_model_there_is_torch(paths, monkeypat
 def test_who_converts_second_takes_what_is_there(monkeypatch):
     write = engines._by_ctranslate2
 
-    def overtaken(merged, out):
+    def overtaken(*given):
         monkeypatch.setattr(engines, "_by_ctranslate2", write)
         converted(POCKET)
-        write(merged, out)
+        write(*given)
 
     monkeypatch.setattr(engines, "_by_ctranslate2", overtaken)
     folder = converted(POCKET)
     assert {one.name for one in folder.parent.iterdir()} == {folder.name}
+
+
+@pytest.mark.usefixtures("shared_cache")
+def test_weights_of_eight_bits_are_stored_so_and_say_the_same(paths):
+    whole, eighth = converted(POCKET), converted(POCKET, "int8")
+    sizes = [(one / "model.bin").stat().st_size for one in (whole, eighth)]
+    assert sizes[1] < 0.4 * sizes[0]
+    decoders = (ct2.Decoder(one, "cpu", "int8", ct2.Settings("de-en")) for one in (whole, eighth))
+    rounded, stored = (texts(ct2.transcribe_files(one, paths)) for one in decoders)
+    assert rounded == stored
 
 
 @pytest.mark.parametrize("name", ["run.json", "posterior.safetensors"])
