@@ -733,23 +733,22 @@ REAL = {name: one.real for name, one in declarations(FitConfig).items() if one.r
 
 def _suited(config: FitConfig) -> dict[str, Any]:
     """Return the defaults of a base other than the pocket, for the options that are not given."""
-    given = config.given
     if config.base == POCKET:
         return {}
+    others = config.given | _ruled_out(_values(config), config.given)
+    return {name: value for name, value in REAL.items() if name not in others}
+
+
+def _ruled_out(options: Mapping[str, Any], given: Iterable[str]) -> set[str]:
+    """Return the options that other options keep from having a real base's default."""
+    given, continued = {*given}, options["prior_from"] is not None
+    hears_otherwise = any(options[one] for one in ("streaming", "spec_augment", "trim_audio"))
     ruled_out = {
-        "epochs": config.streaming or "steps" in given,
-        "target_modules": config.prior_from is not None,
-        "cache_encoder": config.streaming
-        or config.spec_augment
-        or config.trim_audio
-        or config.prior_from is not None
-        or "target_modules" in given,
+        "epochs": options["streaming"] or "steps" in given,
+        "target_modules": continued,
+        "cache_encoder": hears_otherwise or continued or "target_modules" in given,
     }
-    return {
-        name: value
-        for name, value in REAL.items()
-        if name not in given and not ruled_out.get(name, False)
-    }
+    return {name for name, is_out in ruled_out.items() if is_out}
 
 
 def _values(config: FitConfig) -> dict[str, Any]:
@@ -805,6 +804,9 @@ def _toml(value: Any) -> str:
 def differing(options: Mapping[str, Any]) -> list[str]:
     """Return the names of the options, as `to_json` has them all, that must be given to be had."""
     usual = FitConfig(base=options["base"]).to_json()
+    if options["base"] != POCKET:
+        given = [name for name, default in usual.items() if options[name] not in (None, default)]
+        usual |= {name: default_of(FitConfig, name) for name in _ruled_out(options, given)}
     instead = {"steps"} if usual["epochs"] is not None and options["epochs"] is None else set()
     return [
         name

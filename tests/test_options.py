@@ -21,6 +21,7 @@ from blora_pyro.options import (
     POCKET_LANGUAGES,
     FitConfig,
     OutputOptions,
+    differing,
     fit_command,
 )
 
@@ -381,6 +382,25 @@ def test_a_command_leaves_defaults_out():
     assert fit_command(FitConfig(rank=16, data="de-en", seed=0)) == "blora-pyro fit"
     command = fit_command(FitConfig(steps=200, data="zh-en"))
     assert sorted(command.split(" --")) == ["blora-pyro fit", "data zh-en", "steps 200"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "fc1", "cache_encoder": True},
+        {"target_modules": "fc1"},
+        {"cache_encoder": False},
+        {"spec_augment": True},
+        {"trim_audio": True, "epochs": 2.0},
+        {"steps": 400},
+        {"streaming": True, "steps": 50},
+    ],
+)
+def test_a_command_gives_what_other_options_would_change(options):
+    config = FitConfig(base="openai/whisper-base", data="mine", **options)
+    named = differing(config.to_json())
+    again = FitConfig(**{name: getattr(config, name) for name in named})
+    assert again == config
 
 
 @pytest.mark.parametrize(
