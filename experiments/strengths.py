@@ -1,6 +1,6 @@
 """What every strength of a real fit gains and forgets, on dev and on test.
 
-    python experiments/real/strengths.py --base whisper-base --speech human-speech
+    python experiments/strengths.py --base whisper-base --speech human-speech
 
 Fits with nothing but defaults (BLoRA on all Kichwa utterances), for some language maps and seeds,
 each scaled after the fit. What is counted of every utterance goes to `strengths.json`, of which

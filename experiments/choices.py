@@ -1,6 +1,6 @@
 """What `study.toml` can't compare on whisper-base: a token of its own for Kichwa, and layers.
 
-    python experiments/real/choices.py --base whisper-base --speech human-speech
+    python experiments/choices.py --base whisper-base --speech human-speech
 
 `token`: Whisper's vocabulary has no room, and programs like faster-whisper know its languages by
 name. So the new token takes the place of one that nothing else uses, Hawaiian's. Its embedding
