@@ -132,7 +132,7 @@ def learn_token(name: str, speech: Path, output: Path, steps: int = 100, lr: flo
         adam.zero_grad()
         loss.backward()
         adam.step()
-        losses.append(round(float(loss), 4))
+        losses.append(round(loss.item(), 4))
     hook.remove()
     with torch.no_grad():
         embedding.weight[place] = row
