@@ -90,7 +90,16 @@ COLUMNS = ("audio", "text", "language", "word_languages", "duration", "start", "
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform")
 ADAPTER_SHAPE = ("rank", "alpha", "rank_pattern", "use_rslora")  # those of --prior-from stay
 KEEP_OPTIONS = (  # what an adapter is held to, on which sets, and how they are scored
-    *("keep", "base", "revision", "local_files_only", "device", "dtype", "normalizer"),
+    *(
+        "keep",
+        "strength_by",
+        "base",
+        "revision",
+        "local_files_only",
+        "device",
+        "dtype",
+        "normalizer",
+    ),
     *("data", "test", "dev", "backward", "language", "language_map", "task", "column"),
     *("on_bad_row", "max_eval_utterances"),
 )
@@ -449,6 +458,13 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
         metavar="[NAME=]POINTS",
         unset="no contract: the fit is kept at strength 1",
         listed="repeated",
+        panel=KEEPING,
+    )
+    strength_by: Literal["scale", "base"] | None = option(
+        "How --keep turns down: scale multiplies the update ΔW by the strength; base takes from "
+        "it what the frozen base hears in old languages, and spares what it hears in the new "
+        "domain.",
+        unset="scale",
         panel=KEEPING,
     )
     eval_every: int | None = option(
@@ -1037,6 +1053,8 @@ def _check_prior(config: FitConfig) -> None:
     if config.prior_scale is not None and "scale" in config.prior_args:
         if config.prior_args["scale"] != config.prior_scale:  # a resolved configuration has both
             raise UserError("scale is given by both prior_scale and prior_args; give it by one")
+    if config.prior_args.get("statistics") == "backward" and not config.backward_sets:
+        raise UserError("statistics is backward, but no backward set to take them from; give some")
     resolved = config.prior == PREVIOUS_POSTERIOR
     if config.prior_from is None:
         if config.prior_inflation is not None:
@@ -1093,7 +1111,9 @@ def _check_fit(config: FitConfig) -> None:
 
 
 def _check_keep(config: FitConfig) -> None:
-    """Refuse a contract about sets that are none."""
+    """Refuse a contract about sets that are none, and a way to keep none."""
+    if config.keep is None and config.strength_by is not None:
+        raise UserError(f"strength_by is {config.strength_by}, but no keep; give both")
     if config.keep is None:
         return
     if not config.backward_sets:

@@ -313,6 +313,7 @@ def test_a_value_that_an_option_does_not_allow_is_refused(options, message):
         ({"steps": 50, "warmup_steps": 51}, "^warmup_steps is 51; .* 0 to the steps .*, 50$"),
         ({"batch_size": 4, "gradient_accumulation": 5}, "^gradient_accumulation is 5, .* 4 "),
         ({"patience": 3}, "^patience is given, but no eval_every; give both$"),
+        ({"strength_by": "base"}, "^strength_by is base, but no keep; give both"),
         ({"dev": "de"}, "^dev is given, but neither keep nor eval_every; give one of them"),
         ({"keep": -1}, "^the limit 'average' of keep is '-1'; give points from 0 to 100"),
         ({"keep": "each=x"}, "^the limit 'each' of keep is 'x'"),

@@ -70,10 +70,11 @@ Strength = Annotated[
 StrengthBy = Annotated[
     str,
     typer.Option(
-        metavar="scale|signal-to-noise",
+        metavar="scale|signal-to-noise|base",
         help="How the strength is applied: scale multiplies the update ΔW by it; signal-to-noise "
         "keeps that share of ΔW's squared norm, in the directions that the posterior is surest "
-        "of.",
+        "of; base, of evaluate alone, takes from ΔW what the frozen base hears in old languages, "
+        "and spares what it hears in the new domain.",
     ),
 ]
 Domain = Annotated[

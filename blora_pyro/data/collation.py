@@ -222,8 +222,11 @@ class Examples:
             rows[source].append(language)
         return [_most_frequent(one) for one in rows]
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Return the utterances of these indices, tokens padded to the longest of them."""
+    def batch(self, indices: Sequence[int], full: bool = False) -> Batch:
+        """Return the utterances of these indices, tokens padded to the longest of them.
+
+        `full` windows are not trimmed in any case.
+        """
         rows = [(self.prompts[i], self.targets[i]) for i in indices]
         longest = max(len(prompt) + len(target) - 1 for prompt, target in rows)
         inputs = torch.full((len(rows), longest), self._end)
@@ -234,7 +237,7 @@ class Examples:
             labels[row, len(prompt) - 1 : len(tokens) - 1] = tokens[len(prompt) :]
         sources = torch.tensor([self.sources[i] for i in indices])
         features = self.features[list(indices)]
-        features = trim(features) if self._trim else features
+        features = trim(features) if self._trim and not full else features
         return Batch(features.float(), inputs, labels, sources=sources)
 
 

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -19,7 +19,7 @@ from torch.nn.functional import softplus
 from transformers import WhisperForConditionalGeneration
 
 from blora_pyro.adapters import ALL_LINEAR, Site, find_targets
-from blora_pyro.data import Batch
+from blora_pyro.data import IGNORED, Batch
 from blora_pyro.errors import UserError, check_positive
 from blora_pyro.files import cache_dir, replace_file
 from blora_pyro.guides import normal
@@ -30,6 +30,8 @@ from blora_pyro.models.encoder import embed, first_adapted, run_layers
 from blora_pyro.models.encoder_states import weights_hash
 
 USUAL_LANGUAGES = ("en", "es", "fr", "de")
+UTTERANCES = 96  # that second moments are made from
+OWN, BACKWARD = STATISTICS = ("own", "backward")
 PART = 6  # of the base's parameters: at most one in so many is as many as the eigenvectors have
 MOST_TOKENS = 64  # of a transcript, so that one which repeats itself does not outweigh the others
 OVERSAMPLING, ITERATIONS = 32, 4  # of the randomised eigendecomposition
@@ -120,11 +122,11 @@ class Prior:
     """Rows of A ~ N(0, scale² (I + lam C)^-1), every element of B ~ N(0, scale²).
 
     C is the second moment E[x xᵀ] of the layer's inputs under the frozen base, over the mean of its
-    diagonal. It is made without old data: from the new domain's own audio, prompted in old
-    languages, and the base's own transcripts of it. An update B A x then changes little of what the
-    base does with such inputs. It is the Kronecker-factored Gaussian of Laplace's method (Ritter,
-    Botev and Barber, arXiv 1805.07810) with the identity as the factor of the outputs, as a prior
-    on LoRA in Sliwa et al., arXiv 2402.12220.
+    diagonal. It is made without old data, from the new domain's own audio, prompted in old
+    languages, and the base's own transcripts of it; or from old data. An update B A x then changes
+    little of what the base does with such inputs. It is the Kronecker-factored Gaussian of
+    Laplace's method (Ritter, Botev and Barber, arXiv 1805.07810) with the identity as the factor of
+    the outputs, as a prior on LoRA in Sliwa et al., arXiv 2402.12220.
 
     Attributes:
         tensors: `{layer}.vectors`, the leading eigenvectors of C, (in_features, directions),
@@ -137,8 +139,9 @@ class Prior:
         scale: float = 0.05,
         lam: float = 3.0,
         directions: int = 128,
-        utterances: int = 96,
+        utterances: int = UTTERANCES,
         languages: str = "",
+        statistics: str = OWN,
     ) -> None:
         """A Normal around 0, narrower in some directions.
 
@@ -147,15 +150,19 @@ class Prior:
             lam: How much narrower it is where the base does: lambda; near 0 is `normal`.
             directions: Most eigenvectors that are kept a layer, the rest being treated alike;
                 fewer where they would be more than a sixth of the base's parameters.
-            utterances: Training utterances that C is made from, the first ones.
+            utterances: Utterances that C is made from, the first ones.
             languages: Old languages to prompt in, with commas; those of the backward sets if left
                 out, or else en, es, fr and de.
+            statistics: Of what C is made: `own` is the training audio, prompted in old languages;
+                `backward` the train or dev splits of the backward sets, with their own texts.
         """
         check_positive(scale=scale, lam=lam, directions=directions, utterances=utterances)
         self.codes = tuple(one.strip() for one in languages.split(",")) if languages else ()
         if languages and not all(one.replace("-", "").isalpha() for one in self.codes):
             raise UserError(f"languages is '{languages}'; give codes such as en,es")
-        self.scale, self.lam, self.languages = scale, lam, languages
+        if statistics not in STATISTICS:
+            raise UserError(f"statistics is '{statistics}'; give {' or '.join(STATISTICS)}")
+        self.scale, self.lam, self.languages, self.statistics = scale, lam, languages, statistics
         self.directions, self.utterances = directions, utterances
         self.tensors: Mapping[str, Tensor] = {}
         self.modules: tuple[str, ...] = ()
@@ -199,9 +206,10 @@ class Prior:
         """
         self._maps.clear()
         modules = self.modules or tuple(find_targets(base, ALL_LINEAR))
-        prompts = _prompts(base, self.codes)
+        prompts = _prompts(base, self.codes) if self.statistics == OWN else []
         heard = [*islice(_utterances(batches), self.utterances)]
-        file = _file(base, heard, [modules, prompts, self.directions])
+        said = prompts if self.statistics == OWN else [(one.prompt, one.target) for one in heard]
+        file = _file(base, heard, [modules, said, self.directions])
         with suppress(OSError, SafetensorError, ValueError):
             if file is not None:
                 found = load_file(file, str(base.device))
@@ -209,13 +217,16 @@ class Prior:
                     found, {name: base.get_submodule(name).in_features for name in modules}
                 )
                 return found
-        moments = {
-            name: torch.zeros(2 * (base.get_submodule(name).in_features,), device=base.device)
-            for name in modules
-        }
+        moments = SecondMoments(base, modules)
         for number, utterance in enumerate(heard):
-            _listen(base, utterance, prompts[number % len(prompts)], moments)
-        room = base.num_parameters() // (PART * sum(map(len, moments.values())))
+            states = _listen(base, utterance, moments)
+            if self.statistics == BACKWARD and len(utterance.target) > 1:  # more than its end
+                moments.add([*utterance.prompt, *utterance.target[:-1]], states)
+                continue
+            own = self.statistics == OWN
+            prompt = prompts[number % len(prompts)] if own else utterance.prompt
+            moments.add(_transcript(base, states, prompt), states)
+        room = base.num_parameters() // (PART * moments.num_inputs)
         tensors: dict[str, Tensor] = {}
         for name in modules:
             found = leading_eigenvectors(moments.pop(name), max(1, min(self.directions, room)))
@@ -341,18 +352,29 @@ def _prompts(base: WhisperForConditionalGeneration, codes: Sequence[str]) -> lis
     return prompts
 
 
-def _utterances(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield features (1, mels, frames), and states before the first adapted layer, if known."""
+class _Utterance(NamedTuple):
+    """An utterance of a batch: its audio, and its own tokens."""
+
+    features: Tensor  # (1, mels, frames)
+    states: Tensor | None  # before the first adapted layer, if known
+    prompt: list[int]
+    target: list[int]  # with the end token; none of a batch without labels
+
+
+def _utterances(batches: Iterable[Batch]) -> Iterator[_Utterance]:
     for batch in batches:
-        states = batch.encoder_states
+        states, labels = batch.encoder_states, batch.labels
         for i, features in enumerate(batch.input_features):
-            yield features[None], None if states is None else states[i : i + 1]
+            inputs, target = batch.decoder_input_ids[i].tolist(), list[int]()
+            if labels is not None:
+                target = labels[i][labels[i] != IGNORED].tolist()
+                inputs = inputs[: labels[i].tolist().index(target[0]) + 1] if target else inputs
+            own = None if states is None else states[i : i + 1]
+            yield _Utterance(features[None], own, inputs, target)
 
 
 def _file(
-    base: WhisperForConditionalGeneration,
-    heard: Sequence[tuple[Tensor, Tensor | None]],
-    about: list[Any],
+    base: WhisperForConditionalGeneration, heard: Sequence[_Utterance], about: list[Any]
 ) -> Path | None:
     """Return the file of the statistics, named by a hash of all that they depend on."""
     if (folder := cache_dir()) is None:
@@ -360,51 +382,118 @@ def _file(
     own = [weights_hash(base), torch.__version__, base.device.type, str(base.dtype)]
     code = sha256(Path(__file__).read_bytes()).hexdigest()
     total = sha256(json.dumps([*about, *own, code]).encode())
-    for features, _ in heard:
+    for features, *_ in heard:
         total.update(f"{tuple(features.shape)}".encode())
         total.update(features.cpu().contiguous().numpy().data)
     return folder / "statistics" / f"{total.hexdigest()}.safetensors"
 
 
+class SecondMoments:
+    """E[x xᵀ] over the inputs x of some linear layers, added up as a base hears and speaks.
+
+    Attributes:
+        base: The frozen Whisper.
+        modules: Names of the layers.
+    """
+
+    def __init__(self, base: WhisperForConditionalGeneration, modules: Iterable[str]) -> None:
+        """Of nothing yet."""
+        self.base, self.modules = base, tuple(modules)
+        sizes = {name: base.get_submodule(name).in_features for name in self.modules}
+        self._sums = {
+            name: torch.zeros(size, size, device=base.device) for name, size in sizes.items()
+        }
+        self._counts = dict.fromkeys(self.modules, 0)
+
+    @property
+    def num_inputs(self) -> int:
+        """The number of inputs of all layers together."""
+        return sum(map(len, self._sums.values()))
+
+    def pop(self, name: str) -> Tensor:
+        """Return the second moment of a layer, (in_features, in_features), and forget it."""
+        return self._sums.pop(name) / max(self._counts.pop(name), 1)
+
+    def add(self, tokens: Sequence[int], states: Tensor) -> None:
+        """Add what the decoder's layers hear as it is given these tokens."""
+        inputs = torch.tensor([[*tokens]], device=self.base.device)
+        with self.adding():
+            self.base.model.decoder(inputs, encoder_hidden_states=states, use_cache=False)
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """Inside a `with`, add what the layers are given; layers of one input share its x xᵀ."""
+        seen: dict[Any, tuple[Tensor, Tensor]] = {}  # with x, so that its memory is not another's
+
+        def add(name: str, x: Tensor) -> None:
+            if (key := (x.data_ptr(), x.shape)) not in seen:
+                rows = x.flatten(0, -2).float()
+                seen[key] = x, rows.mT @ rows
+            self._sums[name] += seen[key][1]
+            self._counts[name] += x[..., 0].numel()
+
+        hooks = [
+            self.base.get_submodule(name).register_forward_pre_hook(
+                lambda layer, inputs, name=name: add(name, inputs[0])
+            )
+            for name in self.modules
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 def _listen(
-    base: WhisperForConditionalGeneration,
-    utterance: tuple[Tensor, Tensor | None],
-    prompt: list[int],
-    moments: dict[str, Tensor],
-) -> None:
-    """Add x xᵀ of all inputs x of the layers, as the base says its own transcript again."""
-    features, states = utterance
-    first = 0 if states is None else first_adapted(base, moments)
+    base: WhisperForConditionalGeneration, utterance: _Utterance, *moments: SecondMoments
+) -> Tensor:
+    """Return the encoder's states of an utterance, and add what its layers hear."""
+    states = utterance.states
+    first = 0 if states is None else first_adapted(base, moments[0].modules)
     encoder: Any = base.get_encoder()
-    with _adding_to(base, moments):
-        states = embed(base, features) if states is None else states.to(base.dtype)
-        states = encoder.layer_norm(run_layers(encoder.layers[first:], states))
+    with ExitStack() as hooks:
+        for one in moments:
+            hooks.enter_context(one.adding())
+        states = embed(base, utterance.features) if states is None else states.to(base.dtype)
+        return encoder.layer_norm(run_layers(encoder.layers[first:], states))
+
+
+def _transcript(
+    base: WhisperForConditionalGeneration, states: Tensor, prompt: list[int]
+) -> list[int]:
+    """Return a prompt and what the base itself says then."""
     room = base.config.max_target_positions - len(prompt) - 1
     (tokens,) = decode(SimpleNamespace(net=base), states, [prompt], [min(MOST_TOKENS, room)])
-    with _adding_to(base, moments):
-        inputs = torch.tensor([[*prompt, *tokens]], device=base.device)
-        base.model.decoder(inputs, encoder_hidden_states=states, use_cache=False)
+    return [*prompt, *tokens]
 
 
-@contextmanager
-def _adding_to(base: WhisperForConditionalGeneration, moments: dict[str, Tensor]) -> Iterator[None]:
-    """Inside a `with`, add x xᵀ of whatever the layers are given; layers of one input share it."""
-    seen: dict[Any, tuple[Tensor, Tensor]] = {}  # with x, so that its memory is not another's
+@torch.no_grad()
+def second_moments(
+    base: WhisperForConditionalGeneration,
+    batches: Iterable[Batch],
+    modules: Iterable[str],
+    languages: Sequence[str] = (),
+    utterances: int = UTTERANCES,
+) -> tuple[SecondMoments, SecondMoments]:
+    """Return what layers hear of the new domain, and of its audio in old languages.
 
-    def add(name: str, x: Tensor) -> None:
-        if (key := (x.data_ptr(), x.shape)) not in seen:
-            rows = x.flatten(0, -2).float()
-            seen[key] = x, rows.mT @ rows
-        moments[name] += seen[key][1]
+    The first is made from the utterances' own prompts and texts, the second as `Prior` makes it.
 
-    hooks = [
-        base.get_submodule(name).register_forward_pre_hook(
-            lambda layer, inputs, name=name: add(name, inputs[0])
-        )
-        for name in moments
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    Args:
+        base: The frozen Whisper in eval mode, without adapters.
+        batches: Utterances of the new domain in full windows, on the base's device.
+        modules: Names of the layers.
+        languages: Old languages; none are en, es, fr and de.
+        utterances: How many are heard, the first ones.
+
+    Raises:
+        UserError: If the base does not know a language.
+    """
+    prompts, modules = _prompts(base, languages), tuple(modules)
+    new, old = SecondMoments(base, modules), SecondMoments(base, modules)
+    for number, one in enumerate(islice(_utterances(batches), utterances)):
+        states = _listen(base, one, new, old)
+        new.add([*one.prompt, *one.target[:-1]], states)
+        old.add(_transcript(base, states, prompts[number % len(prompts)]), states)
+    return new, old

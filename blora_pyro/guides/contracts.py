@@ -46,7 +46,9 @@ class PreparedPrior(TensorPrior, Protocol):
     `prepare` runs once before the first step and its result becomes `tensors`, on the base's
     device. A fit that is resumed runs it again, with the same random numbers. If the prior has an
     attribute `modules`, it is set to the names of the adapted layers before that; an argument
-    `languages` has the backward sets', with commas, by default.
+    `languages` has the backward sets', with commas, by default. With an attribute `statistics` that
+    is `backward` it gets batches of the backward sets' train (or else dev) splits, as many
+    utterances of each and `utterances` in all, in place of the training data.
     """
 
     def prepare(

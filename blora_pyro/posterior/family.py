@@ -106,7 +106,7 @@ class Family:
         if density is None or (isinstance(density, PreparedPrior) and not tensors):
             raise UserError(
                 f"the adapter was turned away from its prior, {self.prior} (by pruning, or a "
-                "strength by signal-to-noise); give the run itself"
+                "strength by signal-to-noise or base); give the run itself"
             )
         if isinstance(density, PreparedPrior):
             density.tensors = tensors

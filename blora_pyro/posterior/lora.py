@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from blora_pyro.errors import UserError
@@ -19,6 +21,7 @@ from blora_pyro.models.peft_adapters import (
 )
 from blora_pyro.posterior.combining import LayerFactors, posterior_of
 from blora_pyro.posterior.posterior import Posterior
+from blora_pyro.posterior.strength import Directions
 
 _KEY = "base_model.model.{}.lora_{}.weight"
 
@@ -89,15 +92,32 @@ def _factors(
     return LayerFactors(a, scaling * b, *zeros, 1.0, stddev)
 
 
-def write_weaker(name: str, folder: Path, output: Path, strength: float) -> None:
-    """Write a stored adapter whose updates are multiplied by a strength, through its alphas.
+def write_weaker(
+    name: str,
+    folder: Path,
+    output: Path,
+    strength: float,
+    directions: Mapping[str, Directions] | None = None,
+) -> None:
+    """Write a stored adapter of another strength: through its alphas, or by `base` through its A.
 
     Args:
         name: The user's name for it.
         folder: As in `read_lora`, which has passed it.
         output: An empty folder.
         strength: 1 is the adapter as it is, 0 the base.
+        directions: For the strength by `base`, see `at_strength`.
     """
+    if directions is not None and 0 < strength < 1:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = file.metadata()
+        for layer, one in directions.items():
+            key = _KEY.format(layer, "A")
+            tensors[key] = one.weaken(tensors[key], strength)
+        save_file(tensors, output / ADAPTER_WEIGHTS, metadata=metadata)
+        shutil.copyfile(folder / ADAPTER_CONFIG, output / ADAPTER_CONFIG)
+        return
     config = read_json_of(name, folder, ADAPTER_CONFIG)
     config["lora_alpha"] = strength * config.get("lora_alpha", 8)
     if patterns := config.get("alpha_pattern"):

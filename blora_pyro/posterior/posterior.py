@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xarray
@@ -46,6 +46,24 @@ from blora_pyro.tables import (
 )
 
 
+class Weakened(NamedTuple):
+    """What `strength.at_strength` by `base` has made of a fit, and what the fit has in its place.
+
+    Attributes:
+        strength: The strength.
+        mean: The fit's, as the next three; see `Posterior`.
+        stddev: Likewise.
+        state: Likewise.
+        prior_tensors: Likewise.
+    """
+
+    strength: float
+    mean: Mapping[str, Tensor]
+    stddev: Mapping[str, Tensor]
+    state: Mapping[str, Tensor]
+    prior_tensors: Mapping[str, Tensor]
+
+
 @dataclass(frozen=True, repr=False)
 class Posterior:
     """A fitted posterior over the stacked factors A and B.
@@ -70,6 +88,7 @@ class Posterior:
             `languages.prompt_codes`; a net that is merged keeps it.
         fitted_alpha: The fit's own alpha, where `alpha` is that of another strength; None where it
             is the same. See `strength.at_strength`, which sets both.
+        weakened: The fit, where A is that of another strength by `base`; None of any other.
     """
 
     base: str
@@ -85,6 +104,7 @@ class Posterior:
     unsuppressed: tuple[int, ...] = ()
     language_map: Mapping[str, str] = field(default_factory=dict)
     fitted_alpha: float | None = None
+    weakened: Weakened | None = None
 
     @classmethod
     def from_guide(
@@ -248,8 +268,18 @@ class Posterior:
 
     @property
     def strength(self) -> float:
-        """What the fit's update ΔW is multiplied by: 1 is the fit, 0 the base."""
+        """The strength, see `strength.at_strength`: 1 is the fit, 0 the base."""
+        if self.weakened is not None:
+            return self.weakened.strength
         return 1.0 if self.fitted_alpha is None else round(self.alpha / self.fitted_alpha, 12)
+
+    def with_weaker(
+        self, strength: float, mean: Mapping[str, Tensor], stddev: Mapping[str, Tensor]
+    ) -> "Posterior":
+        """The posterior with moments of other A; the guide is then one of independent Normals."""
+        own = Weakened(strength, self.mean, self.stddev, self.state, self.prior_tensors)
+        moments = {"mean": {**self.mean, **mean}, "stddev": {**self.stddev, **stddev}}
+        return replace(self, **moments, state={}, prior_tensors={}, weakened=own)
 
     @property
     def num_weights(self) -> int:
@@ -449,5 +479,8 @@ class Posterior:
             raise UserError(
                 f"{folder} is no run folder (no {POSTERIOR_FILE}); give the --output of a fit"
             )
-        read = cls(**read_posterior(path, prior))
-        return replace(read, family=read.family.trusted()) if trust_prior_file else read
+        attributes = read_posterior(path, prior)
+        weaker = attributes.pop("weaker")
+        read = cls(**attributes)
+        read = replace(read, family=read.family.trusted()) if trust_prior_file else read
+        return read if weaker is None else read.with_weaker(*weaker)

@@ -74,4 +74,4 @@ def _zero_elements(posterior: Posterior, share: float) -> Posterior:
         name: posterior.mean[name].masked_fill(mask.view_as(posterior.mean[name]), 0.0)
         for name, mask in zip(changes, masks, strict=True)
     }
-    return replace(posterior, mean=mean, state={}, fitted_alpha=None)
+    return replace(posterior, mean=mean, state={}, fitted_alpha=None, weakened=None)

@@ -103,7 +103,7 @@ def keep_directions(
                 stddev[site.name] = site_variance[chosen][:, *inner].sqrt().contiguous()
     alpha = posterior.scaling * max(group.rank for group in groups)
     kept_part = replace(posterior, groups=tuple(groups), alpha=alpha, mean=mean, stddev=stddev)
-    return replace(kept_part, state={}, prior_tensors={}, fitted_alpha=None)
+    return replace(kept_part, state={}, prior_tensors={}, fitted_alpha=None, weakened=None)
 
 
 def ratios(spectrum: Spectrum) -> Tensor:

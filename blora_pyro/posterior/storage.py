@@ -36,12 +36,22 @@ _LAYER = re.compile(r"[\w.@-]+")
 def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
     """Write `SITE.mean`, `SITE.stddev` of every site, `guide.NAME` and `prior.NAME`.
 
-    All other attributes go into the metadata, as JSON.
+    Where A has another strength by `base` these are the fit's, and `weaker.SITE.mean` and
+    `weaker.SITE.stddev` are A's. All other attributes go into the metadata, as JSON.
     """
+    weaker = {}
+    if (weakened := attributes["weakened"]) is not None:
+        weaker = {
+            f"weaker.{site.name}.{what}": attributes[what][site.name]
+            for site in (group.A for group in attributes["groups"])
+            for what in ("mean", "stddev")
+        }
+        attributes = {**attributes, **weakened._asdict()}
     tensors = {f"{name}.mean": value for name, value in attributes["mean"].items()}
     tensors |= {f"{name}.stddev": value for name, value in attributes["stddev"].items()}
     tensors |= {f"guide.{name}": value for name, value in attributes["state"].items()}
     tensors |= {f"prior.{name}": value for name, value in attributes["prior_tensors"].items()}
+    tensors |= weaker
     family = attributes["family"]
     about = {
         **{name: attributes[name] for name in ("base", "revision", "alpha")},
@@ -60,12 +70,16 @@ def write_posterior(attributes: Mapping[str, Any], path: Path) -> None:
         about["unsuppressed"] = list(attributes["unsuppressed"])
     if attributes["fitted_alpha"] is not None:
         about["fitted_alpha"] = attributes["fitted_alpha"]
+    if weakened is not None:
+        about["strength_by_base"] = weakened.strength
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     save_file(tensors, path, metadata={"blora_pyro": json.dumps(about)})
 
 
 def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
     """Read the attributes of a `Posterior`; `prior` as in `Posterior.load`.
+
+    Under `weaker` are the arguments of its `with_weaker`, or None, in place of `weakened`.
 
     Nothing in the file is taken on trust: types, shapes, that every number is finite, that
     deviations are above 0 (or 0 where q is a point), and that names can be parts of a path.
@@ -93,6 +107,14 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
             check_statistics(
                 carried, {name: group.in_features for group in groups for name in group.modules}
             )
+        weaker = None
+        if "strength_by_base" in about:
+            moments, shapes = _named(tensors, "weaker."), {g.A.name: g.A.shape for g in groups}
+            _check_moments(moments, shapes, is_whole=False)
+            if not (strength := _positive(about, "strength_by_base")) < 1:
+                raise ValueError(f"'strength_by_base' is {strength}, not below 1")
+            kinds = ({n: moments[f"{n}.{what}"] for n in shapes} for what in ("mean", "stddev"))
+            weaker = (strength, *kinds)
         for prefix, name, rest in (
             ("guide.", family.guide, state),
             ("prior.", family.prior, carried),
@@ -118,6 +140,7 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
             "language_map": _texts({"language_map": {}, **about}, "language_map"),
             "unsuppressed": tuple(_list_of({"unsuppressed": [], **about}, "unsuppressed", int)),
             "fitted_alpha": _positive(about, "fitted_alpha") if "fitted_alpha" in about else None,
+            "weaker": weaker,
         }
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(

@@ -17,7 +17,7 @@ from blora_pyro.evaluation import Evaluation
 from blora_pyro.metrics.bootstrap import macro_rate, paired_macro_quantile
 from blora_pyro.options import AVERAGE, EACH, FitConfig, read_contract
 from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.strength import SCALE, at_strength
+from blora_pyro.posterior.strength import SCALE, Directions, at_strength
 from blora_pyro.runs.measurements import Contract
 from blora_pyro.runs.record import Kept
 from blora_pyro.runs.scoring import DEV_SPLITS, NEW_DOMAIN, Scoring
@@ -128,15 +128,17 @@ def keep_contract(
     config: FitConfig,
     transcripts: Callable[[str], Path | None] = lambda state: None,
     confidence: float | None = None,
+    directions: Mapping[str, Directions] | None = None,
 ) -> Kept:
     """Return the strength of the lowest new-domain error among those that keep a contract.
 
     Args:
         scoring: The dev sets of the new domain and the backward sets.
         posterior: The fit, at any strength.
-        config: Has the contract.
+        config: Has the contract, and what the strength is `strength_by`.
         transcripts: Gives the file that transcripts of a state, such as `dev-0.5`, are kept in.
         confidence: See `losses`; None is `CONFIDENCE`.
+        directions: See `at_strength`.
 
     Returns:
         What `run.json` keeps: `strength` is 0, the base, if no other keeps the contract; `losses`
@@ -146,11 +148,11 @@ def keep_contract(
         UserError: See `losses`.
     """
     limits, results = limits_of(config), dict[float, Results]()
-    confidence = confidence or CONFIDENCE
+    confidence, by = confidence or CONFIDENCE, config.strength_by or SCALE
 
     def score(strength: float) -> Results:
         if strength not in results:
-            adapted = at_strength(posterior, strength) if strength else None
+            adapted = at_strength(posterior, strength, by, directions) if strength else None
             what = f"dev, strength {strength:g}" if strength else "dev, the base"
             kept = transcripts(f"dev-{strength:g}")
             results[strength] = scoring.score(adapted, what, kept)
@@ -175,7 +177,7 @@ def keep_contract(
         "confidence": confidence,
         "strength": chosen,
         "losses": losses(results[0.0], results[chosen]),
-        "curve": curve_of(results, posterior, config, "dev", SCALE) | {"chosen": chosen},
+        "curve": curve_of(results, posterior, config, "dev", by) | {"chosen": chosen},
     }
 
 

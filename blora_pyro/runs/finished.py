@@ -11,12 +11,13 @@ from blora_pyro.models import DTYPES, base_of, check_dtype
 from blora_pyro.models.base import check_finite, check_merge, distance, probe, with_fast_encoder
 from blora_pyro.options import AUTO, POCKET, FitConfig
 from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.strength import SCALE, at_strength
+from blora_pyro.posterior.strength import BASE, SCALE, at_strength, check_strength
 from blora_pyro.runs.beyond import measure_beyond
 from blora_pyro.runs.contracts import verdict
 from blora_pyro.runs.folders import claim_file, read_run, written_folder
 from blora_pyro.runs.listeners import Listener, heard_by
 from blora_pyro.runs.scoring import NEW_DOMAIN, OTHER_DATA, Scoring, compare, scoring_config
+from blora_pyro.runs.strength_curves import used_directions
 from blora_pyro.runs.utterances import utterance_rows, write_utterances
 from blora_pyro.sources import Source, describe_source
 from blora_pyro.transcription import Transcriber, transcribe_files
@@ -77,12 +78,17 @@ def evaluate_run(
     config = record.resolved
     if domain is not None or data is not None:
         posterior, config = posterior.for_domain(domain), of_domain(config, domain)
-    posterior = at_strength(posterior, strength, strength_by)
+    check_strength(posterior, 1.0 if strength is None else strength, strength_by)
+    fitted = config
     own = {describe_source(one) for one in (*config.sources, config.test, config.dev)}
     config = scoring_config(config, data, normalizer, column)
     scoring = Scoring.of(config, split, progress)
     if data is not None and describe_source(data) not in own:
         scoring = replace(scoring, sets={OTHER_DATA: scoring.sets[NEW_DOMAIN]})
+    directions = None
+    if strength_by == BASE and strength not in (None, 0, 1):
+        directions = used_directions(scoring.base, fitted, posterior, progress)
+    posterior = at_strength(posterior, strength, strength_by, directions)
     before, after = scoring.score(None, "base"), scoring.score(posterior, "adapted")
     if output is not None:
         rows = utterance_rows(scoring.sets, {"base": before, "adapted": after}, posterior)
@@ -98,7 +104,10 @@ def evaluate_run(
         metrics |= verdict(record.kept, metrics)
     shown = posterior.strength if strength is None else strength
     if shown != 1 and "contract" not in metrics:
-        metrics |= {"strength": shown, "strength_by": SCALE if strength is None else strength_by}
+        by = strength_by
+        if strength is None:
+            by = SCALE if posterior.weakened is None else BASE
+        metrics |= {"strength": shown, "strength_by": by}
     return metrics
 
 

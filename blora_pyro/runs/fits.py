@@ -19,7 +19,7 @@ from blora_pyro.fitting.svi import fit_guide
 from blora_pyro.models import check_device, on_this_machine
 from blora_pyro.options import FitConfig, OutputOptions
 from blora_pyro.posterior import Family, Posterior
-from blora_pyro.posterior.strength import at_strength
+from blora_pyro.posterior.strength import BASE, SCALE, at_strength
 from blora_pyro.runs.chains import continued
 from blora_pyro.runs.contracts import keep_contract, verdict
 from blora_pyro.runs.fit_folders import FitFolder
@@ -37,6 +37,7 @@ from blora_pyro.runs.report import (
 )
 from blora_pyro.runs.scoring import Scoring, compare
 from blora_pyro.runs.shown import in_words, options_table
+from blora_pyro.runs.strength_curves import used_directions
 from blora_pyro.runs.utterances import utterance_rows
 from blora_pyro.sources import Source
 from blora_pyro.tables import described, described_html, report_text
@@ -354,8 +355,12 @@ def _keep_contract(
     folder: FitFolder, parts: Parts, dev: Scoring, posterior: Posterior
 ) -> Posterior:
     """Turn the fit down to the strength that keeps its contract on the dev sets, and keep that."""
-    kept = keep_contract(dev, posterior, parts.config, folder.transcripts)
-    posterior = at_strength(posterior, kept["strength"])
+    config, directions = parts.config, None
+    if config.strength_by == BASE:
+        directions = used_directions(dev.base, config, posterior, dev.progress)
+    kept = keep_contract(dev, posterior, config, folder.transcripts, directions=directions)
+    by = config.strength_by or SCALE
+    posterior = at_strength(posterior, kept["strength"], by, directions)
     folder.keep(posterior, kept)
     dev.progress.note(kept_line(kept))
     return posterior

@@ -15,7 +15,7 @@ from blora_pyro.models.folders import ADAPTER_CONFIG, read_json_of
 from blora_pyro.options import KEEP_OPTIONS, FitConfig
 from blora_pyro.posterior.lora import read_lora, write_weaker
 from blora_pyro.posterior.storage import POSTERIOR_FILE
-from blora_pyro.posterior.strength import at_strength
+from blora_pyro.posterior.strength import BASE, SCALE, at_strength
 from blora_pyro.runs.contracts import check_dev_sets, keep_contract, verdict
 from blora_pyro.runs.folders import (
     ADAPTER,
@@ -31,7 +31,7 @@ from blora_pyro.runs.record import FINISHED, METRICS, RUN
 from blora_pyro.runs.report_page import write_own_report
 from blora_pyro.runs.scoring import Scoring, compare, evaluation_sets
 from blora_pyro.runs.shown import ShownRun
-from blora_pyro.runs.strength_curves import save_strength_plot
+from blora_pyro.runs.strength_curves import save_strength_plot, used_directions
 from blora_pyro.sources import as_domains, as_sources
 
 
@@ -90,8 +90,11 @@ def keep_adapter(
     loader.report_skipped()
     dev, test = (Scoring(base, sets[one], config.normalizer, progress) for one in sets)
 
-    kept = keep_contract(dev, posterior, config)
-    posterior = at_strength(posterior, kept["strength"])
+    directions, by = None, config.strength_by or SCALE
+    if by == BASE:
+        directions = used_directions(base, config, posterior, progress)
+    kept = keep_contract(dev, posterior, config, directions=directions)
+    posterior = at_strength(posterior, kept["strength"], by, directions)
     before, after = test.score(None, "test, the base"), test.score(posterior, "test, adapted")
     metrics = compare(posterior, before, after, config)
     metrics |= verdict(kept, metrics)
@@ -103,7 +106,7 @@ def keep_adapter(
                 shown = ShownRun(str(output), FINISHED, record, posterior, metrics)
                 write_own_report(target, shown)
             else:
-                write_weaker(name, folder, target, kept["strength"])
+                write_weaker(name, folder, target, kept["strength"], directions)
                 write_json(target / KEPT, {"adapter": name, **kept})
                 write_json(target / METRICS, metrics)
             save_strength_plot(target / STRENGTH_PLOT, kept["curve"])

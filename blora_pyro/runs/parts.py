@@ -1,8 +1,10 @@
 """What a fit works with: data, program, guide, teacher and penalty of its configuration."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from blora_pyro.fitting.history import DevError
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.guides import Guide, build_guide, build_prior, prepare_prior
+from blora_pyro.guides.base_informed import BACKWARD, UTTERANCES
 from blora_pyro.languages import is_language
 from blora_pyro.models import Base, BLoRA, PooledBLoRA, base_of, map_languages, pooling_of
 from blora_pyro.models.logits import allowing
@@ -32,6 +35,7 @@ from blora_pyro.runs.listeners import Heard, Listener
 from blora_pyro.runs.loading import Loader, SkippedRow
 from blora_pyro.runs.record import FITTING
 from blora_pyro.runs.scoring import (
+    DEV_SPLITS,
     NEW_DOMAIN,
     Scoring,
     domain_name,
@@ -290,7 +294,7 @@ def build(
         base: The base model.
         config: As resolved.
         previous: The run that is continued; None reads it, if the configuration names one.
-        train: Training data, for a prior that prepares itself on them.
+        train: Training data, for a prior that prepares itself on them, or on the backward sets.
 
     Raises:
         UserError: If prior, guide or target layers can't be, or are not those of that run.
@@ -319,7 +323,7 @@ def build(
     if previous is not None:
         previous.check(model.groups, config.target_modules)
     if train is not None:
-        _prepare(model, train, config)
+        _prepare(model, train, base, config)
     guide: Any = build_guide(str(config.guide), model)
     if previous is not None:
         previous.start(guide)
@@ -328,21 +332,53 @@ def build(
     return model, guide
 
 
-def _prepare(model: BLoRA, train: Examples | Stream, config: FitConfig) -> None:
-    """Run the `prepare` of the model's prior; a fit that is resumed gets the same tensors again."""
+def _prepare(model: BLoRA, train: Examples | Stream, base: Base, config: FitConfig) -> None:
+    """Run the `prepare` of the model's prior; a fit that is resumed gets the same tensors again.
 
-    def batches() -> Iterator[Batch]:
-        examples, size = train.sample if isinstance(train, Stream) else train, config.batch_size
-        cache = None
-        if config.cache_encoder and isinstance(train, Examples):  # the fit's own, which it fills
-            cache = EncoderCache(model, len(train), fingerprint=train.fingerprint)
+    Raises:
+        UserError: If it asks for backward sets, and one has neither a train nor a dev split.
+    """
+
+    def batches(examples: Examples, is_train: bool) -> Iterator[Batch]:
+        cache, size = None, config.batch_size
+        if config.cache_encoder and is_train:  # the fit's own, which it fills
+            cache = EncoderCache(model, len(examples), fingerprint=examples.fingerprint)
         for first in range(0, len(examples), size):
             indices = range(first, min(first + size, len(examples)))
-            windows = examples.features[list(indices)].float()  # full ones, also with trim_audio
-            batch = replace(examples.batch(indices), input_features=windows)
+            batch = examples.batch(indices, full=True)
             yield (batch if cache is None else cache(batch, indices, 0)).to(model.device)
 
+    if getattr(model.prior, "statistics", None) == BACKWARD:
+        old = old_data(Loader(base, config), getattr(model.prior, "utterances", UTTERANCES))
+        heard = chain.from_iterable(batches(one, False) for one in old)
+    elif isinstance(train, Stream):
+        heard = batches(train.sample, False)
+    else:
+        heard = batches(train, True)
     modules = [name for group in model.groups for name in group.modules]
     with RandomState.kept(model.device):
         pyro.set_rng_seed(config.seed)
-        prepare_prior(model.prior, model.net, batches(), modules)
+        prepare_prior(model.prior, model.net, heard, modules)
+
+
+def old_data(loader: Loader, utterances: int) -> list[Examples]:
+    """Return as many utterances of every backward set, of its train split, or else of dev.
+
+    Raises:
+        UserError: If a set has neither: one set for all would be learned from and scored.
+    """
+    sets, splits = loader.config.backward_sets, {}
+    for name, source in sets.items():
+        known = split_names(source)
+        splits[name] = next((one for one in ("train", *DEV_SPLITS) if one in known), None)
+        if splits[name] is None:
+            raise UserError(
+                f"backward set {describe_source(source)} has neither a train nor a dev split, one "
+                "of which the prior's statistics=backward are taken from; give a folder or a Hub "
+                "data set with one, or statistics=own"
+            )
+    share = math.ceil(utterances / max(len(sets), 1))
+    return [
+        loader.load(source, str(splits[name]), name if is_language(name) else None, share)
+        for name, source in sets.items()
+    ]

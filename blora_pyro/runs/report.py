@@ -10,6 +10,7 @@ from rich.text import Text
 
 from blora_pyro.errors import printable
 from blora_pyro.options import AVERAGE
+from blora_pyro.posterior.strength import SCALE
 from blora_pyro.runs.scoring import NEW_DOMAIN, OTHER_DATA
 from blora_pyro.runs.utterances import worst
 from blora_pyro.tables import Part, Percent, Table, figure_columns, number, percent, text_columns
@@ -113,8 +114,10 @@ def kept_line(kept: Mapping[str, Any]) -> str:
         )
     point = next(one for one in kept["curve"]["points"] if one["strength"] == chosen)
     error, lost = point["new_domain"]["rate"], kept["losses"][AVERAGE]
+    how = kept["curve"].get("strength_by", SCALE)
+    by = "" if how == SCALE else f" by {how}"
     return (
-        f"strength {chosen:g} keeps the contract ({limits}) on dev: average "
+        f"strength {chosen:g}{by} keeps the contract ({limits}) on dev: average "
         f"{percent(lost, '+.1f')} points, new domain {percent(error)}%"
     )
 

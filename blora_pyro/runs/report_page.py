@@ -258,6 +258,7 @@ def _run(label: str, run: ShownRun) -> dict[str, Any]:
         line, strengths = _kept(run.name, record.kept)
         notes.insert(0, Fragment(line))
     told = {note.text for note in notes}
+    is_as_fitted = record.made_of is None and posterior.weakened is None
     return {
         "label": label,
         "name": run.name,
@@ -267,7 +268,7 @@ def _run(label: str, run: ShownRun) -> dict[str, Any]:
         "parts": [one for one in _measured(metrics) if isinstance(one, Table) or one not in told],
         "loss": list(loss_plots(record)),
         "strengths": strengths,
-        "layers": layers(posterior, float(record.resolved.beta), record.made_of is None),
+        "layers": layers(posterior, float(record.resolved.beta), is_as_fitted),
         "use": use_lines(run.name, posterior, record),
         "tables": about_tables(record.to_json(), posterior),
     }

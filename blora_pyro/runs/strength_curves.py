@@ -7,17 +7,27 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from blora_pyro.data import split_names
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import Evaluation, change_summary, rate_summary
 from blora_pyro.files import replace_file
+from blora_pyro.guides.base_informed import UTTERANCES, second_moments
 from blora_pyro.metrics import forgetting_removed
+from blora_pyro.models import Base
 from blora_pyro.options import AUTO, FitConfig
 from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, VERMILLION, label_axes, new_figure
 from blora_pyro.posterior import Posterior
-from blora_pyro.posterior.strength import SCALE, at_strength, check_strength
+from blora_pyro.posterior.strength import BASE, SCALE, Directions, at_strength, check_strength
 from blora_pyro.runs.folders import STRENGTH_PLOT, claim_file, default_output, read_run
 from blora_pyro.runs.listeners import Listener, heard_by
-from blora_pyro.runs.scoring import NEW_DOMAIN, Scoring, domain_name, scoring_config
+from blora_pyro.runs.loading import Loader
+from blora_pyro.runs.scoring import (
+    DEV_SPLITS,
+    NEW_DOMAIN,
+    Scoring,
+    domain_name,
+    scoring_config,
+)
 
 SUFFIXES = (".png", ".pdf", ".svg")
 ENDS = {0.0: ("the base (strength 0)", BLACK, "*"), 1.0: ("the fit (strength 1)", VERMILLION, "D")}
@@ -74,13 +84,52 @@ def strength_curve(
             f"the run has {', '.join(sets) or 'no set'} to score; a curve needs a test set of the "
             "new domain and backward sets: give a single strength"
         )
+    directions = used_directions(scoring.base, config, posterior, progress) if by == BASE else None
     results = {}
     for strength in strengths:
         progress.stage(f"strength {strength:g}" if strength else "the base, strength 0")
-        results[strength] = scoring.score(at_strength(posterior, strength, by))
+        results[strength] = scoring.score(at_strength(posterior, strength, by, directions))
     curve = curve_of(results, posterior, config, split, by)
     save_strength_plot(file, curve)
     return curve | {"plot": str(file)}
+
+
+def used_directions(
+    base: Base, config: FitConfig, posterior: Posterior, progress: Listener
+) -> dict[str, Directions]:
+    """Return how new domain and old languages use the inputs of every layer of a posterior.
+
+    Both are heard by the base as it is, in 96 utterances of the new domain (training data, or where
+    there are none the dev set): as they are prompted and transcribed there, and prompted in the old
+    languages, as by the prior `base-informed`.
+
+    Args:
+        base: Without adapters.
+        config: Names the data; the old languages are those of the backward sets, or else the
+            prior's usual ones.
+        posterior: Names the layers.
+        progress: Listener to the stages.
+
+    Returns:
+        Of every layer by its name; see `at_strength`.
+
+    Raises:
+        UserError: If the data can't be read, or the base does not know a language.
+    """
+    progress.stage("what the base hears")
+    loader = Loader(base, config, progress.features, progress.note)
+    source = config.sources[0]
+    if config.streaming:
+        examples = loader.stream(source, lambda row: None).sample
+    else:
+        splits = split_names(source)
+        split = next((one for one in ("train", *DEV_SPLITS) if one in splits), "train")
+        examples = loader.load(source, split, limit=UTTERANCES)
+    loader.report_skipped()
+    batches = (examples.batch([i], full=True).to(base.net.device) for i in range(len(examples)))
+    modules = [name for group in posterior.groups for name in group.modules]
+    moments = second_moments(base.net, batches, modules, config.taught_languages)
+    return {name: Directions.of(*(one.pop(name) for one in moments)) for name in modules}
 
 
 def curve_of(

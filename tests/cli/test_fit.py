@@ -91,7 +91,7 @@ COMMANDS = [
     {"prior_from": "runs/my first", "prior_inflation": 1.5, "rank": 8},
     {"spec_augment": True, "gradient_checkpointing": True, "target_modules": "q_proj,v_proj"},
     {"track": ("tensorboard", "wandb")},
-    {"keep": {"average": 1.0, "each": 2.5}},
+    {"keep": {"average": 1.0, "each": 2.5}, "strength_by": "base"},
     {"dev": "de", "eval_every": 5, "patience": 2, "epochs": 1.5, "dtype": "bfloat16"},
 ]
 
@@ -123,6 +123,7 @@ EVERY_OPTION = {
     "batch-size": ("7", 7),
     "dev": ("v", "v"),
     "keep": ("1,x=2", {"average": 1.0, "x": 2.0}),
+    "strength-by": ("base", "base"),
     "schedule": ("linear", "linear"),
     "warmup-steps": ("2", 2),
     "gradient-accumulation": ("3", 3),

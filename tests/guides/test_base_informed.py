@@ -1,5 +1,6 @@
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch.distributions import MultivariateNormal, Normal
 
 from blora_pyro.adapters import Group, find_targets
-from blora_pyro.data import Examples, features, load_split
+from blora_pyro.data import IGNORED, Examples, features, load_split
 from blora_pyro.diagnostics.summaries import summarise
 from blora_pyro.errors import UserError
 from blora_pyro.files import cache_dir
@@ -24,7 +25,7 @@ from blora_pyro.guides import (
     prepare_prior,
     with_prior_arguments,
 )
-from blora_pyro.guides.base_informed import Guide, Prior, leading_eigenvectors
+from blora_pyro.guides.base_informed import Guide, Prior, leading_eigenvectors, second_moments
 from blora_pyro.models import BLoRA, FactorPrior, load_base
 from blora_pyro.models.decoding import decode, encode
 from blora_pyro.options import FitConfig
@@ -37,7 +38,8 @@ from blora_pyro.posterior.strength import at_strength
 from blora_pyro.runs.chains import Previous
 from blora_pyro.runs.fits import fit
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.parts import build
+from blora_pyro.runs.loading import Loader
+from blora_pyro.runs.parts import build, old_data
 
 N, K, LAM, SCALE = 6, 3, 2.0, 0.3
 GROUP = Group(("one", "two"), out_features=4, in_features=N, rank=3)
@@ -204,29 +206,20 @@ def prepared(base, batches, targets=DECODER, **arguments):
     return prior
 
 
-def test_c_is_of_the_inputs_as_the_base_says_its_own_transcripts_in_old_languages(heard):
-    base, _, batches = heard
+@torch.no_grad()
+def check(tensors, base, said):
+    """Hold statistics against the dense moments of what layers hear, of pairs (batch, tokens)."""
     inputs = {name: [] for name in find_targets(base.net, DECODER)}
-    ids = base.tokenizer.convert_tokens_to_ids
-    for batch, language in zip(batches, ("en", "de"), strict=True):
-        names = ("startoftranscript", language, "transcribe", "notimestamps")
-        prompt = [
-            ids(f"<|{name}|>") for name in names if f"<|{name}|>" in base.tokenizer.get_vocab()
-        ]
-        states = encode(base, batch.input_features)
-        (tokens,) = decode(base, states, [prompt])
-        assert tokens
-        hooks = [
-            base.net.get_submodule(name).register_forward_pre_hook(
-                lambda layer, given, rows=rows: rows.append(given[0][0])
-            )
-            for name, rows in inputs.items()
-        ]
-        with torch.no_grad():
-            base.net(encoder_outputs=(states,), decoder_input_ids=torch.tensor([prompt + tokens]))
-        for hook in hooks:
-            hook.remove()
-    tensors = prepared(base, batches).tensors
+    hooks = [
+        base.net.get_submodule(name).register_forward_pre_hook(
+            lambda layer, given, rows=rows: rows.append(given[0][0])
+        )
+        for name, rows in inputs.items()
+    ]
+    for batch, tokens in said:
+        base.net(input_features=batch.input_features, decoder_input_ids=torch.tensor([tokens]))
+    for hook in hooks:
+        hook.remove()
     assert {name.rpartition(".")[0] for name in tensors} == inputs.keys()
     for name, rows in inputs.items():
         x = torch.cat(rows).double()
@@ -236,6 +229,84 @@ def test_c_is_of_the_inputs_as_the_base_says_its_own_transcripts_in_old_language
         torch.testing.assert_close(found[:kept], values[:kept], rtol=1e-3, atol=1e-3)
         first = tensors[f"{name}.vectors"][:, 0].double()
         assert (first @ c @ first).item() == pytest.approx(values[0].item(), rel=1e-2)
+
+
+def test_c_is_of_the_inputs_as_the_base_says_its_own_transcripts_in_old_languages(heard):
+    base, _, batches = heard
+    ids, said = base.tokenizer.convert_tokens_to_ids, []
+    for batch, language in zip(batches, ("en", "de"), strict=True):
+        names = ("startoftranscript", language, "transcribe", "notimestamps")
+        prompt = [
+            ids(f"<|{name}|>") for name in names if f"<|{name}|>" in base.tokenizer.get_vocab()
+        ]
+        (tokens,) = decode(base, encode(base, batch.input_features), [prompt])
+        assert tokens
+        said.append((batch, prompt + tokens))
+    check(prepared(base, batches).tensors, base, said)
+
+
+def test_c_of_old_data_is_that_of_their_own_texts_or_of_what_the_base_says(heard):
+    base, examples, batches = heard
+    rows = [*zip(batches, examples.prompts, examples.targets, strict=True)]
+    said = [(batch, [*prompt, *target[:-1]]) for batch, prompt, target in rows]
+    own = {"statistics": "backward", "languages": "fr"}
+    check(prepared(base, batches, **own).tensors, base, said)
+
+    said, silent = [], []
+    for batch, prompt, target in rows:
+        (tokens,) = decode(base, encode(base, batch.input_features), [prompt])
+        said.append((batch, [*prompt, *tokens]))
+        labels = torch.full((1, len(prompt)), IGNORED)
+        labels[0, -1] = target[-1]
+        silent.append(replace(batch, decoder_input_ids=torch.tensor([prompt]), labels=labels))
+    check(prepared(base, silent, **own).tensors, base, said)
+    with pytest.raises(UserError, match="statistics is 'new'; give own or backward"):
+        Prior(statistics="new")
+
+
+def test_new_and_old_moments_are_those_of_texts_and_of_old_prompts(heard):
+    base, _, batches = heard
+    modules = [*find_targets(base.net, DECODER)]
+    new, old = second_moments(base.net, batches, modules, ("en", "de"))
+    plain = prepared(base, batches, directions=99).tensors
+    backward = prepared(base, batches, directions=99, statistics="backward").tensors
+    for name in modules:
+        for moment, tensors in ((new.pop(name), backward), (old.pop(name), plain)):
+            c = moment / moment.diagonal().mean()
+            found = leading_eigenvectors(moment, tensors[f"{name}.vectors"].shape[1])
+            torch.testing.assert_close(
+                found["values"], tensors[f"{name}.values"], rtol=1e-3, atol=1e-3
+            )
+            assert c.diagonal().mean().item() == pytest.approx(1)
+
+
+def test_old_data_are_as_many_utterances_of_every_set_and_none_that_are_scored(
+    fluent_base, tones_folder, fit_options, tmp_path
+):
+    sets = {"de": ("train", "dev"), "en": ("validation", "test")}
+    for name, splits in sets.items():
+        for split in splits:
+            (tmp_path / name).mkdir(exist_ok=True)
+            shutil.copy(tones_folder / f"{name}.jsonl", tmp_path / name / f"{split}.jsonl")
+        for wav in tones_folder.glob(f"{name}*.wav"):
+            shutil.copy(wav, tmp_path / name)
+    backward = {name: str(tmp_path / name) for name in sets}
+    prior = {"prior": "base-informed", "prior_args": {"statistics": "backward", "utterances": 2}}
+    options = {**fit_options, **prior, "backward": backward, "target_modules": DECODER}
+    config = with_prior_arguments(FitConfig(**options)).resolved(10, 2)
+    found = old_data(Loader(fluent_base, config), 2)
+    assert [one.languages for one in found] == [["de"], ["en"]]
+    assert ["train" in found[0].origins[0], "validation" in found[1].origins[0]] == [True, True]
+    train = found[0]
+    model, _ = build(fluent_base, config, None, train)
+    said = [(one.batch([0]), [*one.prompts[0], *one.targets[0][:-1]]) for one in found]
+    check(model.prior.tensors, fluent_base, said)
+
+    (tmp_path / "en" / "validation.jsonl").unlink()
+    with pytest.raises(UserError, match="has neither a train nor a dev split, one of which"):
+        build(fluent_base, config, None, train)
+    with pytest.raises(UserError, match="statistics is backward, but no backward set"):
+        FitConfig(**{**options, "backward": ()})
 
 
 def test_states_that_the_fit_keeps_are_taken(heard):

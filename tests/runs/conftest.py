@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blora_pyro.options import FitConfig
-from blora_pyro.runs import contracts
+from blora_pyro.runs import contracts, fits, keeping
 from blora_pyro.runs.fits import fit
 from blora_pyro.runs.listeners import Listener
 
@@ -71,3 +71,17 @@ def kept_run(keep_options, tmp_path_factory):
         FitConfig(**keep_options), tmp_path_factory.mktemp("runs") / "kept", progress=progress
     )
     return run, progress.notes
+
+
+@pytest.fixture
+def always_chosen(monkeypatch):
+    """The strength that every contract chooses, between base and fit."""
+    strength = 0.6
+    monkeypatch.setattr(contracts, "STRENGTHS", (0.0, strength))
+
+    def keep(*given, **named):
+        return {**contracts.keep_contract(*given, **named), "strength": strength}
+
+    for module in (fits, keeping):
+        monkeypatch.setattr(module, "keep_contract", keep)
+    return strength

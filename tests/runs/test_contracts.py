@@ -285,6 +285,31 @@ def test_the_backward_dev_sets_are_watched_on_the_way(keep_options, tmp_path):
     assert best["forgetting"] > 0.5
 
 
+def test_a_contract_may_be_kept_by_base(keep_options, always_chosen, tmp_path):
+    options = {**keep_options, "keep": 100, "guide": "point", "strength_by": "base"}
+    progress = Notes()
+    run = fit(FitConfig(**options), tmp_path / "run", progress=progress)
+    kept = run.metrics["contract"]
+    assert kept["holds"] and kept["strength"] == always_chosen
+    assert f"strength {always_chosen} by base keeps the contract" in progress.notes[-1]
+    loaded, record = read_run(run.output)
+    assert record.kept["curve"]["strength_by"] == "base"
+    assert loaded.strength == run.posterior.strength == kept["strength"]
+    assert loaded.fingerprint == run.posterior.fingerprint == run.metrics["adapter"]
+    assert evaluate_run(run.output) == run.metrics
+    again = evaluate_run(run.output, strength=kept["strength"], strength_by="base")
+    assert again["adapter"] == run.metrics["adapter"]
+    whole = at_strength(loaded, 1)  # the fit is there
+    assert whole.fingerprint == at_strength(run.posterior, 1).fingerprint != loaded.fingerprint
+    assert whole.state.keys() and not loaded.state
+
+    about = json.loads((run.output / "run.json").read_text(encoding="utf-8"))
+    del about["kept"]  # as if it was ended before its strength was chosen
+    text = json.dumps({**about, "state": "evaluating"})
+    (run.output / "run.json").write_text(text, encoding="utf-8")
+    assert fit(output=run.output, resume=True).metrics == run.metrics
+
+
 def test_where_nothing_keeps_the_contract_the_base_comes_out(
     kept_run, folder, keep_options, tmp_path
 ):

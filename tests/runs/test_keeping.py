@@ -2,13 +2,16 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from blora_pyro.errors import UserError
+from blora_pyro.models import load_base
 from blora_pyro.posterior.strength import at_strength
 from blora_pyro.runs.finished import evaluate_run
 from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.keeping import keep_adapter
+from blora_pyro.runs.strength_curves import used_directions
 
 from .conftest import Notes
 
@@ -46,6 +49,31 @@ def test_an_adapter_of_others_is_turned_down_as_a_fit_is(
     again = keep_adapter(out, 100, **sets)
     ends = {one["strength"]: one["new_domain"]["rate"] for one in again["kept"]["curve"]["points"]}
     assert ends[1.0] == found["metrics"]["new_domain"]["adapted"]["wer"]["rate"]
+
+
+def test_by_base_the_adapter_of_others_has_another_a(
+    lora, kept_run, keep_options, fluent_folder, always_chosen, tmp_path
+):
+    sets = {name: keep_options[name] for name in ("data", "backward")}
+    out = tmp_path / "out"
+    kept = keep_adapter(lora, 100, out, strength_by="base", **sets)["kept"]
+    assert (kept["strength"], kept["curve"]["strength_by"]) == (always_chosen, "base")
+    before, after = (load_file(one / "adapter_model.safetensors") for one in (lora, out))
+    for name, value in before.items():
+        assert torch.equal(after[name], value) == ("lora_B" in name)
+    config, given = ((one / "adapter_config.json").read_text() for one in (out, lora))
+    assert config == given
+    whole = at_strength(kept_run[0].posterior, 1)
+    base, fit = load_base(str(fluent_folder)), kept_run[0].config
+    directions = used_directions(base, fit, whole, Notes())
+    expected = at_strength(whole, kept["strength"], "base", directions)
+    expected.merge(base.net)
+    merged = load_base(str(out)).net.state_dict()  # by PEFT
+    torch.testing.assert_close(merged, base.net.state_dict(), rtol=1e-3, atol=1e-3)
+
+    copy = tmp_path / "run"
+    again = keep_adapter(kept_run[0].output, 100, copy, strength_by="base")
+    assert evaluate_run(copy) == again["metrics"]
 
 
 def test_a_run_keeps_another_contract_by_the_sets_of_its_fit(kept_run, tmp_path):

@@ -7,10 +7,20 @@ import pytest
 import torch
 
 from blora_pyro.errors import UserError
-from blora_pyro.runs.finished import evaluate_run
-from blora_pyro.runs.folders import save_posterior
+from blora_pyro.models import base_of
+from blora_pyro.models.decoding import decode, encode
+from blora_pyro.posterior.strength import Directions
+from blora_pyro.runs.finished import evaluate_run, merge_run, transcribe
+from blora_pyro.runs.folders import read_run, save_posterior
+from blora_pyro.runs.listeners import Listener
+from blora_pyro.runs.loading import load_examples
 from blora_pyro.runs.record import RUN
-from blora_pyro.runs.strength_curves import save_strength_plot, strength_curve, strength_plot
+from blora_pyro.runs.strength_curves import (
+    save_strength_plot,
+    strength_curve,
+    strength_plot,
+    used_directions,
+)
 
 
 @pytest.fixture
@@ -53,6 +63,78 @@ def test_every_point_has_the_figures_of_an_evaluation_at_its_strength(curve, fin
     assert curve["points"][2]["new_domain"] == finished_run.metrics["new_domain"]["adapted"]["wer"]
     rates = [point["new_domain"]["rate"] for point in curve["points"]]
     assert rates[0] > rates[-1]  # else this tests little
+
+
+def test_by_base_the_layers_are_heard_once_and_a_point_is_that_of_an_evaluation(run, curve):
+    found = strength_curve(run, (0.3, 0.5), by="base")
+    assert found["strength_by"] == "base"
+    assert [point["strength"] for point in found["points"]] == [0, 0.3, 0.5, 1]
+    assert found["points"][0] == curve["points"][0] and found["points"][-1] == curve["points"][-1]
+    metrics = evaluate_run(run, strength=0.5, strength_by="base")
+    assert (metrics["strength"], metrics["strength_by"]) == (0.5, "base")
+    point = found["points"][2]
+    assert point["new_domain"] == metrics["new_domain"]["adapted"]["wer"]
+    assert point["backward_error"] == metrics["backward_error"]["adapted"]
+    assert metrics["adapter"] not in (
+        evaluate_run(run, strength=one)["adapter"] for one in (0.5, 1)
+    )
+    for refused in (
+        lambda: merge_run(run, run.parent / "merged", strength=0.5, strength_by="base"),
+        lambda: transcribe([], run, strength=0.5, strength_by="base"),
+    ):
+        with pytest.raises(UserError, match="only evaluate, keep and fit with a contract do"):
+            refused()
+
+
+def test_the_directions_are_those_of_what_the_base_hears(run, set_option, tones_folder):
+    set_option(backward={name: str(tones_folder / f"{name}.jsonl") for name in ("de", "en")})
+    posterior, record = read_run(run)
+    base = base_of(record.resolved)
+    found = used_directions(base, record.resolved, posterior, Listener())
+    assert found.keys() == {name for group in posterior.groups for name in group.modules}
+    train = load_examples(base, record.resolved.data, "train")
+    batches = [train.batch([i]) for i in range(len(train))]
+    ids = base.tokenizer.convert_tokens_to_ids
+    moments = {name: [] for name in found}
+    hooks = [
+        base.net.get_submodule(name).register_forward_pre_hook(
+            lambda layer, given, rows=rows: rows.append(given[0].flatten(0, -2).double())
+        )
+        for name, rows in moments.items()
+    ]
+
+    @torch.no_grad()
+    def heard(tokens_of):
+        for rows in moments.values():
+            rows.clear()
+        for i, batch in enumerate(batches):
+            tokens = torch.tensor([tokens_of(i)])
+            base.net(input_features=batch.input_features, decoder_input_ids=tokens)
+        inputs = {name: torch.cat(rows) for name, rows in moments.items()}
+        return {name: x.mT @ x / len(x) for name, x in inputs.items()}
+
+    said = []
+    for i, language in enumerate(("de", "en")):  # by which the backward sets are called
+        prompt = [train.prompts[i][0], ids(f"<|{language}|>"), *train.prompts[i][3:]]
+        states = encode(base, batches[i].input_features)
+        said.append([*prompt, *decode(base, states, [prompt])[0]])
+    new = heard(lambda i: [*train.prompts[i], *train.targets[i][:-1]])
+    old = heard(lambda i: said[i])
+    for hook in hooks:
+        hook.remove()
+    for name, one in found.items():
+        expected = Directions.of(new[name], old[name]).ratios
+        torch.testing.assert_close(one.ratios, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_without_training_data_the_dev_set_is_heard(run, set_option, tones_folder, tmp_path):
+    for name in ("dev", "test"):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        shutil.copy(tones_folder / "test.jsonl", tmp_path / "new" / f"{name}.jsonl")
+    for wav in tones_folder.glob("test*.wav"):
+        shutil.copy(wav, tmp_path / "new")
+    set_option(data=[str(tmp_path / "new")])
+    assert len(strength_curve(run, (0.5,), by="base")["points"]) == 3
 
 
 def test_removed_forgetting_is_relative_to_the_fit(curve):
