@@ -1,6 +1,7 @@
 """`base-informed`: a Normal prior that holds A where the base's layers already hear something."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
@@ -41,12 +42,15 @@ EXPLANATION = (
     "whenever the base transcribes its old languages, A is pulled to 0 as by a Normal much "
     "narrower than {scale:g} (1 / (1 + {lam:g} c) of its variance, c the inputs' second moment "
     "over its mean); where the base hears nothing A is as free as under `normal`, and B is so "
-    "everywhere. Contraction and signal-to-noise are those of A's independent coordinates."
+    "everywhere, or with lam_b narrower where the base's predictions depend on a layer's outputs. "
+    "Contraction and signal-to-noise are those of A's independent coordinates."
 )
 
 
 class Colouring(dist.transforms.Transform):
     """z -> A = z D Qᵀ, both (modules, rank, n): rows of covariance s² I become s² (I + lam C)^-1.
+
+    For B, (modules, n, rank), it is the same of the columns: z -> B = Q D z.
 
     C = Q diag(c) Qᵀ of each layer and D = (I + lam diag(c))^(-1/2). Q completes C's k leading
     eigenvectors by any orthonormal basis of the rest, where c is one value. It is a product of k
@@ -58,15 +62,19 @@ class Colouring(dist.transforms.Transform):
     domain = codomain = constraints.independent(constraints.real, 2)
     bijective = True
 
-    def __init__(self, vectors: Tensor, values: Tensor, lam: float) -> None:
+    def __init__(
+        self, vectors: Tensor, values: Tensor, lam: float, of_columns: bool = False
+    ) -> None:
         """The map of some layers.
 
         Args:
             vectors: Leading eigenvectors of C, (modules, n, k), made orthonormal here.
             values: Their eigenvalues, and that of the rest, (modules, k + 1).
             lam: The weight of C.
+            of_columns: Map columns, those of a B.
         """
         super().__init__()
+        self._of_columns = of_columns
         n, k = vectors.shape[1:]
         reflections, tau = torch.geqrf(vectors.float())
         self._v = reflections.tril(-1) + torch.eye(n, k, device=vectors.device)
@@ -78,59 +86,67 @@ class Colouring(dist.transforms.Transform):
         self.scales = (1 + lam * c).rsqrt()  # the diagonal of D, (modules, n)
 
     def _call(self, z: Tensor) -> Tensor:
-        scaled = z * self.scales[:, None]
-        return scaled - scaled @ self._v @ self._t.mT @ self._v.mT
+        scaled = self._as_rows(z) * self.scales[:, None]
+        return self._as_rows(scaled - scaled @ self._v @ self._t.mT @ self._v.mT)
 
     def _inverse(self, a: Tensor) -> Tensor:
-        return (a - a @ self._v @ self._t @ self._v.mT) / self.scales[:, None]
+        rows = self._as_rows(a)
+        return self._as_rows((rows - rows @ self._v @ self._t @ self._v.mT) / self.scales[:, None])
+
+    def _as_rows(self, factor: Tensor) -> Tensor:
+        return factor.mT if self._of_columns else factor
 
     def log_abs_det_jacobian(self, z: Tensor, a: Tensor) -> Tensor:
         """Of shape (modules,): rank · log det D."""
-        return z.shape[-2] * self.scales.log().sum(1)
+        return self._as_rows(z).shape[-2] * self.scales.log().sum(1)
 
     def adjoint(self, x: Tensor) -> Tensor:
-        """D Qᵀ x of columns x (modules, n, columns): A x = z (D Qᵀ x)."""
+        """D Qᵀ x of columns x (modules, n, columns): A x = z (D Qᵀ x), and Bᵀ x = zᵀ (D Qᵀ x)."""
         return self.scales[:, :, None] * (x - self._v @ (self._t.mT @ (self._v.mT @ x)))
 
     def variance(self, of_z: Tensor) -> Tensor:
-        """Variances of A's elements, of independent coordinates with variances `of_z`."""
-        identity = torch.eye(of_z.shape[-1], device=of_z.device)
+        """Variances of the factor's elements, of coordinates with variances `of_z`."""
+        rows = self._as_rows(of_z)
+        identity = torch.eye(rows.shape[-1], device=rows.device)
         found = []
-        for i, variances in enumerate(of_z):  # layer by layer, as they are n x n
+        for i, variances in enumerate(rows):  # layer by layer, as they are n x n
             q = identity - self._v[i] @ self._t[i].mT @ self._v[i].mT  # Qᵀ
             found.append(variances @ (self.scales[i, :, None] * q).square())
-        return torch.stack(found)
+        return self._as_rows(torch.stack(found))
 
 
 class Coloured(dist.TransformedDistribution):
-    """Of A = z D Qᵀ, with z independent Normals; the KL of two with one map is that of their z."""
+    """Of map(z), with z independent Normals; the KL of two with one map is that of their z."""
 
     @property
     def mean(self) -> Tensor:
-        """Mean of A, (modules, rank, in_features)."""
+        """Mean of the factor."""
         mean: Tensor = self.transforms[0](self.base_dist.mean)
         return mean
 
     @property
     def variance(self) -> Tensor:
-        """Variance of every element of A; they depend on one another within a row."""
+        """Variance of every element; those of a row of A, or of a column of B, are dependent."""
         variance: Tensor = self.transforms[0].variance(self.base_dist.variance)
         return variance
 
 
 class Prior:
-    """Rows of A ~ N(0, scale² (I + lam C)^-1), every element of B ~ N(0, scale²).
+    """Rows of A ~ N(0, scale² (I + lam C)^-1), columns of B ~ N(0, scale² (I + lam_b G)^-1).
 
     C is the second moment E[x xᵀ] of the layer's inputs under the frozen base, over the mean of its
     diagonal. It is made without old data, from the new domain's own audio, prompted in old
     languages, and the base's own transcripts of it; or from old data. An update B A x then changes
     little of what the base does with such inputs. It is the Kronecker-factored Gaussian of
-    Laplace's method (Ritter, Botev and Barber, arXiv 1805.07810) with the identity as the factor of
-    the outputs, as a prior on LoRA in Sliwa et al., arXiv 2402.12220.
+    Laplace's method (Ritter, Botev and Barber, arXiv 1805.07810), as a prior on LoRA in Sliwa et
+    al., arXiv 2402.12220. G, its factor of the outputs, is E[g gᵀ] of the gradient g of log p by a
+    layer's outputs, over its own mean diagonal: of the same audio, with tokens drawn from what the
+    base predicts after the prompt. With `lam_b` 0, the default, it is left out.
 
     Attributes:
         tensors: `{layer}.vectors`, the leading eigenvectors of C, (in_features, directions),
-            float16, and `{layer}.values`, their eigenvalues and the mean of the others.
+            float16, and `{layer}.values`, their eigenvalues and the mean of the others; with
+            `lam_b` also those of G, `{layer}.outputs.vectors` and `{layer}.outputs.values`.
         modules: Names of the adapted layers, set by the library; empty is all linear layers.
     """
 
@@ -142,6 +158,7 @@ class Prior:
         utterances: int = UTTERANCES,
         languages: str = "",
         statistics: str = OWN,
+        lam_b: float = 0.0,
     ) -> None:
         """A Normal around 0, narrower in some directions.
 
@@ -155,6 +172,8 @@ class Prior:
                 out, or else en, es, fr and de.
             statistics: Of what C is made: `own` is the training audio, prompted in old languages;
                 `backward` the train or dev splits of the backward sets, with their own texts.
+            lam_b: How much narrower B is where what the base says depends on a layer's outputs; 0
+                is B as under `normal`.
         """
         check_positive(scale=scale, lam=lam, directions=directions, utterances=utterances)
         self.codes = tuple(one.strip() for one in languages.split(",")) if languages else ()
@@ -163,7 +182,9 @@ class Prior:
         if statistics not in STATISTICS:
             raise UserError(f"statistics is '{statistics}'; give {' or '.join(STATISTICS)}")
         self.scale, self.lam, self.languages, self.statistics = scale, lam, languages, statistics
-        self.directions, self.utterances = directions, utterances
+        self.directions, self.utterances, self.lam_b = directions, utterances, lam_b
+        if not 0 <= lam_b < math.inf:
+            raise UserError(f"lam_b is {lam_b}; give 0, or a number above it")
         self.tensors: Mapping[str, Tensor] = {}
         self.modules: tuple[str, ...] = ()
         self._maps: dict[Any, Colouring] = {}
@@ -175,24 +196,28 @@ class Prior:
         return z if colouring is None else Coloured(z, [colouring])
 
     def coordinates(self, site: Site) -> Colouring | None:
-        """The map from independent coordinates to A, where tensors are made now; None for B.
+        """The map from independent coordinates to the factor, where tensors are made now.
+
+        None for B, unless there is a `lam_b`.
 
         Raises:
             UserError: If there are no statistics of a layer.
         """
-        if site.factor == "B":
+        is_b = site.factor == "B"
+        if is_b and not self.lam_b:
             return None
         device = torch.empty(0).device
-        if (key := (site.modules, device)) not in self._maps:
-            if lacking := [one for one in site.modules if f"{one}.vectors" not in self.tensors]:
+        if (key := (site.modules, site.factor, device)) not in self._maps:
+            names = [f"{one}.outputs" if is_b else one for one in site.modules]
+            if lacking := [one for one in names if f"{one}.vectors" not in self.tensors]:
                 raise UserError(
                     f"base-informed has no statistics of {lacking[0]}; fit with a base model"
                 )
             vectors, values = (
-                torch.stack([self.tensors[f"{one}.{what}"].to(device) for one in site.modules])
+                torch.stack([self.tensors[f"{one}.{what}"].to(device) for one in names])
                 for what in ("vectors", "values")
             )
-            self._maps[key] = Colouring(vectors, values, self.lam)
+            self._maps[key] = Colouring(vectors, values, self.lam_b if is_b else self.lam, is_b)
         return self._maps[key]
 
     @torch.no_grad()
@@ -209,28 +234,32 @@ class Prior:
         prompts = _prompts(base, self.codes) if self.statistics == OWN else []
         heard = [*islice(_utterances(batches), self.utterances)]
         said = prompts if self.statistics == OWN else [(one.prompt, one.target) for one in heard]
-        file = _file(base, heard, [modules, said, self.directions])
+        file = _file(base, heard, [modules, said, self.directions, self.lam_b > 0])
+        layers = {name: base.get_submodule(name) for name in modules}
         with suppress(OSError, SafetensorError, ValueError):
             if file is not None:
                 found = load_file(file, str(base.device))
-                check_statistics(
-                    found, {name: base.get_submodule(name).in_features for name in modules}
-                )
+                check_statistics(found, statistics_sizes(layers, self.lam_b))
                 return found
         moments = SecondMoments(base, modules)
+        gradients = SecondMoments(base, modules if self.lam_b else (), of_outputs=True)
         for number, utterance in enumerate(heard):
             states = _listen(base, utterance, moments)
-            if self.statistics == BACKWARD and len(utterance.target) > 1:  # more than its end
-                moments.add([*utterance.prompt, *utterance.target[:-1]], states)
-                continue
             own = self.statistics == OWN
             prompt = prompts[number % len(prompts)] if own else utterance.prompt
-            moments.add(_transcript(base, states, prompt), states)
-        room = base.num_parameters() // (PART * moments.num_inputs)
-        tensors: dict[str, Tensor] = {}
-        for name in modules:
-            found = leading_eigenvectors(moments.pop(name), max(1, min(self.directions, room)))
-            tensors |= {f"{name}.{what}": one.contiguous() for what, one in found.items()}
+            if not own and len(utterance.target) > 1:  # more than its end
+                tokens = [*prompt, *utterance.target[:-1]]
+            else:
+                tokens = _transcript(base, states, prompt)
+            moments.add(tokens, states)
+            if self.lam_b:
+                gradients.add_gradients(utterance, tokens, len(prompt), states)
+        room = base.num_parameters() // (PART * (moments.size + gradients.size))
+        count, tensors = max(1, min(self.directions, room)), dict[str, Tensor]()
+        for key in statistics_sizes(layers, self.lam_b):
+            is_input, name = key in layers, key.removesuffix(".outputs")
+            found = leading_eigenvectors((moments if is_input else gradients).pop(name), count)
+            tensors |= {f"{key}.{what}": one.contiguous() for what, one in found.items()}
         with suppress(OSError):  # a cache that can't be written is none
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -284,12 +313,25 @@ class Guide(normal.Guide):
 # ---- the statistics
 
 
+def statistics_sizes(layers: Mapping[str, Any], lam_b: float) -> dict[str, int]:
+    """Return the size of every statistic by the name that its tensors begin with, see `Prior`.
+
+    Args:
+        layers: What has `in_features` and `out_features` by the name of every adapted layer.
+        lam_b: See `Prior`.
+    """
+    sizes = {name: layer.in_features for name, layer in layers.items()}
+    if lam_b:
+        sizes |= {f"{name}.outputs": layer.out_features for name, layer in layers.items()}
+    return sizes
+
+
 def check_statistics(tensors: Mapping[str, Tensor], layers: Mapping[str, int]) -> None:
     """Refuse stored statistics that can't be.
 
     Args:
         tensors: See `Prior`.
-        layers: Name of every adapted layer -> its number of inputs.
+        layers: See `statistics_sizes`.
 
     Raises:
         ValueError: Naming the first.
@@ -391,27 +433,35 @@ def _file(
 class SecondMoments:
     """E[x xᵀ] over the inputs x of some linear layers, added up as a base hears and speaks.
 
+    Or over the gradients of log p by their outputs.
+
     Attributes:
         base: The frozen Whisper.
         modules: Names of the layers.
     """
 
-    def __init__(self, base: WhisperForConditionalGeneration, modules: Iterable[str]) -> None:
+    def __init__(
+        self,
+        base: WhisperForConditionalGeneration,
+        modules: Iterable[str],
+        of_outputs: bool = False,
+    ) -> None:
         """Of nothing yet."""
         self.base, self.modules = base, tuple(modules)
-        sizes = {name: base.get_submodule(name).in_features for name in self.modules}
+        size_of = "out_features" if of_outputs else "in_features"
+        sizes = {name: getattr(base.get_submodule(name), size_of) for name in self.modules}
         self._sums = {
             name: torch.zeros(size, size, device=base.device) for name, size in sizes.items()
         }
         self._counts = dict.fromkeys(self.modules, 0)
 
     @property
-    def num_inputs(self) -> int:
-        """The number of inputs of all layers together."""
+    def size(self) -> int:
+        """The number of inputs, or outputs, of all layers together."""
         return sum(map(len, self._sums.values()))
 
     def pop(self, name: str) -> Tensor:
-        """Return the second moment of a layer, (in_features, in_features), and forget it."""
+        """Return the second moment of a layer, (n, n), and forget it."""
         return self._sums.pop(name) / max(self._counts.pop(name), 1)
 
     def add(self, tokens: Sequence[int], states: Tensor) -> None:
@@ -419,6 +469,48 @@ class SecondMoments:
         inputs = torch.tensor([[*tokens]], device=self.base.device)
         with self.adding():
             self.base.model.decoder(inputs, encoder_hidden_states=states, use_cache=False)
+
+    def add_gradients(
+        self, utterance: "_Utterance", tokens: Sequence[int], prompt: int, states: Tensor
+    ) -> None:
+        """Add g gᵀ of the gradients g of an utterance's log p by the layers' outputs.
+
+        Args:
+            utterance: The utterance.
+            tokens: What the decoder is given; at every position after the first `prompt` - 1 a
+                token is drawn from what the base predicts, as in `elastic.fisher_information`.
+            prompt: Number of the tokens that are prompt.
+            states: The encoder's.
+        """
+        base, zeros = self.base, dict[str, Tensor]()
+
+        def add_zeros(name: str, output: Tensor) -> Tensor:
+            zeros[name] = torch.zeros_like(output, requires_grad=True)
+            return output + zeros[name]
+
+        hooks = [
+            base.get_submodule(name).register_forward_hook(
+                lambda layer, inputs, output, name=name: add_zeros(name, output)
+            )
+            for name in self.modules
+        ]
+        try:
+            with torch.enable_grad():
+                if first_adapted(base, self.modules) < base.config.encoder_layers:
+                    states = _listen(base, utterance, names=self.modules)
+                inputs = torch.tensor([[*tokens]], device=base.device)
+                hidden = base.model.decoder(inputs, encoder_hidden_states=states, use_cache=False)
+                predicted = base.proj_out(hidden[0][0, prompt - 1 :]).float().log_softmax(-1)
+                drawn = torch.multinomial(predicted.detach().exp(), 1)
+                log_p = predicted.gather(1, drawn).sum()
+                found = torch.autograd.grad(log_p, [*zeros.values()])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, gradient in zip(zeros, found, strict=True):
+            rows = gradient.flatten(0, -2).float()
+            self._sums[name] += rows.mT @ rows
+            self._counts[name] += len(rows)
 
     @contextmanager
     def adding(self) -> Iterator[None]:
@@ -446,11 +538,18 @@ class SecondMoments:
 
 
 def _listen(
-    base: WhisperForConditionalGeneration, utterance: _Utterance, *moments: SecondMoments
+    base: WhisperForConditionalGeneration,
+    utterance: _Utterance,
+    *moments: SecondMoments,
+    names: Sequence[str] = (),
 ) -> Tensor:
-    """Return the encoder's states of an utterance, and add what its layers hear."""
+    """Return the encoder's states of an utterance, and add what its layers hear.
+
+    `names` are those of the adapted layers, where nothing is to be added.
+    """
     states = utterance.states
-    first = 0 if states is None else first_adapted(base, moments[0].modules)
+    modules = moments[0].modules if moments else names
+    first = 0 if states is None else first_adapted(base, modules)
     encoder: Any = base.get_encoder()
     with ExitStack() as hooks:
         for one in moments:

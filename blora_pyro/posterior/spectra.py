@@ -31,9 +31,9 @@ def spectra(posterior: Posterior) -> dict[str, Spectrum]:
     """The spectrum of every group, by group key, from QR factors of B and Aᵀ.
 
     The variance of uᵀ B A v = Σᵣ (uᵀB)ᵣ (A v)ᵣ for fixed u and v is exact for independent weights:
-    Σᵣ Var(uᵀB)ᵣ E(A v)ᵣ² + E(uᵀB)ᵣ² Var(A v)ᵣ + Var(uᵀB)ᵣ Var(A v)ᵣ, and so it is where A is a map
-    of independent coordinates, see `Posterior.independent`. (Under the horseshoe the scale that a
-    rank shares correlates them slightly.)
+    Σᵣ Var(uᵀB)ᵣ E(A v)ᵣ² + E(uᵀB)ᵣ² Var(A v)ᵣ + Var(uᵀB)ᵣ Var(A v)ᵣ, and so it is where A or B is
+    a map of independent coordinates, see `Posterior.independent`. (Under the horseshoe the scale
+    that a rank shares correlates them slightly.)
     """
     found, scalings = {}, posterior.scalings
     for group in posterior.groups:
@@ -48,7 +48,10 @@ def spectra(posterior: Posterior) -> dict[str, Spectrum]:
         along = right
         if coordinates := posterior.independent.get(group.A.name):
             var_a, along = coordinates.stddev.cpu() ** 2, coordinates.map.adjoint(right)
-        var_a_v, var_b_u = var_a @ along**2, var_b.mT @ left**2
+        across = left
+        if coordinates := posterior.independent.get(group.B.name):
+            var_b, across = coordinates.stddev.cpu() ** 2, coordinates.map.adjoint(left)
+        var_a_v, var_b_u = var_a @ along**2, var_b.mT @ across**2
         variance = (var_b_u * a_v**2 + b_u**2 * var_a_v + var_b_u * var_a_v).sum(1)
         stddevs = scaling * variance.sqrt()
         found[group.key] = Spectrum(left, values, right, stddevs)

@@ -46,11 +46,11 @@ GROUP = Group(("one", "two"), out_features=4, in_features=N, rank=3)
 SITE = GROUP.A
 
 
-def moments(n=N):
+def moments(n=N, first=0):
     """Second moments of inputs of two layers, of mean diagonal 1."""
     found = {}
     for seed, name in enumerate(GROUP.modules):
-        draws = torch.Generator().manual_seed(seed)
+        draws = torch.Generator().manual_seed(first + seed)
         x = torch.randn(20, n, generator=draws) @ torch.randn(n, n, generator=draws)
         c = (x.mT @ x).double()
         found[name] = c / c.diagonal().mean()
@@ -66,6 +66,16 @@ def informed(k=N, lam=LAM):
         rest = values[k:].mean() if k < N else torch.tensor(0.0)
         found = {"vectors": vectors[:, :k], "values": torch.cat([values[:k], rest[None]])}
         prior.tensors |= {f"{name}.{what}": one.float() for what, one in found.items()}
+    return prior
+
+
+def informed_of_outputs(lam_b=4.0):
+    """Likewise, with the statistics of outputs."""
+    prior = informed(K)
+    prior.lam_b = lam_b
+    for name, g in moments(GROUP.out_features, 9).items():
+        found = leading_eigenvectors(g.float(), GROUP.out_features)
+        prior.tensors |= {f"{name}.outputs.{what}": one for what, one in found.items()}
     return prior
 
 
@@ -101,6 +111,26 @@ def test_rows_of_a_have_the_density_of_a_dense_normal(k):
     torch.testing.assert_close(found.double(), dense.log_prob(a.double()).sum(1), rtol=1e-5, atol=0)
 
 
+def test_columns_of_b_have_the_density_of_a_dense_normal_and_a_map_of_their_own():
+    prior = informed_of_outputs()
+    z, x = torch.randn(GROUP.B.shape), torch.randn(2, GROUP.out_features, 5)
+    colouring = prior.coordinates(GROUP.B)
+    b = colouring(z)
+    torch.testing.assert_close(colouring.inv(b), z)
+    torch.testing.assert_close(b.mT @ x, z.mT @ colouring.adjoint(x))
+    eye = torch.eye(GROUP.out_features).double()
+    g = torch.stack([*moments(GROUP.out_features, 9).values()])
+    covariance = SCALE**2 * torch.linalg.inv(eye + prior.lam_b * g)
+    dense = MultivariateNormal(torch.zeros(len(eye)).double(), covariance[:, None])
+    found = prior(GROUP.B).log_prob(b).double()
+    expected = dense.log_prob(b.mT.double()).sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)  # vectors in half precision
+    variance = covariance.diagonal(dim1=1, dim2=2)[:, :, None].expand(b.shape)
+    torch.testing.assert_close(prior(GROUP.B).variance.double(), variance, rtol=1e-2, atol=0)
+    a = torch.randn(SITE.shape)
+    assert torch.equal(prior(SITE).log_prob(a), informed(K)(SITE).log_prob(a))
+
+
 def test_b_is_as_under_normal_and_all_is_near_lambda_0():
     b = torch.randn(GROUP.B.shape)
     assert torch.equal(informed()(GROUP.B).log_prob(b), normal.Prior(SCALE)(GROUP.B).log_prob(b))
@@ -131,8 +161,9 @@ def test_the_map_its_inverse_and_its_adjoint_agree():
 # ---- the guides
 
 
-def test_the_kl_is_that_of_the_coordinates_and_of_a_monte_carlo_estimate():
-    program, guide = moved_guide(informed(K))
+@pytest.mark.parametrize("prior", [informed(K), informed_of_outputs()])
+def test_the_kl_is_that_of_the_coordinates_and_of_a_monte_carlo_estimate(prior):
+    program, guide = moved_guide(prior)
     kl = TraceMeanField_ELBO().loss(program, guide)
     expected = 0.0
     for name in guide.means:
@@ -309,6 +340,51 @@ def test_old_data_are_as_many_utterances_of_every_set_and_none_that_are_scored(
         FitConfig(**{**options, "backward": ()})
 
 
+@pytest.mark.parametrize("targets", [DECODER, "all-linear"])
+def test_g_is_of_the_gradients_by_outputs_of_what_the_base_predicts(heard, targets, monkeypatch):
+    base, examples, batches = heard
+    monkeypatch.setattr(torch, "multinomial", lambda p, count: p.argmax(-1, keepdim=True))
+    own = {"statistics": "backward", "lam_b": 1.0, "directions": 99}
+    tensors = prepared(base, batches, targets, **own).tensors
+    rows = {name: [] for name in find_targets(base.net, targets)}
+    outputs, hooks = {}, []
+    for name in rows:
+        layer = base.net.get_submodule(name)
+        layer.weight.requires_grad_(True)
+        hooks.append(
+            layer.register_forward_hook(
+                lambda layer, given, output, name=name: outputs.update({name: output})
+            )
+        )
+    for batch, prompt in zip(batches, examples.prompts, strict=True):
+        logits = base.net(
+            input_features=batch.input_features,
+            decoder_input_ids=batch.decoder_input_ids,
+            use_cache=False,
+        ).logits[0, len(prompt) - 1 :]
+        log_p = logits.log_softmax(-1).amax(-1).sum()
+        for name, one in zip(outputs, torch.autograd.grad(log_p, [*outputs.values()]), strict=True):
+            rows[name].append(one.flatten(0, -2))
+    for hook in hooks:
+        hook.remove()
+    base.net.requires_grad_(False)
+    for name, some in rows.items():
+        g = torch.cat(some).double()
+        g = g.mT @ g / (g**2).sum(0).mean()
+        found = tensors[f"{name}.outputs.values"].double()
+        kept = len(found) - 1
+        values = torch.linalg.eigvalsh(g).flip(0)[:kept]
+        torch.testing.assert_close(found[:kept], values, rtol=1e-2, atol=1e-2)
+        first = tensors[f"{name}.outputs.vectors"][:, 0].double()
+        assert (first @ g @ first).item() == pytest.approx(values[0].item(), rel=1e-2)
+    size = sum(one.numel() for name, one in tensors.items() if name.endswith("vectors"))
+    assert size <= base.net.num_parameters() / base_informed.PART
+    plain = prepared(base, batches, targets, statistics="backward").tensors
+    assert not any(".outputs." in name for name in plain)
+    with pytest.raises(UserError, match="lam_b is -1; give 0, or a number above it"):
+        Prior(lam_b=-1)
+
+
 def test_states_that_the_fit_keeps_are_taken(heard):
     base, examples, batches = heard
     model = BLoRA(base.net, normal.Prior(), rank=2, target_modules=DECODER)
@@ -399,9 +475,20 @@ def test_the_languages_are_those_of_the_backward_sets_unless_given():
 @pytest.fixture(scope="module")
 def fitted(fit_options, tmp_path_factory):
     """A run of some steps, its encoder's states kept, with its folder."""
+    return fitted_run(fit_options, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=[0.0, 2.0])
+def either(request, fitted, fit_options, tmp_path_factory):
+    """That run, or one whose B is informed, too."""
+    return fitted_run(fit_options, tmp_path_factory, request.param) if request.param else fitted
+
+
+def fitted_run(fit_options, tmp_path_factory, lam_b=0.0):
     options = {**fit_options, "target_modules": DECODER, "cache_encoder": True, "steps": 8}
     options["backward"] = dict(zip(("de", "en"), fit_options["backward"], strict=True))
-    config = FitConfig(**options, prior="base-informed", prior_args={"utterances": 2})
+    prior_args = {"utterances": 2, "lam_b": lam_b}
+    config = FitConfig(**options, prior="base-informed", prior_args=prior_args)
     return fit(config, tmp_path_factory.mktemp("informed") / "run", evaluate=False)
 
 
@@ -433,13 +520,13 @@ def test_statistics_that_cannot_be_are_refused_as_they_are_read(fitted, tmp_path
         Posterior.load(copy)
 
 
-def test_a_fit_learns_and_its_posterior_is_read_as_it_was_written(fitted):
+def test_a_fit_learns_and_its_posterior_is_read_as_it_was_written(either):
+    fitted = either
     assert fitted.history[-1].nll < fitted.history[0].nll
     assert fitted.config.prior_args["languages"] == "de,en"
     stored, own = Posterior.load(fitted.output), fitted.posterior
     assert own.prior_tensors.keys() == stored.prior_tensors.keys() != set()
-    for group in own.groups:
-        name = group.A.name
+    for name in own.mean:
         torch.testing.assert_close(stored.guide.mean()[name], own.mean[name])
         torch.testing.assert_close(stored.guide.stddev()[name], own.stddev[name])
         draws = torch.stack([draw[name] for draw in stored.draws(300)])
@@ -480,8 +567,10 @@ def test_contraction_and_signal_to_noise_are_those_of_the_coordinates(fitted):
     assert math.isfinite(summarise(own).kl)
 
 
-def test_the_spread_of_singular_values_is_that_of_draws(fitted):
-    own = fitted.posterior
+def test_the_spread_of_singular_values_is_that_of_draws(either):
+    own = either.posterior
+    assert math.isfinite(summarise(own).kl)
+    assert len(own.independent) == (2 if own.family.prior_args["lam_b"] else 1) * len(own.groups)
     draws = list(own.draws(400))
     for group, found in zip(own.groups, spectra(own).values(), strict=True):
         values = torch.stack(
