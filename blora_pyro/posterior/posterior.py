@@ -278,8 +278,10 @@ class Posterior:
     ) -> "Posterior":
         """The posterior with moments of other A; the guide is then one of independent Normals."""
         own = Weakened(strength, self.mean, self.stddev, self.state, self.prior_tensors)
-        moments = {"mean": {**self.mean, **mean}, "stddev": {**self.stddev, **stddev}}
-        return replace(self, **moments, state={}, prior_tensors={}, weakened=own)
+        means, deviations = {**self.mean, **mean}, {**self.stddev, **stddev}
+        return replace(
+            self, mean=means, stddev=deviations, state={}, prior_tensors={}, weakened=own
+        )
 
     @property
     def num_weights(self) -> int:

@@ -348,6 +348,7 @@ def _prepare(model: BLoRA, train: Examples | Stream, base: Base, config: FitConf
             batch = examples.batch(indices, full=True)
             yield (batch if cache is None else cache(batch, indices, 0)).to(model.device)
 
+    heard: Iterator[Batch]
     if getattr(model.prior, "statistics", None) == BACKWARD:
         old = old_data(Loader(base, config), getattr(model.prior, "utterances", UTTERANCES))
         heard = chain.from_iterable(batches(one, False) for one in old)
