@@ -90,18 +90,9 @@ COLUMNS = ("audio", "text", "language", "word_languages", "duration", "start", "
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform")
 ADAPTER_SHAPE = ("rank", "alpha", "rank_pattern", "use_rslora")  # those of --prior-from stay
 KEEP_OPTIONS = (  # what an adapter is held to, on which sets, and how they are scored
-    *(
-        "keep",
-        "strength_by",
-        "base",
-        "revision",
-        "local_files_only",
-        "device",
-        "dtype",
-        "normalizer",
-    ),
+    *("keep", "strength_by", "base", "revision", "local_files_only", "device", "dtype"),
     *("data", "test", "dev", "backward", "language", "language_map", "task", "column"),
-    *("on_bad_row", "max_eval_utterances"),
+    *("normalizer", "on_bad_row", "max_eval_utterances"),
 )
 PRIOR_OPTIONS = (  # what the draws of a prior, and where they move a base, depend on
     *("base", "revision", "local_files_only", "device", "dtype", "seed", *TARGETS, *ADAPTER_SHAPE),
