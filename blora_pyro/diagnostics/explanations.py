@@ -1,6 +1,7 @@
 """How a prior shrinks, in figures that compare between priors, and in plain English."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -88,7 +89,7 @@ def _peak(posterior: Posterior) -> float | None:
 def _above_the_floor(summary: Summary) -> dict[str, Any]:
     """Return `kl_floor`, `floor_share` and `half_kl_layers` of `Shrinkage`."""
     totals, floor = summary.kl_by_module().values(), summary.kl_floor
-    if floor is None:
+    if floor is None or not math.isfinite(sum(kl for kl, _ in totals)):  # that of a point
         return {"kl_floor": None, "floor_share": None, "half_kl_layers": None}
     above = sorted((kl - floor * weights for kl, weights in totals), reverse=True)
     share = 1 - sum(above) / sum(kl for kl, _ in totals)
