@@ -64,15 +64,14 @@ def main() -> None:
     for name in arguments.choices:
         if name in content["rows"]:
             continue
-        base, about = arguments.base, dict[str, Any]()
+        base = arguments.base
         if name == "token":
             base = str(arguments.runs / "with-token")
-            about = {"losses": learn_token(arguments.base, speech, Path(base))}
+            if not (Path(base) / "config.json").is_file():
+                learn_token(arguments.base, speech, Path(base))
         config = FitConfig(
             base=base,
-            data=str(speech / "train.jsonl"),
-            dev=str(speech / "dev.jsonl"),
-            eval_every=1000,  # so that there may be a dev set
+            data=str(speech),
             backward={
                 code: str(speech / f"back-{code}.jsonl") for code in ("en", "es", "fr", "de")
             },
@@ -83,7 +82,7 @@ def main() -> None:
         run = fit(config, folder, evaluate=False, resume=True, progress=Notes())
         scores = Scoring.of(run.config, "dev", Listener()).score(run.posterior)
         seconds = read_json(folder / "run.json").get("seconds")  # of the fit
-        row = {**summary(scores), **about, "seconds": seconds, **origin()}
+        row = {**summary(scores), "seconds": seconds, **origin()}
         content["rows"][name] = row
         write_json(arguments.output, content)
         errors = (row["new_domain"]["rate"], row["backward_error"]["rate"])
@@ -100,26 +99,24 @@ def summary(scores: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def learn_token(name: str, speech: Path, output: Path, steps: int = 100, lr: float = 3e-3) -> Any:
-    """Write a checkpoint whose token `PLACE` is learned; return the NLL of every step, nats."""
+def learn_token(name: str, speech: Path, output: Path, steps: int = 100, lr: float = 3e-3) -> None:
+    """Write a checkpoint whose token `PLACE` is learned; print the NLL on the way, nats a token."""
     torch.manual_seed(0)
     base = load_base(name)
     net, tokenizer = base.net.requires_grad_(False), base.tokenizer
     place, nearest = (tokenizer.convert_tokens_to_ids(f"<|{one}|>") for one in (PLACE, NEAREST))
     map_languages(net, {"qu": PLACE})
-    examples = Loader(base, FitConfig(base=name)).load(
-        str(speech / "train.jsonl"), "train", limit=200
-    )
+    examples = Loader(base, FitConfig(base=name)).load(str(speech), "train", limit=200)
     embedding = net.model.decoder.embed_tokens
     row = embedding.weight[nearest].clone().requires_grad_()
 
     def with_row(_: object, tokens: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
         return torch.where((tokens[0] == place)[..., None], row, embedded)
 
-    hook, losses = embedding.register_forward_hook(with_row), list[float]()
+    hook = embedding.register_forward_hook(with_row)
     adam = torch.optim.Adam([row], lr)
     drawn = batch_indices(examples.sources, 8, seed=0)
-    for _, indices in zip(range(steps), drawn, strict=False):
+    for step, indices in zip(range(1, steps + 1), drawn, strict=False):
         batch = examples.batch(indices)
         assert batch.labels is not None
         heard = last_states(net, examples.fingerprint, examples.features, indices)
@@ -132,12 +129,12 @@ def learn_token(name: str, speech: Path, output: Path, steps: int = 100, lr: flo
         adam.zero_grad()
         loss.backward()
         adam.step()
-        losses.append(round(loss.item(), 4))
+        if step in (1, steps) or step % 25 == 0:
+            print(f"token, step {step}: NLL {loss.item():.3f}", flush=True)
     hook.remove()
     with torch.no_grad():
         embedding.weight[place] = row
     base.save_pretrained(output)
-    return losses
 
 
 if __name__ == "__main__":
