@@ -7,15 +7,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from blora_pyro.errors import UserError, is_out_of_memory, reason
 
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -90,6 +81,7 @@ def download(
             "or commit"
         )
     from huggingface_hub import snapshot_download  # slow, and of no use for what is here
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
@@ -122,6 +114,8 @@ def _check_no_path(kind: Kind, name: str) -> None:
 
 
 def _unreached(kind: Kind, what: str, cause: BaseException | None, local_files_only: bool) -> str:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     if local_files_only or isinstance(cause, OfflineModeIsEnabled):
         why = "local-files-only is given" if local_files_only else "HF_HUB_OFFLINE is set"
         return (
@@ -136,6 +130,13 @@ def _unreached(kind: Kind, what: str, cause: BaseException | None, local_files_o
 
 
 def _refused(kind: Kind, name: str, revision: str | None, error: Exception) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     match error:
         case HFValidationError():
             why = f"does not exist; give {kind.instead}, or a Hub id such as openai/whisper-tiny"

@@ -414,7 +414,7 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
     )
     precision: Literal["auto", "fp32", "bf16"] = option(
         "fp32, or bf16: Whisper under autocast, factors in float32; auto is bf16 where the device "
-        "has units for it (CUDA, CPUs with AMX).",
+        "has units for it (CUDA, CPUs with AMX or AVX512_BF16).",
         "fp32",
         real=AUTO,
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -179,13 +180,17 @@ class Telling:
 
     def __init__(self) -> None:
         """Show nothing yet."""
-        from blora_pyro.tables import Terminal
-
-        self.console: Console = Terminal(stderr=True, highlight=False)
         self.verbosity = verbosity.get()
         self.began = time.monotonic()
         self.pace = Pace()
         self.bar: Progress | None = None
+
+    @cached_property
+    def console(self) -> "Console":
+        """Where it is printed; made when there is something to print, since rich takes time."""
+        from blora_pyro.tables import Terminal
+
+        return Terminal(stderr=True, highlight=False)
 
     @property
     def has_bars(self) -> bool:

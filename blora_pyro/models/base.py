@@ -41,6 +41,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+BFLOAT16_UNITS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # of recent torch.cpu
 MERGE_ROUNDING = 1e-3  # of the logits' norm; float32 itself is off by 1e-6
 
 
@@ -108,7 +109,7 @@ def has_bfloat16_units(device: str) -> bool:
     """Tell whether a device multiplies matrices of bfloat16 faster than those of float32."""
     kind = torch.device(device).type
     if kind == "cpu":
-        return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # since torch 2.5
+        return any(getattr(torch.cpu, name, bool)() for name in BFLOAT16_UNITS)
     return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

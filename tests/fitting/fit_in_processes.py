@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from contextlib import suppress
@@ -87,6 +88,7 @@ def main(base_folder: str, manifest: str, output: str) -> None:
     fit_one(base_folder, manifest, Path(output))
     fit_streams(base_folder, manifest, Path(output))
     fit_pooled(base_folder, Path(manifest), Path(output))
+    fit_kept(base_folder, Path(manifest).parent, Path(output))
 
 
 def fit_one(base_folder: str, manifest: str, output: Path) -> None:
@@ -147,6 +149,30 @@ def fit_pooled(base_folder: str, manifest: Path, output: Path) -> None:
     )
     sums = {name: float(mean.double().sum()) for name, mean in run.posterior.mean.items()}
     (output / f"pooled{os.environ['RANK']}.json").write_text(json.dumps(sums))
+
+
+def fit_kept(base_folder: str, data: Path, output: Path) -> None:
+    """A fit that keeps a contract, by its strength and by its step."""
+    old = output / "old"  # with splits
+    if os.environ["RANK"] == "0":
+        shutil.copytree(data, old)
+        for split in ("dev", "test"):
+            shutil.copy(data / "de.jsonl", old / f"{split}.jsonl")
+    together_again(output / "kept.next")
+    options = {
+        "base": base_folder,
+        "batch_size": 3,
+        "rank": 2,
+        "lr": 0.01,
+        "beta": 1e-5,
+        "steps": 4,
+    }
+    dev = {"dev": str(data / "test.jsonl"), "eval_every": 2, "keep": 100}
+    config = FitConfig(data=str(data), backward={"de": str(old)}, **options, **dev)
+    run = fit(config, output / "kept")
+    total = sum(float(value.double().sum()) for value in run.posterior.mean.values())
+    about = {"sum": total, "strength": run.posterior.strength, "dev": run.dev}
+    (output / f"kept{os.environ['RANK']}.json").write_text(json.dumps(about))
 
 
 def together_again(mark: Path) -> None:

@@ -112,6 +112,18 @@ def test_domains_are_pooled_alike_in_both(output):
     assert main == pytest.approx(other, rel=1e-6) and any(main.values())
 
 
+def test_a_contract_is_kept_in_both_and_measured_by_one(output):
+    main, other = (json.loads((output / f"kept{rank}.json").read_text()) for rank in range(2))
+    assert main["sum"] == pytest.approx(other["sum"], rel=1e-6)
+    assert main["dev"] == other["dev"]
+    expected = [one["within_contract"] for one in main["dev"]["errors"]]
+    assert len(expected) == 2 and None not in expected
+    assert main["dev"]["best_step"] == [2, 4][expected.index(min(expected))]
+    about = json.loads((output / "kept" / "run.json").read_text())
+    assert about["kept"]["strength"] == main["strength"]
+    assert other["strength"] == 1.0  # it went before strengths were scored
+
+
 def test_a_fit_outlives_its_processes_and_goes_on_in_another_number(start, fit_options, tmp_path):
     folder = tmp_path / "run"
     checkpoint = folder / "checkpoint.safetensors"

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -321,9 +322,10 @@ def test_the_precision_of_a_real_base_is_what_the_device_has_units_for(
 
 
 def test_units_are_asked_of_the_device(monkeypatch):
-    for has in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has: has, raising=False)
-        assert UNITS("cpu") is has
+    for some in itertools.product([False, True], repeat=len(bases.BFLOAT16_UNITS)):
+        for name, has in zip(bases.BFLOAT16_UNITS, some, strict=True):
+            monkeypatch.setattr(torch.cpu, name, lambda has=has: has, raising=False)
+        assert UNITS("cpu") is any(some)
     assert not UNITS("mps")
 
 
