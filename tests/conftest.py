@@ -175,8 +175,8 @@ def inform(prior: Any, groups: Iterable[Any], seed: int = 0) -> Any:
     """Return a prior of layers, with statistics of random inputs if it needs some."""
     import torch
 
-    from blora_pyro.guides.base_informed import leading_eigenvectors
     from blora_pyro.guides.contracts import PreparedPrior
+    from blora_pyro.models.second_moments import leading_eigenvectors
 
     if isinstance(prior, PreparedPrior):
         draws, tensors = torch.Generator().manual_seed(seed), {}

@@ -4,7 +4,8 @@
 - `likelihood`: how Whisper scores a batch; `encoder`: its encoder in two parts;
 - `tempering`: beta; `estimators`: how the noise of a draw reaches the tokens of a batch;
 - `base`, `folders`: a Whisper with its tokenizer and features, and its files;
-- `decoding`: a window of audio to tokens; `logits`: what is done with each row's.
+- `decoding`: a window of audio to tokens; `logits`: what is done with each row's;
+- `second_moments`: what a base's layers hear, for priors and strengths that are made of it.
 """
 
 from blora_pyro.models.base import (

@@ -20,10 +20,10 @@ from blora_pyro.adapters import Group, is_finite, scalings_of
 from blora_pyro.errors import UserError, reason
 from blora_pyro.families import BASE_INFORMED, GUIDES, PREVIOUS_POSTERIOR, is_code
 from blora_pyro.files import check_name, parse_json
-from blora_pyro.guides.base_informed import check_statistics, statistics_sizes
 from blora_pyro.models import Pooling
 from blora_pyro.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from blora_pyro.models.peft_adapters import metadata_of
+from blora_pyro.models.second_moments import check_statistics, statistics_sizes
 from blora_pyro.options import LARGEST
 from blora_pyro.posterior.family import Family
 
@@ -106,7 +106,7 @@ def read_posterior(path: Path, prior: str | None = None) -> dict[str, Any]:
         if carried and family.prior == BASE_INFORMED:
             layers = {name: group for group in groups for name in group.modules}
             lam_b = family.prior_args.get("lam_b", 0)  # which older runs have not
-            check_statistics(carried, statistics_sizes(layers, lam_b))
+            check_statistics(carried, statistics_sizes(layers, bool(lam_b)))
         weaker = None
         if "strength_by_base" in about:
             moments, shapes = _named(tensors, "weaker."), {g.A.name: g.A.shape for g in groups}

@@ -23,10 +23,10 @@ from blora_pyro.fitting.history import DevError
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.guides import Guide, build_guide, build_prior, prepare_prior
-from blora_pyro.guides.base_informed import BACKWARD, UTTERANCES
 from blora_pyro.languages import is_language
 from blora_pyro.models import Base, BLoRA, PooledBLoRA, base_of, map_languages, pooling_of
 from blora_pyro.models.logits import allowing
+from blora_pyro.models.second_moments import BACKWARD, UTTERANCES
 from blora_pyro.options import AVERAGE, FitConfig
 from blora_pyro.runs.chains import Previous, previous_of
 from blora_pyro.runs.contracts import check_dev_sets, limits_of, losses, strength_within

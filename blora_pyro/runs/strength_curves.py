@@ -11,9 +11,9 @@ from blora_pyro.data import split_names
 from blora_pyro.errors import UserError
 from blora_pyro.evaluation import Evaluation, change_summary, rate_summary
 from blora_pyro.files import replace_file
-from blora_pyro.guides.base_informed import UTTERANCES, second_moments
 from blora_pyro.metrics import forgetting_removed
 from blora_pyro.models import Base
+from blora_pyro.models.second_moments import UTTERANCES, second_moments
 from blora_pyro.options import AUTO, FitConfig
 from blora_pyro.plotting import BLACK, BLUE, GREY, SMALL, VERMILLION, label_axes, new_figure
 from blora_pyro.posterior import Posterior
