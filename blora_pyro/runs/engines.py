@@ -42,6 +42,7 @@ NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")
 RUN_FILES = ("run.json", "posterior.safetensors")
 COPIED = ["tokenizer.json", "preprocessor_config.json"]
 EIGHT_BITS = "int8"
+BATCH_SIZE = 16  # one by one a processor is faster in eight bits, see docs/costs.md
 DTYPES = ("float32", "float16", EIGHT_BITS)
 WEIGHTS = "model.bin"
 HALF_WRITTEN, HOUR = ".new", 3600.0
@@ -69,7 +70,7 @@ def transcribe(
     domain: str | None = None,
     dtype: str | None = None,
     task: str | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     samples: int = 0,
     seed: int = 0,
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
@@ -100,7 +101,8 @@ def transcribe(
         dtype: With `ctranslate2` what is computed in, `float32`, `float16` or `int8`; what it
             converts is float32.
         task: `transcribe` or `translate`.
-        batch_size: Windows decoded at once; with `ctranslate2` recordings that fit one.
+        batch_size: Windows decoded at once; with `ctranslate2` recordings that fit one. None is 16,
+            or 1 by `ctranslate2` in int8 on a processor.
         samples: Posterior draws, by `torch` alone.
         seed: Of draws, and of what is sampled.
         on_transcript: Called with each file's index and transcript, in order.
@@ -114,7 +116,7 @@ def transcribe(
     """
     if engine not in ENGINES:
         raise UserError(f"engine is '{engine}'; give one of {', '.join(ENGINES)}")
-    check_positive(beam_size=beam_size, batch_size=batch_size)
+    check_positive(beam_size=beam_size, batch_size=BATCH_SIZE if batch_size is None else batch_size)
     if beam_size > MOST_BEAMS:
         raise UserError(f"beam_size is {beam_size}; give a whole number from 1 to {MOST_BEAMS}")
     if not 0 <= seed < 2**32:
@@ -167,7 +169,7 @@ def transcribe(
             strength=strength,
             strength_by=strength_by,
             domain=domain,
-            batch_size=batch_size,
+            batch_size=batch_size or BATCH_SIZE,
             samples=samples,
             seed=seed,
             word_timestamps=bool(word_timestamps),
@@ -378,7 +380,7 @@ def _decoder(
     device: str,
     dtype: str | None,
     task: str | None,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
     own: dict[str, Any],
 ) -> Any:
@@ -419,7 +421,8 @@ def _decoder(
         dtype = "float16" if is_short else "float32"
     code = language_code(language) if language else about.language
     code = "" if code == AUTO else code
-    settings = Settings(code or None, task or about.task, batch_size, seed, **own)
+    size = batch_size or (1 if (device, dtype) == ("cpu", EIGHT_BITS) else BATCH_SIZE)
+    settings = Settings(code or None, task or about.task, size, seed, **own)
     try:
         decoder = Decoder(folder, device, dtype, settings)
         if device != "cpu":

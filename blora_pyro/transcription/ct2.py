@@ -181,6 +181,7 @@ class Decoder(WhisperModel):
         self.max_length, self.settings = self.about.max_length, settings
         self.model: Any = _Model(self.model)
         self._planned: _Part | None = None
+        self._prompts: dict[tuple[str, str], list[int]] = {}
         ctranslate2.set_random_seed(settings.seed)
 
     def check(self) -> None:
@@ -284,9 +285,15 @@ class Decoder(WhisperModel):
             rows = self.model.detect_language(self.model.batch.encoded)
             codes = [row[0][0].strip("<|>") for row in rows]
         for part, code in zip(parts, codes, strict=True):
+            part.prompt, part.language = self._prompt(code), code
+
+    def _prompt(self, code: str) -> list[int]:
+        """Return the prompt in a language, without "no timestamps"."""
+        key = code, self.settings.task
+        if key not in self._prompts:  # a tokenizer takes its time
             known = self.about.language_map
-            part.prompt = prompt_ids(self.hf_tokenizer, code, self.settings.task, known)[:-1]
-            part.language = code
+            self._prompts[key] = prompt_ids(self.hf_tokenizer, *key, known)[:-1]
+        return self._prompts[key]
 
     def _window(self, features: Any) -> Any:
         """Return log-mels, (mels, frames), in a window of the model's that ends in silence."""

@@ -97,6 +97,26 @@ def test_a_converted_model_prompts_as_the_run_does(run, paths, monkeypatch):
 
 
 @pytest.mark.usefixtures("shared_cache")
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 16), ({"dtype": "int8"}, 1), ({"dtype": "int8", "batch_size": 3}, 3)],
+)
+def test_in_eight_bits_a_processor_takes_one_after_the_other(paths, options, expected, monkeypatch):
+    from blora_pyro.transcription import ct2
+
+    sizes = []
+
+    class Spied(ct2.Decoder):
+        def __init__(self, *given):
+            sizes.append(given[-1].batch_size)
+            super().__init__(*given)
+
+    monkeypatch.setattr(ct2, "Decoder", Spied)
+    transcribe(paths[0], base="pocket", language="de-en", engine="ctranslate2", **options)
+    assert sizes == [expected]
+
+
+@pytest.mark.usefixtures("shared_cache")
 def test_a_model_is_converted_once(run, paths, monkeypatch):
     first = transcribe(paths, run, engine="ctranslate2")
 
