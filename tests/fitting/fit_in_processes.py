@@ -93,6 +93,7 @@ def main(base_folder: str, manifest: str, output: str) -> None:
 
 def fit_one(base_folder: str, manifest: str, output: Path) -> None:
     """A fit from end to end, with distillation, a dev set and a tracker."""
+    together_again(output / "one.next")
     rank = Processes.join().rank
     LOGGER_TYPE_TO_CLASS["ranks"] = Ranks
     options = {"base": base_folder, "data": str(Path(manifest).parent), "batch_size": 3, "rank": 2}

@@ -46,8 +46,8 @@ def start(tmp_path_factory):
 def output(start, fluent_folder, tones_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("found")
     command = [str(fluent_folder), str(tones_folder / "train.jsonl"), str(folder)]
-    for code, _, errors in start(command).ended():
-        assert code == 0, errors
+    codes, _, errors = zip(*start(command).ended(), strict=True)
+    assert codes == (0, 0), "\n".join(errors)
     return folder
 
 
