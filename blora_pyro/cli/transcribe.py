@@ -20,6 +20,7 @@ from blora_pyro.cli.common import (
     one_line_errors,
     print_error,
     print_json,
+    verbosity,
 )
 from blora_pyro.cli.parameters import with_verbosity
 from blora_pyro.errors import UserError
@@ -44,7 +45,8 @@ def transcribe(
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Base model.", show_default="the adapter's")
+        str | None,
+        typer.Option(help="Base model.", show_default="the adapter's; without adapter, pocket"),
     ] = None,
     language: Annotated[
         str | None,
@@ -153,7 +155,13 @@ def transcribe(
         check_format(form)
         if samples and form != "json":
             raise UserError(f"samples is {samples}, but {form} has no room for it; add --json")
-        files, written = find_audio(audio, lambda note: echo(f"note: {note}", err=True)), None
+        if word_timestamps and form == "text":
+            raise UserError("word_timestamps is given, but text has no room for it; add --json")
+
+        def note(text: str) -> None:
+            echo(f"note: {text}", err=True)
+
+        files, written = find_audio(audio, note), None
         if output is not None:
             written = Output.plan(files, output, form, overwrite, resume)
             files = written.files
@@ -184,6 +192,7 @@ def transcribe(
                 prior=prior,
                 on_transcript=show,
                 on_error=bar.fail,
+                on_note=note if verbosity.get().verbose else lambda text: None,
                 task=task,
                 strength=strength,
                 strength_by=strength_by,

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import file_digest, sha256
@@ -33,7 +33,7 @@ from blora_pyro.transcription.transcripts import Transcript
 
 TORCH, CTRANSLATE2 = "torch", "ctranslate2"
 ENGINES = (AUTO, TORCH, CTRANSLATE2)
-LAYOUT = "1"  # of what is kept
+LAYOUT = "2"  # of what is kept
 NEEDED = (  # tokens that faster-whisper knows by name
     *("<|startoftranscript|>", "<|startofprev|>", "<|startoflm|>", "<|transcribe|>"),
     *("<|translate|>", "<|notimestamps|>"),
@@ -44,7 +44,6 @@ COPIED = ["tokenizer.json", "preprocessor_config.json"]
 EIGHT_BITS = "int8"
 BATCH_SIZE = 16  # one by one a processor is faster in eight bits, see docs/costs.md
 DTYPES = ("float32", "float16", EIGHT_BITS)
-WEIGHTS = "model.bin"
 HALF_WRITTEN, HOUR = ".new", 3600.0
 MOST_BEAMS = 100
 LONGEST_CHAIN = 20  # adapters that lead to a base
@@ -75,6 +74,7 @@ def transcribe(
     seed: int = 0,
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
     on_error: Callable[[int, UserError], None] | None = None,
+    on_note: Callable[[str], object] = lambda note: None,
     **draws: Any,
 ) -> list[Transcript]:
     """Return transcripts of audio files, by a base model alone or adapted by a posterior mean.
@@ -108,6 +108,7 @@ def transcribe(
         on_transcript: Called with each file's index and transcript, in order.
         on_error: Called with the index of a file that can't be read and the error; the file is left
             out. None raises.
+        on_note: Called with the reason if `auto` takes `torch`, but for draws.
         **draws: `prior` and `trust_prior_file`.
 
     Raises:
@@ -124,8 +125,8 @@ def transcribe(
     own: dict[str, Any] = {
         "beam_size": beam_size,
         "vad_filter": vad_filter,
-        "initial_prompt": initial_prompt,
-        "hotwords": hotwords,
+        "initial_prompt": _words("initial_prompt", initial_prompt),
+        "hotwords": _words("hotwords", hotwords),
     }
     asked = [one for one, value in own.items() if value and (one != "beam_size" or value > 1)]
     if engine == TORCH and asked:
@@ -144,9 +145,11 @@ def transcribe(
                 )
             settings = {**own, "word_timestamps": word_timestamps is not False}
             decoder = _decoder(which, language, device, dtype, task, batch_size, seed, settings)
-        except UserError:
-            if asked or engine == CTRANSLATE2:
+        except UserError as error:
+            if asked or engine == CTRANSLATE2 or dtype == EIGHT_BITS:  # torch has none of these
                 raise
+            if not samples:
+                on_note(f"decoded by {TORCH}, which takes longer: {error}")
     paths = [audio] if isinstance(audio, str | Path) else audio
     if decoder is not None:
         from blora_pyro.transcription.ct2 import transcribe_files
@@ -214,6 +217,15 @@ class Which:
         return sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def _words(name: str, text: str | None) -> str | None:
+    """Return a text that is given to a decoder; None if it is blank."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name} is {printable(str(text))}, which is no Unicode text") from None
+    return (text or "").strip() or None
+
+
 # What can't be is as if it were not there: whoever loads the model tells of it.
 
 
@@ -245,7 +257,7 @@ def _base_key(name: str | None, revision: str | None, local: bool, above: int = 
     if (folder := Path(str(name))).is_dir():
         about = [(one.name, one.stat()) for one in sorted(folder.iterdir()) if one.is_file()]
         key: list[Any] = [str(folder.resolve())]
-        key += [[file, state.st_size, state.st_mtime_ns] for file, state in about]
+        key += [[file, one.st_size, one.st_mtime_ns, one.st_ctime_ns] for file, one in about]
     else:
         folder = download(BASE, str(name), revision, local, ["config.json", "adapter_config.json"])
         key = [str(folder)]  # which ends in the commit
@@ -279,7 +291,7 @@ def converted(which: Which, dtype: str = "float32") -> Path:
     folder = root / "ctranslate2" / "-".join([which.fingerprint, *([kind] if kind else [])])
     if not _is_whole(folder):
         try:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.unlink() if folder.is_file() else shutil.rmtree(folder, ignore_errors=True)
             _convert(which, folder, kind)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -301,9 +313,14 @@ def _is_whole(folder: Path) -> bool:
     if "unfit" in about:
         return _text(about["unfit"]) is not None
     try:
-        return About.read(folder).weights == (folder / WEIGHTS).stat().st_size
+        sizes = About.read(folder).sizes
+        return bool(sizes) and sizes == _sizes(folder, sizes)
     except (OSError, ValueError):
         return False
+
+
+def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    return {name: (folder / name).stat().st_size for name in names}
 
 
 def _convert(which: Which, folder: Path, kind: str | None) -> None:
@@ -345,7 +362,7 @@ def _convert(which: Which, folder: Path, kind: str | None) -> None:
                         bool(settings.is_multilingual),
                         list(settings.suppress_tokens or ()),
                         base.net.config.max_target_positions,
-                        (fresh / "made" / WEIGHTS).stat().st_size,
+                        _sizes(fresh / "made", sorted(os.listdir(fresh / "made"))),
                     )
                 )
         (fresh / "made").mkdir(exist_ok=True)
@@ -426,12 +443,13 @@ def _decoder(
     try:
         decoder = Decoder(folder, device, dtype, settings)
         if device != "cpu":
-            decoder.check()
+            decoder.check_device()
     except (RuntimeError, ValueError) as error:  # no memory, or a library of CUDA is missing
         raise UserError(
             f"the engine {CTRANSLATE2} can't be used on {device} ({reason(error)}); give device "
             f"cpu, or engine {TORCH}"
         ) from None
+    decoder.check()
     if not code and about.multilingual and not decoder.model.is_multilingual:
         raise UserError(
             f"the engine {CTRANSLATE2} finds no language with a vocabulary that is not OpenAI's; "

@@ -24,7 +24,7 @@ from blora_pyro.data.audio import Wave
 from blora_pyro.errors import UserError
 from blora_pyro.files import read_json
 from blora_pyro.languages import ENGLISH
-from blora_pyro.transcription.transcripts import Segment, TimedWord, Transcript
+from blora_pyro.transcription.transcripts import SILENCE, Segment, TimedWord, Transcript
 
 ENGINE = "ctranslate2"
 ABOUT = "blora-pyro.json"  # in the folder of a converted model, see `About`
@@ -46,7 +46,7 @@ class About:
         multilingual: Whether it has language tokens.
         suppressed: Tokens that it never says.
         max_length: Positions of its decoder.
-        weights: Bytes of its `model.bin`.
+        sizes: Bytes of its files by their names.
     """
 
     language: str = ""
@@ -57,7 +57,7 @@ class About:
     multilingual: bool = True
     suppressed: Sequence[int] = ()
     max_length: int = 448
-    weights: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "About":
@@ -76,6 +76,8 @@ class About:
             raise ValueError(f"its {wrong[0]} is of another type")
         if not all(type(one) is int for one in content["suppressed"]):
             raise ValueError("its suppressed are no tokens")
+        if not all(type(one) is int for one in content["sizes"].values()):
+            raise ValueError("its sizes are no numbers")
         return cls(**content)
 
 
@@ -182,9 +184,28 @@ class Decoder(WhisperModel):
         self.model: Any = _Model(self.model)
         self._planned: _Part | None = None
         self._prompts: dict[tuple[str, str], list[int]] = {}
+        self.hf_tokenizer.encode_special_tokens = True  # what is given as text is text
         ctranslate2.set_random_seed(settings.seed)
 
     def check(self) -> None:
+        """Refuse settings that leave no room for a transcript.
+
+        Raises:
+            UserError: If what is said before it has more tokens than half of the positions.
+        """
+        given = {
+            name: text
+            for name in ("initial_prompt", "hotwords")
+            if (text := getattr(self.settings, name))
+        }
+        counts = [len(self.hf_tokenizer.encode(f" {text}").ids) for text in given.values()]
+        if sum(counts) > (most := self.max_length // 2 - 1):
+            raise UserError(
+                f"{' and '.join(given)} have {sum(counts)} tokens, and the decoder has room for "
+                f"{most} before a transcript; give fewer words"
+            )
+
+    def check_device(self) -> None:
         """Encode a silent window; RuntimeError if a library of the device is missing."""
         self.encode(np.zeros((self.feature_extractor.mel_filters.shape[0], 1), np.float32))
 
@@ -229,13 +250,14 @@ class Decoder(WhisperModel):
                 part, segments = self._plan(wave[first:end])
                 start, length = first / SAMPLING_RATE, (end - first) / SAMPLING_RATE
                 waiting.append((index, start, length, part, segments))
-        short = [one for one in waiting if self._frames(one[3]) <= self._most_frames]
+        # A batch is decoded with one prompt's end: with timestamps, or without.
+        short = [one for one in waiting if one[3].options.without_timestamps]
         size = self.settings.batch_size
         batches = [short[at : at + size] for at in range(0, len(short), size)]
-        batches += [[one] for one in waiting if self._frames(one[3]) > self._most_frames]
+        batches += [[one] for one in waiting if not one[3].options.without_timestamps]
         for batch in batches:
-            audible = [one for one in batch if self._frames(one[3]) > 0]
-            if not audible:  # nothing is speech
+            audible = [one for one in batch if self._is_audible(one[3])]
+            if not audible:
                 continue
             self._prepare([one[3] for one in audible])
             for index, start, length, part, segments in audible:
@@ -303,6 +325,10 @@ class Decoder(WhisperModel):
         window = np.full((features.shape[0], self._most_frames), silence, np.float32)
         window[:, :last] = features[:, :last]
         return window
+
+    def _is_audible(self, part: _Part) -> bool:
+        """Whether there is anything left to hear, and it is not silence."""
+        return self._frames(part) > 0 and float(part.features.max()) > SILENCE
 
     def _frames(self, part: _Part) -> int:
         return int(part.features.shape[-1]) - 1  # of the last faster-whisper makes no use

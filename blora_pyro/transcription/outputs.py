@@ -135,7 +135,7 @@ class Output:
         path = self.paths[index]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, render(transcript, self.form).encode())
+            replace_file(path, render(transcript, self.form).encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise UserError(
                 f"'{path}' can't be written ({error.strerror}); what came before it is; --resume "

@@ -25,6 +25,7 @@ from blora_pyro.models.decoding import (
     text_of,
 )
 from blora_pyro.models.logits import Sampling
+from blora_pyro.transcription.transcripts import SILENCE
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MAX_COMPRESSION = 2.4  # zlib ratio of the text
@@ -33,7 +34,6 @@ MAX_NO_SPEECH = 0.6  # probability of no speech
 
 TOKENS_PER_SECOND = 40  # more than is spoken, in scripts that take three tokens a letter, too
 SPARE_TOKENS = 32  # for timestamps, and what is hardly a second long
-SILENCE = -0.4  # log-mel; that of white noise 71 dB below full scale
 
 
 def is_loop(text: str) -> bool:

@@ -20,6 +20,7 @@ from blora_pyro.languages import UNSPACED, join_texts
 LINE_COLUMNS = 42  # per line; a Han character takes two
 CUE_LINES = 2  # per cue
 MIN_CUE = 1  # milliseconds
+SILENCE = -0.4  # log-mel in which nothing can be heard; that of white noise 71 dB below full scale
 
 # A line may end at white space and on either side of a character of a script without spaces, as
 # `metrics.words` has them, but not after an opening bracket or a vowel sign that is written before

@@ -139,7 +139,7 @@ def test_transcribe_refuses_a_folder_without_audio(tmp_path):
 def test_transcribe_hands_every_option_on(monkeypatch, tmp_path):
     seen = {}
 
-    def transcribe(audio, *given, on_transcript, on_error, **options):
+    def transcribe(audio, *given, on_transcript, on_error, on_note, **options):
         seen.update(options, audio=audio, given=given)
         return []
 
@@ -172,6 +172,18 @@ def test_transcribe_hands_every_option_on(monkeypatch, tmp_path):
         "initial_prompt": "Once.",
         "hotwords": "wombat",
     }
+
+
+def test_verbose_says_why_torch_decodes(fluent_folder, tones_folder):
+    options = ["--base", fluent_folder, "--verbose"]
+    result = run("transcribe", tones_folder / "en0.wav", *options)
+    assert result.stdout == "the red\n"
+    assert "note: decoded by torch, which takes longer: the engine ctranslate2" in result.stderr
+
+
+def test_word_times_have_no_room_in_a_text():
+    result = run("transcribe", "a.wav", "--word-timestamps")
+    assert "text has no room for it; add --json" in complaint(result)
 
 
 def test_transcribe_with_the_base_alone(fluent_folder, tones_folder):

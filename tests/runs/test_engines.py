@@ -193,6 +193,18 @@ def test_what_an_engine_does_not_do_is_refused(paths, options, message):
 
 
 @pytest.mark.usefixtures("shared_cache")
+@pytest.mark.usefixtures("shared_cache")
+def test_auto_says_why_it_takes_torch(paths):
+    notes = []
+    given = {"base": "pocket", "language": "de-en", "on_note": notes.append}
+    transcribe(paths[0], **given)
+    assert notes == []
+    transcribe(paths[0], **given, samples=0, dtype="bfloat16")
+    (note,) = notes
+    assert note.startswith("decoded by torch, which takes longer: dtype is 'bfloat16', and the")
+
+
+@pytest.mark.usefixtures("shared_cache")
 def test_auto_takes_what_can_do_it(paths, monkeypatch):
     def engine_of(**options):
         given = {"base": "pocket", "language": "de-en", **options}
@@ -274,10 +286,15 @@ def test_a_run_whose_configuration_cannot_be_is_one_line(run, paths, tmp_path, c
     "damage",
     [
         lambda folder: (folder / "model.bin").write_bytes(b""),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+        lambda folder: (shutil.rmtree(folder), folder.write_text("a file")),
         lambda folder: (folder / "blora-pyro.json").write_text('{"x": 1}'),
         lambda folder: (folder / "blora-pyro.json").write_text("["),
         lambda folder: change(folder / "blora-pyro.json", suppressed=5),
         lambda folder: change(folder / "blora-pyro.json", suppressed=[2.5]),
+        lambda folder: change(folder / "blora-pyro.json", sizes={}),
+        lambda folder: change(folder / "blora-pyro.json", sizes={"model.bin": "x"}),
     ],
 )
 def test_a_damaged_converted_model_is_converted_again(paths, monkeypatch, tmp_path, damage):
@@ -290,6 +307,15 @@ def test_a_damaged_converted_model_is_converted_again(paths, monkeypatch, tmp_pa
 
 def change(file, **content):
     file.write_text(json.dumps({**json.loads(file.read_text()), **content}))
+
+
+@pytest.mark.usefixtures("shared_cache")
+def test_a_blank_text_is_none_and_what_is_no_unicode_is_refused(paths):
+    given = {"base": "pocket", "language": "de-en", "engine": "ctranslate2"}
+    blank = transcribe(paths[0], **given, initial_prompt="", hotwords=" ")
+    assert blank == transcribe(paths[0], **given)
+    with pytest.raises(UserError, match=r"hotwords is .*, which is no Unicode text"):
+        transcribe(paths[0], **given, hotwords="a\udcff")
 
 
 def test_every_option_reaches_torch(monkeypatch):

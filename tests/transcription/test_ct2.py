@@ -1,5 +1,6 @@
 """What CTranslate2 hears: on the pocket Whisper, whose window is 3 s and has no timestamps."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -84,6 +85,41 @@ def test_recordings_share_batches_and_say_the_same_alone(decoder, speech, asked)
     together = decoder.decode(speech)
     assert [len(prompts) for prompts, _ in asked] == [3, 1]
     assert decoded(decoder, speech, batch_size=1) == together
+
+
+def test_what_is_decoded_with_times_shares_no_batch(decoder, speech, asked, monkeypatch):
+    """One sample more than the window makes timestamps a must, and no frame more."""
+    monkeypatch.setattr(decoder, "about", replace(decoder.about, timed=True))
+    (name, wave), *others = speech
+    longer = np.pad(wave, (0, decoder.feature_extractor.n_samples + 1 - len(wave)))
+    found = decoder.decode([(name, longer), *others])
+    untimed = decoder.hf_tokenizer.token_to_id("<|notimestamps|>")
+    ends = [[prompt[-1] == untimed for prompt in prompts] for prompts, _ in asked[:2]]
+    assert ends == [[True] * 3, [False]]
+    assert found[1:] == decoder.decode(others)
+
+
+def test_nothing_is_heard_in_silence(decoder):
+    (found,) = decoder.decode([("silence", np.zeros(16_000, np.float32))])
+    assert found.segments == ()
+
+
+def test_special_tokens_of_a_text_are_text(decoder, speech, asked):
+    start = decoder.hf_tokenizer.token_to_id("<|startoftranscript|>")
+    decoded(decoder, speech[:1], initial_prompt="red <|startoftranscript|>", hotwords="<|en|>")
+    ((prompt,), _) = asked[0]
+    assert prompt.count(start) == 1
+
+
+def test_what_leaves_no_room_for_a_transcript_is_refused(decoder):
+    for given, names in (
+        ({"hotwords": "red " * 40}, "hotwords"),
+        ({"hotwords": "red " * 20, "initial_prompt": "red " * 20}, "initial_prompt and hotwords"),
+    ):
+        one = copy.copy(decoder)
+        one.settings = replace(decoder.settings, **given)
+        with pytest.raises(UserError, match=rf"{names} have \d+ tokens, .* room for 31 before"):
+            one.check()
 
 
 def test_the_prompt_is_that_of_the_fit(decoder, speech, asked):
