@@ -35,10 +35,7 @@ _MAX_CHARACTERS = 100  # a token; longer texts are not worth tokenising
 
 def language_codes(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """Return the languages that the decoder has a token for, sorted; none if it is English-only."""
-    return _codes_of(tokenizer.get_vocab())
-
-
-def _codes_of(vocabulary: Mapping[str, int]) -> list[str]:
+    vocabulary = tokenizer.get_vocab()
     # OpenAI's English-only vocabularies do hold all language tokens, untrained; they have
     # GPT-2's vocabulary, whose end token is 50256 (50257 in the multilingual ones).
     if vocabulary[END] == _ENGLISH_ONLY_END:
@@ -64,7 +61,7 @@ def prompt_ids(
     vocabulary = tokenizer.get_vocab()  # convert_tokens_to_ids would turn unknown tokens into END
     if task not in TASKS:
         raise UserError(f"no task is called {task!r}; choose from {', '.join(TASKS)}")
-    if not (known := _codes_of(vocabulary)):
+    if not (known := language_codes(tokenizer)):
         if language not in ("", ENGLISH.code):
             raise UserError(f"the base is English-only, and the language is {language!r}")
         if task != "transcribe":
