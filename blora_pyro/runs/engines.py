@@ -219,11 +219,14 @@ class Which:
 
 def _words(name: str, text: str | None) -> str | None:
     """Return a text that is given to a decoder; None if it is blank."""
+    text = (text or "").strip()
     try:
-        (text or "").encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{name} is {printable(str(text))}, which is no Unicode text") from None
-    return (text or "").strip() or None
+        raise UserError(
+            f"{name} is {printable(text)}, which is no Unicode text; give words in UTF-8"
+        ) from None
+    return text or None
 
 
 # What can't be is as if it were not there: whoever loads the model tells of it.
@@ -291,7 +294,9 @@ def converted(which: Which, dtype: str = "float32") -> Path:
     folder = root / "ctranslate2" / "-".join([which.fingerprint, *([kind] if kind else [])])
     if not _is_whole(folder):
         try:
-            folder.unlink() if folder.is_file() else shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_file():
+                folder.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
             _convert(which, folder, kind)
         except (OSError, SafetensorError) as error:
             raise UserError(

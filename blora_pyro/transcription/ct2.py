@@ -193,15 +193,12 @@ class Decoder(WhisperModel):
         Raises:
             UserError: If what is said before it has more tokens than half of the positions.
         """
-        given = {
-            name: text
-            for name in ("initial_prompt", "hotwords")
-            if (text := getattr(self.settings, name))
-        }
-        counts = [len(self.hf_tokenizer.encode(f" {text}").ids) for text in given.values()]
-        if sum(counts) > (most := self.max_length // 2 - 1):
+        given = [one for one in ("initial_prompt", "hotwords") if getattr(self.settings, one)]
+        texts = [f" {getattr(self.settings, one)}" for one in given]
+        count = sum(len(self.hf_tokenizer.encode(text).ids) for text in texts)
+        if count > (most := self.max_length // 2 - 1):
             raise UserError(
-                f"{' and '.join(given)} have {sum(counts)} tokens, and the decoder has room for "
+                f"{' and '.join(given)} have {count} tokens, and the decoder has room for "
                 f"{most} before a transcript; give fewer words"
             )
 

@@ -193,7 +193,6 @@ def test_what_an_engine_does_not_do_is_refused(paths, options, message):
 
 
 @pytest.mark.usefixtures("shared_cache")
-@pytest.mark.usefixtures("shared_cache")
 def test_auto_says_why_it_takes_torch(paths):
     notes = []
     given = {"base": "pocket", "language": "de-en", "on_note": notes.append}
