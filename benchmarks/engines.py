@@ -31,7 +31,8 @@ from common import Results, interleaved, parse, parser, print_table, rounded, sh
 
 from blora_pyro.data import AUDIO_SUFFIXES, SAMPLING_RATE, read_audio
 from blora_pyro.metrics.normalizers import Normalizer
-from blora_pyro.runs.engines import Which, converted, transcribe
+from blora_pyro.runs.conversion import Which, converted
+from blora_pyro.runs.engines import transcribe
 
 THEIRS, CT2, TORCH, INT8 = "faster-whisper", "ctranslate2", "torch", ", int8"
 ENGINES = (THEIRS, CT2, f"{THEIRS}{INT8}", f"{CT2}{INT8}", TORCH)

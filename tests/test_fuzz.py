@@ -48,7 +48,7 @@ from blora_pyro.options import FitConfig
 from blora_pyro.posterior import Family, Posterior
 from blora_pyro.posterior.storage import POSTERIOR_FILE
 from blora_pyro.publishing.uploads import write_public_run
-from blora_pyro.runs.engines import Which
+from blora_pyro.runs.conversion import Which
 from blora_pyro.runs.fit_folders import FitFolder
 from blora_pyro.runs.folders import RUN, UTTERANCES, read_run
 from blora_pyro.runs.listing import list_runs, run_tables

@@ -1,6 +1,7 @@
 """`blora-pyro transcribe`."""
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,9 @@ from blora_pyro.cli.parameters import with_verbosity
 from blora_pyro.errors import UserError
 from blora_pyro.options import AUTO
 
+ROUNDING = 1e-6  # of a sum of seconds
+PATIENCE = 1.0  # seconds that pass without a bar, which takes a tenth of one to import
+
 if TYPE_CHECKING:
     from blora_pyro.transcription.transcripts import Transcript
 
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 @with_verbosity
 def transcribe(
     audio: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(help="Audio files (wav, mp3, m4a, webm, ...), or folders of them."),
     ],
     adapter: Annotated[
@@ -68,7 +72,11 @@ def transcribe(
     domain: Domain = None,
     form: Annotated[
         str,
-        typer.Option("--format", metavar="text|json|srt|vtt", help="Format of the transcripts."),
+        typer.Option(
+            "--format",
+            metavar="text|json|srt|vtt",
+            help="Format of the transcripts; json is a list, and in --output an object a file.",
+        ),
     ] = "text",
     output: Annotated[
         Path | None,
@@ -171,7 +179,6 @@ def transcribe(
             raise UserError(f"{form} is a file an input, and there are {len(files)}; give --output")
 
         def show(index: int, transcript: "Transcript") -> None:
-            bar.step()
             if written is not None:
                 written.write(index, transcript)
             elif form == "text" and len(files) > 1:
@@ -192,6 +199,8 @@ def transcribe(
                 prior=prior,
                 on_transcript=show,
                 on_error=bar.fail,
+                on_progress=bar.count,
+                on_stage=bar.stage,
                 on_note=note if verbosity.get().verbose else lambda text: None,
                 task=task,
                 strength=strength,
@@ -216,27 +225,33 @@ def transcribe(
 
 
 class _Bar:
-    """Tells on stderr how many files are done, and counts those that failed."""
+    """Tells on stderr how many files are done, or how much of one, and counts those that failed."""
 
-    def __init__(self, total: int, shown: bool) -> None:
-        self._telling, self._shown = Telling(), shown and total > 1
-        self._total, self._done, self.failed = total, 0, 0
+    def __init__(self, files: int, shown: bool) -> None:
+        self._telling, self._shown = Telling(), shown or files == 1
+        self._files, self.failed = files, 0
 
     def __enter__(self) -> "_Bar":
-        self.step(0)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._telling.stop()
 
-    def step(self, files: int = 1) -> None:
-        """Count a file."""
-        self._done += files
-        if self._shown:
-            self._telling.count("transcribing", self._done, self._total)
+    def stage(self, name: str) -> None:
+        """Print what is done before anything is decoded, where somebody looks."""
+        if self._telling.has_bars or self._telling.verbosity.verbose:
+            self._telling.say(f"{name} ...", "dim")
+
+    def count(self, files: float) -> None:
+        """Show how many files are done, and of one how much."""
+        if not self._shown or time.monotonic() - self._telling.began < PATIENCE:
+            return
+        if self._files == 1:
+            self._telling.count("transcribing, percent", int(100 * files + ROUNDING), 100)
+        else:
+            self._telling.count("transcribing", int(files + ROUNDING), self._files)
 
     def fail(self, _: int, error: UserError) -> None:
         """Count a file that can't be read, and print why."""
         self.failed += 1
-        self.step()
         print_error(error)

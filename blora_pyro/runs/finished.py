@@ -191,6 +191,8 @@ def transcribe(
     domain: str | None = None,
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
     on_error: Callable[[int, UserError], None] | None = None,
+    on_progress: Callable[[float], object] = lambda files: None,
+    on_stage: Callable[[str], object] = lambda name: None,
     batch_size: int = 16,
     samples: int = 0,
     seed: int = 0,
@@ -219,6 +221,8 @@ def transcribe(
         on_transcript: Called with each file's index and transcript, in order.
         on_error: Called with the index of a file that can't be read and the error; the file is left
             out. None raises.
+        on_progress: See `engines.transcribe`, as the next.
+        on_stage: Called before the base is loaded.
         batch_size: Windows transcribed at once; see `Transcriber`, as the two that follow.
         samples: Posterior draws for word confidences; 0 is none.
         seed: Seed of the draws.
@@ -242,6 +246,7 @@ def transcribe(
     )
     config = replace(config, dtype=dtype or config.dtype)
     code = language_code(language) if language else own or None
+    on_stage(f"loading {config.base}")
     model = base_of(config)
     if dtype is None and model.name != POCKET:
         model = with_fast_encoder(model)
@@ -256,7 +261,7 @@ def transcribe(
         word_timestamps=word_timestamps,
     )
     paths = [audio] if isinstance(audio, str | Path) else audio
-    return transcribe_files(transcriber, paths, on_transcript, on_error)
+    return transcribe_files(transcriber, paths, on_transcript, on_error, on_progress)
 
 
 def adapted(

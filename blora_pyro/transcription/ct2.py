@@ -24,6 +24,7 @@ from blora_pyro.data.audio import Wave
 from blora_pyro.errors import UserError
 from blora_pyro.files import read_json
 from blora_pyro.languages import ENGLISH
+from blora_pyro.transcription.outputs import in_groups
 from blora_pyro.transcription.transcripts import SILENCE, Segment, TimedWord, Transcript
 
 ENGINE = "ctranslate2"
@@ -233,8 +234,14 @@ class Decoder(WhisperModel):
         # the last word, and hear words in the rest of a recording, in which there are none.
         yield from islice(found, 1) if part.options.without_timestamps else found
 
-    def decode(self, recordings: Sequence[tuple[str, Wave]]) -> list[Transcript]:
+    def decode(
+        self,
+        recordings: Sequence[tuple[str, Wave]],
+        on_progress: Callable[[float], object] = lambda share: None,
+    ) -> list[Transcript]:
         """Return the transcripts of recordings by name, their samples (samples,) at 16 kHz.
+
+        `on_progress` is called with the share of their seconds that is decoded.
 
         Raises:
             UserError: If the tokenizer lacks the language or the task.
@@ -252,14 +259,19 @@ class Decoder(WhisperModel):
         size = self.settings.batch_size
         batches = [short[at : at + size] for at in range(0, len(short), size)]
         batches += [[one] for one in waiting if not one[3].options.without_timestamps]
+        seconds, done = sum(length for _, _, length, *_ in waiting) or 1.0, 0.0
         for batch in batches:
-            audible = [one for one in batch if self._is_audible(one[3])]
-            if not audible:
-                continue
-            self._prepare([one[3] for one in audible])
-            for index, start, length, part, segments in audible:
-                languages[index] = languages[index] or part.language
-                found[index] += _read(segments, start, length, self.settings.word_timestamps)
+            parts = [part for *_, part, _ in batch if self._is_audible(part)]
+            if parts:
+                self._prepare(parts)
+            for index, start, length, part, segments in batch:
+                if part in parts:
+                    languages[index] = languages[index] or part.language
+                    for one in _read(segments, start, length, self.settings.word_timestamps):
+                        found[index].append(one)
+                        on_progress((done + one.end - start) / seconds)
+                done += length
+                on_progress(done / seconds)
         self.model.batch = _Batch()
         return [
             Transcript(name, language, len(wave) / SAMPLING_RATE, tuple(those), ENGINE)
@@ -360,23 +372,15 @@ def transcribe_files(
     paths: Sequence[str | Path],
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
     on_error: Callable[[int, UserError], None] | None = None,
+    on_progress: Callable[[float], object] = lambda files: None,
 ) -> list[Transcript]:
     """Transcripts of audio files, in their order; see `transcriber.transcribe_files`."""
-    done: list[Transcript] = []
-    waiting: dict[int, tuple[str, Wave]] = {}
-    for index, path in enumerate(paths):
-        try:
-            waiting[index] = str(path), read_audio({"path": str(path)})
-        except UserError as error:
-            if on_error is None:
-                raise
-            on_error(index, error)
-        seconds = sum(len(wave) for _, wave in waiting.values()) / SAMPLING_RATE
-        is_full = len(waiting) >= decoder.settings.batch_size or seconds > IN_MEMORY
-        if waiting and (is_full or index == len(paths) - 1):
-            transcripts = decoder.decode([*waiting.values()])
-            for one, transcript in zip(waiting, transcripts, strict=True):
-                on_transcript(one, transcript)
-            done += transcripts
-            waiting = {}
-    return done
+
+    def read(path: str | Path) -> tuple[str, Wave]:
+        return str(path), read_audio({"path": str(path)})
+
+    def is_full(recordings: Sequence[tuple[str, Wave]]) -> bool:
+        seconds = sum(len(wave) for _, wave in recordings) / SAMPLING_RATE
+        return len(recordings) >= decoder.settings.batch_size or seconds > IN_MEMORY
+
+    return in_groups(paths, read, is_full, decoder.decode, on_transcript, on_error, on_progress)

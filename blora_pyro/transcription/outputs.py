@@ -1,9 +1,10 @@
-"""The audio files to transcribe, and the transcript files that are written."""
+"""Files: the audio to transcribe, as many at a time as fit, and the transcripts written."""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blora_pyro.data import AUDIO_SUFFIXES
 from blora_pyro.errors import UserError, printable
@@ -44,8 +45,10 @@ def find_audio(
     a folder that are left out.
 
     Raises:
-        UserError: If a folder holds no audio file.
+        UserError: If a folder holds no audio file, or a path is empty.
     """
+    if "" in paths:  # which would be the folder that one is in
+        raise UserError("a path is empty; give audio files, or folders of them")
     files = []
     for path in map(Path, paths):
         if not path.is_dir():
@@ -141,3 +144,50 @@ class Output:
                 f"'{path}' can't be written ({error.strerror}); what came before it is; --resume "
                 "to go on with it"
             ) from None
+
+
+def in_groups(
+    paths: Sequence[str | Path],
+    read: Callable[[str | Path], Any],
+    is_full: Callable[[list[Any]], bool],
+    transcribe: Callable[[list[Any], Callable[[float], object]], list[Transcript]],
+    on_transcript: Callable[[int, Transcript], None],
+    on_error: Callable[[int, UserError], None] | None,
+    on_progress: Callable[[float], object],
+) -> list[Transcript]:
+    """Return the transcripts of files, in their order, as many at a time as one group takes.
+
+    Args:
+        paths: The files.
+        read: Returns a file's recording.
+        is_full: Whether recordings are a group.
+        transcribe: Returns the transcripts of a group, and calls with the share that is done.
+        on_transcript: See `transcriber.transcribe_files`, as the next two.
+        on_error: Called with what `read` raises.
+        on_progress: Called with the number of files.
+
+    Raises:
+        UserError: As `transcribe`, and as `read` without `on_error`.
+    """
+    done: list[Transcript] = []
+    waiting: dict[int, Any] = {}
+    before = 0
+
+    def tell(share: float) -> None:
+        on_progress(before + share * (index + 1 - before))
+
+    for index, path in enumerate(paths):
+        try:
+            waiting[index] = read(path)
+        except UserError as error:
+            if on_error is None:
+                raise
+            on_error(index, error)
+        if waiting and (index == len(paths) - 1 or is_full([*waiting.values()])):
+            for place, transcript in zip(
+                waiting, transcribe([*waiting.values()], tell), strict=True
+            ):
+                on_transcript(place, transcript)
+                done.append(transcript)
+            waiting, before = {}, index + 1
+    return done

@@ -25,6 +25,7 @@ from blora_pyro.models.decoding import (
 from blora_pyro.models.encoder_states import EncoderStates
 from blora_pyro.posterior import Posterior
 from blora_pyro.transcription.long_form import BATCHES_IN_MEMORY, LongFormDecoder
+from blora_pyro.transcription.outputs import in_groups
 from blora_pyro.transcription.safeguards import decode_safely, hearings
 from blora_pyro.transcription.transcripts import Segment, Transcript, Word
 from blora_pyro.transcription.windows import Recording, StreamedWave, Window, batched
@@ -107,19 +108,29 @@ class Transcriber:
                     "draws are alike; leave samples out"
                 )
 
-    def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
+    def transcribe(
+        self,
+        recordings: Sequence[Recording],
+        on_progress: Callable[[float], object] = lambda share: None,
+    ) -> list[Transcript]:
         """Transcripts of recordings, in their order.
+
+        `on_progress` is called with the share of their seconds that is transcribed.
 
         Raises:
             UserError: If the tokenizer lacks the language or the task.
         """
         languages = [self.language or ""] * len(recordings)
         segments: list[list[Segment]] = [[] for _ in recordings]
+        seconds, all_seconds = [0.0] * len(recordings), sum(one.duration for one in recordings)
         for windows in self._decoded(recordings):
             words = self._words(windows) if self.samples else {}
             for one in windows:
                 languages[one.recording] = languages[one.recording] or one.language
                 segments[one.recording] += self._segments(one, words)
+                seconds[one.recording] = one.start + one.seconds
+            if windows:
+                on_progress(sum(seconds) / (all_seconds or 1.0))
         return [
             Transcript(one.name, language, one.duration, tuple(found))
             for one, language, found in zip(recordings, languages, segments, strict=True)
@@ -234,22 +245,27 @@ def transcribe_files(
     paths: Sequence[str | Path],
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
     on_error: Callable[[int, UserError], None] | None = None,
+    on_progress: Callable[[float], object] = lambda files: None,
 ) -> list[Transcript]:
     """Transcripts of audio files (wav, mp3, m4a, webm, ...), in their order.
 
     `on_transcript` is called with each file's index and transcript, in order, and `on_error` with
     the index of a file that can't be read and the error; the file is then left out. None raises it.
+    `on_progress` is called with the number of files that are done, and what part of those that are
+    transcribed together is.
 
     Raises:
         UserError: If a file can't be read, or as `Transcriber.transcribe`.
     """
-    done: list[Transcript] = []
-    for indices, recordings in _groups(transcriber, paths, on_error):
-        transcripts = transcriber.transcribe(recordings)
-        for index, transcript in zip(indices, transcripts, strict=True):
-            on_transcript(index, transcript)
-        done += transcripts
-    return done
+    window = transcriber.base.feature_extractor.chunk_length
+
+    def is_full(recordings: Sequence[Recording]) -> bool:
+        windows = sum(math.ceil(one.duration / window) for one in recordings)
+        return windows >= transcriber._most_windows
+
+    return in_groups(
+        paths, _open, is_full, transcriber.transcribe, on_transcript, on_error, on_progress
+    )
 
 
 def _open(path: str | Path) -> Recording:
@@ -259,31 +275,3 @@ def _open(path: str | Path) -> Recording:
     # A short one is resampled as a whole, as for its evaluation.
     is_long = len(wave) > LONG * SAMPLING_RATE
     return Recording(str(path), wave if is_long else read_audio(audio))
-
-
-def _groups(
-    transcriber: Transcriber,
-    paths: Sequence[str | Path],
-    on_error: Callable[[int, UserError], None] | None,
-) -> Iterator[tuple[list[int], list[Recording]]]:
-    """Yield indices and recordings of files that are held in memory together."""
-    window = transcriber.base.feature_extractor.chunk_length
-    indices: list[int] = []
-    recordings: list[Recording] = []
-    windows = 0
-    for index, path in enumerate(paths):
-        try:
-            recording = _open(path)
-        except UserError as error:
-            if on_error is None:
-                raise
-            on_error(index, error)
-            continue
-        indices.append(index)
-        recordings.append(recording)
-        windows += math.ceil(recording.duration / window)
-        if windows >= transcriber._most_windows:
-            yield indices, recordings
-            indices, recordings, windows = [], [], 0
-    if recordings:
-        yield indices, recordings

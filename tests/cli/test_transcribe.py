@@ -9,6 +9,8 @@ from blora_pyro.runs import engines
 
 from .conftest import complaint, parsed, run, well
 
+CALLED = ("on_transcript", "on_error", "on_progress", "on_stage")
+
 
 def test_transcribe_prints_a_line_a_file(finished_run, tones_folder):
     one, two = tones_folder / "test4.wav", tones_folder / "test5.wav"
@@ -134,12 +136,14 @@ def test_every_format_renders_the_same_segments(fluent_folder, tones_folder, tmp
 
 def test_transcribe_refuses_a_folder_without_audio(tmp_path):
     assert "no audio file" in complaint(run("transcribe", tmp_path))
+    assert "a path is empty" in complaint(run("transcribe", "a.wav", ""))
 
 
 def test_transcribe_hands_every_option_on(monkeypatch, tmp_path):
-    seen = {}
+    seen, calls = {}, {}
 
-    def transcribe(audio, *given, on_transcript, on_error, on_note, **options):
+    def transcribe(audio, *given, on_note, **options):
+        calls.update({name: options.pop(name) for name in CALLED})
         seen.update(options, audio=audio, given=given)
         return []
 
@@ -172,6 +176,24 @@ def test_transcribe_hands_every_option_on(monkeypatch, tmp_path):
         "initial_prompt": "Once.",
         "hotwords": "wombat",
     }
+
+
+def test_one_file_is_counted_in_percent_and_several_as_files(monkeypatch):
+    def transcribe(audio, *_, on_stage, on_progress, **options):
+        on_stage("loading the base")
+        for files in (0.1, 0.5 * len(audio), len(audio) - 1e-9):
+            on_progress(files)
+        return []
+
+    monkeypatch.setattr(engines, "transcribe", transcribe)
+    monkeypatch.setattr("blora_pyro.cli.transcribe.PATIENCE", 0)
+    one = run("transcribe", "a.wav", "--verbose").stderr
+    assert "loading the base ..." in one
+    counts = [f"transcribing, percent: {number} of 100" for number in (10, 50, 100)]
+    assert all(count in one for count in counts)
+    four = run("transcribe", *"abcd", "--verbose").stderr
+    assert all(f"transcribing: {number} of 4" in four for number in (0, 2, 4))
+    assert run("transcribe", "a.wav", "--quiet").stderr == ""
 
 
 def test_verbose_says_why_torch_decodes(fluent_folder, tones_folder):

@@ -1,12 +1,15 @@
-"""A fit whose sets have dev splits, and which keeps a contract on them."""
+"""Fits whose sets have dev splits and keep a contract on them, and one that maps a language."""
 
+import json
 import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
+from blora_pyro.data import SAMPLING_RATE, load_split, read_audio
 from blora_pyro.options import FitConfig
 from blora_pyro.runs import contracts, fits, keeping
 from blora_pyro.runs.fits import fit
@@ -85,3 +88,36 @@ def always_chosen(monkeypatch):
     for module in (fits, keeping):
         monkeypatch.setattr(module, "keep_contract", keep)
     return strength
+
+
+@pytest.fixture(scope="session")
+def speech(tmp_path_factory):
+    """Two German-English utterances, and a manifest that calls them Kichwa and English."""
+    folder, rows = tmp_path_factory.mktemp("speech"), []
+    for number, row in enumerate(load_split("de-en", "test").select(range(2))):
+        wave = read_audio(row["audio"], start=row["start"], end=row["end"])
+        soundfile.write(folder / f"{number}.wav", wave, SAMPLING_RATE, subtype="FLOAT")
+        rows.append({"audio": f"{number}.wav", "text": row["text"], "language": "qu-en"})
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mapped_run(speech, tmp_path_factory):
+    """A fit whose adapter says something else than the base."""
+    own = {"data": str(speech), "backward": [], "language_map": ["qu=tr"]}
+    sizes = {"steps": 8, "batch_size": 2, "rank": 2, "lr": 0.02}
+    config = FitConfig(base="pocket", **sizes, **own)
+    return fit(config, tmp_path_factory.mktemp("runs") / "run", evaluate=False).output
+
+
+@pytest.fixture(scope="session")
+def speech_paths(speech):
+    return sorted(speech.glob("*.wav"))
+
+
+@pytest.fixture
+def shared_cache(monkeypatch, tmp_path_factory):
+    """A cache of all tests that take it: each model is converted once."""
+    monkeypatch.setenv("BLORA_PYRO_CACHE", str(tmp_path_factory.getbasetemp() / "engines"))

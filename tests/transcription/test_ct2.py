@@ -11,7 +11,7 @@ import soundfile
 from blora_pyro.data import SAMPLING_RATE, load_split, prompt_ids, read_audio
 from blora_pyro.errors import UserError
 from blora_pyro.models import load_base
-from blora_pyro.runs.engines import Which, converted
+from blora_pyro.runs.conversion import Which, converted
 from blora_pyro.transcription import Transcriber
 from blora_pyro.transcription.windows import Recording
 
@@ -200,6 +200,15 @@ def test_silence_follows_a_recording(decoder):
     np.testing.assert_array_equal(window[:, :7], features[:, :7])
     assert (window[:, 7:] == -1).all()  # eight orders of magnitude below the loudest
     assert (decoder._window(features[:, :0]) == -1.5).all()
+
+
+def test_it_is_told_how_much_of_a_long_recording_is_decoded(decoder, speech):
+    wave, pause = [one for _, one in speech], np.zeros(16_000, np.float32)
+    shares = []
+    (found,) = decoder.decode([("long", np.concatenate([*wave, pause, *wave]))], shares.append)
+    assert len(found.segments) > 2
+    shares = [round(share, 6) for share in shares]
+    assert shares == sorted(shares) and 0 < shares[0] < 0.9 and shares[-1] == 1
 
 
 def test_files_come_in_order_and_a_bad_one_is_told(decoder, speech, tmp_path):

@@ -158,23 +158,25 @@ def test_the_task_is_in_the_prompt(fluent_base, tones_folder):
 def test_many_files_are_transcribed_in_order_and_in_groups(fluent_base, tones_folder, monkeypatch):
     names = ["de2", "en0", "de3", "en1"] * 3
     monkeypatch.setattr(transcriber, "BATCHES_IN_MEMORY", 2)
-    sizes, seen = [], []
+    sizes, seen, files = [], [], []
     original = Transcriber.transcribe
 
-    def transcribe(self, recordings):
+    def transcribe(self, recordings, on_progress):
         sizes.append(len(recordings))
-        return original(self, recordings)
+        return original(self, recordings, on_progress)
 
     monkeypatch.setattr(Transcriber, "transcribe", transcribe)
     found = transcribe_files(
         Transcriber(fluent_base, batch_size=2),
         [tones_folder / f"{name}.wav" for name in names],
         on_transcript=lambda place, one: seen.append((place, one)),
+        on_progress=files.append,
     )
     known = {"de2": "das rote", "en0": "the red", "de3": "ein rad", "en1": "a bicycle"}
     assert [one.text for one in found] == [known[name] for name in names]
     assert seen == list(enumerate(found))
     assert sizes == [4, 4, 4]
+    assert files == [4, 8, 12]
 
 
 def test_bad_files_and_languages_are_refused_by_name(fluent_base, tones_folder, tmp_path):
@@ -190,16 +192,18 @@ def test_bad_files_and_languages_are_refused_by_name(fluent_base, tones_folder, 
 def test_unreadable_files_are_reported_and_left_out_if_on_error_is_given(
     fluent_base, tones_folder, tmp_path
 ):
-    told, seen = [], []
+    told, seen, files = [], [], []
     paths = [tmp_path / "nowhere.wav", tones_folder / "en0.wav", tmp_path]
     found = transcribe_files(
         Transcriber(fluent_base),
         paths,
         lambda place, one: seen.append(place),
         lambda place, error: told.append((place, str(error))),
+        files.append,
     )
     assert [one.text for one in found] == ["the red"]
     assert seen == [1]
+    assert files == [3]
     assert [place for place, _ in told] == [0, 2]
     assert "nowhere.wav" in told[0][1]
 
