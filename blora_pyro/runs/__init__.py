@@ -7,7 +7,7 @@
   `folders`: writing and reading run folders;
   `fit_folders`: the folder of a fit that may be interrupted;
 - `listeners`: progress and experiment trackers;
-- `engines`: transcribing, by torch or CTranslate2;
+- `engines`: transcribing, by torch or CTranslate2; `conversion`: the models that the latter has;
 - `finished`: scoring, merging and using a finished run; `edited`: pruned and combined runs;
   `diagnosis`: figures and plots; `strength_curves`: errors at several strengths;
 - `listing`: all runs in a folder; `shown`: one, or two side by side; `report`: tables.
