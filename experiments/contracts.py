@@ -69,13 +69,7 @@ def curves(scores: Sequence[ScoredFit]) -> list[Curve]:
 
 
 def real_curves(fits: dict[str, Any]) -> list[Curve]:
-    """Return the strengths of every real fit that was scored on dev and test, both as one set.
-
-    What the base says of the old languages was counted with one of the fits. It is not counted what
-    it says of the new domain, where it is the worst of all.
-    """
-    scores = {name: one["scores"] for name, one in fits.items()}
-    base = {name: own for one in scores.values() for name, own in one.items() if name[-2:] == "-0"}
+    """Return the strengths of every real fit that has three on dev and test, both as one set."""
 
     def counts(sides: Sequence[dict[str, Any]]) -> dict[str, Counts]:
         def joined(name: str, key: str) -> Any:
@@ -84,11 +78,12 @@ def real_curves(fits: dict[str, Any]) -> list[Curve]:
         return {name: Counts(joined(name, "edits"), joined(name, "lengths")) for name in sides[0]}
 
     found = []
-    for own in (base | one for one in scores.values()):
+    for own in (one["scores"] for one in fits.values()):
         names = {name.partition("-")[2] for name in own}
         pairs = {name: [own.get(f"{split}-{name}") for split in ("dev", "test")] for name in names}
         whole = {float(name): counts(pair) for name, pair in pairs.items() if all(pair)}
-        found.append({strength: whole[strength] for strength in sorted(whole)})
+        if len(whole) > 3:  # with the base
+            found.append({strength: whole[strength] for strength in sorted(whole)})
     return found
 
 
@@ -172,7 +167,7 @@ def main() -> None:
         every = real_curves(read_json(folder / "strengths.json")["fits"])
     else:
         every = curves(read_results(folder / "results.csv"))
-    every = [finer(curve) for curve in every if NEW_DOMAIN in curve[max(curve)]]
+    every = [finer(curve) for curve in every]
     rows = [one for curve in every for seed in range(HALVES) for one in outcomes(curve, seed)]
     summary = []
     for limit, factor, quantile in product(

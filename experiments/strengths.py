@@ -1,91 +1,69 @@
-"""What every strength of a real fit gains and forgets, on dev and on test.
+"""What every strength of finished fits gains and forgets, on dev and on test.
 
-    python experiments/strengths.py --base whisper-base --speech human-speech
+    python experiments/strengths.py lora-0=RUN lora-1=RUN
 
-Fits with nothing but defaults (BLoRA on all Kichwa utterances), for some language maps and seeds,
-each scaled after the fit. What is counted of every utterance goes to `strengths.json`, of which
-`contracts.py` asks how sure one must be on dev that a contract holds on test. A fit or score that
-is there is not made again.
+Counts of every utterance go to `strengths.json` under the name that is given to the fit, a split
+and strength after another. `contracts.py` asks of them how sure one must be on dev that a contract
+holds on test. With `--by base` the update is turned down where old languages hear it. A score that
+is there is not made again, and the encoder hears each set once for all fits.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from records import ROOT, Notes, origin
 
-from blora_pyro import fit
+from blora_pyro.evaluation import Evaluation
 from blora_pyro.files import read_json, write_json
-from blora_pyro.options import FitConfig
-from blora_pyro.posterior.strength import at_strength
+from blora_pyro.posterior.strength import BASE, SCALE, at_strength
+from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.listeners import Listener
-from blora_pyro.runs.scoring import NEW_DOMAIN, Scoring
-
-STRENGTHS = (0.0, 0.5, 0.7, 1.0, 0.6, 0.4, 0.3, 0.85)
-FIRST = "auto-0"
-FITS: dict[str, dict[str, Any]] = {
-    FIRST: {},
-    "tl-0": {"language_map": {"qu-es": "tl"}},
-    "informed-0": {"language_map": {"qu-es": "tl"}, "prior": "base-informed"},
-    "mi-0": {"language_map": {"qu-es": "mi"}},
-    "auto-1": {"seed": 1},
-    "es-0": {"language_map": {"qu": "es"}},
-    "mi-1": {"language_map": {"qu-es": "mi"}, "seed": 1},
-}
+from blora_pyro.runs.scoring import Scoring, scoring_config
+from blora_pyro.runs.strength_curves import used_directions
 
 
 def main() -> None:
-    """Fit, score and write."""
+    """Score and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--base", default="whisper-base")
-    parser.add_argument("--speech", type=Path, default=Path("human-speech"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/strengths"))
-    parser.add_argument("--fits", nargs="*", default=[*FITS], choices=[*FITS])
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
+    parser.add_argument("--splits", nargs="*", default=["dev", "test"])
+    parser.add_argument("--strengths", nargs="*", type=float, default=[0, 1, 0.7, 0.5, 0.85])
+    parser.add_argument("--by", default=SCALE, choices=[SCALE, BASE])
     output = ROOT / "experiments" / "real" / "strengths.json"
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        fits = read_json(arguments.output)["fits"]
-    except OSError:
-        fits = {}
-    speech = arguments.speech
-    for name in arguments.fits:
-        config = FitConfig(
-            base=arguments.base,
-            data=str(speech),
-            backward={
-                code: str(speech / f"back-{code}.jsonl") for code in ("en", "es", "fr", "de")
-            },
-            **FITS[name],
-        )
-        run = fit(config, arguments.runs / name, evaluate=False, resume=True, progress=Notes())
-        its = fits.setdefault(name, {"language_map": run.config.language_map, "scores": {}})
-        scorings = {split: Scoring.of(run.config, split, Listener()) for split in ("dev", "test")}
-        for strength in STRENGTHS:
-            for split, scoring in scorings.items():
-                if f"{split}-{strength:g}" in its["scores"]:
+    content = read_json(arguments.output) if arguments.output.is_file() else {"fits": {}}
+    directions: dict[str, Any] = {}
+    for split in arguments.splits:
+        for strength in arguments.strengths:
+            for name, _, folder in (one.partition("=") for one in arguments.runs):
+                own = content["fits"].setdefault(name, {"by": arguments.by, "scores": {}})
+                place = f"{split}-{strength:g}"
+                if place in own["scores"]:
                     continue
-                sets = scoring.sets
-                if not strength:
-                    if name != FIRST:  # what the base says of the old languages is the same
-                        continue
-                    sets = {key: one for key, one in sets.items() if key != NEW_DOMAIN}
-                adapted = at_strength(run.posterior, strength) if strength else None
-                scores = replace(scoring, sets=sets).score(adapted)
-                its["scores"][f"{split}-{strength:g}"] = {
-                    key: {
-                        "edits": one.main.edits.tolist(),
-                        "lengths": one.main.lengths.tolist(),
-                        "loops": one.loops,
-                    }
-                    for key, one in scores.items()
-                }
-                write_json(arguments.output, {**origin(), "fits": fits})
+                posterior, record = read_run(folder)
+                scoring = Scoring.of(scoring_config(record.resolved, None, None), split, Listener())
+                if arguments.by == BASE and name not in directions:
+                    known = scoring.base, record.resolved, posterior, Notes()
+                    directions[name] = used_directions(*known)
+                turned = None
+                if strength:
+                    turned = at_strength(posterior, strength, arguments.by, directions.get(name))
+                scores = scoring.score(turned)
+                own["scores"][place] = {key: counts(one) for key, one in scores.items()}
+                own |= origin()
+                write_json(arguments.output, content)
                 rates = (f"{key} {100 * one.main.rate:.1f}" for key, one in scores.items())
-                print(name, split, strength, *rates, flush=True)
+                print(name, place, *rates, flush=True)
+
+
+def counts(one: Evaluation) -> dict[str, Any]:
+    """Return the errors of every utterance."""
+    edits, lengths = one.main.edits.tolist(), one.main.lengths.tolist()
+    return {"edits": edits, "lengths": lengths, "loops": one.loops}
 
 
 if __name__ == "__main__":

@@ -195,7 +195,9 @@ class Telling:
     @property
     def has_bars(self) -> bool:
         """See the class."""
-        return self.console.is_terminal and not self.verbosity.verbose
+        if self.verbosity.verbose or not ("console" in vars(self) or sys.stderr.isatty()):
+            return False  # without rich
+        return self.console.is_terminal
 
     def say(self, text: str, style: str | None = None, anyway: bool = False) -> None:
         """Print a line; `--quiet` leaves it out, if it need not be told `anyway`."""
@@ -205,27 +207,33 @@ class Telling:
             text = f"[{timedelta(seconds=int(time.monotonic() - self.began))}] {text}"
         self.console.print(text, style=style, markup=False, soft_wrap=True)
 
-    def count(self, what: str, done: int, total: int, figures: str = "") -> None:
-        """Show how much is done: by a bar until it is all, or by a line now and then."""
+    def count(self, what: str, done: float, total: int, figures: str = "") -> None:
+        """Show how much is done: by a bar until it is all, or by a line now and then.
+
+        A float is shown with a tenth, and of one with its percentage.
+        """
         if self.verbosity.quiet:
             return
+        of_all = f"{done:,} of {total:,}"
+        if isinstance(done, float):
+            of_all = f"{done:.0%}" if total == 1 else f"{done:,.1f} of {total:,}"
         if not self.has_bars:
             left = self.pace.left(what, done, total)
             if left or self.verbosity.verbose:
-                line = f"{what}: {done:,} of {total:,}" + (left and f", {left} left")
+                line = f"{what}: {of_all}" + (left and f", {left} left")
                 self.say(line + (figures and f"; {figures}"), "dim")
             return
         from rich.markup import escape
         from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
         if self.bar is None:
-            of_all, left_over = TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), of_all, left_over)
+            texts = TextColumn("{task.description}"), TextColumn("{task.fields[of_all]}")
+            columns = texts[0], BarColumn(bar_width=20), texts[1], TimeRemainingColumn()
             self.bar = Progress(*columns, console=self.console, transient=True)
-            self.bar.add_task(escape(what), total=total)
+            self.bar.add_task(escape(what), total=total, of_all=of_all)
             self.bar.start()
-        self.bar.update(TaskID(0), completed=done)
-        if done == total:
+        self.bar.update(TaskID(0), completed=done, of_all=of_all)
+        if done >= total:
             self.stop()
 
     def stop(self) -> None:
@@ -240,10 +248,10 @@ class Pace:
 
     def __init__(self) -> None:
         """Nothing goes on yet."""
-        self.what, self.first = "", 0
+        self.what, self.first = "", 0.0
         self.began = self.told = 0.0
 
-    def left(self, what: str, done: int, total: int) -> str:
+    def left(self, what: str, done: float, total: int) -> str:
         """Return the time left, such as 0:01:30; "" if it is not yet time to tell, or all done."""
         now = time.monotonic()
         if what != self.what or done < self.first:

@@ -27,6 +27,8 @@ class TerminalProgress(Listener):
             console=self.telling.console,
         )
         self.task: TaskID | None = None
+        self.fitting = False
+        self.some: Sequence[Heard] = ()
         self.beta = 0.0
         self.smooth: dict[str, float] = {}
 
@@ -75,13 +77,18 @@ class TerminalProgress(Listener):
         else:  # one fit after another
             self.bar.reset(self.task, total=config.steps, figures="")
             self.smooth.clear()
-        if not (self.telling.verbosity.quiet or self.telling.verbosity.verbose):
+        self.fitting = True
+        if self.telling.has_bars and not self.telling.verbosity.quiet:
             self.bar.start()
 
     def fitted(self) -> None:
         """Stop the bar."""
         if self.bar.live.is_started:  # else rich would end it with an empty line
             self.bar.stop()
+        elif self.fitting and self.task is not None and not self.telling.verbosity.verbose:
+            task = self.bar.tasks[self.task]
+            self.telling.say(f"fit: {task.completed:,.0f} steps; {task.fields['figures']}", "dim")
+        self.fitting = False
 
     def step(self, step: Step) -> None:
         """Advance the bar; NLL and KL are running means."""
@@ -105,13 +112,11 @@ class TerminalProgress(Listener):
             self.telling.count("fit", step.step, total, figures)
 
     def heard(self, some: Sequence[Heard]) -> None:
-        """Print what was said, what the base heard, and what is heard now."""
-        for one in some:
-            for name, text in one._asdict().items():
-                self.telling.say(f"{name:9}  {text.strip()}", "dim")
+        """Keep what was said, what the base heard, and what is heard now, for `evaluated`."""
+        self.some = some
 
     def evaluated(self, error: DevError, best: DevError) -> None:
-        """Print a line for each dev error."""
+        """Print a line for each dev error, and below it some of the utterances."""
         text = "the best so far" if error == best else f"{best.error:.1%} at step {best.step}"
         line = f"step {error.step}: dev error {error.error:.1%} ({text})"
         if error.forgetting is not None:
@@ -119,3 +124,7 @@ class TerminalProgress(Listener):
         if error.within_contract is not None:
             line += f", {error.within_contract:.1%} to be expected within the contract"
         self.telling.say(line)
+        for one in self.some:
+            for name, text in one._asdict().items():
+                self.telling.say(f"  {name:9}  {text.strip()}", "dim")
+        self.some = ()

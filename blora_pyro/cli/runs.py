@@ -251,10 +251,13 @@ def errors(
     ] = "adapted",
     broken: Annotated[
         bool,
-        typer.Option("--broken", help="What the base had right and the adapted model has not."),
+        typer.Option(
+            "--broken",
+            help="Utterances in which the base had more words right than the adapted model.",
+        ),
     ] = False,
     fixed: Annotated[
-        bool, typer.Option("--fixed", help="What the adapted model has right and the base had not.")
+        bool, typer.Option("--fixed", help="Those in which it had fewer right.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -273,10 +276,10 @@ def errors(
 
         if broken or fixed:
             if (broken and fixed) or state != "adapted":
-                given = (
-                    "--broken and --fixed" if broken and fixed else f"--state {state} beside them"
-                )
-                raise UserError(f"{given} is given; give one of --broken, --fixed and --state")
+                one = "--fixed" if fixed else "--broken"
+                other = f"--state {state}" if state != "adapted" else "--broken"
+                given = f"{other} and {one}"
+                raise UserError(f"{given} are given; give one of --broken, --fixed and --state")
             check_positive(top=top)
             found, how = changed(read_utterances(results), test_set), BROKEN if broken else FIXED
             shown = found[how][:top]

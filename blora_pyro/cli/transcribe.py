@@ -27,7 +27,6 @@ from blora_pyro.cli.parameters import with_verbosity
 from blora_pyro.errors import UserError
 from blora_pyro.options import AUTO
 
-ROUNDING = 1e-6  # of a sum of seconds
 PATIENCE = 1.0  # seconds that pass without a bar, which takes a tenth of one to import
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def transcribe(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Base model.", show_default="the adapter's; without adapter, pocket"),
+        typer.Option(help="Base model.", show_default="the adapter's"),
     ] = None,
     language: Annotated[
         str | None,
@@ -108,18 +107,24 @@ def transcribe(
     beam_size: Annotated[
         int,
         typer.Option(
-            help="Hypotheses of the beam search; 1 is greedy. As the next three, of "
-            "ctranslate2 alone."
+            help="Hypotheses of the beam search; 1 is greedy. Of ctranslate2 alone.",
         ),
     ] = 1,
     vad_filter: Annotated[
-        bool, typer.Option("--vad-filter", help="Leave out what is no speech before decoding.")
+        bool,
+        typer.Option(
+            "--vad-filter", help="Leave out what is no speech before decoding. Of ctranslate2."
+        ),
     ] = False,
     initial_prompt: Annotated[
-        str | None, typer.Option(help="Text that a recording goes on from.", show_default="none")
+        str | None,
+        typer.Option(
+            help="Text that a recording goes on from. Of ctranslate2.", show_default="none"
+        ),
     ] = None,
     hotwords: Annotated[
-        str | None, typer.Option(help="Words that are likely to be said.", show_default="none")
+        str | None,
+        typer.Option(help="Words that are likely to be said. Of ctranslate2.", show_default="none"),
     ] = None,
     batch_size: Annotated[
         int | None,
@@ -161,10 +166,13 @@ def transcribe(
             raise UserError(f"--json and --format {form} are given; give one")
         form = "json" if as_json else form
         check_format(form)
-        if samples and form != "json":
+        if samples > 0 and form != "json":
             raise UserError(f"samples is {samples}, but {form} has no room for it; add --json")
         if word_timestamps and form == "text":
-            raise UserError("word_timestamps is given, but text has no room for it; add --json")
+            raise UserError(
+                "word_timestamps is given, but text has no room for it; give json, srt or vtt as "
+                "--format"
+            )
 
         def note(text: str) -> None:
             echo(f"note: {text}", err=True)
@@ -229,7 +237,7 @@ class _Bar:
 
     def __init__(self, files: int, shown: bool) -> None:
         self._telling, self._shown = Telling(), shown or files == 1
-        self._files, self.failed = files, 0
+        self._files, self._done, self.failed = files, 0.0, 0
 
     def __enter__(self) -> "_Bar":
         return self
@@ -238,18 +246,16 @@ class _Bar:
         self._telling.stop()
 
     def stage(self, name: str) -> None:
-        """Print what is done before anything is decoded, where somebody looks."""
-        if self._telling.has_bars or self._telling.verbosity.verbose:
-            self._telling.say(f"{name} ...", "dim")
+        """Print what is done before anything is decoded."""
+        self._telling.say(f"{name} ...", "dim")
 
     def count(self, files: float) -> None:
-        """Show how many files are done, and of one how much."""
+        """Show how many files are done, to a hundredth of one."""
         if not self._shown or time.monotonic() - self._telling.began < PATIENCE:
             return
-        if self._files == 1:
-            self._telling.count("transcribing, percent", int(100 * files + ROUNDING), 100)
-        else:
-            self._telling.count("transcribing", int(files + ROUNDING), self._files)
+        if (done := round(files, 2)) > self._done:
+            self._done = done
+            self._telling.count("transcribing", done, self._files)
 
     def fail(self, _: int, error: UserError) -> None:
         """Count a file that can't be read, and print why."""

@@ -41,6 +41,10 @@ HALF_WRITTEN, HOUR = ".new", 3600.0
 LONGEST_CHAIN = 20  # adapters that lead to a base
 
 
+class EngineError(UserError):
+    """What CTranslate2 can't do, and torch may."""
+
+
 @dataclass(frozen=True)
 class Which:
     """Which model transcribes; for the attributes see `transcribe`."""
@@ -124,35 +128,34 @@ def converted(
         which: The model.
         dtype: One of `DTYPES`. Weights that are stored in eight bits need not be rounded whenever
             they are loaded; for the others they are stored in float32.
-        on_begin: Called if it has to be converted, which takes some seconds.
+        on_begin: Called before it is converted, which takes some seconds.
 
     Raises:
-        UserError: If the run or the base can't be read, the model is none for faster-whisper, or
-            the folder can't be written.
+        EngineError: If the model is none for faster-whisper, or the folder can't be written.
+        UserError: If the run or the base can't be read.
     """
     from blora_pyro.transcription.ct2 import ABOUT
 
     if (root := cache_dir()) is None:
-        raise UserError(
+        raise EngineError(
             f"the engine {CTRANSLATE2} keeps a converted model in the folder BLORA_PYRO_CACHE, "
             f"which is empty; set it, or give engine {TORCH}"
         )
     kind = EIGHT_BITS if dtype == EIGHT_BITS else None
     folder = root / "ctranslate2" / "-".join([which.fingerprint, *([kind] if kind else [])])
     if not _is_whole(folder):
-        on_begin()
         try:
             if folder.is_file():
                 folder.unlink()
             shutil.rmtree(folder, ignore_errors=True)
-            _convert(which, folder, kind)
+            _convert(which, folder, kind, on_begin)
         except (OSError, SafetensorError) as error:
-            raise UserError(
+            raise EngineError(
                 f"the converted model can't be written to {printable(folder.parent)} "
                 f"({reason(error)}); set BLORA_PYRO_CACHE, or give engine {TORCH}"
             ) from None
     if why := _content(folder / ABOUT).get("unfit"):
-        raise UserError(
+        raise EngineError(
             f"the engine {CTRANSLATE2} can't take the model: {why}; give engine {TORCH}"
         )
     return folder
@@ -176,7 +179,7 @@ def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in names}
 
 
-def _convert(which: Which, folder: Path, kind: str | None) -> None:
+def _convert(which: Which, folder: Path, kind: str | None, on_begin: Callable[[], object]) -> None:
     """Write a converted model, whole; whoever is first with it wins."""
     from blora_pyro.models import base_of
     from blora_pyro.models.base import check_merge, probe
@@ -196,11 +199,15 @@ def _convert(which: Which, folder: Path, kind: str | None) -> None:
             base = base_of(replace(config, device="cpu", dtype="float32"))
             about: dict[str, Any] = {"unfit": _unfit(base)}
             if about["unfit"] is None:
+                on_begin()
                 if posterior is not None:
                     with posterior.applied(base.net):
                         unmerged = probe(base.net)
-                    posterior.merge(base.net)
-                    check_merge(str(which.adapter), unmerged, probe(base.net))
+                    try:
+                        posterior.merge(base.net)
+                        check_merge(str(which.adapter), unmerged, probe(base.net))
+                    except UserError as error:
+                        raise EngineError(str(error)) from None
                 settings = base.net.generation_config
                 base.save_pretrained(fresh / "merged")
                 _by_ctranslate2(fresh / "merged", fresh / "made", kind)

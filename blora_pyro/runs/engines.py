@@ -10,7 +10,7 @@ from typing import Any
 from blora_pyro.errors import UserError, check_positive, printable, reason
 from blora_pyro.languages import language_code
 from blora_pyro.options import AUTO, TASKS
-from blora_pyro.runs.conversion import CTRANSLATE2, EIGHT_BITS, TORCH, Which, converted
+from blora_pyro.runs.conversion import CTRANSLATE2, EIGHT_BITS, TORCH, EngineError, Which, converted
 from blora_pyro.transcription.transcripts import Transcript
 
 ENGINES = (AUTO, TORCH, CTRANSLATE2)
@@ -47,7 +47,8 @@ def transcribe(
     on_progress: Callable[[float], object] = lambda files: None,
     on_stage: Callable[[str], object] = lambda name: None,
     on_note: Callable[[str], object] = lambda note: None,
-    **draws: Any,
+    prior: str | None = None,
+    trust_prior_file: bool = False,
 ) -> list[Transcript]:
     """Return transcripts of audio files, by a base model alone or adapted by a posterior mean.
 
@@ -81,9 +82,10 @@ def transcribe(
         on_error: Called with the index of a file that can't be read and the error; the file is left
             out. None raises.
         on_progress: Called with how many files are done, and what part of those that are decoded.
-        on_stage: Called with what takes some seconds before anything is decoded.
+        on_stage: Called with what is done before anything is decoded, if a model is converted.
         on_note: Called with the reason if `auto` takes `torch`, but for draws.
-        **draws: `prior` and `trust_prior_file`.
+        prior: The file of the prior, for draws of a run that has one: its code is run.
+        trust_prior_file: Run the file that the run names.
 
     Raises:
         UserError: If a file or the run can't be read, the language is unknown to the model, or the
@@ -96,6 +98,11 @@ def transcribe(
         raise UserError(f"beam_size is {beam_size}; give a whole number from 1 to {MOST_BEAMS}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; give a whole number from 0 below {2**32}")
+    if dtype not in (None, "bfloat16", *DTYPES):
+        raise UserError(
+            f"dtype is '{dtype}'; give float32 or float16, or bfloat16 with the engine {TORCH}, "
+            f"or {EIGHT_BITS} with {CTRANSLATE2}"
+        )
     own: dict[str, Any] = {
         "beam_size": beam_size,
         "vad_filter": vad_filter,
@@ -103,6 +110,7 @@ def transcribe(
         "hotwords": _words("hotwords", hotwords),
     }
     asked = [one for one, value in own.items() if value and (one != "beam_size" or value > 1)]
+    asked += [f"dtype {EIGHT_BITS}"] * (dtype == EIGHT_BITS)
     if engine == TORCH and asked:
         raise UserError(
             f"{asked[0]} is given, which the engine {TORCH} does not have; leave it out, or give "
@@ -113,16 +121,16 @@ def transcribe(
     if engine != TORCH:
         try:
             if samples:
-                raise UserError(
+                raise EngineError(
                     f"samples is {samples}, and the engine {CTRANSLATE2} has no draws; leave "
-                    f"{asked[0] if asked else 'engine'} out"
+                    f"{asked[0] if asked else 'engine'} out, or samples"
                 )
             settings = {**own, "word_timestamps": word_timestamps is not False}
             decoder = _decoder(
                 which, language, device, dtype, task, batch_size, seed, settings, on_stage
             )
-        except UserError as error:
-            if asked or engine == CTRANSLATE2 or dtype == EIGHT_BITS:  # torch has none of these
+        except EngineError as error:
+            if asked or engine == CTRANSLATE2:  # torch has none of these
                 raise
             if not samples:
                 on_note(f"decoded by {TORCH}, which takes longer: {error}")
@@ -155,8 +163,8 @@ def transcribe(
             on_transcript=on_transcript,
             on_error=on_error,
             on_progress=on_progress,
-            on_stage=on_stage,
-            **draws,
+            prior=prior,
+            trust_prior_file=trust_prior_file,
         )
 
 
@@ -186,10 +194,11 @@ def _decoder(
     """Return `ct2.Decoder`, loaded.
 
     Raises:
-        UserError: If it can't do what is asked for.
+        EngineError: If it can't do what is asked for.
+        UserError: If the model can't be read, or a task is unknown.
     """
     if find_spec("faster_whisper") is None:
-        raise UserError(
+        raise EngineError(
             f"the engine {CTRANSLATE2} is not installed; pip install 'blora-pyro[fast]', or give "
             f"engine {TORCH}"
         )
@@ -203,13 +212,13 @@ def _decoder(
     device = ("cuda" if has_cuda else "cpu") if device == AUTO else device
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (device != "cpu" and not has_cuda):
         known = "cpu or cuda" if has_cuda else "cpu"
-        raise UserError(
+        raise EngineError(
             f"device is '{device}', and the engine {CTRANSLATE2} can have {known} here; give that, "
             f"or engine {TORCH}"
         )
     can = ctranslate2.get_supported_compute_types(device.partition(":")[0])
     if dtype is not None and dtype not in (known_types := [one for one in DTYPES if one in can]):
-        raise UserError(
+        raise EngineError(
             f"dtype is '{dtype}', and the engine {CTRANSLATE2} has {', '.join(known_types)} on "
             f"{device}; give one of them, or engine {TORCH}"
         )
@@ -228,13 +237,13 @@ def _decoder(
         if device != "cpu":
             decoder.check_device()
     except (RuntimeError, ValueError) as error:  # no memory, or a library of CUDA is missing
-        raise UserError(
+        raise EngineError(
             f"the engine {CTRANSLATE2} can't be used on {device} ({reason(error)}); give device "
             f"cpu, or engine {TORCH}"
         ) from None
     decoder.check()
     if not code and about.multilingual and not decoder.model.is_multilingual:
-        raise UserError(
+        raise EngineError(
             f"the engine {CTRANSLATE2} finds no language with a vocabulary that is not OpenAI's; "
             f"give language, or engine {TORCH}"
         )

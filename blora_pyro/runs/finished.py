@@ -192,7 +192,6 @@ def transcribe(
     on_transcript: Callable[[int, Transcript], None] = lambda index, transcript: None,
     on_error: Callable[[int, UserError], None] | None = None,
     on_progress: Callable[[float], object] = lambda files: None,
-    on_stage: Callable[[str], object] = lambda name: None,
     batch_size: int = 16,
     samples: int = 0,
     seed: int = 0,
@@ -221,8 +220,7 @@ def transcribe(
         on_transcript: Called with each file's index and transcript, in order.
         on_error: Called with the index of a file that can't be read and the error; the file is left
             out. None raises.
-        on_progress: See `engines.transcribe`, as the next.
-        on_stage: Called before the base is loaded.
+        on_progress: See `engines.transcribe`.
         batch_size: Windows transcribed at once; see `Transcriber`, as the two that follow.
         samples: Posterior draws for word confidences; 0 is none.
         seed: Seed of the draws.
@@ -246,7 +244,6 @@ def transcribe(
     )
     config = replace(config, dtype=dtype or config.dtype)
     code = language_code(language) if language else own or None
-    on_stage(f"loading {config.base}")
     model = base_of(config)
     if dtype is None and model.name != POCKET:
         model = with_fast_encoder(model)
@@ -285,6 +282,12 @@ def adapted(
         UserError: If there is no such run, strength or domain, or nothing is given.
     """
     posterior, config, own = None, FitConfig(device=device), None
+    if strength_by != SCALE and (strength is None or adapter is None):
+        missing = "strength" if adapter else "adapter"
+        raise UserError(
+            f"strength_by is '{strength_by}', and no {missing} is given; give one, or leave "
+            "strength_by out"
+        )
     if adapter is not None:
         posterior, record = read_run(
             adapter,

@@ -406,9 +406,9 @@ def change_view(
 
 def _utterance_title(row: Mapping[str, Any]) -> list[Text]:
     """Return a line with the error rates, and one with the recording and its segment."""
-    rate = f"{row['metric'].upper()} {row['edits']} of {row['length']}"
+    rate = f"{row['metric'].upper()} {row['edits']}/{row['length']}"
     if pier := row.get("pier"):
-        rate += f", PIER {pier['edits']} of {pier['length']}"
+        rate += f", PIER {pier['edits']}/{pier['length']}"
     recording = printable(row["audio"] or row["origin"])
     start, end = row.get("start"), row.get("end")
     if start is not None or end is not None:

@@ -123,6 +123,13 @@ def read_utterances(path: str | Path) -> list[dict[str, Any]]:
             f"{file} is damaged ({error}); write it again with 'blora-pyro evaluate RUN --output "
             "FILE'"
         ) from None
+    if path.is_dir() and not rows:
+        others = sorted(map(str, path.glob("utterances-*.jsonl")))
+        raise UserError(
+            f"{file} holds no utterance, the run was not scored; "
+            + (f"give {others[0]}, or " if others else "")
+            + "write one with 'blora-pyro evaluate RUN --output FILE'"
+        )
     if path.is_dir() and (path / POSTERIOR_FILE).is_file():
         check_rows(file, rows, *read_run(path, pooled=True))
     return rows

@@ -16,6 +16,7 @@ from typing import Any
 
 import ctranslate2
 import numpy as np
+import regex
 from faster_whisper import WhisperModel
 from faster_whisper.tokenizer import Tokenizer
 
@@ -23,7 +24,7 @@ from blora_pyro.data import SAMPLING_RATE, prompt_ids, read_audio
 from blora_pyro.data.audio import Wave
 from blora_pyro.errors import UserError
 from blora_pyro.files import read_json
-from blora_pyro.languages import ENGLISH
+from blora_pyro.languages import ENGLISH, UNSPACED
 from blora_pyro.transcription.outputs import in_groups
 from blora_pyro.transcription.transcripts import SILENCE, Segment, TimedWord, Transcript
 
@@ -31,6 +32,8 @@ ENGINE = "ctranslate2"
 ABOUT = "blora-pyro.json"  # in the folder of a converted model, see `About`
 LOWEST = -1.5  # log-mel of silence where nothing is loud: (log10(1e-10) + 4) / 4
 RANGE = 2.0  # log-mels below the loudest that are told apart: 8 / 4
+# The end of a word and a piece of it, such as "re" and "-entered", where spaces are between words.
+_CONTINUED = regex.compile(rf"[^\s{UNSPACED}][^\s{UNSPACED}]")
 IN_MEMORY = 3600.0  # seconds of recordings that are read before they are decoded
 
 
@@ -199,7 +202,7 @@ class Decoder(WhisperModel):
         count = sum(len(self.hf_tokenizer.encode(text).ids) for text in texts)
         if count > (most := self.max_length // 2 - 1):
             raise UserError(
-                f"{' and '.join(given)} have {count} tokens, and the decoder has room for "
+                f"{' and '.join(given)} would take {count} tokens, and the decoder has room for "
                 f"{most} before a transcript; give fewer words"
             )
 
@@ -354,15 +357,15 @@ class Decoder(WhisperModel):
 def _read(segments: Iterable[Any], start: float, length: float, timed: bool) -> Iterator[Segment]:
     """Yield segments of ours: times in the recording, texts without outer spaces."""
     for one in segments:
-        words = [
-            TimedWord(
-                word.word.strip(),
-                start + min(float(word.start), length),
-                start + min(float(word.end), length),
-                float(word.probability),
-            )
-            for word in one.words or ()
-        ]
+        words: list[TimedWord] = []
+        for word in one.words or ():
+            text, probability = str(word.word), float(word.probability)
+            begin, end = (start + min(float(time), length) for time in (word.start, word.end))
+            if words and _CONTINUED.match(words[-1].text[-1:] + text):
+                last = words.pop()
+                text, begin = last.text + text, last.start
+                probability = (last.probability + probability) / 2
+            words.append(TimedWord(text.strip(), begin, end, probability))
         first, end = (start + min(float(time), length) for time in (one.start, one.end))
         yield Segment(first, end, one.text.strip(), times=tuple(words) if timed else None)
 

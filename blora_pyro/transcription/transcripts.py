@@ -59,7 +59,10 @@ class Word:
 
 @dataclass(frozen=True)
 class TimedWord:
-    """A word, punctuation included, when it is said, in seconds, and its mean token probability."""
+    """A word, punctuation included, and when it is said, in seconds.
+
+    `probability` is the mean of its tokens', but for those of punctuation.
+    """
 
     text: str
     start: float

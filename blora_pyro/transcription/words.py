@@ -150,8 +150,9 @@ def time_words(
 ) -> list[TimedWord]:
     """Return words of a window with their times; what is too long after a pause begins later.
 
-    Punctuation takes no time of its word. A word after a sentence's end lasts twice a typical one
-    at most, and so does the first: before it there may be silence. As in faster-whisper.
+    Punctuation has no part in its word's time and probability. A word after a sentence's end lasts
+    twice a typical one at most, and so does the first: before it there may be silence. As in
+    faster-whisper.
 
     Args:
         spelled: The words.
@@ -159,19 +160,17 @@ def time_words(
         begins: When each token begins and the last one ends, seconds, (tokens + 1,).
         probabilities: Of the tokens, (tokens,).
     """
-    spans = []
-    for word in spelled:
-        core = [token for token in word.tokens if not marks[token]] or word.tokens
-        spans.append((begins[core[0]], begins[core[-1] + 1]))
+    cores = [[one for one in word.tokens if not marks[one]] or word.tokens for word in spelled]
+    spans = [(begins[core[0]], begins[core[-1] + 1]) for core in cores]
     lengths = [end - start for start, end in spans if end > start]
     typical = min(median(lengths), LONGEST_TYPICAL) if lengths else 0.0
     found: list[TimedWord] = []
     before = ""
-    for word, (start, end) in zip(spelled, spans, strict=True):
+    for word, core, (start, end) in zip(spelled, cores, spans, strict=True):
         is_after = end > 4 * typical if not found else before[-1:] in SENTENCE_ENDS
         if is_after and end - start > 2 * typical:
             start = end - 2 * typical
-        chosen = [probabilities[token] for token in word.tokens if token < len(probabilities)]
+        chosen = [probabilities[token] for token in core if token < len(probabilities)]
         found.append(TimedWord(word.text, start, end, sum(chosen) / max(1, len(chosen))))
         before = word.text
     return found

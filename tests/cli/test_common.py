@@ -135,7 +135,7 @@ def test_shared_options_have_the_help_of_their_declaration():
     [
         (fits, "fit", ["fit"]),
         (finished, "evaluate_run", ["evaluate", "run"]),
-        (finished, "transcribe", ["transcribe", "a.wav"]),
+        (finished, "transcribe", ["transcribe", "a.wav", "--engine", "torch"]),
         (finished, "merge_run", ["merge", "run", "out"]),
     ],
 )

@@ -70,11 +70,16 @@ def test_dev_errors_are_told_one_a_line(capsys):
 
 
 def test_utterances_of_the_dev_set_are_shown_as_they_were_and_are_heard(capsys):
-    TerminalProgress().heard([Heard("das rote [b]", " das tote", "das rote")])
+    progress = TerminalProgress()
+    progress.heard([Heard("das rote [b]", " das tote", "das rote")])
+    for step in (50, 100):
+        progress.evaluated(DevError(step, 0.25), DevError(50, 0.25))
     assert capsys.readouterr().err.splitlines() == [
-        "reference  das rote [b]",
-        "before     das tote",
-        "now        das rote",
+        "step 50: dev error 25.0% (the best so far)",
+        "  reference  das rote [b]",
+        "  before     das tote",
+        "  now        das rote",
+        "step 100: dev error 25.0% (25.0% at step 50)",
     ]
 
 
@@ -88,7 +93,7 @@ def test_sets_are_counted_in_a_terminal_only(terminal):
         progress.audio("mine test", 1, 2)
         assert (progress.telling.bar is not None) == terminal
     shown = text.getvalue()
-    for part in ("features of [red] train", "9/9", "audio of mine test", "1/2"):
+    for part in ("features of [red] train", "9 of 9", "audio of mine test", "1 of 2"):
         assert (part in shown) == terminal
 
 

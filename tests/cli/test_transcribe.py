@@ -100,7 +100,10 @@ def test_transcribe_tells_of_a_bad_file_and_transcribes_the_others(
         (["--format", "srt", "--json"], "--json and --format srt"),
         (["--samples", "4"], "text has no room for it; add --json"),
         (["--samples", "4", "--json"], "no adapter"),
-        (["--samples", "-4", "--json"], "samples is -4"),
+        (["--samples", "-4"], "samples is -4"),
+        (["--dtype", "int4"], "dtype is 'int4'; give float32 or float16, or bfloat16 with the"),
+        (["--dtype", "int8", "--engine", "torch"], "dtype int8 is given, which the engine torch"),
+        (["--strength-by", "base"], "strength_by is 'base', and no adapter is given"),
         (["--batch-size", "0"], "batch_size is 0"),
         (["--task", "sing"], "'sing'"),
         (["--engine", "fast"], "engine is 'fast'; give one of auto, torch, ctranslate2"),
@@ -189,10 +192,10 @@ def test_one_file_is_counted_in_percent_and_several_as_files(monkeypatch):
     monkeypatch.setattr("blora_pyro.cli.transcribe.PATIENCE", 0)
     one = run("transcribe", "a.wav", "--verbose").stderr
     assert "loading the base ..." in one
-    counts = [f"transcribing, percent: {number} of 100" for number in (10, 50, 100)]
+    counts = [f"transcribing: {number}%\n" for number in (10, 50, 100)]
     assert all(count in one for count in counts)
     four = run("transcribe", *"abcd", "--verbose").stderr
-    assert all(f"transcribing: {number} of 4" in four for number in (0, 2, 4))
+    assert [f"transcribing: {number} of 4\n" in four for number in (0.1, 2.0, 4.0)] == [True] * 3
     assert run("transcribe", "a.wav", "--quiet").stderr == ""
 
 
@@ -205,7 +208,7 @@ def test_verbose_says_why_torch_decodes(fluent_folder, tones_folder):
 
 def test_word_times_have_no_room_in_a_text():
     result = run("transcribe", "a.wav", "--word-timestamps")
-    assert "text has no room for it; add --json" in complaint(result)
+    assert "text has no room for it; give json, srt or vtt" in complaint(result)
 
 
 def test_transcribe_with_the_base_alone(fluent_folder, tones_folder):

@@ -97,6 +97,26 @@ def test_what_an_engine_does_not_do_is_refused(speech_paths, options, message):
         transcribe(speech_paths, **{"base": "pocket", "language": "de-en", **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base": "nowhere/at-all", "local_files_only": True}, "base model 'nowhere/at-all'"),
+        ({"base": "pocket", "strength": 0.5}, "there is no adapter"),
+        ({"base": "pocket", "beam_size": "x"}, "beam_size is x; give a number above 0"),
+        ({}, "neither base nor adapter is given"),
+    ],
+)
+def test_what_no_engine_can_read_is_told_at_once(speech_paths, monkeypatch, options, message):
+    monkeypatch.setattr(finished, "transcribe", lambda *_, **given: pytest.fail("tried again"))
+    with pytest.raises(UserError, match=message):
+        transcribe(speech_paths[0], **options, on_note=pytest.fail)
+
+
+def test_an_option_that_is_none_is_refused(speech_paths):
+    with pytest.raises(TypeError, match="beam_sizes"):
+        transcribe(speech_paths[0], base="pocket", beam_sizes=5)
+
+
 @pytest.mark.usefixtures("shared_cache")
 def test_auto_says_why_it_takes_torch(speech_paths):
     notes = []

@@ -283,7 +283,7 @@ def test_an_utterance_by_hand():
     assert shown_errors([SWITCHED, utterance([["=", "a", "a"]])]) == [
         "adapted: errors in 1 of 2 utterances; the worst 1:",
         "",
-        "WER 3 of 3, PIER 1 of 1  new_domain",
+        "WER 3/3, PIER 1/1  new_domain",
         "clips/3.wav",
         "REF  das  haus   cool",
         "HYP  das  house        oh",
@@ -311,7 +311,7 @@ def test_what_adaptation_broke_by_hand():
         == [
             "broken, the 1 most changed:",
             "",
-            "WER 1 of 2  new_domain",
+            "WER 1/2  new_domain",
             "clips/3.wav",
             "base",
             "REF  das  haus",

@@ -198,6 +198,15 @@ def test_written_rows_are_read_again(rows, tmp_path):
     assert read_utterances(path) == []
 
 
+def test_of_a_run_that_was_not_scored_it_is_told_what_to_give(rows, tmp_path):
+    write_utterances(tmp_path / "utterances.jsonl", [])
+    with pytest.raises(UserError, match="was not scored; write one with 'blora-pyro evaluate"):
+        read_utterances(tmp_path)
+    write_utterances(tmp_path / "utterances-test-strength-0.5.jsonl", iter(rows))
+    with pytest.raises(UserError, match=r"give .*/utterances-test-strength-0\.5\.jsonl, or"):
+        read_utterances(tmp_path)
+
+
 def test_an_empty_reference_has_no_rate(tmp_path):
     write_utterances(tmp_path / "u.jsonl", rows_of(examples_of([""], ["de"]), ["da"]))
     (row,) = read_utterances(tmp_path / "u.jsonl")

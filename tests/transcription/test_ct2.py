@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from blora_pyro.transcription import Transcriber
 from blora_pyro.transcription.windows import Recording
 
 pytest.importorskip("faster_whisper", reason="needs blora-pyro[fast]")
+from blora_pyro.transcription import ct2
 from blora_pyro.transcription.ct2 import Decoder, Settings, transcribe_files
 
 
@@ -118,7 +120,9 @@ def test_what_leaves_no_room_for_a_transcript_is_refused(decoder):
     ):
         one = copy.copy(decoder)
         one.settings = replace(decoder.settings, **given)
-        with pytest.raises(UserError, match=rf"{names} have \d+ tokens, .* room for 31 before"):
+        with pytest.raises(
+            UserError, match=rf"{names} would take \d+ tokens, .* room for 31 before"
+        ):
             one.check()
 
 
@@ -190,6 +194,24 @@ def test_what_is_no_speech_is_left_out(decoder):
     noise = 0.01 * np.random.default_rng(0).standard_normal(SAMPLING_RATE).astype(np.float32)
     (found,) = decoded(decoder, [("noise", noise)], vad_filter=True)
     assert (found.segments, found.duration, found.language) == ((), 1.0, "de-en")
+
+
+def test_pieces_of_a_word_are_one_where_spaces_are_between_words():
+    def said(*texts):
+        words = [
+            SimpleNamespace(word=text, start=place, end=place + 0.5, probability=0.5 + 0.1 * place)
+            for place, text in enumerate(texts)
+        ]
+        segment = SimpleNamespace(start=0, end=4, text="".join(texts), words=words)
+        (found,) = ct2._read([segment], start=10.0, length=3.25, timed=True)
+        return [(one.text, one.start, one.end, one.probability) for one in found.times]
+
+    assert said(" We", " re", "-entered.") == [
+        ("We", 10.0, 10.5, 0.5),
+        ("re-entered.", 11.0, 12.5, pytest.approx(0.65)),
+    ]
+    assert [text for text, *_ in said("我", "们", " red", "我")] == ["我", "们", "red", "我"]
+    assert said(*"abcd")[-1][2] == 13.25  # the end of the recording
 
 
 def test_silence_follows_a_recording(decoder):

@@ -177,7 +177,7 @@ def test_words_begin_and_end_with_what_is_no_punctuation_in_them():
         [Spelling("«So,", [0, 1, 2]), Spelling("we", [3, 4])],
         marks=[True, False, True, False, False],
         begins=[0.0, 0.2, 0.5, 0.9, 1.0, 1.3],
-        probabilities=[0.1, 0.3, 0.5, 0.8, 0.6],
+        probabilities=[0.1, 0.3, 0.9, 0.8, 0.6],
     )
     assert [(one.text, one.start, one.end) for one in found] == [
         ("«So,", 0.2, 0.5),
