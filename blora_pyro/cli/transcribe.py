@@ -250,10 +250,10 @@ class _Bar:
         self._telling.say(f"{name} ...", "dim")
 
     def count(self, files: float) -> None:
-        """Show how many files are done, to a hundredth of one."""
+        """Show how many files are done, to a tenth, and of one to a hundredth."""
         if not self._shown or time.monotonic() - self._telling.began < PATIENCE:
             return
-        if (done := round(files, 2)) > self._done:
+        if (done := round(files, 2 if self._files == 1 else 1)) > self._done:
             self._done = done
             self._telling.count("transcribing", done, self._files)
 

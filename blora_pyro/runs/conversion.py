@@ -28,7 +28,7 @@ from blora_pyro.hub import BASE, download, find_run
 from blora_pyro.options import POCKET
 
 TORCH, CTRANSLATE2 = "torch", "ctranslate2"
-LAYOUT = "2"  # of what is kept
+LAYOUT = "3"  # of what is kept
 NEEDED = (  # tokens that faster-whisper knows by name
     *("<|startoftranscript|>", "<|startofprev|>", "<|startoflm|>", "<|transcribe|>"),
     *("<|translate|>", "<|notimestamps|>"),
