@@ -509,6 +509,8 @@ class FitConfig(FittingOptions, PriorOptions, DataOptions, BaseOptions):  # fiel
             object.__setattr__(self, name, value)
         for name in declarations(FitConfig):
             check_value(FitConfig, name, getattr(self, name))
+        if not self.base:
+            raise UserError("base is empty; give a folder, a Hub id, or pocket, the built-in toy")
         checks = (_check_data, _check_prior, _check_fit, _check_keep, _check_pooling)
         for check in (*checks, _check_streaming):
             check(self)
@@ -952,7 +954,7 @@ def read_contract(value: object) -> dict[str, float]:
         except (TypeError, ValueError):
             limit = math.nan
         if not 0 <= limit <= 100 or name in found:
-            what = "is given twice" if name in found else f"is '{points}'"
+            what = "is given twice" if 0 <= limit <= 100 else f"is '{points}'"
             raise UserError(
                 f"the limit {name!r:.40} of keep {what}; give points from 0 to 100 once a name, "
                 "such as 1, or average=1,each=2,de=0.5"

@@ -318,6 +318,8 @@ def test_a_value_that_an_option_does_not_allow_is_refused(options, message):
         ({"keep": -1}, "^the limit 'average' of keep is '-1'; give points from 0 to 100"),
         ({"keep": "each=x"}, "^the limit 'each' of keep is 'x'"),
         ({"keep": "1,average=2"}, "^the limit 'average' of keep is given twice"),
+        ({"keep": "average=1,,each=2"}, "^the limit 'average' of keep is ''"),
+        ({"base": ""}, "^base is empty; give a folder, a Hub id, or pocket"),
         ({"keep": {"average": True}}, "^the limit 'average' of keep is 'True'"),
         ({"keep": ()}, "^keep has no limit; give points, such as 1, or leave it out"),
         ({"distillation": 1.0, "backward": {"a": "de"}}, "name the languages in distillation_lang"),

@@ -332,11 +332,23 @@ def check_finite(what: str, net: nn.Module) -> None:
 
 
 def base_of(options: BaseOptions) -> Base:
-    """Load the base model of a configuration; see `load_base`."""
+    """Load the base model of a configuration; see `load_base`.
+
+    Raises:
+        UserError: See there, or if `language_map` has a language that the base has a token for,
+            whose own data would then be heard under another.
+    """
     base = load_base(
         options.base, options.device, options.dtype, options.revision, options.local_files_only
     )
     if isinstance(options.language_map, Mapping):
+        known = language_codes(base.tokenizer)
+        if has_one := [name for name in options.language_map if name in known]:
+            raise UserError(
+                f"language_map has {has_one[0]}={options.language_map[has_one[0]]}, but the base "
+                f"has a token for {has_one[0]}; give languages that it has none for, or how two "
+                f"are prompted, such as {has_one[0]}-en={has_one[0]}"
+            )
         map_languages(base.net, options.language_map)
     return base
 

@@ -236,10 +236,11 @@ def _decoder(
         decoder = Decoder(folder, device, dtype, settings)
         if device != "cpu":
             decoder.check_device()
-    except (RuntimeError, ValueError) as error:  # no memory, or a library of CUDA is missing
+    except (RuntimeError, ValueError) as error:  # no memory, a library of CUDA, a damaged file
         raise EngineError(
-            f"the engine {CTRANSLATE2} can't be used on {device} ({reason(error)}); give device "
-            f"cpu, or engine {TORCH}"
+            f"the engine {CTRANSLATE2} can't be used on {device} with its model in "
+            f"{printable(folder)} ({reason(error)}); delete that folder, which is made again, give "
+            f"another device, or engine {TORCH}"
         ) from None
     decoder.check()
     if not code and about.multilingual and not decoder.model.is_multilingual:

@@ -304,7 +304,7 @@ def adapted(
         raise UserError(f"domain is '{domain}', but there is no adapter; give one")
     elif strength is not None and strength != 1:
         raise UserError(f"strength is {strength:g}, but there is no adapter; give one")
-    elif base is None:
+    elif not base:
         raise UserError(
             "neither base nor adapter is given; give the base: a folder with a Whisper checkpoint, "
             "a Hub id such as openai/whisper-small, or pocket, the built-in toy; or give a run as "

@@ -1,5 +1,6 @@
 """An adapter that exists, turned down to the strength that keeps a contract: no fit is needed."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from blora_pyro.models import base_of
 from blora_pyro.models.base import map_languages
 from blora_pyro.models.folders import ADAPTER_CONFIG, read_json_of
 from blora_pyro.options import KEEP_OPTIONS, FitConfig
+from blora_pyro.posterior import Posterior
 from blora_pyro.posterior.lora import read_lora, write_weaker
 from blora_pyro.posterior.storage import POSTERIOR_FILE
 from blora_pyro.posterior.strength import BASE, SCALE, at_strength
@@ -27,7 +29,7 @@ from blora_pyro.runs.folders import (
 )
 from blora_pyro.runs.listeners import Listener, heard_by
 from blora_pyro.runs.loading import Loader
-from blora_pyro.runs.record import FINISHED, METRICS, RUN
+from blora_pyro.runs.record import FINISHED, METRICS, RUN, RunRecord
 from blora_pyro.runs.report_page import write_own_report
 from blora_pyro.runs.scoring import Scoring, compare, evaluation_sets
 from blora_pyro.runs.shown import ShownRun
@@ -80,6 +82,24 @@ def keep_adapter(
     else:
         config = _config_of_lora(name, folder, keep, options)
     check_dev_sets(config)
+    written: AbstractContextManager[Path | None] = nullcontext()
+    if output is not None:
+        written = written_folder(Path(output), overwrite, folder, config.base)
+    with written as target:  # which is refused before anything is scored
+        return _kept(name, folder, config, posterior, record, target, output, progress)
+
+
+def _kept(
+    name: str,
+    folder: Path,
+    config: FitConfig,
+    posterior: Posterior | None,
+    record: RunRecord | None,
+    target: Path | None,
+    output: str | Path | None,
+    progress: Listener,
+) -> dict[str, Any]:
+    """Choose the strength, score the test sets, and write into `target`, which `output` becomes."""
     progress.stage("loading")
     base = base_of(config)
     if posterior is None:
@@ -98,18 +118,17 @@ def keep_adapter(
     before, after = test.score(None, "test, the base"), test.score(posterior, "test, adapted")
     metrics = compare(posterior, before, after, config)
     metrics |= verdict(kept, metrics)
-    if output is not None:
-        with written_folder(Path(output), overwrite, folder, config.base) as target:
-            if record is not None:
-                record = replace(record, state=FINISHED, options=None, config=config, kept=kept)
-                write_run(target, posterior, record, metrics)
-                shown = ShownRun(str(output), FINISHED, record, posterior, metrics)
-                write_own_report(target, shown)
-            else:
-                write_weaker(name, folder, target, kept["strength"], directions)
-                write_json(target / KEPT, {"adapter": name, **kept})
-                write_json(target / METRICS, metrics)
-            save_strength_plot(target / STRENGTH_PLOT, kept["curve"])
+    if target is not None:
+        if record is not None:
+            record = replace(record, state=FINISHED, options=None, config=config, kept=kept)
+            write_run(target, posterior, record, metrics)
+            shown = ShownRun(str(output), FINISHED, record, posterior, metrics)
+            write_own_report(target, shown)
+        else:
+            write_weaker(name, folder, target, kept["strength"], directions)
+            write_json(target / KEPT, {"adapter": name, **kept})
+            write_json(target / METRICS, metrics)
+        save_strength_plot(target / STRENGTH_PLOT, kept["curve"])
     return {"kept": kept, "metrics": metrics}
 
 

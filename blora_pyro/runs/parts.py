@@ -23,7 +23,7 @@ from blora_pyro.fitting.history import DevError
 from blora_pyro.fitting.processes import Processes
 from blora_pyro.fitting.stopping import EarlyStopping
 from blora_pyro.guides import Guide, build_guide, build_prior, prepare_prior
-from blora_pyro.languages import is_language
+from blora_pyro.languages import is_language, language_code
 from blora_pyro.models import Base, BLoRA, PooledBLoRA, base_of, map_languages, pooling_of
 from blora_pyro.models.logits import allowing
 from blora_pyro.models.second_moments import BACKWARD, UTTERANCES
@@ -98,6 +98,14 @@ class Parts:
         config = config.resolved(size["tokens"], size["utterances"])
         if base.language_map:
             config = replace(config, language_map=base.language_map)
+        kept = {language_code(name) for name in config.backward_sets if is_language(name)}
+        for code, token in base.language_map.items():
+            if taken := kept & {*token.split("-")}:
+                progress.note(
+                    f"language_map {code}={token} takes the token of the backward set "
+                    f"{taken.pop()}, which is then heard as the new language is; auto takes one "
+                    "that no set needs"
+                )
         sets = evaluation_sets(base, config, loader) if evaluate else {}
         if evaluate and not any(map(is_new_domain, sets)):
             progress.note(

@@ -34,7 +34,6 @@ LOWEST = -1.5  # log-mel of silence where nothing is loud: (log10(1e-10) + 4) / 
 RANGE = 2.0  # log-mels below the loudest that are told apart: 8 / 4
 # The end of a word and a piece of it, such as "re" and "-entered", where spaces are between words.
 _CONTINUED = regex.compile(rf"[^\s{UNSPACED}][^\s{UNSPACED}]")
-IN_MEMORY = 3600.0  # seconds of recordings that are read before they are decoded
 
 
 @dataclass(frozen=True)
@@ -383,7 +382,8 @@ def transcribe_files(
         return str(path), read_audio({"path": str(path)})
 
     def is_full(recordings: Sequence[tuple[str, Wave]]) -> bool:
-        seconds = sum(len(wave) for _, wave in recordings) / SAMPLING_RATE
-        return len(recordings) >= decoder.settings.batch_size or seconds > IN_MEMORY
+        size = decoder.settings.batch_size
+        samples = sum(len(wave) for _, wave in recordings)
+        return len(recordings) >= size or samples > size * decoder.feature_extractor.n_samples
 
     return in_groups(paths, read, is_full, decoder.decode, on_transcript, on_error, on_progress)

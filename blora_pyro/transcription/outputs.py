@@ -110,6 +110,8 @@ class Output:
             UserError: If two inputs would be written to one path, a transcript exists already, or
                 the folder can't be created.
         """
+        if overwrite and resume:
+            raise UserError("--overwrite and --resume are given; give one")
         taken: dict[Path, AudioFile] = {}
         for file in files:
             path = folder / file.name.with_suffix(FORMATS[form][0])

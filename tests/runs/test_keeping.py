@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from blora_pyro.errors import UserError
 from blora_pyro.models import load_base
 from blora_pyro.posterior.strength import at_strength
+from blora_pyro.runs import keeping
 from blora_pyro.runs.finished import evaluate_run
 from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.keeping import keep_adapter
@@ -122,3 +123,14 @@ def test_it_says_what_is_missing(lora, kept_run, keep_options, tones_folder, tmp
         keep_adapter(kept_run[0].output, -1, progress=Notes())
     with pytest.raises(TypeError, match="has no option 'steps'"):
         keep_adapter(lora, 1, steps=3)
+
+
+def test_a_folder_that_holds_something_is_refused_before_anything_is_scored(
+    kept_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(keeping, "base_of", lambda config: pytest.fail("loaded"))
+    (tmp_path / "mine").touch()
+    with pytest.raises(UserError, match="is not empty; give another, or --overwrite"):
+        keep_adapter(kept_run[0].output, 1, tmp_path)
+    with pytest.raises(UserError, match="is the run's own folder"):
+        keep_adapter(kept_run[0].output, 1, kept_run[0].output, overwrite=True)

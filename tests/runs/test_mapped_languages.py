@@ -15,6 +15,8 @@ from blora_pyro.runs.fits import fit
 from blora_pyro.runs.record import RunRecord
 from blora_pyro.transcription import long_form
 
+from .conftest import Notes
+
 
 @pytest.fixture(scope="module")
 def kichwa(tones_folder, tmp_path_factory):
@@ -95,6 +97,21 @@ def test_a_run_is_evaluated_and_continued_with_its_map(run, kichwa, options):
 def test_a_pair_has_a_token_of_its_own_where_the_map_says_so(options):
     config = FitConfig(**{**options, "language_map": "qu-en=de", "steps": 1})
     assert fit(config, evaluate=False).posterior.language_map == {"qu-en": "de"}
+
+
+@pytest.mark.parametrize(("backward", "noted"), [("de", 1), ("en", 0)])
+def test_a_token_that_a_backward_set_needs_is_noted(options, tones_folder, backward, noted):
+    heard = Notes()
+    sets = {backward: str(tones_folder / f"{backward}.jsonl")}
+    fit(FitConfig(**{**options, "backward": sets, "steps": 1}), evaluate=False, progress=heard)
+    notes = [note for note in heard.notes if "takes the token of the backward set de" in note]
+    assert len(notes) == noted
+
+
+def test_a_language_with_a_token_is_heard_under_no_other(options):
+    given = {**options, "language_map": ["qu=de", "en=de"]}
+    with pytest.raises(UserError, match="language_map has en=de, but the base has a token for en"):
+        fit(FitConfig(**given))
 
 
 def test_without_a_map_a_language_that_has_no_token_is_refused(options):

@@ -14,6 +14,7 @@ from blora_pyro.errors import UserError
 from blora_pyro.models import load_base
 from blora_pyro.runs.conversion import Which, converted
 from blora_pyro.transcription import Transcriber
+from blora_pyro.transcription.transcripts import Transcript
 from blora_pyro.transcription.windows import Recording
 
 pytest.importorskip("faster_whisper", reason="needs blora-pyro[fast]")
@@ -222,6 +223,24 @@ def test_silence_follows_a_recording(decoder):
     np.testing.assert_array_equal(window[:, :7], features[:, :7])
     assert (window[:, 7:] == -1).all()  # eight orders of magnitude below the loudest
     assert (decoder._window(features[:, :0]) == -1.5).all()
+
+
+def test_what_is_decoded_is_handed_out_before_much_more_is_read(decoder, tmp_path, monkeypatch):
+    groups = []
+
+    def decode(recordings, on_progress):
+        groups.append(len(recordings))
+        return [Transcript(name, "", 1.0, ()) for name, _ in recordings]
+
+    monkeypatch.setattr(decoder, "decode", decode)
+    for number, seconds in enumerate([1, 1, 10, 1, 1, 1, 1]):  # batches of three windows of 3 s
+        wave = np.zeros(seconds * SAMPLING_RATE, np.float32)
+        soundfile.write(tmp_path / f"{number}.wav", wave, SAMPLING_RATE)
+    transcribe_files(decoder, sorted(tmp_path.glob("*.wav")))
+    assert groups == [3, 3, 1]
+    groups.clear()
+    transcribe_files(decoder, sorted(tmp_path.glob("*.wav"))[2:])
+    assert groups == [1, 3, 1]
 
 
 def test_it_is_told_how_much_of_a_long_recording_is_decoded(decoder, speech):

@@ -64,6 +64,8 @@ def test_existing_transcripts_are_refused_skipped_or_overwritten(folder, tmp_pat
     assert [path.name for path in left.paths] == ["a.txt", "a.txt"]
     assert [file.path.name for file in left.files] == ["a.FLAC", "a.opus"]
     assert len(Output.plan(files, tmp_path, "text", overwrite=True).files) == 3
+    with pytest.raises(UserError, match="--overwrite and --resume are given"):
+        Output.plan(files, tmp_path, "text", overwrite=True, resume=True)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(folder, tmp_path):
