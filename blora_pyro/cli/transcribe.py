@@ -24,9 +24,10 @@ from blora_pyro.cli.common import (
     verbosity,
 )
 from blora_pyro.cli.parameters import with_verbosity
-from blora_pyro.errors import UserError
+from blora_pyro.errors import UserError, printable
 from blora_pyro.options import AUTO
 
+PATH = 4096  # characters of the longest
 PATIENCE = 1.0  # seconds that pass without a bar, which takes a tenth of one to import
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def transcribe(
             if written is not None:
                 written.write(index, transcript)
             elif form == "text" and len(files) > 1:
-                echo(f"{transcript.audio}: {transcript.text}")
+                echo(f"{printable(transcript.audio, PATH)}: {transcript.text}")
             elif form != "json":
                 echo(render(transcript, form), nl=False)
 

@@ -30,6 +30,12 @@ def test_transcribe_prints_a_line_a_file(finished_run, tones_folder):
     }
 
 
+def test_a_line_end_in_a_name_does_not_end_the_line(finished_run, tones_folder, tmp_path):
+    named = [shutil.copy(tones_folder / "test4.wav", tmp_path / name) for name in ("a\nb", "c")]
+    out = well("transcribe", *named, "--adapter", finished_run.output)
+    assert out.splitlines() == [f"{tmp_path}/a\\nb: das red", f"{tmp_path}/c: das red"]
+
+
 def test_transcribe_writes_word_confidences(finished_run, tones_folder):
     audio, adapter = tones_folder / "test4.wav", ["--adapter", finished_run.output]
     draws = ["--json", "--samples", 2, "--seed", 3]
