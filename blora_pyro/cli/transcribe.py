@@ -1,7 +1,10 @@
 """`blora-pyro transcribe`."""
 
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +27,7 @@ from blora_pyro.cli.common import (
     verbosity,
 )
 from blora_pyro.cli.parameters import with_verbosity
-from blora_pyro.errors import UserError, printable
+from blora_pyro.errors import Interrupted, UserError, printable
 from blora_pyro.options import AUTO
 
 PATH = 4096  # characters of the longest
@@ -159,7 +162,7 @@ def transcribe(
 
     A file that can't be read is reported and left out; the exit code is then 2.
     """
-    with one_line_errors():
+    with one_line_errors(), _interruptible(output):
         from blora_pyro.runs import engines
         from blora_pyro.transcription.outputs import Output, check_format, find_audio, render
 
@@ -231,6 +234,25 @@ def transcribe(
             print_json([transcript.to_json() for transcript in done])
         if bar.failed:
             raise typer.Exit(2)
+
+
+@contextmanager
+def _interruptible(output: Path | None) -> Iterator[None]:
+    """Have SIGTERM, too, end what is done as Ctrl-C does, and say what is whole."""
+
+    def interrupt(signum: int, _: object) -> None:
+        raise Interrupted(signum)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if output is None:
+            raise
+        message = f"interrupted; what was written to {output} is whole, --resume goes on"
+        raise Interrupted(getattr(error, "signum", signal.SIGINT), message) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Bar:

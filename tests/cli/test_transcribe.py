@@ -1,4 +1,6 @@
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,16 @@ def test_transcribe_prints_a_line_a_file(finished_run, tones_folder):
         "text": "das red",
         "segments": [{"start": 0.0, "end": 0.5, "text": "das red"}],
     }
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_says_what_is_whole(monkeypatch, tmp_path, signum, code):
+    monkeypatch.setattr(engines, "transcribe", lambda *_, **given: os.kill(os.getpid(), signum))
+    before = signal.getsignal(signal.SIGTERM)
+    out = complaint(run("transcribe", "a.wav", "--output", tmp_path), exit_code=code)
+    assert f"interrupted; what was written to {tmp_path} is whole, --resume goes on" in out
+    assert complaint(run("transcribe", "a.wav"), exit_code=code) == "blora-pyro: interrupted"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_line_end_in_a_name_does_not_end_the_line(finished_run, tones_folder, tmp_path):
