@@ -57,12 +57,8 @@ def check_positive(**values: float | None) -> None:
         UserError: Naming the first such value.
     """
     for name, value in values.items():
-        try:
-            is_fine = value is None or (value > 0 and math.isfinite(value))
-        except TypeError:
-            is_fine = False
-        if not is_fine:
-            raise UserError(f"{name} is {printable(value)}; give a number above 0")
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{name} is {value}; give a number above 0")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

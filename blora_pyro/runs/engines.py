@@ -93,8 +93,8 @@ def transcribe(
     """
     if engine not in ENGINES:
         raise UserError(f"engine is '{engine}'; give one of {', '.join(ENGINES)}")
-    check_positive(beam_size=beam_size, batch_size=BATCH_SIZE if batch_size is None else batch_size)
-    if beam_size > MOST_BEAMS:
+    check_positive(batch_size=batch_size)
+    if not (isinstance(beam_size, int) and 1 <= beam_size <= MOST_BEAMS):
         raise UserError(f"beam_size is {beam_size}; give a whole number from 1 to {MOST_BEAMS}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; give a whole number from 0 below {2**32}")

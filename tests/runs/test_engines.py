@@ -102,7 +102,7 @@ def test_what_an_engine_does_not_do_is_refused(speech_paths, options, message):
     [
         ({"base": "nowhere/at-all", "local_files_only": True}, "base model 'nowhere/at-all'"),
         ({"base": "pocket", "strength": 0.5}, "there is no adapter"),
-        ({"base": "pocket", "beam_size": "x"}, "beam_size is x; give a number above 0"),
+        ({"base": "pocket", "beam_size": "x"}, "beam_size is x; give a whole number from 1"),
         ({}, "neither base nor adapter is given"),
     ],
 )
