@@ -9,6 +9,7 @@ is there is not made again, and the encoder hears each set once for all fits.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from records import ROOT, Notes, origin
 
 from blora_pyro.evaluation import Evaluation
-from blora_pyro.files import read_json, write_json
+from blora_pyro.files import read_json, replace_file
 from blora_pyro.posterior.strength import BASE, SCALE, at_strength
 from blora_pyro.runs.folders import read_run
 from blora_pyro.runs.listeners import Listener
@@ -55,7 +56,8 @@ def main() -> None:
                 scores = scoring.score(turned)
                 own["scores"][place] = {key: counts(one) for key, one in scores.items()}
                 own |= origin()
-                write_json(arguments.output, content)
+                text = json.dumps(content, separators=(",", ":"))  # not a line a number
+                replace_file(arguments.output, f"{text}\n".encode())
                 rates = (f"{key} {100 * one.main.rate:.1f}" for key, one in scores.items())
                 print(name, place, *rates, flush=True)
 
