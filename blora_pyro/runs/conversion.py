@@ -126,8 +126,8 @@ def converted(
 
     Args:
         which: The model.
-        dtype: One of `engines.DTYPES`. Weights that are stored in eight bits need not be rounded whenever
-            they are loaded; for the others they are stored in float32.
+        dtype: One of `engines.DTYPES`. Weights that are stored in eight bits need not be rounded
+            whenever they are loaded; for the others they are stored in float32.
         on_begin: Called before it is converted, which takes some seconds.
 
     Raises:
